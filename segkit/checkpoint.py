@@ -1,0 +1,176 @@
+"""Saving what must not be lost: atomic, verified, loaded without running code."""
+
+import hashlib
+import os
+import pickle
+import shutil
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segkit.errors import CheckpointError
+
+FORMAT = 1
+_COMMENT = b"sha256:"
+
+
+def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -> None:
+    """Write a checkpoint so that a kill at any moment leaves a whole file under ``path``.
+
+    It is written to a temporary name, given its own SHA-256 as the zip archive's comment, flushed
+    to the disk and renamed; then the folder is flushed.
+
+    Args:
+        state: Tensors and Python scalars, strings, lists and dicts; nothing else loads back.
+        path: Where it goes.
+        keep_previous: The file already there stays, as ``*.previous.pt``, for :func:`load_latest`.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+    digest = hashlib.sha256()
+    with temporary.open("r+b") as file:
+        length = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
+        file.seek(0)
+        _feed(digest, file, length)
+        comment = _COMMENT + digest.hexdigest().encode()
+        file.seek(length)
+        file.write(struct.pack("<H", len(comment)) + comment)
+        file.flush()
+        os.fsync(file.fileno())
+    if keep_previous and path.exists():
+        path.replace(previous(path))
+    temporary.replace(path)
+    _flush_folder(path.parent)
+
+
+def load(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Only tensors and plain values load; code never runs.
+
+    Args:
+        path: A file written by :func:`save`.
+        mmap: Map tensors instead of reading them.
+        verify: Compare the file with its digest first.
+
+    Raises:
+        CheckpointError: Missing, damaged, not a checkpoint, or of a newer format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    if verify:
+        _verify(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint ({_first(error)})"
+        ) from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{path}: is not a checkpoint of segkit")
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: has format {state['format']}, this segkit reads {FORMAT}; update segkit"
+        )
+    return state
+
+
+def load_latest(path: Path) -> dict[str, Any] | None:
+    """The newest whole state under ``path``: itself, or the one kept before it with a warning.
+
+    Returns:
+        ``None`` where neither was ever written.
+    """
+    candidates = [one for one in (path, previous(path)) if one.exists()]
+    failures: list[CheckpointError] = []
+    for candidate in candidates:
+        try:
+            state = load(candidate)
+        except CheckpointError as error:
+            failures.append(error)
+            continue
+        for failure in failures:
+            warnings.warn(f"{failure}; going on from {candidate.name}", stacklevel=2)
+        return state
+    if failures:
+        raise CheckpointError("; ".join(map(str, failures)))
+    return None
+
+
+def link(path: Path, name: Path) -> None:
+    """Give a checkpoint a second name; a copy of it where the disk has no links."""
+    temporary = name.with_name(f".{name.name}.writing")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # this file system has no hard links
+        shutil.copyfile(path, temporary)
+    temporary.replace(name)
+    _flush_folder(name.parent)
+
+
+def digest_tensors(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and values of a state dict, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        values = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def previous(path: Path) -> Path:
+    """Where :func:`save` keeps the state before the newest."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        _feed(digest, file, path.stat().st_size)
+    return digest.hexdigest()
+
+
+def _verify(path: Path) -> None:
+    damaged = CheckpointError(f"{path}: is damaged (its bytes do not match its digest)")
+    tail = 2 + len(_COMMENT) + 64
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - tail))
+        end = file.read()
+        if len(end) < tail or not end[2:].startswith(_COMMENT):
+            if zipfile.is_zipfile(path):
+                raise CheckpointError(f"{path}: carries no digest; segkit did not write it")
+            raise CheckpointError(f"{path}: is damaged or not a checkpoint")
+        digest = hashlib.sha256()
+        file.seek(0)
+        _feed(digest, file, size - tail)
+    if digest.hexdigest().encode() != end[2 + len(_COMMENT) :]:
+        raise damaged
+
+
+def _feed(digest: Any, file: Any, length: int) -> None:
+    while length > 0:
+        block = file.read(min(length, 1 << 22))
+        if not block:
+            return
+        digest.update(block)
+        length -= len(block)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

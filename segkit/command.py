@@ -1,0 +1,44 @@
+"""How every command ends: exit codes, and errors told in one sentence."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from segkit.errors import SegkitError
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a command: 0 done, 1 a clear error, 2 bad usage (argparse), 130 interrupted.
+
+    A clear error is one sentence on stderr; with ``--debug`` its traceback comes before it.
+    """
+    arguments = sys.argv[1:]
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except (SegkitError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # not about a file: a fault of ours, to be seen whole
+        if "--debug" in arguments:
+            traceback.print_exc()
+        _end(_sentence(error), 1)
+    sys.exit(0)
+
+
+def _sentence(error: SegkitError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    """Exit at once: a peer that waits in a collective must not hold this rank's error back."""
+    where = "" if os.environ.get("RANK", "0") == "0" else f"[rank {os.environ['RANK']}] "
+    print(f"{where}{sentence}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,206 @@
+"""Processes that train together: the process group, reductions, rank 0's progress bar."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+def rank() -> int:
+    """This process's number, 0 to ``world_size() - 1``."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def session(device: str | None = None) -> Iterator[torch.device]:
+    """The process group torchrun asked for (NCCL on CUDA, else gloo), and this rank's device.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``; default CUDA where there is one.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    here = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(here)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield here
+        return
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield here
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum ``x`` over the ranks, in place and without a gradient."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def maximum(x: Tensor) -> Tensor:
+    """Largest ``x`` of the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's ``value`` (a picklable object of our own making) on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers: without synchronization each has its own statistics."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class _SumForGlobalLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * world_size()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of ``x`` over the ranks, for losses that are functions of sums over the global batch.
+
+    Every rank then holds the same loss value, and its gradient with respect to its own pixels,
+    times the world size: DistributedDataParallel's mean of gradients is then exactly the gradient
+    of the global batch's loss.
+    """
+    return _SumForGlobalLoss.apply(x) if world_size() > 1 else x
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce(gradient.clone())
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the batches of all ranks, where ``nn.SyncBatchNorm`` refuses (on the CPU).
+
+    Ranks exchange each channel's count, mean and sum of squared deviations once a forward, and
+    combine them as Chan et al. 1979 do, which loses no precision to cancellation.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        x = input if input.dtype == torch.float64 else input.float()
+        axes = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        variance, mean = torch.var_mean(x, dim=axes, correction=0)
+        count = torch.full_like(mean, x.numel() / x.shape[1])
+        parts = x.new_zeros(world_size(), 3, x.shape[1])
+        parts[rank()] = torch.stack([count, mean, variance])
+        counts, means, variances = _Sum.apply(parts).unbind(1)
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total
+        variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total
+        if self.track_running_stats:
+            self._track(mean.detach(), (variance * total / (total - 1).clamp_min(1)).detach())
+        scale = (variance + self.eps).rsqrt()
+        if self.affine:
+            scale = scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(input.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
+
+
+def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Give ``model``, in place, BatchNorm over all ranks; one rank needs no change.
+
+    State-dict keys stay as they are. On CUDA these are PyTorch's own ``nn.SyncBatchNorm``.
+    """
+    if world_size() == 1:
+        return
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, but for a model that is one
+        return
+    for name, child in model.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            new = SyncBatchNorm(
+                child.num_features,
+                child.eps,
+                child.momentum,
+                child.affine,
+                child.track_running_stats,
+            )
+            for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(new, key, getattr(child, key))
+            setattr(model, name, new.train(child.training))
+        else:
+            convert_sync_batch_norm(child, device)
+
+
+def progress(
+    iterable: Iterable | None,
+    description: str,
+    *,
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "it",
+    quiet: bool | None = None,
+) -> tqdm:
+    """A progress bar with rate and time left, shown on rank 0 and on a terminal only."""
+    hidden = not is_main() or not sys.stderr.isatty() if quiet is None else quiet
+    return tqdm(
+        iterable,
+        desc=description,
+        total=total,
+        initial=initial,
+        unit=unit,
+        disable=hidden,
+        dynamic_ncols=True,
+        leave=False,
+    )

@@ -1,0 +1,179 @@
+"""A run's folder: it explains itself to whoever opens it."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+import segkit
+from segkit.checkpoint import load_latest
+from segkit.errors import SegkitError, closest
+
+RUNS = Path("runs")
+
+
+class Run:
+    """The folder of one training run.
+
+    ``config.json`` (resolved), ``folds.json``, ``environment.json``, ``log.jsonl``,
+    ``summary.json``, and for each fold ``fold0/`` with ``last.pt``, ``best.pt`` and the top-k.
+
+    Args:
+        folder: Created by :meth:`create`; opened as it is here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(cls, folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> "Run":
+        """A new run folder, or with ``resume`` the same one again.
+
+        Raises:
+            SegkitError: The folder belongs to another run, or to a run with another configuration.
+        """
+        run = cls(folder)
+        known = run.read("config.json") if (folder / "config.json").exists() else None
+        if known is not None and not resume:
+            raise SegkitError(
+                f"{folder}: holds a run already; add --resume or name another --run-dir"
+            )
+        if known is not None and (differing := _differences(known, config)):
+            raise SegkitError(
+                f"{folder}: was started with another configuration ({', '.join(differing)}); "
+                "resume with the same one or name another --run-dir"
+            )
+        if known is None and folder.exists() and any(folder.iterdir()):
+            raise SegkitError(f"{folder}: is not empty and holds no run; name another --run-dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        if known is None:
+            run.write("environment.json", environment())
+            run.write("config.json", config)
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path | None) -> "Run":
+        """An existing run: the folder named (also by its name in ``runs/``), or the newest run."""
+        if folder is None:
+            found = newest()
+            if found is None:
+                raise SegkitError(f"no run in {RUNS.resolve()}; train one, or name it by --run-dir")
+            return cls(found)
+        for path in (Path(folder), RUNS / folder):
+            if (path / "config.json").is_file():
+                return cls(path)
+        known = [path.parent.name for path in RUNS.glob("*/config.json")]
+        raise SegkitError(f"{folder}: is not a run folder{closest(str(folder), known)}")
+
+    def fold(self, number: int) -> Path:
+        """The folder of one fold's checkpoints."""
+        return self.folder / f"fold{number}"
+
+    def folds(self) -> list[int]:
+        """Folds that have a best checkpoint."""
+        names = (path.parent.name for path in self.folder.glob("fold*/best.pt"))
+        return sorted(int(name.removeprefix("fold")) for name in names)
+
+    def read(self, name: str) -> Any:
+        """A JSON file of the run."""
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SegkitError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise SegkitError(f"{path}: is not valid JSON ({error})") from error
+
+    def write(self, name: str, value: Any) -> None:
+        """Replace a JSON file of the run, whole or not at all."""
+        write_json(self.folder / name, value)
+
+    def log(self, **event: Any) -> None:
+        """Append one event to ``log.jsonl``."""
+        line = json.dumps({"time": round(time.time(), 3), **event})
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events of ``log.jsonl``; a last line cut by a kill is left out."""
+        path = self.folder / "log.jsonl"
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def rewind(self, fold: int, step: int) -> None:
+        """Drop events of ``fold`` after ``step``: a resumed run writes them again."""
+        kept = [
+            event
+            for event in self.events()
+            if event.get("fold") != fold or event.get("step", 0) <= step
+        ]
+        text = "".join(json.dumps(event) + "\n" for event in kept)
+        _replace(self.folder / "log.jsonl", text)
+
+    def last(self, fold: int) -> dict[str, Any] | None:
+        """The state to resume ``fold`` from, if it was ever saved."""
+        return load_latest(self.fold(fold) / "last.pt")
+
+
+def newest(name: str = "*") -> Path | None:
+    """The run in ``runs/`` started last, of all or of those of configuration ``name``."""
+    found = RUNS.glob(f"{name}-*/config.json" if name != "*" else "*/config.json")
+    return max((path.parent for path in found), key=_started, default=None)
+
+
+def _started(folder: Path) -> float:
+    return (folder / "config.json").stat().st_mtime
+
+
+def new_folder(name: str) -> Path:
+    """A folder for a run that starts now."""
+    return RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    _replace(path, json.dumps(value, indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides the configuration."""
+    return {
+        "command": " ".join(sys.argv),
+        "segkit": segkit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _differences(known: Any, wanted: Any, path: str = "") -> list[str]:
+    """Paths of the keys that differ between two configurations."""
+    if isinstance(known, Mapping) and isinstance(wanted, Mapping):
+        keys = sorted({*known, *wanted})
+        return [
+            name
+            for key in keys
+            for name in _differences(
+                known.get(key), wanted.get(key), f"{path}.{key}" if path else key
+            )
+        ]
+    return [] if known == wanted else [path]

@@ -1,0 +1,97 @@
+"""The shape of the code itself: who imports whom, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "segkit"
+
+LAYERS = [
+    {"errors"},
+    {"config", "distributed", "command"},
+    {"augment", "losses", "metrics", "backbones", "decoders"},
+    {"weights", "data", "optim", "checkpoint"},
+    {"model", "run"},
+    {"tta", "ensemble"},
+    {"engine", "predict"},
+    {"soup", "pseudo", "output", "track", "explore", "report"},
+]
+"""From the bottom up; a file imports its own package or lower layers, never a neighbor."""
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+COMMANDS = {"__main__", "check"}
+"""Files run with ``python -m``: on top of everything."""
+
+OPTIONAL = {"tensorboard", "torch.utils.tensorboard", "wandb", "onnx"}
+
+
+def layer(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            found += [f"{node.module}.{one.name}" for one in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    tree = ast.parse(path.read_text())
+    for name in imports(tree):
+        if not name.startswith("segkit."):
+            continue
+        target = name.split(".")[1]
+        if not (PACKAGE / target).exists() and not (PACKAGE / f"{target}.py").exists():
+            continue  # a name of the package itself, as the version
+        if target != parts[0] and parts[-1] not in COMMANDS:
+            assert layer(target) < layer(parts[0]), f"{path.name} imports {name}"
+        if parts[0] == "decoders" and parts[-1] != "__init__" and target == "decoders":
+            assert name.startswith("segkit.decoders.layers"), "a decoder imports another"
+        assert not (parts[0] == "backbones" and target == "decoders")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_imported_inside_a_function(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for name in imports(node):
+                assert any(name.startswith(one) for one in OPTIONAL), f"{node.name}: {name}"
+
+
+def test_only_the_six_packages_are_imported() -> None:
+    allowed = {"torch", "torchvision", "numpy", "pycocotools", "PIL", "tqdm", "segkit"}
+    optional = {one.split(".")[0] for one in OPTIONAL}
+    for path in [*MODULES, ROOT / "train.py", ROOT / "infer.py"]:
+        for name in imports(ast.parse(path.read_text())):
+            top = name.split(".")[0]
+            assert top in allowed | optional | sys.stdlib_module_names, f"{path.name}: {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_public_thing_has_a_docstring(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the module"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+
+
+def test_importing_is_no_dearer_than_torch_and_torchvision() -> None:
+    code = "import sys; import torch, torchvision, numpy; a = set(sys.modules); import segkit; "
+    code += "print(*sorted(m for m in set(sys.modules) - a if not m.startswith('segkit')))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    heavy = {"matplotlib", "tensorboard", "wandb", "torch._inductor", "scipy", "pandas"}
+    assert not heavy & set(shown.stdout.split()), shown.stdout
