@@ -1,0 +1,419 @@
+"""COCO instance files → class-index masks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeGuard
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from segkit.data.files import check_name, inside, read_json
+from segkit.data.images import MAX_PIXELS, read_image
+from segkit.data.source import IGNORE, Fault, OnError, check_classes, stop_or_go, unreadable
+from segkit.errors import DataError
+
+MAX_OUTLINE = 1 << 22
+"""Longest outline of an object, in pixels: pycocotools takes about 100 bytes for each of them."""
+
+Shape = list[np.ndarray] | dict[str, Any]
+"""Polygons, each (2 × points,) float64 of x, y in pixels, or a compressed RLE."""
+
+
+class ImageRecord(NamedTuple):
+    """An image as the file describes it."""
+
+    id: int
+    name: str
+    size: tuple[int, int]
+
+
+class Region(NamedTuple):
+    """An annotation: an object, or a crowd of them."""
+
+    id: int
+    class_index: int
+    crowd: bool
+    area: float
+    shape: Shape
+
+
+class CocoSource:
+    """Images and instance labels of a COCO file, as one mask an image.
+
+    Lin et al. 2014, https://arxiv.org/abs/1405.0312; the format: https://cocodataset.org/#format-data
+
+    Category ids, whatever they are, become classes 1, 2, ... in ascending order; 0 is the
+    background. A category of the background's name, in upper or lower case, is the background.
+    Objects are painted by descending ``area``, then ascending id, a later one over an earlier one.
+    Images without annotations are all background. A file whose ``annotations`` are absent or empty
+    is unlabelled, and may do without ``categories``.
+
+    Args:
+        annotations: The JSON file.
+        images: Folder that the file names are relative to; default: the JSON file's own.
+        crowd: Paint crowd regions as :data:`IGNORE`, as their class, or not at all.
+        background: Name of class 0.
+        on_error: ``"skip"`` reads every image once and leaves faulty ones out, as it does faulty
+            annotations of sound images (what lies below them shows); ``faults`` lists them.
+
+    Attributes:
+        category_ids: Category id → class index.
+        image_ids: The file's ids, in the order of ``names``.
+
+    Raises:
+        DataError: The file is no COCO file, or the first fault when ``on_error`` is ``"raise"``.
+    """
+
+    def __init__(
+        self,
+        *,
+        annotations: str,
+        images: str | None = None,
+        crowd: Literal["ignore", "paint", "skip"] = "ignore",
+        background: str = "background",
+        on_error: OnError = "raise",
+    ) -> None:
+        content = read_json(annotations)
+        self._file = annotations
+        self._root = Path(annotations).parent if images is None else Path(images)
+        self._crowd = crowd
+        faults: list[Fault] = []
+        entries = _entries(content, "annotations", annotations)
+        self.labelled = bool(entries)
+        self.classes, self.category_ids = self._read_categories(content, background)
+        records = self._read_images(content, faults)
+        regions = self._read_regions(content, records, entries, faults)
+        stop_or_go(faults, on_error)
+        self._keep(records, regions)
+        if on_error == "skip":
+            broken = unreadable(self)
+            faults += broken.values()
+            self._keep([record for i, record in enumerate(records) if i not in broken], regions)
+        self.faults = tuple(faults)
+        if not self.names:
+            first = f"; {faults[0].sentence}" if faults else ""
+            raise DataError(f"{annotations} lists no usable image; expected at least one{first}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, i: int) -> Path:
+        return inside(self._root, self.names[i])
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self._sizes[i]
+
+    def image(self, i: int) -> Tensor:
+        path = self.path(i)
+        pixels = read_image(path)
+        height, width = self.size(i)
+        if pixels.shape[1:] != (height, width):
+            raise DataError(
+                f"{path} is {pixels.shape[2]} wide and {pixels.shape[1]} high, but {self._file} "
+                f"says {width} and {height}; correct the one that is wrong"
+            )
+        return pixels
+
+    def mask(self, i: int) -> Tensor:
+        self._require_labels()
+        height, width = self.size(i)
+        mask = np.zeros((width, height), np.uint8)  # transposed: pycocotools decodes by columns
+        for region in self._regions[i]:
+            if region.crowd and self._crowd == "skip":
+                continue
+            ignored = region.crowd and self._crowd == "ignore"
+            value = IGNORE if ignored else region.class_index
+            np.putmask(mask, _decode(region.shape, height, width).T, value)
+        return torch.from_numpy(np.ascontiguousarray(mask.T))
+
+    def instances(self, i: int) -> list[tuple[int, Tensor]]:
+        """The objects of image ``i``, without crowds and background, in painting order.
+
+        Returns:
+            Class index and uint8 (H, W) mask, 1 on the whole object, of each.
+        """
+        self._require_labels()
+        height, width = self.size(i)
+        return [
+            (region.class_index, torch.from_numpy(_decode(region.shape, height, width).copy("C")))
+            for region in self._regions[i]
+            if not region.crowd and region.class_index != 0
+        ]
+
+    def _keep(self, images: Sequence[ImageRecord], regions: dict[int, list[Region]]) -> None:
+        self.names = tuple(image.name for image in images)
+        self.image_ids = tuple(image.id for image in images)
+        self._sizes = tuple(image.size for image in images)
+        self._regions = tuple(tuple(regions[image.id]) for image in images)
+
+    def _require_labels(self) -> None:
+        if not self.labelled:
+            raise DataError(f"{self._file} has no annotations; expected a labelled COCO file")
+
+    def _read_categories(
+        self, content: dict[str, Any], background: str
+    ) -> tuple[tuple[str, ...], dict[int, int]]:
+        names: dict[int, str] = {}
+        for record in _entries(content, "categories", self._file):
+            key, name = _id(record, "id"), record.get("name")
+            if key is None or not isinstance(name, str):
+                raise DataError(
+                    f"{self._file}: the category {_short(record)} needs an integer id and a name"
+                )
+            if key in names:
+                raise DataError(f"{self._file}: two categories have id {key}; give each its own")
+            names[key] = name
+        if not names and self.labelled:
+            raise DataError(f"{self._file} has annotations but no categories; list them")
+        objects = [key for key in sorted(names) if names[key].casefold() != background.casefold()]
+        classes = check_classes([background, *(names[key] for key in objects)], self._file)
+        return classes, {key: objects.index(key) + 1 if key in objects else 0 for key in names}
+
+    def _read_images(self, content: dict[str, Any], faults: list[Fault]) -> list[ImageRecord]:
+        if "images" not in content:
+            raise DataError(f"{self._file} has no 'images'; expected a COCO instance file")
+        images: list[ImageRecord] = []
+        ids: set[int] = set()
+        names: set[str] = set()
+        for record in _entries(content, "images", self._file):
+            try:
+                image = _image_record(record)
+                if image.id in ids:
+                    raise DataError(f"two images have id {image.id}; give each its own")
+                if image.name in names:
+                    raise DataError(f"two images are named '{image.name}'; remove one")
+            except DataError as error:
+                name = record.get("file_name")
+                file = name if isinstance(name, str) else self._file
+                faults.append(Fault(f"{self._file}: {error}", file))
+            else:
+                images.append(image)
+                ids.add(image.id)
+                names.add(image.name)
+        return images
+
+    def _read_regions(
+        self,
+        content: dict[str, Any],
+        images: Sequence[ImageRecord],
+        entries: Sequence[dict[str, Any]],
+        faults: list[Fault],
+    ) -> dict[int, list[Region]]:
+        """Image id → its regions in painting order."""
+        sound = {image.id: image for image in images}
+        listed = {_id(record, "id") for record in content["images"]}
+        regions: dict[int, list[Region]] = {key: [] for key in sound}
+        seen: set[int] = set()
+        for record in entries:
+            key, image_id = _id(record, "id"), _id(record, "image_id")
+            image = None if image_id is None else sound.get(image_id)
+            if image is None and image_id is not None and image_id in listed:
+                continue  # its image is the fault, and reported already
+            try:
+                if key is None or key in seen:
+                    raise DataError("expected an integer id of its own; number them anew")
+                seen.add(key)
+                if image is None:
+                    given = _short(record.get("image_id"))
+                    raise DataError(f"image {given} is not in the file; correct or remove it")
+                regions[image.id].append(_region(key, record, image.size, self.category_ids))
+            except DataError as error:
+                of = f" of {image.name}" if image else ""
+                sentence = f"{self._file}: annotation {_short(record.get('id'))}{of}: {error}"
+                faults.append(Fault(sentence, image.name if image else self._file, key))
+        for one in regions.values():
+            one.sort(key=lambda region: (-region.area, region.id))
+        return regions
+
+
+def _entries(content: dict[str, Any], key: str, file: str) -> list[dict[str, Any]]:
+    """The list of objects under ``key``; an absent one is empty."""
+    entries = content.get(key, [])
+    if not isinstance(entries, list):
+        raise DataError(f"{file}: '{key}' is {_short(entries)}; expected a list")
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise DataError(f"{file}: {key}[{position}] is {_short(entry)}; expected an object")
+    return entries
+
+
+def _image_record(record: dict[str, Any]) -> ImageRecord:
+    key, name = _id(record, "id"), record.get("file_name")
+    if key is None or not isinstance(name, str):
+        raise DataError(f"the image {_short(record)} needs an integer id and a file_name")
+    check_name(name)
+    height, width = record.get("height"), record.get("width")
+    if not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):
+        raise DataError(
+            f"image '{name}' has height {_short(height)} and width {_short(width)}; "
+            "expected numbers of pixels"
+        )
+    if height * width > MAX_PIXELS:
+        raise DataError(
+            f"image '{name}' has {_short(width)} × {_short(height)} pixels; "
+            f"expected at most {MAX_PIXELS:,}: scale it down or cut it into parts"
+        )
+    return ImageRecord(key, name, (height, width))
+
+
+def _region(
+    key: int, record: dict[str, Any], size: tuple[int, int], category_ids: dict[int, int]
+) -> Region:
+    """A checked annotation.
+
+    Raises:
+        DataError: The end of a sentence whose beginning names the annotation.
+    """
+    category = _id(record, "category_id")
+    if category is None or category not in category_ids:
+        given = _short(record.get("category_id"))
+        raise DataError(f"category {given} is not in the file; add or correct it")
+    crowd = record.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise DataError(f"iscrowd is {_short(crowd)}; expected 0 or 1")
+    segmentation = record.get("segmentation")
+    if isinstance(segmentation, dict):
+        shape: Shape = _rle(segmentation, size)
+    elif isinstance(segmentation, list) and segmentation:
+        shape = _polygons(segmentation, size)
+    else:
+        raise DataError(f"segmentation is {_short(segmentation)}; expected polygons or an RLE")
+    if "area" in record:
+        area = record["area"]
+        if not _is_number(area) or not 0 < area < float("inf"):
+            raise DataError(f"area is {_short(area)}; expected more than 0, or leave it out")
+    else:
+        area = coco_mask.area(_encode(shape, *size))
+    return Region(key, category_ids[category], bool(crowd), float(area), shape)
+
+
+def _polygons(segmentation: list[Any], size: tuple[int, int]) -> list[np.ndarray]:
+    height, width = size
+    polygons = [_polygon(points, n) for n, points in enumerate(segmentation)]
+    flat = outside = True
+    outline = 0.0
+    for n, corners in enumerate(polygons):
+        (left, top), (right, bottom) = corners.min(0).tolist(), corners.max(0).tolist()
+        # neither comparison holds for NaN
+        if not (-width <= left <= right <= 2 * width and -height <= top <= bottom <= 2 * height):
+            raise DataError(
+                f"polygon {n} reaches from {left:g}, {top:g} to {right:g}, {bottom:g}; expected "
+                f"finite numbers in or near the image, which is {width} × {height}"
+            )
+        outside = outside and (left >= width or right <= 0 or top >= height or bottom <= 0)
+        flat = flat and _is_line(corners)
+        outline += float(np.abs(np.diff(corners, axis=0, append=corners[:1])).max(1).sum())
+    if flat:
+        raise DataError("its polygons have no area; remove it")
+    if outside:
+        raise DataError(f"it lies outside the image, which is {width} × {height}; correct it")
+    if outline > MAX_OUTLINE:
+        raise DataError(
+            f"its outline is {outline:,.0f} pixels long; expected at most {MAX_OUTLINE:,}"
+        )
+    return [corners.ravel() for corners in polygons]
+
+
+def _polygon(points: Any, n: int) -> np.ndarray:
+    """(points, 2) of x, y; integers too large for a float become infinite."""
+    if not isinstance(points, list) or not set(map(type, points)) <= {int, float}:
+        raise DataError(f"polygon {n} is {_short(points)}; expected a list of numbers")
+    if len(points) % 2:
+        raise DataError(f"polygon {n} has {len(points)} coordinates; expected pairs x, y")
+    if len(points) < 6:
+        raise DataError(f"polygon {n} has {len(points) // 2} points; expected at least 3")
+    try:
+        return np.array(points, np.float64).reshape(-1, 2)
+    except OverflowError:
+        return np.full((len(points) // 2, 2), np.inf)
+
+
+def _is_line(corners: np.ndarray) -> bool:
+    """Whether ``corners`` (points, 2) lie on one straight line."""
+    x, y = (corners - corners[0]).T
+    if abs(x[:-1] @ y[1:] - y[:-1] @ x[1:]) > 1e-6:
+        return False  # twice the area within; it is 0 for a figure of eight too
+    far = np.argmax(x * x + y * y)
+    return bool((np.abs(x * y[far] - y * x[far]) <= 1e-9 * (x[far] ** 2 + y[far] ** 2)).all())
+
+
+def _rle(record: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """A compressed RLE whose runs fill the image exactly: pycocotools checks none of this."""
+    height, width = size
+    if record.get("size") != [height, width]:
+        raise DataError(
+            f"its RLE has size {_short(record.get('size'))}; expected [{height}, {width}]"
+        )
+    counts = record.get("counts")
+    if isinstance(counts, str):
+        runs = _decompress(counts)
+    elif isinstance(counts, list) and all(map(_is_integer, counts)):
+        if counts and not 0 <= min(counts) <= max(counts) <= MAX_PIXELS:
+            raise DataError("its RLE has a negative or huge run; expected lengths of runs")
+        runs = np.array(counts, np.int64)
+    else:
+        raise DataError(f"its RLE has counts {_short(counts)}; expected integers or a string")
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise DataError(
+            f"the runs of its RLE add up to {runs.sum()}; "
+            f"expected {height * width} = {height} × {width}, none of them negative"
+        )
+    if not runs[1::2].any():
+        raise DataError("its RLE has no area; remove it")
+    if isinstance(counts, str):
+        return {"size": [height, width], "counts": counts.encode("ascii")}
+    return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+
+
+def _decompress(counts: str) -> np.ndarray:
+    """The runs of a compressed RLE: 5 bits a character, low ones first, from the fourth run on as
+    differences to the run two before."""
+    malformed = DataError(f"its RLE has malformed counts {_short(counts)}; export it again")
+    if not counts.isascii():
+        raise malformed
+    codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    last = (codes & 0x20) == 0
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or not last[-1]:
+        raise malformed
+    ends = np.flatnonzero(last)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    if (ends - starts).max() > 5:  # 6 characters hold any run of an image that is not too large
+        raise malformed
+    bits = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
+    values = np.add.reduceat((codes & 0x1F) << bits, starts)
+    negative = (codes[ends] & 0x10) != 0
+    values -= negative.astype(np.int64) << (bits[ends] + 5)
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    return values
+
+
+def _encode(shape: Shape, height: int, width: int) -> dict[str, Any]:
+    if isinstance(shape, dict):
+        return shape
+    return coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
+
+
+def _decode(shape: Shape, height: int, width: int) -> np.ndarray:
+    """(H, W) uint8, by columns in memory: 1 on the shape."""
+    return coco_mask.decode(_encode(shape, height, width))
+
+
+def _is_integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _id(record: dict[str, Any], key: str) -> int | None:
+    value = record.get(key)
+    return value if _is_integer(value) else None
+
+
+def _short(value: Any) -> str:
+    """``value`` for a sentence, however long it is."""
+    return f"{value!r:.60}"

@@ -1,0 +1,82 @@
+"""Files of a data set: of bounded size, and never outside their folder."""
+
+import json
+import re
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from segkit.errors import DataError
+
+MAX_BYTES = 1 << 31
+"""Largest text or JSON file read (COCO's own largest has 0.45 GB, LVIS's 1.1 GB)."""
+
+NO_TEXT = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
+"""Characters that no name may have: control characters, and what cannot be written as UTF-8."""
+
+
+def check_name(name: str) -> None:
+    """Refuse a file name that leads out of its folder, or that no file can have.
+
+    Raises:
+        DataError: The name is empty, absolute, has a ``..``, or is not valid text.
+    """
+    if not name or NO_TEXT.search(name):
+        raise DataError(f"the file name {name!a:.200} is not valid; rename the file")
+    # PureWindowsPath knows every kind of absolute path: /a, C:\a, C:a and \\server\a
+    if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
+        raise DataError(
+            f"the file name '{name:.200}' leads out of the data folder; "
+            "expected a path relative to it, without '..'"
+        )
+
+
+def inside(root: Path | str, name: str) -> Path:
+    """The path of ``name`` in the folder ``root``.
+
+    Raises:
+        DataError: The name, or a symbolic link on its way, leads out of ``root``.
+    """
+    check_name(name)
+    path = Path(root, name)
+    if not path.resolve().is_relative_to(Path(root).resolve()):
+        raise DataError(
+            f"{path} is a symbolic link out of the data folder; put a copy of the file there"
+        )
+    return path
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        DataError: It is missing, unreadable, larger than :data:`MAX_BYTES`, or not UTF-8.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise DataError(f"{path} has {size:,} bytes; expected at most {MAX_BYTES:,}: divide it")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; check the path in the configuration") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    except ValueError as error:  # a NUL in the path, or bytes that are not UTF-8
+        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The JSON object in a file. NaN and infinities pass as floats: who reads them judges them.
+
+    Raises:
+        DataError: As :func:`read_text` does, or the text is not one JSON object.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}); write the file again") from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path} holds no JSON object but a {type(content).__name__}; expected {{}}"
+        )
+    return content

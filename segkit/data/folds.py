@@ -1,0 +1,285 @@
+"""Stratified folds, and the selection set that is held out of all of them."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from segkit import distributed
+from segkit.data.files import read_json
+from segkit.data.source import Source
+from segkit.errors import ConfigError, DataError
+
+SHARE_BINS = 3
+"""Each class's images are told apart by this many sizes of its share of the pixels."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which images validate which fold, and which choose between models, all by file name.
+
+    Args:
+        folds: The validation images of each fold.
+        selection: Images that no fold trains on or validates with.
+        train: What every fold trains on, where the validation images come from another source;
+            default: a fold trains on the validation images of the others.
+    """
+
+    folds: tuple[tuple[str, ...], ...]
+    selection: tuple[str, ...] = ()
+    train: tuple[str, ...] | None = None
+
+    def training(self, fold: int) -> tuple[str, ...]:
+        """The images that the models of ``fold`` train on."""
+        if self.train is not None:
+            return self.train
+        return tuple(
+            name for other, names in enumerate(self.folds) if other != fold for name in names
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Write the split as JSON; a reader finds the old file or the new one, never a part."""
+        partial = Path(f"{path}.partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Split":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            DataError: The file is no split.
+        """
+        content = read_json(path)
+        folds, selection, train = (content.get(key) for key in ("folds", "selection", "train"))
+        if (
+            not isinstance(folds, list)
+            or not all(_is_names(one) for one in (*folds, selection))
+            or not (train is None or _is_names(train))
+        ):
+            raise DataError(f"{path} is no split; expected 'folds' and 'selection', lists of names")
+        return cls(
+            folds=tuple(map(tuple, folds)),
+            selection=tuple(selection or ()),
+            train=None if train is None else tuple(train),
+        )
+
+
+def class_pixels(source: Source, workers: int = 0) -> np.ndarray:
+    """Count the pixels of each class in each mask.
+
+    Args:
+        source: Labelled images.
+        workers: Threads that read masks besides this one.
+
+    Returns:
+        (N, num_classes) int64; ignored pixels are not counted.
+    """
+
+    def count(i: int) -> np.ndarray:
+        values = source.mask(i).numpy().ravel()
+        return np.bincount(values, minlength=256)[: len(source.classes)]
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        counts = distributed.progress(
+            pool.map(count, range(len(source))), "counting", total=len(source), unit="image"
+        )
+        return np.stack(list(counts)).astype(np.int64)
+
+
+def make_folds(
+    names: Sequence[str],
+    pixels: np.ndarray,
+    *,
+    folds: int,
+    selection: float,
+    seed: int,
+    groups: Mapping[str, str | int] | None = None,
+) -> Split:
+    """Divide images into a selection set and folds of like classes.
+
+    Iterative stratification: Sechidis, Tsoumakas, Vlahavas 2011,
+    https://doi.org/10.1007/978-3-642-23808-6_10
+
+    The labels of an image are the classes it shows and, for each, whether its share of the pixels
+    is among the small, middling or large ones. The selection set is divided off first.
+
+    Args:
+        names: File names; the order does not matter.
+        pixels: (N, num_classes) as :func:`class_pixels` counts them.
+        folds: How many, 2 or more.
+        selection: Share of the images, 0 to below 1; at 0 there is no selection set.
+        seed: Of the order in which equals are placed.
+        groups: File name → group; images of one group are never divided.
+
+    Raises:
+        ConfigError: ``folds`` or ``selection`` out of range.
+        DataError: There are too few images or groups for that many parts.
+
+    Departs from the paper: what is placed is a group of images, with its counts of labels, the
+    group with the most of the label first; a lone image is a group of one. A part that has its
+    number of images takes no more, so a part's size is off by less than one group.
+    """
+    if folds < 2 or not 0 <= selection < 1:
+        raise ConfigError(
+            f"expected at least 2 folds and a selection of 0 to below 1, got {folds}, {selection}"
+        )
+    order = sorted(range(len(names)), key=lambda i: names[i])
+    labels = _labels(pixels)[order]
+    ordered = [names[i] for i in order]
+    keys = [str(groups[name]) if groups else name for name in ordered]
+    unit_of = {key: unit for unit, key in enumerate(dict.fromkeys(keys))}
+    owner = np.array([unit_of[key] for key in keys])
+    # what a unit fills: its counts of labels, and in the last column its images
+    weights = np.zeros((len(unit_of), labels.shape[1] + 1), np.int64)
+    np.add.at(weights, owner, np.column_stack([labels, np.ones(len(ordered), np.int64)]))
+
+    rng = np.random.default_rng(seed)
+    part = np.zeros(len(unit_of), np.int64)  # 0: the selection set; 1, 2, ...: the folds
+    if selection:
+        part = _distribute(weights, np.array([selection, 1 - selection]), rng)
+    rest = np.flatnonzero(part == 1) if selection else np.arange(len(unit_of))
+    part[rest] = 1 + _distribute(weights[rest], np.full(folds, 1 / folds), rng)
+
+    parts: list[list[str]] = [[] for _ in range(folds + 1)]
+    for name, unit in zip(ordered, owner, strict=True):
+        parts[part[unit]].append(name)
+    if not all(parts[1:]) or (selection and not parts[0]):
+        what = f"{len(unit_of)} groups of images" if groups else f"{len(names)} images"
+        raise DataError(
+            f"{what} are too few for {folds} folds and a selection of {selection:g}; "
+            "take fewer folds, another selection, or more images"
+        )
+    return Split(tuple(map(tuple, parts[1:])), tuple(parts[0]))
+
+
+def read_groups(
+    file: str | None, pattern: str | None, names: Sequence[str]
+) -> dict[str, str] | None:
+    """The group of each image, from a JSON file or from its name.
+
+    Args:
+        file: JSON object {file name: group}; names of other images may stand in it too.
+        pattern: Regular expression, searched for in the name; what its one parenthesis finds is
+            the group.
+        names: The images.
+
+    Returns:
+        None when neither is given.
+
+    Raises:
+        ConfigError: Both are given, or ``pattern`` is no such expression.
+        DataError: An image has no group.
+    """
+    if file is not None and pattern is not None:
+        raise ConfigError("data.groups and data.group_pattern: expected one of them, not both")
+    if file is not None:
+        content = read_json(file)
+        for name in names:
+            group = content.get(name)
+            if isinstance(group, bool) or not isinstance(group, str | int):
+                raise DataError(
+                    f"{file} gives '{name}' no group; expected a string or an integer each image"
+                )
+        return {name: str(content[name]) for name in names}
+    if pattern is None:
+        return None
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"data.group_pattern: '{pattern}' is malformed ({error})") from error
+    if expression.groups != 1:
+        raise ConfigError(
+            f"data.group_pattern: '{pattern}' has {expression.groups} parentheses; expected one"
+        )
+    found = {name: expression.search(name) for name in names}
+    for name, match in found.items():
+        if match is None or match[1] is None:
+            raise DataError(f"'{name}' does not match data.group_pattern '{pattern}'; correct it")
+    return {name: match[1] for name, match in found.items() if match}
+
+
+def table(
+    split: Split, names: Sequence[str], pixels: np.ndarray, classes: Sequence[str], width: int = 80
+) -> str:
+    """How alike the parts are: percent of a part's images with a class, and of its pixels in it.
+
+    Args:
+        split: The parts.
+        names: The images, in the order of ``pixels``.
+        pixels: (N, num_classes) as :func:`class_pixels` counts them.
+        classes: Their names.
+        width: Most characters a line; what does not fit beside each other goes below.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    parts = {"selection": split.selection} if split.selection else {}
+    parts |= {f"fold {number}": fold for number, fold in enumerate(split.folds)}
+    columns = []
+    for title, members in parts.items():
+        counts = pixels[[index[name] for name in members]]
+        images = 100 * (counts > 0).mean(0)
+        share = 100 * counts.sum(0) / max(1, counts.sum())
+        cells = [f"{a:3.0f} {b:5.1f}" for a, b in zip(images, share, strict=True)]
+        columns.append([title, f"{len(members)}", "img   px%", *cells])
+    first = ["", "images", "", *(f"{name:.16}" for name in classes)]
+    fit = max(1, (width - 16) // 10)
+    blocks = []
+    for start in range(0, len(columns), fit):
+        rows = zip(first, *columns[start : start + fit], strict=True)
+        blocks.append(
+            "\n".join(f"{row[0]:16}" + "".join(f"{c:>10}" for c in row[1:]) for row in rows)
+        )
+    return "\n\n".join(blocks)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _labels(pixels: np.ndarray) -> np.ndarray:
+    """(N, labels) of 0 and 1: each class's presence, then each bin of its share of the pixels."""
+    present = pixels > 0
+    share = pixels / np.maximum(1, pixels.sum(1, keepdims=True))
+    columns = [present]
+    for of_class, shown in zip(share.T, present.T, strict=True):
+        if not shown.any():
+            continue
+        inner = np.quantile(of_class[shown], np.arange(1, SHARE_BINS) / SHARE_BINS)
+        bins = np.searchsorted(inner, of_class)
+        columns.append((bins[:, None] == np.arange(SHARE_BINS)) & shown[:, None])
+    return np.concatenate(columns, axis=1).astype(np.int64)
+
+
+def _distribute(weights: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Give each unit to a part so that the parts fill up evenly.
+
+    Args:
+        weights: (units, labels + 1) what each unit holds; the last column is its number of images.
+        shares: (parts,) of the whole that each part should hold; their sum is 1.
+        rng: Settles ties.
+
+    Returns:
+        (units,) the part of each.
+    """
+    desired = shares[:, None] * weights.sum(0)
+    part = np.full(len(weights), -1)
+    while (part < 0).any():
+        open_units = np.flatnonzero(part < 0)
+        left = (weights[open_units, :-1] > 0).sum(0)
+        # the rarest label that is left; units without any are placed by their size alone
+        label = int(np.where(left > 0, left, len(weights) + 1).argmin()) if left.any() else -1
+        holders = rng.permutation(open_units[weights[open_units, label] > 0])
+        for unit in holders[np.argsort(-weights[holders, label], kind="stable")]:
+            room = rng.permutation(np.flatnonzero(desired[:, -1] > 1e-9))
+            chosen = max(
+                room, key=lambda k: (round(desired[k, label], 9), round(desired[k, -1], 9))
+            )
+            part[unit] = chosen
+            desired[chosen] -= weights[unit]
+    return part

@@ -1,0 +1,110 @@
+"""Image files of every common kind → upright RGB pixels."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from segkit.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+"""The formats tried, by Pillow's names. None of them starts another program, as EPS would."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+MAX_PIXELS = 1 << 26
+"""Largest image decoded, as its header has it: 8192 × 8192, 192 MiB of RGB."""
+
+_ORIENTATION = 0x0112
+
+
+def read_image(path: Path | str) -> Tensor:
+    """The first frame of an image file.
+
+    Gray, palette and CMYK are converted. Of 16-bit samples the high byte is kept. Alpha is dropped,
+    so that a transparent pixel shows the color stored under it, as with torchvision and OpenCV.
+
+    Pillow decodes all of them: torchvision's decoders give the same bytes, but are deprecated.
+
+    Shape:
+        result: (3, H, W) uint8, RGB, turned as the EXIF orientation says; channels last in memory
+
+    Raises:
+        DataError: The file is missing, damaged, of another kind, or above :data:`MAX_PIXELS`.
+    """
+    with open_image(path) as image:
+        orientation = _orientation(image)
+        pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)
+    return _upright(pixels, orientation)
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """Height and width of the upright image, from the file's header.
+
+    Raises:
+        DataError: As :func:`read_image` does, but for damage after the header.
+    """
+    with open_image(path) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+@contextmanager
+def open_image(path: Path | str) -> Iterator[Image.Image]:
+    """A file opened by Pillow, its header checked; what goes wrong inside becomes a DataError."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise DataError(
+                    f"{path} has {width} × {height} pixels; "
+                    f"expected at most {MAX_PIXELS:,}: scale it down or cut it into parts"
+                )
+            yield image
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; add the image or remove its entry") from None
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise DataError(f"{path} is empty or no image; expected one of {known}") from None
+    except Exception as error:  # decoders raise errors of any type on damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path} cannot be decoded ({reason}); replace the file") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, where it stands before the pixels."""
+    if image.format == "TIFF" or "exif" not in image.info:
+        return 1  # Pillow turns TIFF files itself
+    exif = Image.Exif()
+    exif.load(image.info["exif"])
+    orientation = exif.get(_ORIENTATION)
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _upright(pixels: Tensor, orientation: int) -> Tensor:
+    """``pixels`` (3, H, W) turned as EXIF orientation 1 to 8 asks."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels.flip(1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels.flip(2)
+    return pixels
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Any of Pillow's modes → (H, W, 3) uint8."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        gray = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit samples have no common range: convert it to 8 bits")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,252 @@
+"""Batches: which image, in which order, on which rank; all of it a function of seed and step."""
+
+import functools
+import hashlib
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from segkit.augment import Pipeline, generator
+from segkit.distributed import rank, world_size
+from segkit.errors import ConfigError, DataError
+
+_ORDER = 2**32 - 1  # in place of a sample's index: no image's augmentation draws these numbers
+
+
+@dataclass(frozen=True)
+class TrainOrder(Sampler):
+    """The order of training images, the same for any number of ranks, workers and restarts.
+
+    Each epoch is a permutation of its own; the images left over from a whole number of batches sit
+    that epoch out. A step's batch is cut into ``accumulate`` parts and each part over the ranks.
+
+    Yields:
+        For each part of each step, this rank's list of (epoch, image index).
+    """
+
+    indices: Sequence[int]
+    epochs: int
+    batch_size: int
+    accumulate: int
+    seed: int
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        parts = self.accumulate * world_size()
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"train.batch_size: {self.batch_size} images cannot be divided over "
+                f"{world_size()} ranks times train.accumulate={self.accumulate}; "
+                f"choose a multiple of {parts}"
+            )
+        if len(self.indices) < self.batch_size:
+            raise ConfigError(
+                f"train.batch_size: is {self.batch_size}, more than the {len(self.indices)} "
+                "training images; choose a smaller one"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return len(self.indices) // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.steps_per_epoch * self.epochs
+
+    def __len__(self) -> int:
+        return (self.steps - self.start_step) * self.accumulate
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """(epoch, image index) of all images of a step, over all ranks."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = _permutation(self.seed, epoch, len(self.indices))
+        chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+        return [(epoch, self.indices[i]) for i in chosen]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // (self.accumulate * world_size())
+        for step in range(self.start_step, self.steps):
+            batch = self.batch(step)
+            for part in range(self.accumulate):
+                start = (part * world_size() + rank()) * share
+                yield batch[start : start + share]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> list[int]:
+    return np.random.default_rng((seed, epoch, _ORDER)).permutation(count).tolist()
+
+
+class TrainImages(Dataset):
+    """Augmented (image, mask) pairs by (epoch, image index).
+
+    Args:
+        source: Labelled images.
+        indices: The fold's training images; operations across images draw from them.
+        pipeline: Its images must all end with one size.
+        seed: Of the augmentation.
+    """
+
+    def __init__(
+        self, source: Any, indices: Sequence[int], pipeline: Pipeline, *, seed: int
+    ) -> None:
+        self.source, self.indices, self.pipeline, self.seed = source, indices, pipeline, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | DataError:
+        epoch, index = key
+        rng = generator(self.seed, epoch, index)
+        try:
+            image, mask = self.source.image(index), self.source.mask(index)
+            augmented = self.pipeline(image, mask, rng, others=self._other)
+        except DataError as error:
+            return error  # told by the loop that waits for it, without a worker's traceback
+        assert augmented[1] is not None
+        return augmented[0], augmented[1]
+
+    def _other(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        index = self.indices[int(rng.integers(len(self.indices)))]
+        return self.source.image(index), self.source.mask(index)
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Images of one size as they are in their files.
+
+    Shape:
+        images: (B, 3, H, W) uint8; masks: (B, H, W) uint8, or ``None`` without labels.
+    """
+
+    indices: list[int]
+    images: Tensor
+    masks: Tensor | None
+
+
+class EvalImages(Dataset):
+    """Images, with masks where there are labels, by lists of indices of one size."""
+
+    def __init__(self, source: Any, *, labels: bool) -> None:
+        self.source, self.labels = source, labels
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor | None] | DataError:
+        try:
+            mask = self.source.mask(index) if self.labels else None
+            return index, self.source.image(index), mask
+        except DataError as error:
+            return error
+
+
+def train_batches(
+    images: TrainImages, order: TrainOrder, *, workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images (B, 3, H, W), masks (B, H, W)) on ``device``, to the end of the training."""
+    loader = DataLoader(
+        images,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_stack_pairs,
+        worker_init_fn=_leave_signals,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )
+    return _ahead(_checked(loader), device)
+
+
+def eval_batches(
+    source: Any, indices: Sequence[int], *, labels: bool, batch_size: int, workers: int
+) -> Iterator[EvalBatch]:
+    """This rank's share of ``indices``, each image exactly once over all ranks, on the CPU."""
+    loader = DataLoader(
+        EvalImages(source, labels=labels),
+        batch_sampler=_same_size(source, indices[rank() :: world_size()], batch_size),
+        num_workers=workers,
+        collate_fn=_stack_eval,
+        worker_init_fn=_leave_signals,
+    )
+    return _checked(loader)
+
+
+def digests(source: Any, indices: Sequence[int]) -> list[str]:
+    """A short digest of each image file, by which checkpoints tell what they trained on."""
+    return [hashlib.sha256(source.path(index).read_bytes()).hexdigest()[:16] for index in indices]
+
+
+def _same_size(source: Any, indices: Sequence[int], batch_size: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    size = None
+    for index in indices:
+        if batches and len(batches[-1]) < batch_size and source.size(index) == size:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            size = source.size(index) if batch_size > 1 else None
+    return batches
+
+
+def _leave_signals(worker: int) -> None:
+    """Signals are for the process that trains; its workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _stack_pairs(samples: list) -> tuple[Tensor, Tensor] | DataError:
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    images, masks = zip(*samples, strict=True)
+    if len({image.shape for image in images}) > 1:
+        return DataError(
+            "training images end the augmentation with different sizes; "
+            "set augment.size, or end augment.train with a crop"
+        )
+    return torch.stack(images), torch.stack(masks)
+
+
+def _stack_eval(samples: list) -> EvalBatch | DataError:
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    indices, images, masks = zip(*samples, strict=True)
+    labelled = None if masks[0] is None else torch.stack(masks)
+    return EvalBatch(list(indices), torch.stack(images), labelled)
+
+
+def _checked(loader: DataLoader) -> Iterator[Any]:
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _ahead(
+    batches: Iterator[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches on ``device``; on CUDA the next one is copied on a side stream meanwhile."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+
+    def copy(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.cuda.stream(side):
+            images, masks = (one.to(device, non_blocking=True) for one in batch)
+        return images, masks
+
+    waiting = None
+    for batch in batches:
+        coming = copy(batch)
+        if waiting is not None:
+            yield waiting
+        torch.cuda.current_stream(device).wait_stream(side)
+        for one in coming:
+            one.record_stream(torch.cuda.current_stream(device))
+        waiting = coming
+    if waiting is not None:
+        yield waiting
