@@ -1,0 +1,55 @@
+"""FCN: a fully convolutional head on the deepest map."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from segkit.decoders.layers import fcn_head
+
+
+class FCN(nn.Module):
+    """The FCN of torchvision: one convolution on the deepest map, of a dilated backbone at best.
+
+    Long et al. 2015, https://arxiv.org/abs/1411.4038
+
+    Args:
+        channels: Encoder widths, shallow to deep.
+        strides: Encoder strides.
+        num_classes: Number of logit planes.
+        width: Channels of the hidden convolution; a quarter of the map's where ``None``.
+        dropout: Share of values dropped before the classifier.
+        aux: Have a second head, on the second deepest map, while training.
+
+    Shape:
+        features[i]: (B, channels[i], H / strides[i], W / strides[i])
+        out: (B, num_classes, H / strides[-1], W / strides[-1])
+        aux: (B, num_classes, H / strides[-2], W / strides[-2]), in training
+
+    Departs from the paper: keeps resolution by dilation instead of adding up three levels' logits.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        num_classes: int,
+        width: int | None = None,
+        dropout: float = 0.1,
+        aux: bool = True,
+    ) -> None:
+        super().__init__()
+        *_, shallower, deepest = channels
+        self.reads = (-2, -1) if aux else (-1,)
+        self.classifier = fcn_head(deepest, width or deepest // 4, num_classes, dropout=dropout)
+        self.aux_classifier = (
+            fcn_head(shallower, width or shallower // 4, num_classes, dropout=dropout)
+            if aux
+            else None
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        outputs = {"out": self.classifier(features[-1])}
+        if self.training and self.aux_classifier is not None:
+            outputs["aux"] = self.aux_classifier(features[-2])
+        return outputs

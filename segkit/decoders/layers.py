@@ -1,0 +1,180 @@
+"""The layers decoders are made of."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that also trains where a channel has one value: a batch of 1, pooled to a point.
+
+    Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167
+
+    Departs from torch, which raises there (a single value has no variance): that one batch is
+    normalized by the running statistics, which it leaves as they are.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.numel() > x.size(1):
+            return super().forward(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+
+class ConvNormAct(nn.Sequential):
+    """A convolution that keeps the size, BatchNorm and an activation.
+
+    Args:
+        inputs: Channels in.
+        outputs: Channels out.
+        kernel: Side of the kernel, odd.
+        dilation: Spacing of the kernel's values.
+        bias: Give the convolution a bias, though BatchNorm takes it away again: some published
+            weights have one.
+        separable: A depthwise convolution followed by a pointwise one.
+        activation: What follows BatchNorm.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        kernel: int = 3,
+        dilation: int = 1,
+        bias: bool = False,
+        separable: bool = False,
+        activation: Callable[[], nn.Module] = lambda: nn.ReLU(inplace=True),
+    ) -> None:
+        padding = dilation * (kernel // 2)
+        conv: nn.Module
+        if separable:
+            conv = nn.Sequential(
+                nn.Conv2d(
+                    inputs,
+                    inputs,
+                    kernel,
+                    padding=padding,
+                    dilation=dilation,
+                    groups=inputs,
+                    bias=bias,
+                ),
+                nn.Conv2d(inputs, outputs, 1, bias=bias),
+            )
+        else:
+            conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias)
+        super().__init__(conv, BatchNorm2d(outputs), activation())
+        for module in conv.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+
+
+class PyramidPooling(nn.Module):
+    """A map, and beside it what it looks like averaged over 1, 4, 9 and 36 parts of the image.
+
+    Zhao et al. 2017, https://arxiv.org/abs/1612.01105
+
+    Args:
+        inputs: Channels in.
+        width: Channels of each grid of averages.
+        outputs: Channels out.
+        bins: Side of each grid.
+
+    Shape:
+        x: (B, inputs, h, w)
+        out: (B, outputs, h, w)
+    """
+
+    def __init__(self, inputs: int, *, width: int, outputs: int, bins: Sequence[int]) -> None:
+        super().__init__()
+        self.bins = bins
+        self.branches = nn.ModuleList(ConvNormAct(inputs, width, kernel=1) for _ in bins)
+        self.fuse = ConvNormAct(inputs + width * len(bins), outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        pyramid = [x]
+        for bins, branch in zip(self.bins, self.branches, strict=True):
+            pyramid.append(resize(branch(F.adaptive_avg_pool2d(x, bins)), size))
+        return self.fuse(torch.cat(pyramid, 1))
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: the same map seen through differently dilated kernels.
+
+    Chen et al. 2017, https://arxiv.org/abs/1706.05587
+
+    Args:
+        inputs: Channels in.
+        width: Channels of each branch, and out.
+        rates: Dilation of each 3x3 branch; a 1x1 branch and the image's average are always there.
+        separable: Make the 3x3 branches depthwise and pointwise.
+        dropout: Share of values dropped from the output.
+
+    Shape:
+        x: (B, inputs, h, w)
+        out: (B, width, h, w)
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        *,
+        width: int,
+        rates: Sequence[int],
+        separable: bool = False,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([ConvNormAct(inputs, width, kernel=1)])
+        for rate in rates:
+            self.branches.append(ConvNormAct(inputs, width, dilation=rate, separable=separable))
+        self.average = ConvNormAct(inputs, width, kernel=1)
+        self.project = ConvNormAct(width * (len(rates) + 2), width, kernel=1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        average = self.average(F.adaptive_avg_pool2d(x, 1)).expand(-1, -1, *x.shape[-2:])
+        views = [*(branch(x) for branch in self.branches), average]
+        return self.dropout(self.project(torch.cat(views, 1)))
+
+
+def fcn_head(inputs: int, width: int, num_classes: int, *, dropout: float = 0.1) -> nn.Sequential:
+    """One 3x3 convolution and a classifier: FCN's own head and the usual auxiliary one."""
+    block = ConvNormAct(inputs, width)
+    return nn.Sequential(*block, nn.Dropout(dropout), classifier(width, num_classes))
+
+
+def classifier(inputs: int, num_classes: int, *, kernel: int = 1) -> nn.Conv2d:
+    """The convolution that ends in logits, scaled to its width: narrow decoders learn at once."""
+    conv = nn.Conv2d(inputs, num_classes, kernel, padding=kernel // 2)
+    nn.init.xavier_uniform_(conv.weight)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def resize(
+    x: Tensor, size: Sequence[int], *, mode: str = "bilinear", align_corners: bool = False
+) -> Tensor:
+    """``x`` at a height and width, itself where it has them already.
+
+    Args:
+        x: (B, C, h, w)
+        size: Height and width.
+        mode: ``bilinear`` or ``nearest``.
+        align_corners: Place the grid on the corner pixels' centers instead of the image's edges;
+            some published weights were trained so. Of no effect on ``nearest``.
+    """
+    if x.shape[-2:] == tuple(size):
+        return x
+    corners = align_corners if mode == "bilinear" else None
+    return F.interpolate(x, size=tuple(size), mode=mode, align_corners=corners)
+
+
+def level_at(stride: int, strides: Sequence[int]) -> int:
+    """Index of the first level at least as coarse as ``stride``; the last one if none is."""
+    return next((i for i, own in enumerate(strides) if own >= stride), len(strides) - 1)

@@ -1,0 +1,137 @@
+"""A backbone and a decoder as one network."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision import models
+
+from segkit.backbones import BACKBONES
+from segkit.config import Component, build
+from segkit.decoders import DECODERS
+from segkit.decoders.layers import resize
+from segkit.errors import ConfigError
+from segkit.weights import load_backbone, load_file
+
+
+class Segmenter(nn.Module):
+    """Image to logits at the image's size.
+
+    Args:
+        backbone: Gives feature maps, shallow to deep. Where some of its parts serve a single map,
+            its ``only_for(level)`` gives them.
+        decoder: Turns maps into a dict of logits: ``out``, and ``aux*`` in training. ``reads``,
+            if it has that, are the maps it uses; ``align_corners`` is how its logits are resized.
+        freeze_batch_norm: Keep the backbone's BatchNorm as it is, statistics and weights.
+
+    Shape:
+        image: (B, 3, H, W), normalized
+        logits: (B, num_classes, H, W), or (B, num_classes) where a decoder judges the whole image
+    """
+
+    def __init__(
+        self, backbone: nn.Module, decoder: nn.Module, *, freeze_batch_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decoder = decoder
+        self.freeze_batch_norm = freeze_batch_norm
+        self.align_corners: bool = getattr(decoder, "align_corners", False)
+        if freeze_batch_norm:
+            for norm in self._frozen():
+                norm.requires_grad_(False)
+        for part in self._unused():
+            part.requires_grad_(False)
+        self.train()
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        size = image.shape[-2:]
+        outputs = self.decoder(self.backbone(image))
+        return {
+            name: resize(logits, size, align_corners=self.align_corners)
+            if logits.ndim == 4
+            else logits
+            for name, logits in outputs.items()
+        }
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for norm in self._frozen():
+                norm.eval()
+        return self
+
+    def _unused(self) -> list[nn.Module]:
+        """Parts that serve only maps the decoder does not use.
+
+        Distributed training would wait for their gradients.
+        """
+        backbone: Any = self.backbone
+        reads: Sequence[int] | None = getattr(self.decoder, "reads", None)
+        if reads is None or not hasattr(backbone, "only_for"):
+            return []
+        maps = range(len(backbone.channels))
+        used = {maps[level] for level in reads}
+        return [backbone.only_for(level) for level in maps if level not in used]
+
+    def _frozen(self) -> list[nn.Module]:
+        return [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
+
+
+def build_model(
+    backbone: Component | str,
+    decoder: Component | str,
+    *,
+    num_classes: int,
+    weights: str | None = None,
+    freeze_batch_norm: bool = False,
+    seed: int = 0,
+) -> Segmenter:
+    """Build a model by name.
+
+    Args:
+        backbone: A name of ``BACKBONES``, or ``{"name": ..., arguments}``.
+        decoder: A name of ``DECODERS``, or ``{"name": ..., arguments}``.
+        num_classes: Number of logit planes.
+        weights: ``imagenet`` for the best that torchvision has for this backbone, another name of
+            its weights such as ``IMAGENET1K_V1``, or a file.
+        freeze_batch_norm: Keep the backbone's BatchNorm as loaded.
+        seed: Of the weights that are not loaded: equal seeds start equal, whatever the global
+            random state, which is left as it was.
+
+    Raises:
+        ConfigError: An unknown name or argument, or weights that this backbone does not have.
+        CheckpointError: A file that does not hold this backbone's weights.
+    """
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        encoder = build(BACKBONES, backbone, "model.backbone")
+        head = build(
+            DECODERS,
+            decoder,
+            "model.decoder",
+            channels=encoder.channels,
+            strides=encoder.strides,
+            num_classes=num_classes,
+        )
+    model = Segmenter(encoder, head, freeze_batch_norm=freeze_batch_norm)
+    if weights is not None:
+        name = backbone if isinstance(backbone, str) else backbone["name"]
+        _load(model, name, weights)
+    return model
+
+
+def _load(model: Segmenter, name: str, weights: str) -> None:
+    published: Any = models.get_model_weights(name) if name in models.list_models() else None
+    names = published.__members__ if published else {}
+    if weights == "imagenet" or weights in names:
+        if not published:
+            raise ConfigError(
+                f"model.weights: torchvision has no weights for '{name}'; give a file, or null"
+            )
+        entry = published.DEFAULT if weights == "imagenet" else published[weights]
+        load_backbone(model, entry.get_state_dict(check_hash=True), source=str(entry))
+    else:
+        load_file(model, weights)
