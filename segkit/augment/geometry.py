@@ -1,0 +1,580 @@
+"""Geometry: every operation is a 3×3 matrix, and the pixels are read once, through their product.
+
+Points, not pixels: pixel i covers [i, i + 1) and its center is i + 0.5, so that resizing is a pure
+scaling and flipping is ``width - x``. A matrix takes a point (x, y, 1) of the output to the point
+of the input it is read from.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segkit.augment.ranges import check, check_size, draw
+from segkit.errors import ConfigError
+
+Size = tuple[int, int]
+
+IDENTITY = np.eye(3)
+
+_EXACT = 1e-9  # what products of float64 matrices miss whole numbers by is far less
+_SOFT_SHRINK = math.sqrt(2)  # up to here bilinear reads every pixel that matters
+_CAP_TRIES = 10
+_CAP_GRID = 32
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What geometry has come to so far, without a pixel touched.
+
+    Args:
+        size: Height and width.
+        matrix: (3, 3), takes its points to points of the last pixels there are.
+        before: (3, 3), takes those to points of the source.
+        source: The source's mask, read by operations that look where classes are.
+        ignore_index: Of the mask.
+    """
+
+    size: Size
+    matrix: np.ndarray = field(default_factory=lambda: IDENTITY)
+    before: np.ndarray = field(default_factory=lambda: IDENTITY)
+    source: Tensor | None = None
+    ignore_index: int = 255
+
+    def then(self, matrix: np.ndarray, size: Size | None = None) -> "Canvas":
+        """The canvas after one more operation."""
+        return dataclasses.replace(self, size=size or self.size, matrix=self.matrix @ matrix)
+
+    def rendered(self) -> "Canvas":
+        """The canvas once its pixels are there."""
+        return dataclasses.replace(self, matrix=IDENTITY, before=self.before @ self.matrix)
+
+    def largest_class_share(self, top: int, left: int, size: Size) -> float:
+        """Of a crop, looked up in the source at a coarse grid; 1 where it holds no label."""
+        if self.source is None:
+            return 0.0
+        (height, width), n = size, _CAP_GRID
+        x = left + (np.arange(n) + 0.5) * (width / n)
+        y = top + (np.arange(n) + 0.5) * (height / n)
+        points = np.stack([*np.meshgrid(x, y), np.ones((n, n))]).reshape(3, -1)
+        px, py, w = self.before @ self.matrix @ points
+        px, py = np.floor(px / w).astype(int), np.floor(py / w).astype(int)
+        rows, columns = self.source.shape
+        inside = (px >= 0) & (px < columns) & (py >= 0) & (py < rows)
+        labels = self.source[torch.from_numpy(py[inside]), torch.from_numpy(px[inside])]
+        counts = torch.bincount(labels[labels != self.ignore_index].int())
+        return float(counts.max() / counts.sum()) if len(counts) else 1.0
+
+
+def shifting(x: float, y: float) -> np.ndarray:
+    """Reads from (x, y) further right and down."""
+    return np.array([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]])
+
+
+def scaling(x: float, y: float) -> np.ndarray:
+    """Reads at x and y times the coordinates: above one, the content shrinks."""
+    return np.diag([x, y, 1.0])
+
+
+def resizing(old: Size, new: Size) -> np.ndarray:
+    """Stretches a canvas to another size, exactly edge to edge."""
+    return scaling(old[1] / new[1], old[0] / new[0])
+
+
+def flipping(width: int) -> np.ndarray:
+    """Left and right change places."""
+    return shifting(width, 0) @ scaling(-1, 1)
+
+
+def _about_center(matrix: np.ndarray, size: Size) -> np.ndarray:
+    x, y = size[1] / 2, size[0] / 2
+    return shifting(x, y) @ matrix @ shifting(-x, -y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize:
+    """Stretch to a size, without regard for the proportions.
+
+    Args:
+        size: Height and width.
+    """
+
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        check_size("size", self.size)
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        return canvas.then(resizing(canvas.size, self.size), self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Resize by a random factor, the canvas with its content.
+
+    Args:
+        range: Of the factor, drawn uniformly; 2 doubles height and width.
+    """
+
+    range: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        check("range", self.range, low=0, above=True)
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        factor = draw(rng, self.range)
+        height, width = canvas.size
+        size = max(1, round(height * factor)), max(1, round(width * factor))
+        return canvas.then(resizing(canvas.size, size), size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizedCrop:
+    """A random part of the canvas, of random area and proportions, stretched to a size.
+
+    Szegedy et al. 2014, https://arxiv.org/abs/1409.4842
+
+    Args:
+        size: Height and width of the result.
+        area: Range of the part's share of the canvas's area.
+        ratio: Range of the part's width over its height, drawn uniformly in its logarithm.
+    """
+
+    size: tuple[int, int]
+    area: tuple[float, float] = (0.25, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+
+    def __post_init__(self) -> None:
+        check_size("size", self.size)
+        check("area", self.area, low=0, high=1, above=True)
+        check("ratio", self.ratio, low=0, above=True)
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        rows, columns = canvas.size
+        area = rows * columns * draw(rng, self.area)
+        stretch = math.exp(draw(rng, (math.log(self.ratio[0]), math.log(self.ratio[1]))) / 2)
+        # What does not fit is cut to the canvas, in place of trying again as the paper's code does.
+        height = min(rows, max(1, round(math.sqrt(area) / stretch)))
+        width = min(columns, max(1, round(math.sqrt(area) * stretch)))
+        top = int(rng.integers(rows - height + 1))
+        left = int(rng.integers(columns - width + 1))
+        part = shifting(left, top) @ resizing((height, width), self.size)
+        return canvas.then(part, self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotate:
+    """Rotate about the center by any angle; the canvas keeps its size.
+
+    Args:
+        degrees: Range of the angle, counterclockwise.
+    """
+
+    degrees: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        check("degrees", self.degrees)
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        angle = math.radians(draw(rng, self.degrees))
+        cos, sin = math.cos(angle), math.sin(angle)
+        turn = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+        return canvas.then(_about_center(turn, canvas.size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuarterTurn:
+    """Rotate by 90, 180 or 270 degrees, each as likely; height and width change places with it.
+
+    Args:
+        turns: Quarter turns to choose from, counterclockwise.
+    """
+
+    turns: tuple[int, ...] = (1, 2, 3)
+
+    def __post_init__(self) -> None:
+        if not self.turns or not set(self.turns) <= {0, 1, 2, 3}:
+            raise ConfigError(f"turns: expected some of 0, 1, 2, 3; got {list(self.turns)}")
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        for _ in range(int(rng.choice(self.turns))):
+            height, width = canvas.size
+            turn = np.array([[0.0, -1.0, width], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+            canvas = canvas.then(turn, (width, height))
+        return canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizontalFlip:
+    """Left and right change places. Half of the time unless ``p`` says otherwise."""
+
+    default_p: ClassVar[float] = 0.5
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        return canvas.then(flipping(canvas.size[1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerticalFlip:
+    """Top and bottom change places. Half of the time unless ``p`` says otherwise."""
+
+    default_p: ClassVar[float] = 0.5
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        return canvas.then(shifting(0, canvas.size[0]) @ scaling(1, -1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift:
+    """Move the content; what comes in is padding.
+
+    Args:
+        x: Range of the way to the right, as a share of the width.
+        y: Range of the way down, as a share of the height.
+    """
+
+    x: tuple[float, float] = (-0.1, 0.1)
+    y: tuple[float, float] = (-0.1, 0.1)
+
+    def __post_init__(self) -> None:
+        check("x", self.x, low=-1, high=1)
+        check("y", self.y, low=-1, high=1)
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        x, y = draw(rng, self.x) * canvas.size[1], draw(rng, self.y) * canvas.size[0]
+        return canvas.then(shifting(-x, -y))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shear:
+    """Lean the content about the center.
+
+    Args:
+        x: Range in degrees by which vertical lines lean, their top to the left.
+        y: Range in degrees by which horizontal lines lean, their right end down.
+    """
+
+    x: tuple[float, float] = (-10.0, 10.0)
+    y: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        check("x", self.x, low=-60, high=60)
+        check("y", self.y, low=-60, high=60)
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        x, y = (math.tan(math.radians(draw(rng, lean))) for lean in (self.x, self.y))
+        across = np.array([[1.0, -x, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        down = np.array([[1.0, 0.0, 0.0], [-y, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        return canvas.then(_about_center(across @ down, canvas.size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perspective:
+    """See the image as a plane from a little aside: each corner moves inwards on its own.
+
+    Args:
+        amount: Range of the furthest a corner moves, as a share of half a side.
+    """
+
+    amount: tuple[float, float] = (0.0, 0.3)
+
+    def __post_init__(self) -> None:
+        check("amount", self.amount, low=0, high=0.9)
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        height, width = canvas.size
+        corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=float)
+        inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * [width / 2, height / 2]
+        moved = corners + inwards * draw(rng, self.amount) * rng.random((4, 2))
+        return canvas.then(_through_corners(moved, corners))
+
+
+def _through_corners(output: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """The matrix that takes four points (4, 2) to four others, by its eight linear equations."""
+    rows, values = [], []
+    for (x, y), (u, v) in zip(output, source, strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+        values += [u, v]
+    return np.append(np.linalg.solve(np.array(rows), np.array(values)), 1.0).reshape(3, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """A random part of one size; a canvas that is smaller lies somewhere in it, padded.
+
+    Args:
+        size: Height and width.
+        max_class_share: A part in which one class has more of the labelled pixels is given up for
+            another, up to 10 times; the last one stays. Looked up at a 32×32 grid of the source.
+    """
+
+    size: tuple[int, int]
+    max_class_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_size("size", self.size)
+        if not 0 < self.max_class_share <= 1:
+            raise ConfigError(
+                f"max_class_share: expected above 0, to 1; got {self.max_class_share}"
+            )
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        spare = [have - want for have, want in zip(canvas.size, self.size, strict=True)]
+        tries = 1 if self.max_class_share == 1 else _CAP_TRIES
+        for _ in range(tries):
+            top, left = (int(rng.integers(min(0, s), max(0, s) + 1)) for s in spare)
+            if tries == 1:
+                break
+            if canvas.largest_class_share(top, left, self.size) <= self.max_class_share:
+                break
+        return canvas.then(shifting(left, top), self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pad:
+    """Pad to at least a size, the same on both sides.
+
+    Args:
+        size: Least height and width.
+    """
+
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        check_size("size", self.size)
+
+    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
+        height, width = (max(have, want) for have, want in zip(canvas.size, self.size, strict=True))
+        top, left = (height - canvas.size[0]) // 2, (width - canvas.size[1]) // 2
+        return canvas.then(shifting(-left, -top), (height, width))
+
+
+def warp(
+    image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size, ignore_index: int = 255
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Read an image and its mask through one matrix.
+
+    Flips, quarter turns and whole-pixel moves copy. Anything else is bilinear for the image and
+    nearest for the mask. What shrinks is averaged down to the right number of pixels first: always
+    along the axes; when turned, from a factor of √2 (in perspective, that of the output's center).
+
+    Args:
+        image: Of any number type; floats come out where it is not copied.
+        mask: Of the image, or ``None``.
+        matrix: (3, 3), takes points of the output to points of the image.
+        size: Height and width of the output.
+        ignore_index: Of the mask where the output lies outside the image.
+
+    Shape:
+        image: (C, H, W); mask: (H, W)
+
+    Returns:
+        The image, its border continued outwards; the mask; and 1 where the output lies inside the
+        image, else 0 (h, w), ``None`` for 1 everywhere. They may share memory with the input.
+    """
+    matrix = _settled(matrix)
+    axes = _axes(matrix)
+    if axes is None:
+        return _warp_freely(image, mask, matrix, size, ignore_index)
+    return _warp_along_axes(image, mask, matrix, axes, size, ignore_index)
+
+
+def _settled(matrix: np.ndarray) -> np.ndarray:
+    """Whole numbers are whole again after a product of matrices."""
+    matrix = matrix / matrix[2, 2]
+    nearest = np.rint(matrix)
+    return np.where(np.abs(matrix - nearest) < _EXACT, nearest, matrix)
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """A matrix that keeps rows and columns straight: for each, the factor and offset to read at."""
+
+    swap: bool
+    rows: tuple[float, float]
+    columns: tuple[float, float]
+
+    @property
+    def copies(self) -> bool:
+        return all(
+            abs(f) == 1 and offset == round(offset) for f, offset in (self.rows, self.columns)
+        )
+
+
+def _axes(matrix: np.ndarray) -> _Axes | None:
+    (a, b, x), (c, d, y), (p, q, _) = matrix.tolist()
+    if p or q:
+        return None
+    if not b and not c:
+        return _Axes(False, (d, y), (a, x))
+    return _Axes(True, (b, x), (c, y)) if not a and not d else None
+
+
+def _warp_along_axes(
+    image: Tensor,
+    mask: Tensor | None,
+    matrix: np.ndarray,
+    axes: _Axes,
+    size: Size,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows, columns, inside = _lines(axes, size, image)
+    if mask is not None:
+        mask = _pick(mask, axes.swap, rows, columns)
+        if inside is not None:
+            mask = torch.where(inside > 0, mask, ignore_index)
+    if not axes.copies:
+        image, matrix, _ = _reduced(image, matrix, size, along_axes=True)
+        rest = _axes(matrix)
+        if rest is None or not rest.copies:
+            return _sampled(image, _grid(matrix, size, image)), mask, inside
+        rows, columns, _ = _lines(rest, size, image)
+    return _pick(image, axes.swap, rows, columns), mask, inside
+
+
+def _warp_freely(
+    image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size, ignore_index: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    part, rest, box = _reduced(image, matrix, size, along_axes=False)
+    grid = _grid(rest, size, part)
+    sampled = _sampled(part, grid)
+    # Labels are counted on from ignore_index, which is what 0, read outside the image, then means.
+    # The grid is relative to the box, so it fits the mask's box at full size too.
+    labels = image.new_zeros(image.shape[-2:]) if mask is None else mask
+    counted = labels[box].sub((ignore_index + 1) % 256).float().add_(1)
+    found = F.grid_sample(
+        counted[None, None], grid, mode="nearest", padding_mode="zeros", align_corners=False
+    )[0, 0]
+    if mask is not None:
+        mask = found.short().add_(ignore_index).to(torch.uint8)
+    return sampled, mask, found.clamp_(max=1) if _leaves(matrix, size, image) else None
+
+
+def _lines(axes: _Axes, size: Size, image: Tensor) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
+    """Which row and column each row and column is read from, and what lies inside the image."""
+    have = image.shape[-2:]
+    found, within = [], []
+    for (factor, offset), wanted, available in zip(
+        (axes.rows, axes.columns), size, have[::-1] if axes.swap else have, strict=True
+    ):
+        at = np.floor((np.arange(wanted) + 0.5) * factor + offset + _EXACT).astype(np.int64)
+        found.append(at.clip(0, available - 1))
+        within.append((at >= 0) & (at < available))
+    if all(line.all() for line in within):
+        return found[0], found[1], None
+    inside = torch.from_numpy(within[0][:, None] & within[1]).to(image.device).float()
+    return found[0], found[1], inside
+
+
+def _pick(image: Tensor, swap: bool, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+    """Rows and columns of an image, after they changed places with ``swap``: a view if possible."""
+    if swap:
+        image = image.transpose(-1, -2)
+    for dim, lines in ((-2, rows), (-1, columns)):
+        steps = np.diff(lines)
+        if (steps == 1).all():
+            image = image.narrow(dim, int(lines[0]), len(lines))
+        elif (steps == -1).all():
+            image = image.narrow(dim, int(lines[-1]), len(lines)).flip(dim)
+        else:
+            break
+    else:
+        return image
+    if dim == -1:
+        rows = np.arange(len(rows))  # they are in place
+    at = torch.from_numpy(rows[:, None] * image.shape[-1] + columns).flatten().to(image.device)
+    picked = image.flatten(-2).index_select(-1, at)  # faster than along one dimension at a time
+    return picked.unflatten(-1, (len(rows), len(columns)))
+
+
+def _corners(matrix: np.ndarray, size: Size) -> np.ndarray:
+    """Points (2, 4) of the image at which the output's corners are read."""
+    height, width = size
+    x, y, w = matrix @ np.array([[0, width, width, 0], [0, 0, height, height], [1, 1, 1, 1]])
+    return np.stack([x / w, y / w])
+
+
+def _leaves(matrix: np.ndarray, size: Size, image: Tensor) -> bool:
+    height, width = image.shape[-2:]
+    low, high = _corners(matrix, size).min(axis=1), _corners(matrix, size).max(axis=1)
+    return bool((low < 0).any() or (high > [width, height]).any())
+
+
+def _reduced(
+    image: Tensor, matrix: np.ndarray, size: Size, *, along_axes: bool
+) -> tuple[Tensor, np.ndarray, tuple[slice, slice]]:
+    """The part of an image that is read, averaged down if need be; the matrix to read that part.
+
+    Returns:
+        The part, the matrix, and the part's rows and columns in the image.
+    """
+    have = np.array(image.shape[:-3:-1])  # x before y here, as in points
+    corners = _corners(matrix, size)
+    low, high = corners.min(axis=1), corners.max(axis=1)
+    steps = _steps(matrix, size)
+    shrink = np.where(steps > (1 if along_axes else _SOFT_SHRINK), steps, 1.0)
+    whole = along_axes and np.abs(corners - np.rint(corners)).max() < _EXACT
+    if along_axes and not whole and shrink.max() > 1:
+        low, high = np.zeros(2), have  # whole images resize to whole pixels, their parts do not
+    elif not whole:
+        low, high = low - 2 * shrink, high + 2 * shrink
+    low = np.floor(low + _EXACT).astype(int).clip(0, have - 1)
+    high = np.maximum(np.ceil(high - _EXACT).astype(int).clip(0, have), low + 1)
+    (left, top), (right, bottom) = low.tolist(), high.tolist()
+    part = image[..., top:bottom, left:right]
+    old = (bottom - top, right - left)
+    width, height = np.maximum(np.rint((high - low) / shrink), 1).astype(int).tolist()
+    new = (height, width)
+    matrix = shifting(-left, -top) @ matrix
+    if new != old:
+        part = F.interpolate(part[None], new, mode="bilinear", antialias=True)[0]
+        matrix = resizing(new, old) @ matrix
+    return part, _settled(matrix), (slice(top, bottom), slice(left, right))
+
+
+def _steps(matrix: np.ndarray, size: Size) -> np.ndarray:
+    """How far apart in the image's x and y the output's pixels are read, at its center."""
+    x, y, w = matrix @ [size[1] / 2, size[0] / 2, 1]
+    slope = (matrix[:2, :2] - np.outer([x / w, y / w], matrix[2, :2])) / w
+    return np.linalg.norm(slope, axis=1)
+
+
+def _grid(matrix: np.ndarray, size: Size, image: Tensor) -> Tensor:
+    """Where to read each pixel, in the units of ``grid_sample``: -1 to 1 from edge to edge."""
+    height, width = image.shape[-2:]
+    matrix = shifting(-1, -1) @ scaling(2 / width, 2 / height) @ matrix
+    x = torch.arange(size[1], device=image.device) + 0.5
+    y = torch.arange(size[0], device=image.device)[:, None] + 0.5
+    (a, b, c), (d, e, f), (p, q, r) = matrix.tolist()
+    planes = torch.empty((1, 2, *size), device=image.device)  # x apart from y: faster to read too
+    torch.add(x * a, y * b + c, out=planes[0, 0])
+    torch.add(x * d, y * e + f, out=planes[0, 1])
+    if p or q:
+        planes /= x * p + (y * q + r)
+    return planes.permute(0, 2, 3, 1)
+
+
+def _sampled(image: Tensor, grid: Tensor) -> Tensor:
+    return F.grid_sample(image.float()[None], grid, padding_mode="border", align_corners=False)[0]
+
+
+GEOMETRY: dict[str, Callable[..., Callable[[Canvas, np.random.Generator], Canvas]]] = {
+    "resize": Resize,
+    "scale": Scale,
+    "resized_crop": ResizedCrop,
+    "rotate": Rotate,
+    "quarter_turn": QuarterTurn,
+    "hflip": HorizontalFlip,
+    "vflip": VerticalFlip,
+    "shift": Shift,
+    "shear": Shear,
+    "perspective": Perspective,
+    "crop": Crop,
+    "pad": Pad,
+}
