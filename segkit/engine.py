@@ -1,0 +1,223 @@
+"""One training step, one evaluation, and a model from its checkpoint."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from segkit import checkpoint
+from segkit.config import Config, parse
+from segkit.data.loader import eval_batches
+from segkit.data.source import Source
+from segkit.distributed import all_reduce, progress, rank, world_size
+from segkit.losses import Criterion
+from segkit.metrics import confusion_matrix, image_counts
+from segkit.model import Segmenter, build_model
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step has to tell; tensors, so that asking for them is what waits.
+
+    Args:
+        loss: Of the step's batch.
+        parts: The loss by its terms.
+        gradient_norm: Before clipping.
+        finite: Whether the weights moved.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    gradient_norm: Tensor
+    finite: bool
+
+
+def train_step(
+    model: nn.Module,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    *,
+    amp: torch.dtype | None,
+    scaler: torch.amp.GradScaler,
+    clip_norm: float | None,
+) -> Step:
+    """Forward, loss and backward over the parts of a batch, then one optimizer step.
+
+    A step whose gradient is not finite leaves weights, optimizer and BatchNorm statistics as they
+    were. The gradient is that of all ranks, so all of them decide alike.
+
+    Args:
+        model: Plain or DistributedDataParallel; in training mode.
+        criterion: Maps (outputs, masks) to (loss, parts).
+        optimizer: Holds the model's parameters.
+        batches: (images, masks) on the model's device; gradients are averaged over them.
+        amp: Precision of autocast; ``None`` for none.
+        scaler: Enabled for fp16 only.
+        clip_norm: Largest norm of the gradient.
+    """
+    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    optimizer.zero_grad(set_to_none=True)
+    total: Tensor | float = 0.0
+    sums: dict[str, Tensor] = {}
+    for number, (images, masks) in enumerate(batches, 1):
+        alone: AbstractContextManager = nullcontext()
+        if isinstance(model, DistributedDataParallel) and number < len(batches):
+            alone = model.no_sync()
+        with alone:
+            with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+                outputs = model(images)
+            loss, parts = criterion(outputs, masks)
+            scaler.scale(loss / len(batches)).backward()
+        total = total + loss.detach() / len(batches)
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0.0) + part / len(batches)
+    scaler.unscale_(optimizer)
+    learning = [one for one in model.parameters() if one.grad is not None]
+    norm = get_total_norm([one.grad for one in learning if one.grad is not None], foreach=True)
+    finite = bool(norm.isfinite())
+    if finite:
+        if clip_norm is not None:
+            clip_grads_with_norm_(learning, clip_norm, norm, foreach=True)
+        scaler.step(optimizer)
+    else:
+        for buffer, before in statistics:
+            buffer.copy_(before)
+    scaler.update()
+    return Step(torch.as_tensor(total), sums, norm.detach(), finite)
+
+
+def precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """What ``train.amp`` means on ``device``: bf16, fp16, or ``None`` for full precision.
+
+    ``auto`` is bf16 where the hardware computes in it, else fp16 on CUDA, else full precision.
+    """
+    if amp == "off":
+        return None
+    if amp == "bf16":
+        return torch.bfloat16
+    if amp == "fp16":
+        return torch.float16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16")
+    return torch.bfloat16 if fast else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Integer counts of an evaluation, the same on every rank.
+
+    Shape:
+        counts: (N, C, 3) int64; for each image and class the pixels right, true and predicted.
+        matrix: (C, C) int64, rows truth; the sum over all images.
+    """
+
+    names: list[str]
+    counts: Tensor
+    matrix: Tensor
+
+
+def predictions(
+    predict: Callable[[Tensor], Tensor],
+    source: Source,
+    indices: Sequence[int],
+    *,
+    labels: bool,
+    batch_size: int = 1,
+    workers: int = 0,
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """This rank's share of ``indices``: index, prediction, and with ``labels`` the true mask.
+
+    Args:
+        predict: Maps images, (B, 3, H, W) uint8, to masks or probabilities.
+        source: The images.
+        indices: Which of them.
+        labels: Whether to read masks too.
+        batch_size: Images of one size predicted together.
+        workers: Processes that read images.
+    """
+    for batch in eval_batches(
+        source, indices, labels=labels, batch_size=batch_size, workers=workers
+    ):
+        truth = batch.masks if batch.masks is not None else [None] * len(batch.indices)
+        yield from zip(batch.indices, predict(batch.images), truth, strict=True)
+
+
+def tally(
+    predicted: Iterable[tuple[int, Tensor, Tensor | None]],
+    source: Source,
+    indices: Sequence[int],
+    *,
+    device: torch.device,
+    description: str = "evaluate",
+) -> Evaluation:
+    """Compare masks with labels; every image counts once, however many ranks share them.
+
+    Args:
+        predicted: This rank's share: index, predicted mask, true mask.
+        source: The images.
+        indices: All of them, over all ranks.
+        device: Where ranks exchange their counts.
+        description: Of the progress bar.
+    """
+    classes = len(source.classes)
+    counts = torch.zeros(len(indices), classes, 3, dtype=torch.int64)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    row = {index: number for number, index in enumerate(indices)}
+    share = len(indices[rank() :: world_size()])
+    for index, mask, truth in progress(predicted, description, total=share, unit="image"):
+        mask = mask.cpu()
+        counts[row[index]] = image_counts(mask[None], truth[None], classes)[0]
+        matrix += confusion_matrix(mask[None], truth[None], classes)
+    return Evaluation(
+        names=[source.names[index] for index in indices],
+        counts=all_reduce(counts.to(device)).cpu(),
+        matrix=all_reduce(matrix.to(device)).cpu(),
+    )
+
+
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    source: Source,
+    indices: Sequence[int],
+    *,
+    device: torch.device,
+    batch_size: int = 1,
+    workers: int = 0,
+    description: str = "evaluate",
+) -> Evaluation:
+    """:func:`tally` of :func:`predictions`; ``predict`` maps images to masks."""
+    predicted = predictions(
+        predict, source, indices, labels=True, batch_size=batch_size, workers=workers
+    )
+    return tally(predicted, source, indices, device=device, description=description)
+
+
+def load_model(path: Path) -> tuple[Segmenter, Config, dict[str, Any]]:
+    """A model from its checkpoint alone, with the configuration it was trained with.
+
+    Args:
+        path: A checkpoint of a run, or a soup.
+
+    Returns:
+        The model in evaluation mode on the CPU, its configuration, and the checkpoint's other
+        entries (``classes``, ``score``, ...).
+    """
+    state = checkpoint.load(path, mmap=True)
+    config = parse(state["config"], str(path))
+    model = build_model(
+        config.model.backbone,
+        config.model.decoder,
+        num_classes=len(state["classes"]),
+        freeze_batch_norm=config.model.freeze_batch_norm,
+    )
+    model.load_state_dict(state.pop("model"))
+    return model.eval(), config, state

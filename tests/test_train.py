@@ -1,0 +1,274 @@
+"""train.py and infer.py, as a user runs them, on a small demo set."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segkit import checkpoint
+from segkit.run import Run
+
+ROOT = Path(__file__).parents[1]
+DRAWN = {"train": 20, "test": 5, "size": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands run: a configuration, the demo set, and later ``runs``."""
+    folder = tmp_path_factory.mktemp("work")
+    demo = {"name": "demo", "root": "demo", **DRAWN}
+    cfg = {
+        "data": {
+            **{part: {**demo, "part": part} for part in ("train", "test", "test_labels")},
+            "folds": 2,
+            "selection": 0.2,
+            "workers": 0,
+        },
+        "model": {
+            "backbone": "resnet18",
+            "decoder": {"name": "upernet", "width": 8, "aux_width": 8},
+        },
+        "augment": {
+            "train": [
+                {"name": "crop", "size": [64, 64]},
+                "hflip",
+                {"name": "hue", "degrees": [0, 9]},
+            ]
+        },
+        "loss": {"terms": ["cross_entropy", "dice"]},
+        "optim": {"lr": 0.001, "warmup_steps": 2},
+        "train": {"epochs": 2, "batch_size": 4, "ema": 0.9, "log_every": 1},
+    }
+    (folder / "tiny.json").write_text(json.dumps(cfg))
+    return folder
+
+
+def start(
+    folder: Path, script: str, *arguments: str, ranks: int = 0, **options: Any
+) -> subprocess.Popen:
+    program = [sys.executable, str(ROOT / script)]
+    if ranks:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        program[1:1] = torchrun
+    return subprocess.Popen(
+        [*program, *arguments], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == code, out
+    return out
+
+
+def train(folder: Path, run: str, *arguments: str, ranks: int = 0, code: int = 0) -> str:
+    arguments = ("--cfg", "tiny.json", "--run-dir", run, *arguments)
+    return finish(start(folder, "train.py", *arguments, ranks=ranks), code)
+
+
+def last(folder: Path, run: str, fold: int = 0) -> dict[str, Any]:
+    return checkpoint.load(folder / run / f"fold{fold}" / "last.pt")
+
+
+def assert_same(ours: Any, theirs: Any, atol: float = 0.0) -> None:
+    """Equal trees of tensors and values."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key], atol)
+    elif isinstance(ours, list | tuple):
+        for one, two in zip(ours, theirs, strict=True):
+            assert_same(one, two, atol)
+    elif isinstance(ours, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0, equal_nan=True)
+    else:
+        assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    """A run of both folds."""
+    train(folder, "runs/whole")
+    return folder / "runs" / "whole"
+
+
+def test_the_run_folder_explains_itself(trained: Path) -> None:
+    run = Run.open(trained)
+    assert run.folds() == [0, 1]
+    assert run.read("config.json")["train"]["batch_size"] == 4
+    assert len(run.read("classes.json")["classes"]) == 11
+    assert run.read("environment.json")["torch"] == torch.__version__
+    assert set(run.read("summary.json")) == {"fold0", "fold1"}
+    events = list(run.events())
+    steps = [one["step"] for one in events if one["event"] == "step" and one["fold"] == 0]
+    assert steps == [1, 2, 3, 4]
+    evaluated = [one["epoch"] for one in events if one["event"] == "evaluate" and one["fold"] == 0]
+    assert evaluated == [1, 2]
+
+
+def test_folds_and_selection_divide_the_images(trained: Path) -> None:
+    folds = json.loads((trained / "folds.json").read_text())
+    parts = [*folds["folds"], folds["selection"]]
+    names = [name for part in parts for name in part]
+    assert len(names) == len(set(names)) == DRAWN["train"]
+    assert all(parts)
+
+
+def test_checkpoints_tell_what_they_trained_on(trained: Path) -> None:
+    zero, one = (checkpoint.load(trained / f"fold{n}" / "best.pt") for n in (0, 1))
+    assert not set(zero["trained_on"]) & set(one["trained_on"])
+    assert zero["init"] == one["init"]
+    best = json.loads((trained / "summary.json").read_text())["fold0"]
+    assert (zero["score"], zero["epoch"]) == (best["miou"], best["epoch"])
+
+
+def test_infer_writes_everything(folder: Path, trained: Path) -> None:
+    shown = finish(start(folder, "infer.py", "--soup", "--tta"))
+    for name in ("fold0", "fold1", "uniform soup", "greedy soup, views", "soft vote, views"):
+        assert name in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if "[" in line)
+    out = trained / "infer"
+    names = [
+        one["file_name"] for one in json.loads((folder / "demo/test.json").read_text())["images"]
+    ]
+    with (out / "submission.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["image_id", "PredictionString"]
+    assert [row[0] for row in rows[1:]] == names
+    for name, row in zip(names, rows[1:], strict=True):
+        with Image.open((out / "masks" / name).with_suffix(".png")) as image:
+            mask = np.array(image)
+        assert mask.shape == (64, 64)
+        assert np.array_equal(np.array(row[1].split(), int).reshape(256, 256)[::4, ::4], mask)
+        assert (out / "overlays" / name).is_file()
+    assert {one["image_id"] for one in json.loads((out / "coco.json").read_text())} <= set(range(5))
+    rows = json.loads((out / "scores.json").read_text())
+    assert rows[-1]["name"] == "greedy soup, views"
+    low, high = rows[-1]["test"]["interval"]
+    assert low <= high
+
+
+def test_two_ranks_infer_the_same(folder: Path, trained: Path) -> None:
+    options = ("--vote", "hard", "--brief", "--out")
+    finish(start(folder, "infer.py", *options, "one"))
+    finish(start(folder, "infer.py", *options, "two", ranks=2))
+    for one in sorted((folder / "one").rglob("*")):
+        if one.is_file():
+            two = folder / "two" / one.relative_to(folder / "one")
+            assert one.read_bytes() == two.read_bytes(), one
+
+
+def test_plain_photographs_of_any_size(folder: Path, trained: Path) -> None:
+    Image.new("RGB", (97, 65), "red").save(folder / "odd.png")
+    finish(start(folder, "infer.py", "--images", "odd.png", "--out", "photo", "--tta", "rot90"))
+    with Image.open(folder / "photo/masks/odd.png") as image:
+        assert image.size == (97, 65)
+
+
+def test_killed_in_mid_epoch_and_resumed_is_the_same_to_the_bit(
+    folder: Path, trained: Path
+) -> None:
+    options = ("--set", "train.save_every=1", "--folds", "0")
+    train(folder, "runs/steady", *options)
+    arguments = ("--cfg", "tiny.json", "--run-dir", "runs/killed", *options)
+    process = start(folder, "train.py", *arguments)
+    while not (folder / "runs/killed/fold0/last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert last(folder, "runs/killed")["step"] < 4
+    assert "going on after step" in train(folder, "runs/killed", *options, "--resume")
+    ours, theirs = last(folder, "runs/killed"), last(folder, "runs/steady")
+    assert ours.pop("seconds") > 0
+    assert theirs.pop("seconds") > 0
+    assert_same(ours, theirs)
+    whole = last(folder, "runs/whole")
+    assert_same(ours["model"], whole["model"])  # saving changes nothing either
+    events = [list(Run(folder / run).events()) for run in ("runs/killed", "runs/steady")]
+    kept = [[(one["event"], one["step"], one.get("loss")) for one in part] for part in events]
+    assert kept[0] == kept[1]
+
+
+def test_sigterm_saves_and_exits_with_zero(folder: Path, trained: Path) -> None:
+    options = ("--set", "train.epochs=500", "--folds", "0")
+    arguments = ("--cfg", "tiny.json", "--run-dir", "runs/term", *options)
+    process = start(folder, "train.py", *arguments)
+    log = folder / "runs/term/log.jsonl"
+    while not log.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process, code=0)
+    assert "--resume" in out
+    steps = [one["step"] for one in Run(folder / "runs/term").events() if one["event"] == "step"]
+    assert last(folder, "runs/term")["step"] == steps[-1] < 1000
+
+
+def test_ranks_and_accumulation_equal_one_process(folder: Path, trained: Path) -> None:
+    # Twenty steps, cross-entropy and Dice over ranks, BatchNorm synchronized.
+    options = ["--folds", "0", "--set", "train.epochs=10", "--set", "train.evaluate_every=10"]
+    # Dropout draws on each rank for itself.
+    options += [
+        "--set",
+        'model.decoder={"name": "upernet", "width": 8, "aux_width": null, "dropout": 0.0}',
+    ]
+    train(folder, "runs/one-rank", *options)
+    train(folder, "runs/two-ranks", *options, ranks=2)
+    one, two = last(folder, "runs/one-rank"), last(folder, "runs/two-ranks")
+    assert one["step"] == two["step"] == 20
+    assert_same(one["model"], two["model"], atol=1e-5)
+    assert one["top"][0][0] == pytest.approx(two["top"][0][0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "data.train=null"], ["data.train", "missing"]),
+        (["--set", "model.backbone=resnet81"], ["model.backbone.name", "resnet18"]),
+        (["--set", "model.decoder.width=true"], ["model.decoder.width", "true"]),
+        (["--set", "loss.terms.0.name=dise"], ["loss.terms[0].name", "'dice'"]),
+        (["--set", "optim.optimizer=adamv"], ["optim.optimizer.name", "'adamw'"]),
+        (["--set", "optim.schedule=cosin"], ["optim.schedule.name", "'cosine'"]),
+        (["--set", "augment.train.0.size=[0,1]"], ["augment.train[0]"]),
+        (["--set", "data.test.root=3"], ["data.test.root", "a string"]),
+        (["--set", 'infer.tta=["hflop"]'], ["hflop"]),
+        (["--set", "train.batch_size=1000"], ["train.batch_size", "1000"]),
+        (["--set", 'data.train={"name":"coco","annotations":"no.json"}'], ["no.json", "exist"]),
+        (["--folds", "7"], ["--folds 7"]),
+        (["--cfg", "tini.json"], ["tini.json"]),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    folder: Path, trained: Path, arguments: list[str], words: list[str]
+) -> None:
+    run = f"runs/bad{len(list(folder.glob('runs/*')))}"
+    process = start(folder, "train.py", "--cfg", "tiny.json", "--run-dir", run, *arguments)
+    shown = finish(process, code=1).strip().splitlines()[-1]
+    assert "Traceback" not in shown
+    for word in words:
+        assert word in shown, shown
+
+
+def test_a_run_is_not_overwritten(folder: Path, trained: Path) -> None:
+    assert "--resume" in train(folder, "runs/whole", code=1)
+    changed = train(folder, "runs/whole", "--resume", "--set", "optim.lr=0.1", code=1)
+    assert "optim.lr" in changed
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.txt").write_text("")
+    assert "not empty" in train(folder, "mine", code=1)
+
+
+def test_infer_without_runs_says_what_to_do(tmp_path: Path) -> None:
+    assert "train one" in finish(start(tmp_path, "infer.py"), code=1)

@@ -1,0 +1,452 @@
+#!/usr/bin/env python
+"""Train a run from top to bottom: folds, and for each a model, its steps, its evaluations.
+
+python train.py --cfg demo
+torchrun --nproc-per-node 4 train.py --cfg swin.json --folds 0
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from segkit import checkpoint, command, config, distributed
+from segkit.augment import Pipeline
+from segkit.config import Config
+from segkit.data import SOURCES
+from segkit.data.folds import Split, class_pixels, make_folds, read_groups, table
+from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
+from segkit.data.source import Source, positions
+from segkit.engine import evaluate, precision, train_step
+from segkit.errors import ConfigError, DataError, SegkitError
+from segkit.losses import build_loss
+from segkit.metrics import scores
+from segkit.model import build_model
+from segkit.optim import EMA, build_optimizer, build_schedule, set_lr
+from segkit.predict import Predictor
+from segkit.run import Run, new_folder, newest
+from segkit.tta import parse_views
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_arguments(argv)
+    cfg = config.load(args.cfg, args.set)
+    check(cfg)
+    with distributed.session(args.device) as device:
+        torch.use_deterministic_algorithms(cfg.train.deterministic)
+        torch.backends.cudnn.benchmark = not cfg.train.deterministic
+        say = print if distributed.is_main() and not args.quiet else silent
+        train_source = open_source(cfg, "train")
+        val_source = open_source(cfg, "val") if cfg.data.val else train_source
+        run, resume = open_run(args, cfg)
+        split = divide(cfg, train_source, val_source, run, say)
+        job = Job(cfg, run, split, train_source, val_source, device, resume, Stop(), say)
+        summary = {}
+        for fold in chosen_folds(args.folds, len(split.folds)):
+            summary[f"fold{fold}"] = train_fold(job, fold)
+            if job.stop.signal:
+                say(f"stopped by {job.stop.name}; go on with: --run-dir {run.folder} --resume")
+                sys.exit(130 if job.stop.signal == signal.SIGINT else 0)
+        if distributed.is_main():
+            run.write("summary.json", summary)
+        say(f"done: {run.folder}; predict with: python infer.py --run-dir {run.folder}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every fold of a run shares."""
+
+    cfg: Config
+    run: Run
+    split: Split
+    train_source: Source
+    val_source: Source
+    device: torch.device
+    resume: bool
+    stop: "Stop"
+    say: Callable[[str], None]
+
+
+def train_fold(job: Job, fold: int) -> dict[str, Any]:
+    """One fold, from its first step or from where it stopped, to its last."""
+    cfg, run, device, say = job.cfg, job.run, job.device, job.say
+    train_source, val_source = job.train_source, job.val_source
+
+    # ---- data
+    training = positions(train_source, job.split.training(fold))
+    validation = positions(val_source, job.split.folds[fold])
+    pipeline = build_pipeline(cfg)
+
+    # ---- model, loss, optimizer
+    classes = list(train_source.classes)
+    model = build_model(
+        cfg.model.backbone,
+        cfg.model.decoder,
+        num_classes=len(classes),
+        weights=cfg.model.weights,
+        freeze_batch_norm=cfg.model.freeze_batch_norm,
+        seed=cfg.train.seed,
+    )
+    init = checkpoint.digest_tensors(model.state_dict())
+    layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
+    model.to(device).to(memory_format=layout)
+    if cfg.train.sync_batch_norm:
+        distributed.convert_sync_batch_norm(model, device)
+    criterion = build_loss(
+        cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=len(classes)
+    ).to(device)
+    optimizer = build_optimizer(
+        model, cfg.optim.optimizer, lr=cfg.optim.lr, backbone_lr_factor=cfg.optim.backbone_lr_factor
+    )
+    amp = precision(cfg.train.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema is not None else None
+
+    # ---- where to go on
+    folder = run.fold(fold)
+    folder.mkdir(exist_ok=True)
+    state = run.last(fold) if job.resume else None
+    step, bad_in_row, bad_steps, seconds = 0, 0, 0, 0.0
+    top: list[tuple[float, int]] = []
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+        step, init, seconds = state["step"], state["init"], state["seconds"]
+        bad_in_row, bad_steps = state["bad_in_row"], state["bad_steps"]
+        top = [(score, epoch) for score, epoch in state["top"]]
+        if distributed.is_main():
+            run.rewind(fold, step)
+        say(f"fold {fold}: going on after step {step}")
+    order = TrainOrder(
+        indices=training,
+        epochs=cfg.train.epochs,
+        batch_size=cfg.train.batch_size,
+        accumulate=cfg.train.accumulate,
+        seed=cfg.train.seed,
+        start_step=step,
+    )
+    schedule = build_schedule(cfg.optim.schedule, total=order.steps, warmup=cfg.optim.warmup_steps)
+    batches = train_batches(
+        TrainImages(train_source, training, pipeline, seed=cfg.train.seed),
+        order,
+        workers=cfg.data.workers,
+        device=device,
+    )
+    net = wrap(model, cfg, device)
+    predict = Predictor(
+        ema.model if ema is not None else model,
+        mean=cfg.data.mean,
+        std=cfg.data.std,
+        size=cfg.infer.size,
+        tile=cfg.infer.tile,
+        overlap=cfg.infer.overlap,
+        amp=amp,
+        channels_last=cfg.train.channels_last,
+    )
+    about = {
+        "config": config.to_dict(cfg),
+        "classes": classes,
+        "fold": fold,
+        "trained_on": digests(train_source, training),
+        "init": init,
+    }
+
+    def save_last() -> None:
+        if distributed.is_main():
+            last = {
+                **about,
+                "model": model.state_dict(),
+                "ema": ema.state_dict() if ema is not None else None,
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "step": step,
+                "seconds": seconds + time.perf_counter() - started,
+                "top": [list(one) for one in top],
+                "bad_in_row": bad_in_row,
+                "bad_steps": bad_steps,
+            }
+            checkpoint.save(last, folder / "last.pt", keep_previous=True)
+
+    # ---- steps
+    bar = distributed.progress(
+        None, f"fold {fold}", total=order.steps * cfg.train.batch_size,
+        initial=step * cfg.train.batch_size, unit="image",
+    )  # fmt: skip
+    started = since = time.perf_counter()
+    since_step = step
+    net.train()
+    while step < order.steps:
+        parts = list(islice(batches, cfg.train.accumulate))
+        set_lr(optimizer, factor := schedule(step))
+        # Dropout is a function of (seed, step, rank): there is no random state to save.
+        torch.manual_seed(mix(cfg.train.seed, step, distributed.rank()))
+        result = train_step(
+            net, criterion, optimizer, parts,
+            amp=amp, scaler=scaler, clip_norm=cfg.optim.clip_norm,
+        )  # fmt: skip
+        step += 1
+        epoch = step // order.steps_per_epoch
+        bar.update(cfg.train.batch_size)
+        if result.finite:
+            bad_in_row = 0
+            if ema is not None:
+                ema.update(model)
+        else:
+            bad_in_row, bad_steps = bad_in_row + 1, bad_steps + 1
+            names = [train_source.names[index] for _, index in order.batch(step - 1)]
+            if distributed.is_main():
+                run.log(event="non-finite", fold=fold, step=step, images=names)
+            if bad_in_row >= cfg.train.max_bad_steps:
+                raise SegkitError(
+                    f"fold {fold}: loss or gradient was not finite in {bad_in_row} steps in a row, "
+                    f"the last on {', '.join(names[:4])}; lower optim.lr, or set optim.clip_norm"
+                )
+        if distributed.is_main() and step % cfg.train.log_every == 0:
+            now = time.perf_counter()
+            rate = (step - since_step) * cfg.train.batch_size / (now - since)
+            since, since_step = now, step
+            terms = {name: round(float(part), 6) for name, part in result.parts.items()}
+            loss = round(float(result.loss), 6)
+            run.log(
+                event="step", fold=fold, epoch=epoch, step=step, loss=loss, parts=terms,
+                lr=cfg.optim.lr * factor,
+                gradient_norm=float(result.gradient_norm), images_per_s=round(rate, 2),
+            )  # fmt: skip
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{cfg.optim.lr * factor:.1e}")
+
+        # ---- evaluations
+        last_step = step == order.steps
+        ends_epoch = step % order.steps_per_epoch == 0
+        if last_step or (ends_epoch and epoch % cfg.train.evaluate_every == 0):
+            predict.model.eval()
+            distributed.share_buffers(predict.model)
+            evaluation = evaluate(
+                predict.mask, val_source, validation, device=device,
+                batch_size=cfg.infer.batch_size, workers=cfg.data.workers,
+            )  # fmt: skip
+            found = scores(evaluation.matrix)
+            if found.miou is None:
+                raise DataError(f"fold {fold}: no validation image has a labelled pixel")
+            top = rank_best([*top, (found.miou, epoch)])
+            if distributed.is_main():
+                best = {**about, "model": predict.model.state_dict(), "epoch": epoch, "step": step}
+                best |= {"score": found.miou, "iou": list(found.iou)}
+                keep_best(folder, best, top, cfg.train.keep)
+                run.log(event="evaluate", fold=fold, epoch=epoch, step=step, **found.to_dict())
+            top = top[: cfg.train.keep]
+            say(f"fold {fold} epoch {epoch}: mIoU {found.miou:.4f} (best {top[0][0]:.4f})")
+            net.train()
+            since, since_step = time.perf_counter(), step
+        asked = cfg.train.save_every and step % cfg.train.save_every == 0
+        if job.stop.asked(device) or asked or ends_epoch or last_step:
+            save_last()
+        if job.stop.signal:
+            break
+    bar.close()
+    seconds += time.perf_counter() - started
+    best_score, best_epoch = top[0] if top else (None, None)
+    return {
+        "miou": best_score,
+        "epoch": best_epoch,
+        "steps": step,
+        "bad_steps": bad_steps,
+        "seconds": round(seconds, 1),
+    }
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train the folds of a configuration.",
+        epilog=config.describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--cfg", required=True, metavar="NAME", help="a path, or a name in configs/"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--folds", default="all", help="all, or numbers such as 0 or 0,2")
+    parser.add_argument("--run-dir", type=Path, help="the run's folder; default runs/NAME-TIME")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where --run-dir, or NAME's newest run, stopped"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def check(cfg: Config) -> None:
+    """Build every component once, without data or memory, so that a mistake is told at once."""
+    if cfg.data.train is None:
+        raise ConfigError("data.train: is missing; expected the labelled images to train on")
+    for part in ("train", "val", "test", "test_labels"):
+        if (spec := getattr(cfg.data, part)) is not None:
+            config.bind(SOURCES, spec, f"data.{part}")
+    build_pipeline(cfg)
+    with torch.device("meta"):
+        model = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=2)
+    build_optimizer(model, cfg.optim.optimizer, lr=cfg.optim.lr)
+    build_schedule(cfg.optim.schedule, total=100, warmup=min(99, cfg.optim.warmup_steps))
+    build_loss(cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=None)
+    parse_views(cfg.infer.tta)
+
+
+def build_pipeline(cfg: Config) -> Pipeline:
+    return Pipeline(cfg.augment.train, size=cfg.augment.size, mean=cfg.data.mean, std=cfg.data.std)
+
+
+def open_source(cfg: Config, part: str) -> Source:
+    """A part of ``data``, opened on rank 0 first: it may have to be made."""
+    if not distributed.is_main():
+        distributed.barrier()
+    source = config.build(SOURCES, getattr(cfg.data, part), f"data.{part}")
+    if distributed.is_main():
+        distributed.barrier()
+    return source
+
+
+def open_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
+    """The run's folder, and whether it is one to go on with."""
+    # After a failure torchrun starts the same command again: then the run goes on by itself.
+    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    folder = None
+    if distributed.is_main():
+        name = Path(args.cfg).stem
+        folder = args.run_dir or (newest(name) if resume else None) or new_folder(name)
+        Run.create(folder, config.to_dict(cfg), resume=resume)
+    return Run(distributed.broadcast(folder)), resume
+
+
+def divide(
+    cfg: Config, train_source: Source, val_source: Source, run: Run, say: Callable[[str], None]
+) -> Split:
+    """The run's folds and selection set, made once and then read from its ``folds.json``."""
+    path = run.folder / "folds.json"
+    if train_source.classes != val_source.classes:
+        raise DataError("data.val: has other classes than data.train; it needs the same ones")
+    if distributed.is_main() and not path.exists():
+        names = train_source.names
+        if val_source is not train_source:
+            split = Split(folds=(val_source.names,), train=names)
+        else:
+            pixels = class_pixels(train_source, workers=cfg.data.workers)
+            split = make_folds(
+                names,
+                pixels,
+                folds=cfg.data.folds,
+                selection=cfg.data.selection,
+                seed=cfg.train.seed,
+                groups=read_groups(cfg.data.groups, cfg.data.group_pattern, names),
+            )
+            say(table(split, names, pixels, train_source.classes))
+        split.save(path)
+        category_ids = getattr(train_source, "category_ids", None)
+        run.write("classes.json", {"classes": train_source.classes, "category_ids": category_ids})
+    distributed.barrier()
+    return Split.load(path)
+
+
+def chosen_folds(text: str, count: int) -> list[int]:
+    """Fold numbers from ``--folds``."""
+    if text == "all":
+        return list(range(count))
+    numbers = [int(part) if part.isdigit() else -1 for part in text.split(",")]
+    if any(not 0 <= number < count for number in numbers):
+        raise SegkitError(f"--folds {text}: expected all, or numbers from 0 to {count - 1}")
+    return numbers
+
+
+def wrap(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+    """The model as the steps call it: compiled if asked for, in step with the other ranks."""
+    if cfg.train.compile:
+        model.compile()
+    if distributed.world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+
+
+def rank_best(found: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """(score, epoch) from best to worst; of equals the earlier one first."""
+    return sorted(found, key=lambda one: (-one[0], one[1]))
+
+
+def keep_best(
+    folder: Path, state: dict[str, Any], ranked: list[tuple[float, int]], keep: int
+) -> None:
+    """Save a checkpoint if its epoch is among the ``keep`` best, in place of the one that left.
+
+    ``best.pt`` is another name of the best epoch's file.
+    """
+    epoch = state["epoch"]
+    if epoch in [one for _, one in ranked[:keep]]:
+        checkpoint.save(state, epoch_file(folder, epoch))
+        if ranked[0][1] == epoch:
+            checkpoint.link(epoch_file(folder, epoch), folder / "best.pt")
+    for _, one in ranked[keep:]:
+        epoch_file(folder, one).unlink(missing_ok=True)
+
+
+def epoch_file(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch{epoch:04d}.pt"
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def silent(_: str) -> None:
+    """Say nothing: another rank does."""
+
+
+class Stop:
+    """SIGTERM or SIGINT ends the run, saved, after the step under way; a second one at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.pending = 0
+        for one in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(one, self._receive)
+
+    def _receive(self, number: int, _: Any) -> None:
+        if self.pending:
+            raise KeyboardInterrupt
+        self.pending = number
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signal).name
+
+    def asked(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop; all ranks call it after the same step."""
+        if distributed.world_size() == 1:
+            self.signal = self.pending
+        else:
+            asked = torch.tensor([self.pending], device=device)
+            self.signal = int(distributed.maximum(asked))
+        return self.signal > 0
+
+
+if __name__ == "__main__":
+    command.run(main)
