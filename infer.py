@@ -80,7 +80,8 @@ def main(argv: Sequence[str]) -> None:
         if truth is not None:
             job.score_written(final, truth)
         columns = [one for one in (job.selection(runs), truth) if one is not None]
-        rivals = job.rivals(runs, views) if columns and not args.brief else []
+        compares = args.compare or (truth is not None and not args.brief)
+        rivals = job.rivals(runs, views) if columns and compares else []
         rivals = [one for one in rivals if (one.paths, one.views) != (final.paths, final.views)]
         rows = [job.row(one, columns) for one in [*rivals, final]] if columns else []
         if distributed.is_main():
@@ -117,24 +118,24 @@ class Job:
 
     def rivals(self, runs: Sequence[Run], views: tuple[View, ...]) -> list[Candidate]:
         """What else could have been done with these runs."""
-        found, everything = [], []
+        alone, mixed, everything = [], [], []
         for run in runs:
             prefix = f"{run.folder.name} " if len(runs) > 1 else ""
             folds = best_of_folds(run)
             everything += folds
-            found += [Candidate(f"{prefix}{path.parent.name}", (path,)) for path in folds]
-            if len(folds) > 1:
-                kinds = ["uniform", "greedy"] if self.selection([run]) else ["uniform"]
-                soups = {kind: self.soup(run, kind) for kind in kinds}
-                if self.args.soup:
-                    soups[self.args.soup] = self.soup(run, self.args.soup)
-                for kind, path in soups.items():
-                    found.append(Candidate(f"{prefix}{kind} soup", (path,)))
+            alone += [Candidate(f"{prefix}{path.parent.name}", (path,)) for path in folds]
+            kinds = {"uniform": None, "greedy": None, self.args.soup: None}
+            for kind in kinds if len(folds) > 1 else ():
+                if kind == "uniform" or (kind and self.selection([run]) is not None):
+                    mixed.append(Candidate(f"{prefix}{kind} soup", (self.soup(run, kind),)))
         if len(everything) > 1:
-            found.append(Candidate(f"{self.args.vote} vote", best_first(everything)))
-        if views:
-            found += [replace(one, name=one.name + VIEWED, views=views) for one in found]
-        return found
+            mixed.append(Candidate(f"{self.args.vote} vote", best_first(everything)))
+        viewed = [
+            replace(one, name=one.name + VIEWED, views=views)
+            for one in mixed or alone
+            if views and not one.name.endswith("uniform soup")
+        ]
+        return [*alone, *mixed, *viewed]
 
     def soup(self, run: Run, kind: str) -> Path:
         """A run's folds mixed into one checkpoint, made once."""
@@ -151,11 +152,14 @@ class Job:
             model.load_state_dict(weights)
             soup.reestimate_batchnorm(model, self._training_images(run))
 
+        def count(images: Images) -> Evaluation:
+            predicted = self._predictions(predict.mask, images, labels=True)
+            return tally(predicted, images.source, images.indices, device=self.device)
+
         def score(weights: dict[str, Tensor]) -> float:
             assert selection is not None
             settle(weights)
-            predicted = self._predictions(predict.mask, selection, labels=True)
-            return miou(tally(predicted, selection.source, selection.indices, device=self.device))
+            return miou(count(selection))
 
         selection = self.selection([run])
         if kind == "uniform":
@@ -174,8 +178,14 @@ class Job:
             settle(mixed.model)
             mixed = replace(mixed, model=model.state_dict())
         path = self.out / f"{kind}-soup-of-{run.folder.name}.pt"
+        state = soup.as_checkpoint(mixed)
+        if selection is not None:
+            model.load_state_dict(mixed.model)
+            found = count(selection)
+            state |= {"score": miou(found), "iou": list(scores(found.matrix).iou)}
+            self._evaluations[Candidate("", (path,)), selection.title] = found
         if distributed.is_main():
-            checkpoint.save(soup.as_checkpoint(mixed), path)
+            checkpoint.save(state, path)
         distributed.barrier()
         return path
 
@@ -248,7 +258,7 @@ class Job:
         )
 
     def _ballot(self, candidate: Candidate, shapes: list[tuple[int, int]]) -> Any:
-        states = [checkpoint.load(path, mmap=True, verify=False) for path in candidate.paths]
+        states = [load_state(path) for path in candidate.paths]
         if any(state["classes"] != states[0]["classes"] for state in states):
             raise SegkitError("the runs have different classes, so they cannot vote together")
         classes = len(states[0]["classes"])
@@ -256,6 +266,11 @@ class Job:
             return HardVote(shapes, classes, folder=self.out)
         weights = None
         if self.args.vote == "weighted":
+            if unknown := [path for path in candidate.paths if "iou" not in load_state(path)]:
+                raise SegkitError(
+                    f"{unknown[0]}: records no IoU of its classes to weigh its vote by; "
+                    "hold out a selection set (data.selection), or let it vote soft or hard"
+                )
             weights = torch.tensor([[value or 0.0 for value in state["iou"]] for state in states])
         return SoftVote(shapes, classes, weights=weights, folder=self.out)
 
@@ -298,7 +313,7 @@ class Job:
 
     def write_masks(self, candidate: Candidate, photos: Images) -> None:
         """Predict and write each image's mask and overlay, every rank its share."""
-        classes = checkpoint.load(candidate.paths[0], mmap=True, verify=False)["classes"]
+        classes = load_state(candidate.paths[0])["classes"]
         share = len(photos.indices[distributed.rank() :: distributed.world_size()])
         masks = self.masks(candidate, photos)
         for index, mask, _ in distributed.progress(masks, "predict", total=share, unit="image"):
@@ -367,7 +382,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="folder of the results; default infer in the run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--brief", action="store_true", help="score the result only, no rivals")
+    compare = parser.add_mutually_exclusive_group()
+    compare.add_argument(
+        "--compare", action="store_true",
+        help="score every fold, soup and vote too; default where the test labels are known",
+    )  # fmt: skip
+    compare.add_argument("--brief", action="store_true", help="score the result only")
     parser.add_argument(
         "--allow-leak", action="store_true", help="choose by images that were trained on"
     )
@@ -417,9 +437,14 @@ def best_of_folds(run: Run) -> list[Path]:
 
 def best_first(paths: Sequence[Path]) -> tuple[Path, ...]:
     """Checkpoints in order of the scores they recorded: voters by rank."""
-    states = [checkpoint.load(path, mmap=True, verify=False) for path in paths]
+    states = [load_state(path) for path in paths]
     order = sorted(range(len(paths)), key=lambda i: -(states[i]["score"] or 0.0))
     return tuple(paths[i] for i in order)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's entries, its tensors left in the file."""
+    return checkpoint.load(path, mmap=True, verify=False)
 
 
 def miou(found: Evaluation) -> float:

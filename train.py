@@ -51,6 +51,12 @@ def main(argv: Sequence[str]) -> None:
         val_source = open_source(cfg, "val") if cfg.data.val else train_source
         run, resume = open_run(args, cfg)
         split = divide(cfg, train_source, val_source, run, say)
+        if cfg.model.weights is None:
+            say("model.weights is null: the model starts from random weights")
+        for fault in (*train_source.faults, *val_source.faults):
+            say(f"left out: {fault.sentence}")
+            if distributed.is_main():
+                run.log(event="fault", file=fault.file, sentence=fault.sentence)
         job = Job(cfg, run, split, train_source, val_source, device, resume, Stop(), say)
         summary = {}
         for fold in chosen_folds(args.folds, len(split.folds)):

@@ -53,8 +53,8 @@ class Data:
 class Model:
     """A backbone, a decoder and the weights to start from."""
 
-    backbone: Component = _setting({"name": "resnet50"}, "see docs/models.md")
-    decoder: Component = _setting({"name": "upernet"}, "see docs/models.md")
+    backbone: Component = _setting({"name": "resnet50"}, "a name, or a name with arguments")
+    decoder: Component = _setting({"name": "upernet"}, "a name, or a name with arguments")
     weights: str | None = _setting(
         None, "'imagenet', a name of torchvision's weights, or a checkpoint file"
     )
@@ -65,7 +65,9 @@ class Model:
 class Augment:
     """What is done to a training image, in this order."""
 
-    train: tuple[Component, ...] = _setting((), "operations; see docs/augmentation.md")
+    train: tuple[Component, ...] = _setting(
+        (), "operations by name, each with 'p' and its arguments"
+    )
     size: tuple[int, int] | None = _setting(
         None, "height and width every training image ends with", low=1, high=65536
     )

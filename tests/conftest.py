@@ -1,9 +1,12 @@
 """Fixtures shared by all tests."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and infer.py
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    mp.start_processes(
+    processes = mp.start_processes(
         _one_rank, (function, world_size, port, args, results), nprocs=world_size,
-        start_method="spawn",
+        start_method="spawn", join=False,
     )  # fmt: skip
-    by_rank = dict(results.get() for _ in range(world_size))
+    by_rank: dict[int, Any] = {}
+    while len(by_rank) < world_size:
+        if results.empty():
+            processes.join(timeout=0.05)  # raises what a rank raised
+        else:
+            by_rank |= [results.get()]
+    while not processes.join():
+        pass
     return [by_rank[rank] for rank in range(world_size)]
 
 

@@ -1,11 +1,12 @@
 """The convolutional families of torchvision, with its names, so that its weights load."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torchvision import models
+from torchvision.models.resnet import BasicBlock
 
 from segkit.backbones.stages import Stages, refuse_dilation
 
@@ -22,6 +23,20 @@ def resnet(builder: Builder) -> Callable[..., Stages]:
         return Stages(network=builder(), stages=stages, output_stride=output_stride)
 
     return build
+
+
+class _HalfResNet(models.ResNet):
+    """ResNet with stages of half the channels, for machines without a GPU."""
+
+    def _make_layer(
+        self, block: Any, planes: int, *arguments: Any, **options: Any
+    ) -> nn.Sequential:
+        return super()._make_layer(block, planes // 2, *arguments, **options)
+
+
+def half_resnet18(**options: Any) -> models.ResNet:
+    """ResNet-18 at half width; nobody has published weights of it."""
+    return _HalfResNet(BasicBlock, [2, 2, 2, 2], **options)
 
 
 def regnet(builder: Builder) -> Callable[..., Stages]:
@@ -101,6 +116,7 @@ def _cut(
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "resnet18_half": resnet(half_resnet18),
     "resnet18": resnet(models.resnet18),
     "resnet34": resnet(models.resnet34),
     "resnet50": resnet(models.resnet50),

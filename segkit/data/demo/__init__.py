@@ -18,7 +18,7 @@ from segkit.distributed import progress
 from segkit.errors import DataError
 
 CLASSES = ("Background", *(kind.name for kind in LITTER))
-VERSION = 2  # of the drawing: a folder drawn by another version is another data set
+VERSION = 3  # of the drawing: a folder drawn by another version is another data set
 
 
 def open_demo(

@@ -296,14 +296,14 @@ class Kind(NamedTuple):
 
 # the contest's classes in its order, 1 to 10, about as common and as rare as they are there
 LITTER = (
-    Kind("General trash", 0.17, (0.14, 0.22), general_trash),
-    Kind("Paper", 0.17, (0.14, 0.23), paper),
-    Kind("Paper pack", 0.08, (0.16, 0.23), paper_pack),
-    Kind("Metal", 0.08, (0.15, 0.22), metal),
-    Kind("Glass", 0.08, (0.21, 0.29), glass),
-    Kind("Plastic", 0.10, (0.18, 0.26), plastic),
-    Kind("Styrofoam", 0.08, (0.14, 0.23), styrofoam),
-    Kind("Plastic bag", 0.14, (0.17, 0.26), plastic_bag),
-    Kind("Battery", 0.05, (0.14, 0.20), battery),
-    Kind("Clothing", 0.05, (0.20, 0.29), clothing),
+    Kind("General trash", 0.17, (0.17, 0.26), general_trash),
+    Kind("Paper", 0.17, (0.17, 0.28), paper),
+    Kind("Paper pack", 0.08, (0.19, 0.28), paper_pack),
+    Kind("Metal", 0.08, (0.18, 0.26), metal),
+    Kind("Glass", 0.08, (0.25, 0.35), glass),
+    Kind("Plastic", 0.10, (0.22, 0.31), plastic),
+    Kind("Styrofoam", 0.08, (0.17, 0.28), styrofoam),
+    Kind("Plastic bag", 0.14, (0.20, 0.31), plastic_bag),
+    Kind("Battery", 0.05, (0.17, 0.24), battery),
+    Kind("Clothing", 0.05, (0.24, 0.35), clothing),
 )
