@@ -104,14 +104,42 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return _SumForGlobalLoss.apply(x) if world_size() > 1 else x
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return all_reduce(x.clone())
+class _Normalize(torch.autograd.Function):
+    """BatchNorm's forward and backward over all ranks, by PyTorch's own fused kernels.
+
+    Given statistics, those kernels yield the normalized input, and in the backward pass the sums
+    over this rank and the part of the gradient that does not flow through the statistics; the rest
+    is one exchange of two sums a channel and one affine pass.
+    """
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return all_reduce(gradient.clone())
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        parts = x.new_zeros(world_size(), 3, x.shape[1])
+        parts[rank()] = torch.stack([torch.full_like(mean, x.numel() / len(mean)), mean, variance])
+        counts, means, variances = all_reduce(parts).unbind(1)
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total
+        variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total
+        ctx.save_for_backward(x, weight, mean, variance, total)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance, total)
+        y = nn.functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+        return y, mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+        x, weight, mean, variance, total = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        dweights, dbiases = all_reduce(torch.stack([dweight, dbias]))
+        rstd = (variance + ctx.eps).rsqrt()
+        slope = -weight * rstd**2 * dweights / total
+        shift = -weight * rstd * dbiases / total - slope * mean
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        dx += torch.addcmul(shift.view(shape), x, slope.view(shape))
+        return dx, dweight, dbias, None
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -129,23 +157,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or world_size() == 1:
             return super().forward(input)
         x = input if input.dtype == torch.float64 else input.float()
-        axes = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        variance, mean = torch.var_mean(x, dim=axes, correction=0)
-        count = torch.full_like(mean, x.numel() / x.shape[1])
-        parts = x.new_zeros(world_size(), 3, x.shape[1])
-        parts[rank()] = torch.stack([count, mean, variance])
-        counts, means, variances = _Sum.apply(parts).unbind(1)
-        total = counts.sum(0)
-        mean = (counts * means).sum(0) / total
-        variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total
+        weight = x.new_ones(self.num_features) if self.weight is None else self.weight
+        bias = x.new_zeros(self.num_features) if self.bias is None else self.bias
+        y, mean, variance, total = _Normalize.apply(x, weight, bias, self.eps)
         if self.track_running_stats:
-            self._track(mean.detach(), (variance * total / (total - 1).clamp_min(1)).detach())
-        scale = (variance + self.eps).rsqrt()
-        if self.affine:
-            scale = scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(input.dtype)
+            self._track(mean, variance * total / (total - 1).clamp_min(1))
+        return y.to(input.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None

@@ -18,7 +18,8 @@ LAYERS = [
     {"model", "run"},
     {"tta", "ensemble"},
     {"engine", "predict"},
-    {"soup", "pseudo", "output", "track", "explore", "report"},
+    {"soup", "pseudo", "output", "track", "page"},
+    {"explore", "report"},
 ]
 """From the bottom up; a file imports its own package or lower layers, never a neighbor."""
 

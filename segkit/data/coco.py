@@ -142,6 +142,10 @@ class CocoSource:
             if not region.crowd and region.class_index != 0
         ]
 
+    def regions(self, i: int) -> tuple[Region, ...]:
+        """The annotations of image ``i`` in painting order."""
+        return self._regions[i]
+
     def _keep(self, images: Sequence[ImageRecord], regions: dict[int, list[Region]]) -> None:
         self.names = tuple(image.name for image in images)
         self.image_ids = tuple(image.id for image in images)
@@ -285,7 +289,7 @@ def _region(
         if not _is_number(area) or not 0 < area < float("inf"):
             raise DataError(f"area is {_short(area)}; expected more than 0, or leave it out")
     else:
-        area = coco_mask.area(_encode(shape, *size))
+        area = coco_mask.area(encode(shape, *size))
     return Region(key, category_ids[category], bool(crowd), float(area), shape)
 
 
@@ -390,7 +394,8 @@ def _decompress(counts: str) -> np.ndarray:
     return values
 
 
-def _encode(shape: Shape, height: int, width: int) -> dict[str, Any]:
+def encode(shape: Shape, height: int, width: int) -> dict[str, Any]:
+    """``shape`` as a compressed RLE of an image of this size; what lies outside is cut off."""
     if isinstance(shape, dict):
         return shape
     return coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
@@ -398,7 +403,7 @@ def _encode(shape: Shape, height: int, width: int) -> dict[str, Any]:
 
 def _decode(shape: Shape, height: int, width: int) -> np.ndarray:
     """(H, W) uint8, by columns in memory: 1 on the shape."""
-    return coco_mask.decode(_encode(shape, height, width))
+    return coco_mask.decode(encode(shape, height, width))
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:
