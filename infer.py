@@ -20,20 +20,27 @@ from PIL import Image
 from torch import Tensor
 
 from segkit import checkpoint, command, config, distributed, soup
-from segkit.augment import Pipeline
 from segkit.config import Config
-from segkit.data import SOURCES
+from segkit.data import open_source
 from segkit.data.folds import Split
 from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
 from segkit.data.photos import PhotoSource
 from segkit.data.source import Source, positions
-from segkit.engine import Evaluation, load_model, precision, predictions, tally
+from segkit.engine import (
+    Evaluation,
+    build_pipeline,
+    load_model,
+    precision,
+    predictions,
+    tally,
+)
 from segkit.ensemble import HardVote, SoftVote
 from segkit.errors import ConfigError, SegkitError
+from segkit.files import write_json
 from segkit.metrics import bootstrap_interval, scores
 from segkit.output import coco_results, overlay, submission, write_mask
 from segkit.predict import Predictor
-from segkit.run import Run, write_json
+from segkit.run import Run
 from segkit.tta import View, parse_views
 
 
@@ -196,10 +203,7 @@ class Job:
         split = Split.load(run.folder / "folds.json")
         names = {name for fold in range(len(split.folds)) for name in split.training(fold)}
         indices = positions(source, sorted(names))
-        pipeline = Pipeline(
-            cfg.augment.train, size=cfg.augment.size, mean=cfg.data.mean, std=cfg.data.std
-        )
-        images = TrainImages(source, indices, pipeline, seed=cfg.train.seed)
+        images = TrainImages(source, indices, build_pipeline(cfg), seed=cfg.train.seed)
         size = cfg.train.batch_size
         order = TrainOrder(indices, epochs=1, batch_size=size, accumulate=1, seed=cfg.train.seed)
         batches = train_batches(images, order, workers=cfg.data.workers, device=self.device)
@@ -381,7 +385,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--images", nargs="+", metavar="PATH", help="photographs or folders, not the test set"
     )
     parser.add_argument("--out", type=Path, help="folder of the results; default infer in the run")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     compare = parser.add_mutually_exclusive_group()
     compare.add_argument(
         "--compare", action="store_true",
@@ -391,21 +394,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--allow-leak", action="store_true", help="choose by images that were trained on"
     )
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.add_run_options(parser)
     return parser.parse_args(argv)
 
 
 def resolve(run: Run, args: argparse.Namespace) -> Config:
     """A run's configuration with ``--set``."""
     return config.override(config.parse(run.read("config.json"), str(run.folder)), args.set)
-
-
-def open_source(cfg: Config, part: str) -> Source:
-    return config.build(SOURCES, getattr(cfg.data, part), f"data.{part}")
 
 
 def open_photos(args: argparse.Namespace, cfg: Config) -> Images:

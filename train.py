@@ -22,13 +22,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from segkit import checkpoint, command, config, distributed
-from segkit.augment import Pipeline
 from segkit.config import Config
-from segkit.data import SOURCES
+from segkit.data import SOURCES, open_source
 from segkit.data.folds import Split, class_pixels, make_folds, read_groups, table
 from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
 from segkit.data.source import Source, positions
-from segkit.engine import evaluate, precision, train_step
+from segkit.engine import build_pipeline, evaluate, precision, train_step
 from segkit.errors import ConfigError, DataError, SegkitError
 from segkit.losses import build_loss
 from segkit.metrics import scores
@@ -284,17 +283,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cfg", required=True, metavar="NAME", help="a path, or a name in configs/"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--folds", default="all", help="all, or numbers such as 0 or 0,2")
     parser.add_argument("--run-dir", type=Path, help="the run's folder; default runs/NAME-TIME")
     parser.add_argument(
         "--resume", action="store_true", help="go on where --run-dir, or NAME's newest run, stopped"
     )
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.add_run_options(parser)
     return parser.parse_args(argv)
 
 
@@ -312,20 +306,6 @@ def check(cfg: Config) -> None:
     build_schedule(cfg.optim.schedule, total=100, warmup=min(99, cfg.optim.warmup_steps))
     build_loss(cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=None)
     parse_views(cfg.infer.tta)
-
-
-def build_pipeline(cfg: Config) -> Pipeline:
-    return Pipeline(cfg.augment.train, size=cfg.augment.size, mean=cfg.data.mean, std=cfg.data.std)
-
-
-def open_source(cfg: Config, part: str) -> Source:
-    """A part of ``data``, opened on rank 0 first: it may have to be made."""
-    if not distributed.is_main():
-        distributed.barrier()
-    source = config.build(SOURCES, getattr(cfg.data, part), f"data.{part}")
-    if distributed.is_main():
-        distributed.barrier()
-    return source
 
 
 def open_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:

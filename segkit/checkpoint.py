@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from segkit.errors import CheckpointError
+from segkit.files import replacing
 
 FORMAT = 1
 _COMMENT = b"sha256:"
@@ -31,23 +32,19 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
         path: Where it goes.
         keep_previous: The file already there stays, as ``*.previous.pt``, for :func:`load_latest`.
     """
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-    digest = hashlib.sha256()
-    with temporary.open("r+b") as file:
-        length = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
-        file.seek(0)
-        _feed(digest, file, length)
-        comment = _COMMENT + digest.hexdigest().encode()
-        file.seek(length)
-        file.write(struct.pack("<H", len(comment)) + comment)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep_previous and path.exists():
-        path.replace(previous(path))
-    temporary.replace(path)
-    _flush_folder(path.parent)
+    with replacing(path, durable=True) as draft:
+        with draft.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+        digest = hashlib.sha256()
+        with draft.open("r+b") as file:
+            length = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
+            file.seek(0)
+            _feed(digest, file, length)
+            comment = _COMMENT + digest.hexdigest().encode()
+            file.seek(length)
+            file.write(struct.pack("<H", len(comment)) + comment)
+        if keep_previous and path.exists():
+            link(path, previous(path))
 
 
 def load(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
@@ -104,14 +101,12 @@ def load_latest(path: Path) -> dict[str, Any] | None:
 
 def link(path: Path, name: Path) -> None:
     """Give a checkpoint a second name; a copy of it where the disk has no links."""
-    temporary = name.with_name(f".{name.name}.writing")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # this file system has no hard links
-        shutil.copyfile(path, temporary)
-    temporary.replace(name)
-    _flush_folder(name.parent)
+    with replacing(name, durable=True) as draft:
+        draft.unlink(missing_ok=True)
+        try:
+            os.link(path, draft)
+        except OSError:  # this file system has no hard links
+            shutil.copyfile(path, draft)
 
 
 def digest_tensors(state: Mapping[str, Tensor]) -> str:
@@ -162,14 +157,6 @@ def _feed(digest: Any, file: Any, length: int) -> None:
             return
         digest.update(block)
         length -= len(block)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _first(error: BaseException) -> str:

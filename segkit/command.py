@@ -1,5 +1,6 @@
 """How every command ends: exit codes, and errors told in one sentence."""
 
+import argparse
 import os
 import sys
 import traceback
@@ -26,6 +27,18 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
             traceback.print_exc()
         _end(_sentence(error), 1)
     sys.exit(0)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that runs a model takes."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _sentence(error: SegkitError | OSError) -> str:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from segkit import checkpoint
+from segkit.augment import Pipeline
 from segkit.config import Config, parse
 from segkit.data.loader import eval_batches
 from segkit.data.source import Source
@@ -199,6 +200,12 @@ def evaluate(
         predict, source, indices, labels=True, batch_size=batch_size, workers=workers
     )
     return tally(predicted, source, indices, device=device, description=description)
+
+
+def build_pipeline(config: Config) -> Pipeline:
+    """The augmentation of training images that a configuration asks for."""
+    data, augment = config.data, config.augment
+    return Pipeline(augment.train, size=augment.size, mean=data.mean, std=data.std)
 
 
 def load_model(path: Path) -> tuple[Segmenter, Config, dict[str, Any]]:

@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 from segkit.config import Component, build
 from segkit.distributed import sum_over_ranks
 from segkit.errors import ConfigError
-
-IGNORE = 255
+from segkit.labels import IGNORE
 
 
 class Pixels:

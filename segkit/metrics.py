@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = 255
+from segkit.labels import IGNORE
 
 
 def classes_of(logits: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from segkit.data.files import inside
-from segkit.data.source import IGNORE
 from segkit.errors import DataError
+from segkit.files import replacing
+from segkit.labels import IGNORE
 
 Color = tuple[int, int, int]
 Add = Callable[[str, Tensor], None]
@@ -59,20 +60,8 @@ def color_table(colors: Sequence[Color]) -> np.ndarray:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        yield draft
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-@contextmanager
 def _writing(path: Path) -> Iterator[TextIO]:
-    with _replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         yield file
 
 
@@ -94,7 +83,7 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
     path = inside(folder, str(Path(name).with_suffix(".png")))
     image = Image.fromarray(_pixels(mask))
     image.putpalette(color_table(colors).tobytes())  # makes it a palette image
-    with _replacing(path) as draft:
+    with replacing(path) as draft:
         image.save(draft, format="PNG")
     return path
 

@@ -11,8 +11,9 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from segkit.data.source import IGNORE
 from segkit.errors import DataError
+from segkit.files import write_text
+from segkit.labels import IGNORE
 
 Add = Callable[[str, Tensor, Tensor], None]
 
@@ -146,9 +147,7 @@ def pseudo_file(
         "images": list(images.values()),
         "annotations": annotations,
     }
-    draft = path.with_name(f".{path.name}.writing")
-    draft.write_text(json.dumps(content), encoding="utf-8")
-    draft.replace(path)
+    write_text(path, json.dumps(content))
 
 
 def _rle(region: Tensor) -> dict[str, Any]:

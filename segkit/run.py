@@ -15,6 +15,7 @@ import torchvision
 import segkit
 from segkit.checkpoint import load_latest
 from segkit.errors import SegkitError, closest
+from segkit.files import write_json, write_text
 
 RUNS = Path("runs")
 
@@ -117,7 +118,7 @@ class Run:
             if event.get("fold") != fold or event.get("step", 0) <= step
         ]
         text = "".join(json.dumps(event) + "\n" for event in kept)
-        _replace(self.folder / "log.jsonl", text)
+        write_text(self.folder / "log.jsonl", text)
 
     def last(self, fold: int) -> dict[str, Any] | None:
         """The state to resume ``fold`` from, if it was ever saved."""
@@ -139,11 +140,6 @@ def new_folder(name: str) -> Path:
     return RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    _replace(path, json.dumps(value, indent=1) + "\n")
-
-
 def environment() -> dict[str, Any]:
     """What a result depends on besides the configuration."""
     return {
@@ -157,12 +153,6 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
     }
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _differences(known: Any, wanted: Any, path: str = "") -> list[str]:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "segkit"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "files", "labels"},
     {"config", "distributed", "command"},
     {"augment", "losses", "metrics", "backbones", "decoders"},
     {"weights", "data", "optim", "checkpoint"},

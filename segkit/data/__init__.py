@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+from segkit import distributed
+from segkit.config import Config, build
 from segkit.data.coco import CocoSource
 from segkit.data.demo import open_demo
 from segkit.data.masks import MaskSource
-from segkit.data.source import IGNORE, Fault, Source
+from segkit.data.source import Fault, Source
 
-__all__ = ["IGNORE", "SOURCES", "CocoSource", "Fault", "MaskSource", "Source", "open_demo"]
+__all__ = ["SOURCES", "CocoSource", "Fault", "MaskSource", "Source", "open_demo", "open_source"]
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "coco": CocoSource,
@@ -15,3 +17,22 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "demo": open_demo,
 }
 """Name in the configuration's ``data`` section → source."""
+
+
+def open_source(config: Config, part: str) -> Source:
+    """A part of the ``data`` section, opened on rank 0 first: it may have to be made.
+
+    Args:
+        config: Of the run.
+        part: ``train``, ``val``, ``test`` or ``test_labels``.
+
+    Raises:
+        ConfigError: The component cannot be meant.
+        DataError: What is there cannot be used.
+    """
+    if not distributed.is_main():
+        distributed.barrier()
+    source = build(SOURCES, getattr(config.data, part), f"data.{part}")
+    if distributed.is_main():
+        distributed.barrier()
+    return source

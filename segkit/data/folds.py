@@ -1,8 +1,6 @@
 """Stratified folds, and the selection set that is held out of all of them."""
 
 import dataclasses
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +13,7 @@ from segkit import distributed
 from segkit.data.files import read_json
 from segkit.data.source import Source
 from segkit.errors import ConfigError, DataError
+from segkit.files import write_json
 
 SHARE_BINS = 3
 """Each class's images are told apart by this many sizes of its share of the pixels."""
@@ -45,9 +44,7 @@ class Split:
 
     def save(self, path: Path | str) -> None:
         """Write the split as JSON; a reader finds the old file or the new one, never a part."""
-        partial = Path(f"{path}.partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(Path(path), dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: Path | str) -> "Split":

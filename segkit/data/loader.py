@@ -5,6 +5,7 @@ import hashlib
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,7 +176,12 @@ def eval_batches(
 
 def digests(source: Any, indices: Sequence[int]) -> list[str]:
     """A short digest of each image file, by which checkpoints tell what they trained on."""
-    return [hashlib.sha256(source.path(index).read_bytes()).hexdigest()[:16] for index in indices]
+    return [_digest(source.path(index)) for index in indices]
+
+
+@functools.cache  # every fold asks for the same files again
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _same_size(source: Any, indices: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from segkit.data.files import check_name, inside, read_text
 from segkit.data.images import SUFFIXES, image_size, open_image, read_image
-from segkit.data.source import IGNORE, Fault, OnError, check_classes, stop_or_go, unreadable
+from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
 from segkit.errors import ConfigError, DataError
+from segkit.labels import IGNORE
 
 
 class MaskSource:

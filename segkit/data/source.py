@@ -12,9 +12,7 @@ from torch import Tensor
 from segkit import distributed
 from segkit.data.files import NO_TEXT
 from segkit.errors import DataError
-
-IGNORE = 255
-"""The mask value that no loss and no metric counts."""
+from segkit.labels import IGNORE
 
 OnError = Literal["raise", "skip"]
 """On the first fault stop, or leave faulty images and annotations out and list them."""

@@ -1,0 +1,50 @@
+"""Files written whole: whoever reads finds the old one or the new one, never a part."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A draft to write, which takes the place of ``path`` when the block ends without an error.
+
+    Args:
+        path: Its folder is made if need be.
+        durable: Flush the file before it is renamed and the folder after, so that a power cut too
+            finds the old one or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.writing")
+    try:
+        yield draft
+        if durable:
+            flush(draft)
+        draft.replace(path)
+        if durable:
+            flush(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
