@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from segkit import checkpoint
+from segkit.data.demo import draw_demo
 from segkit.errors import SegkitError
 from segkit.model import build_model
 from segkit.run import Run
@@ -78,6 +80,12 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 def train(folder: Path, run: str, *arguments: str, ranks: int = 0, code: int = 0) -> str:
     arguments = ("--cfg", "tiny.json", "--run-dir", run, *arguments)
     return finish(start(folder, "train.py", *arguments, ranks=ranks), code)
+
+
+def sets(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as options of a command."""
+    pairs = (f"{key}={json.dumps(value)}" for key, value in settings.items())
+    return [part for pair in pairs for part in ("--set", pair)]
 
 
 def last(folder: Path, run: str, fold: int = 0) -> dict[str, Any]:
@@ -233,9 +241,7 @@ def test_two_ranks_take_the_twenty_steps_of_one_process(folder: Path, trained: P
         "train.epochs": 10,
         "train.evaluate_every": 10,
     }
-    options = ["--folds", "0"]
-    for key, value in settings.items():
-        options += ["--set", f"{key}={json.dumps(value)}"]
+    options = ["--folds", "0", *sets(settings)]
     train(folder, "runs/one-rank", *options)
     train(folder, "runs/two-ranks", *options, ranks=2)
     one, two = last(folder, "runs/one-rank"), last(folder, "runs/two-ranks")
@@ -298,3 +304,21 @@ def test_a_run_is_not_overwritten(folder: Path, trained: Path) -> None:
 
 def test_infer_without_runs_says_what_to_do(tmp_path: Path) -> None:
     assert "train one" in finish(start(tmp_path, "infer.py"), code=1)
+
+
+@pytest.mark.slow
+def test_the_contest_s_configuration_starts_on_four_ranks(tmp_path: Path) -> None:
+    data = tmp_path / "input" / "data"
+    draw_demo(data, train=20, test=2, size=64)  # the contest's layout, but for one name
+    (data / "train.json").rename(data / "train_all.json")
+    settings = {
+        "model.backbone": {"name": "swin_t"},
+        "augment.train.2.size": [64, 64],
+        "train.batch_size": 8,
+        "train.epochs": 2,
+        "train.evaluate_every": 2,
+        "data.workers": 1,
+    }
+    arguments = ["--cfg", "swin.json", "--folds", "0", "--run-dir", "run", *sets(settings)]
+    finish(start(tmp_path, "train.py", *arguments, ranks=4))
+    assert Run(tmp_path / "run").read("summary.json")["fold0"]["steps"] == 2
