@@ -6,7 +6,6 @@ torchrun --nproc-per-node 4 train.py --cfg swin.json --folds 0
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -57,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
             if distributed.is_main():
                 run.log(event="fault", file=fault.file, sentence=fault.sentence)
         job = Job(cfg, run, split, train_source, val_source, device, resume, Stop(), say)
+        before = run.read("summary.json") if (run.folder / "summary.json").exists() else {}
         summary = {}
         for fold in chosen_folds(args.folds, len(split.folds)):
             summary[f"fold{fold}"] = train_fold(job, fold)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
                 say(f"stopped by {job.stop.name}; go on with: --run-dir {run.folder} --resume")
                 sys.exit(130 if job.stop.signal == signal.SIGINT else 0)
         if distributed.is_main():
-            run.write("summary.json", summary)
+            run.write("summary.json", {**before, **summary})
         say(f"done: {run.folder}; predict with: python infer.py --run-dir {run.folder}")
 
 
@@ -310,14 +310,14 @@ def check(cfg: Config) -> None:
 
 def open_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
     """The run's folder, and whether it is one to go on with."""
-    # After a failure torchrun starts the same command again: then the run goes on by itself.
-    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    folder = None
+    opened: tuple[Run, bool] | None = None
     if distributed.is_main():
         name = Path(args.cfg).stem
-        folder = args.run_dir or (newest(name) if resume else None) or new_folder(name)
-        Run.create(folder, config.to_dict(cfg), resume=resume)
-    return Run(distributed.broadcast(folder)), resume
+        known = args.run_dir or newest(name)
+        resume = args.resume or (known is not None and Run(known).interrupted_here())
+        folder = args.run_dir or (known if resume else None) or new_folder(name)
+        opened = Run.create(folder, config.to_dict(cfg), resume=resume), resume
+    return distributed.broadcast(opened)
 
 
 def divide(

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 import shutil
 import struct
 import warnings
@@ -34,7 +33,12 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
     """
     with replacing(path, durable=True) as draft:
         with draft.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            try:
+                torch.save({"format": FORMAT, **state}, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # a full disk, which torch only hints at
+                    raise error.__context__ from None
+                raise
         digest = hashlib.sha256()
         with draft.open("r+b") as file:
             length = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
@@ -64,7 +68,7 @@ def load(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[str, An
         _verify(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # what a forged file makes of the unpickler is of any type
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint ({_first(error)})"
         ) from error

@@ -1,10 +1,13 @@
 """Processes that train together: the process group, reductions, rank 0's progress bar."""
 
+import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -42,11 +45,41 @@ def session(device: str | None = None) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield here
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=_meet(store, rank, world_size),
+        rank=rank,
+        world_size=world_size,
+    )
     try:
         yield here
     finally:
         dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of torchrun's store that no earlier start of these ranks has written to.
+
+    torchrun keeps its store when it starts ranks again, and they would look for each other at the
+    addresses that dead ones left there. So each process brings a word of its own; rank 0 reads out
+    the words it finds, until every rank has heard its own.
+    """
+    store = dist.PrefixStore("segkit", store)
+    word, heard = uuid4().hex, set[str]()
+    store.set(f"rank {rank}", word)
+    while True:
+        if rank == 0:
+            words = [store.get(f"rank {one}").decode() for one in range(world_size)]
+            store.set("words", " ".join(words))
+        words = store.get("words").decode().split()
+        meeting = hashlib.sha256(" ".join(words).encode()).hexdigest()
+        if len(words) == world_size and words[rank] == word and meeting not in heard:
+            heard.add(meeting)
+            store.add(meeting, 1)
+        if meeting in heard and store.add(meeting, 0) == world_size:
+            return dist.PrefixStore(meeting, store)
+        time.sleep(0.01)
 
 
 def barrier() -> None:

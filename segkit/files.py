@@ -20,14 +20,26 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.writing")
     try:
-        yield draft
-        if durable:
-            flush(draft)
-        draft.replace(path)
-        if durable:
-            flush(path.parent)
+        with naming(path):
+            yield draft
+            if durable:
+                flush(draft)
+            draft.replace(path)
+            if durable:
+                flush(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the name of ``path`` to an error that has none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

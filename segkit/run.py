@@ -15,7 +15,7 @@ import torchvision
 import segkit
 from segkit.checkpoint import load_latest
 from segkit.errors import SegkitError, closest
-from segkit.files import write_json, write_text
+from segkit.files import naming, write_json, write_text
 
 RUNS = Path("runs")
 
@@ -51,7 +51,7 @@ class Run:
                 f"{folder}: was started with another configuration ({', '.join(differing)}); "
                 "resume with the same one or name another --run-dir"
             )
-        if known is None and folder.exists() and any(folder.iterdir()):
+        if known is None and folder.exists() and any(map(_is_foreign, folder.iterdir())):
             raise SegkitError(f"{folder}: is not empty and holds no run; name another --run-dir")
         folder.mkdir(parents=True, exist_ok=True)
         if known is None:
@@ -72,6 +72,20 @@ class Run:
                 return cls(path)
         known = [path.parent.name for path in RUNS.glob("*/config.json")]
         raise SegkitError(f"{folder}: is not a run folder{closest(str(folder), known)}")
+
+    def interrupted_here(self) -> bool:
+        """Whether torchrun starts again the job that began this run and has not finished it.
+
+        It does so after a failure, and when a machine joins or leaves. The job is known by its
+        ``--rdzv-id``, where it has one.
+        """
+        if (self.folder / "summary.json").exists():
+            return False
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+            return True
+        job = _job()
+        begun = job is not None and (self.folder / "config.json").exists()
+        return begun and self.read("environment.json").get("job") == job
 
     def fold(self, number: int) -> Path:
         """The folder of one fold's checkpoints."""
@@ -99,7 +113,8 @@ class Run:
     def log(self, **event: Any) -> None:
         """Append one event to ``log.jsonl``."""
         line = json.dumps({"time": round(time.time(), 3), **event})
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "log.jsonl"
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -151,8 +166,20 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "job": _job(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
     }
+
+
+def _job() -> str | None:
+    """What torchrun calls this job, if it was given a name."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if job == "none" else job
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is not what a kill during :meth:`Run.create` may leave."""
+    return path.name != "environment.json" and not path.name.endswith(".json.writing")
 
 
 def _differences(known: Any, wanted: Any, path: str = "") -> list[str]:

@@ -1,0 +1,302 @@
+"""What docs/reliability.md promises: kills, restarts, ranks, full disks, long runs."""
+
+import gc
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from segkit import checkpoint
+from segkit.data.demo import draw_demo
+from segkit.run import Run
+
+HERE = Path(__file__).parent
+CONFIG: dict[str, Any] = {
+    "data": {
+        "train": {"name": "coco", "annotations": "demo/train.json"},
+        "folds": 2,
+        "selection": 0.2,
+        "workers": 0,
+    },
+    "model": {
+        "backbone": "resnet18_half",
+        "decoder": {"name": "fcn", "width": 8, "aux": False},
+    },
+    "augment": {"train": ["hflip", {"name": "crop", "size": [32, 32]}]},
+    "optim": {"lr": 0.001, "optimizer": "sgd"},
+    "train": {"epochs": 2, "batch_size": 4, "amp": "off", "save_every": 1, "log_every": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs are started: a configuration and a demo set of 20 images."""
+    folder = tmp_path_factory.mktemp("work")
+    draw_demo(folder / "demo", train=20, test=1, size=64)
+    (folder / "tiny.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def arguments(run: str, settings: Mapping[str, Any] = {}) -> list[str]:
+    pairs = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    options = [part for pair in pairs for part in ("--set", pair)]
+    return ["--cfg", "tiny.json", "--folds", "0", "--run-dir", run, "--quiet", *options]
+
+
+def launch(folder: Path, *words: str, **options: Any) -> subprocess.Popen:
+    """Python with one thread, in ``folder``."""
+    return subprocess.Popen(
+        [sys.executable, *words], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+    )  # fmt: skip
+
+
+def torchrun(folder: Path, *words: str) -> subprocess.Popen:
+    return launch(folder, "-m", "torch.distributed.run", *words)
+
+
+def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / run / "fold0" / "last.pt")["model"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def steady(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of two ranks that nothing happened to."""
+    words = ("--standalone", "--nproc-per-node=2", str(HERE.parent / "train.py"))
+    process = torchrun(folder, *words, *arguments("runs/steady"))
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return weights(folder, "runs/steady")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("phase", ["start", "step", "evaluation", "save"])
+def test_a_rank_killed_anywhere_is_restarted_and_goes_on(
+    folder: Path, steady: dict[str, torch.Tensor], phase: str, rank: str
+) -> None:
+    run = f"runs/{phase}{rank}"
+    words = ("--standalone", "--nproc-per-node=2", "--max-restarts=1", str(HERE / "faults.py"))
+    fault = ("kill", phase, rank, f"{phase}{rank}.struck")
+    process = torchrun(folder, *words, *fault, *arguments(run))
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert (folder / fault[-1]).exists()
+    torch.testing.assert_close(weights(folder, run), steady, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["start", "step", "evaluation"])
+def test_an_error_on_one_rank_ends_all_with_its_message(folder: Path, phase: str) -> None:
+    words = ("--standalone", "--nproc-per-node=2", str(HERE / "faults.py"))
+    fault = ("raise", phase, "1", f"{phase}.raised")
+    process = torchrun(folder, *words, *fault, *arguments(f"runs/raise-{phase}"))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"[rank 1] planted in {phase}" in out
+    assert "Error: " not in out.split("planted in")[0]  # no other rank's traceback before it
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_leaves_the_other_to_go_on(folder: Path) -> None:
+    """Two agents of torchrun stand for two machines; one is killed with its rank."""
+    endpoint = f"localhost:{free_port()}"
+    words = ("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d")
+    words += (f"--rdzv-endpoint={endpoint}", "--rdzv-id=lost", "--rdzv-conf=last_call_timeout=5")
+    script = (str(HERE.parent / "train.py"), *arguments("runs/lost", {"train.epochs": 40}))
+    stays = torchrun(folder, *words, *script)
+    goes = torchrun(
+        folder,
+        *words,
+        *script,
+    )
+    log = folder / "runs/lost/log.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert Run(folder / "runs/lost").read("environment.json")["world_size"] == 2
+    for child in children(goes.pid):
+        os.kill(child, signal.SIGKILL)
+    goes.kill()
+    goes.communicate()
+    out, _ = stays.communicate(timeout=300)
+    assert stays.returncode == 0, out
+    steps = [one["step"] for one in Run(folder / "runs/lost").events() if one["event"] == "step"]
+    assert steps == list(range(1, 81))
+
+
+def children(pid: int) -> list[int]:
+    """Processes that ``pid`` started."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    if not listed.exists():
+        pytest.skip("this system does not list the children of a process")
+    return [int(word) for word in listed.read_text().split()]
+
+
+def one_rank(rank: int, world_size: int, port: int, folder: Path, words: list[str]) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    train.main(words)
+
+
+def ranks(folder: Path, words: list[str], world_size: int = 2) -> list[Any]:
+    """Ranks of a training, forked from a process that has imported it: they start at once."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    port = free_port()
+    started = [
+        context.Process(target=one_rank, args=(rank, world_size, port, folder, words))
+        for rank in range(world_size)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def finish(started: list[Any]) -> None:
+    """Wait for ranks that must succeed."""
+    for process in started:
+        process.join()
+    assert all(process.exitcode == 0 for process in started)
+
+
+@pytest.mark.slow
+def test_fifty_kills_change_no_bit_of_the_weights(folder: Path) -> None:
+    settings = {"train.epochs": 150, "train.evaluate_every": 10}
+    finish(ranks(folder, arguments("runs/calm", settings)))
+    rng = random.Random(0)
+    kills, saved, step = 0, set(), -1
+    while kills < 50:
+        started = ranks(folder, [*arguments("runs/shot", settings), "--resume"])
+        started[0].join(rng.uniform(0.5, 3.0))
+        assert started[0].exitcode is None, f"the training ended after {kills} kills"
+        for process in started:
+            process.kill()
+            process.join()
+        kills += 1
+        run = folder / "runs/shot"
+        if (run / "config.json").exists():
+            Run.open(run).read("config.json")
+            list(Run(run).events())
+            state = Run(run).last(0)
+            assert state is None or state["step"] >= step  # what was saved is never lost
+            step = -1 if state is None else state["step"]
+            saved.add(step)
+    assert len(saved) > 10, "the kills came before anything was trained"
+    finish(ranks(folder, [*arguments("runs/shot", settings), "--resume"]))
+    calm_weights, shot = weights(folder, "runs/calm"), weights(folder, "runs/shot")
+    torch.testing.assert_close(shot, calm_weights, rtol=0, atol=0)
+    counts = [Run(folder / run).read("summary.json")["fold0"] for run in ("runs/calm", "runs/shot")]
+    assert counts[0]["miou"] == counts[1]["miou"]
+
+
+SMOOTH = {  # what rounding is not magnified by: LayerNorm, and a loss whose parts add up
+    "augment.train": ["hflip", {"name": "resize", "size": [64, 64]}],
+    "model.backbone": "convnext_tiny",
+    "model.decoder": {"name": "fcn", "width": 16, "aux": False},
+    "model.freeze_batch_norm": True,
+    "train.epochs": 10,
+    "train.evaluate_every": 10,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "accumulate", "workers"),
+    [(1, 2, 1), (1, 4, 2), (2, 1, 1), (2, 2, 0), (4, 1, 0)],
+)
+def test_ranks_parts_and_workers_change_nothing(
+    folder: Path, alone: Path, world_size: int, accumulate: int, workers: int
+) -> None:
+    """The same global batches give the same weights, but for rounding."""
+    run = f"runs/{world_size}-{accumulate}-{workers}"
+    settings = {**SMOOTH, "train.accumulate": accumulate, "data.workers": workers}
+    finish(ranks(folder, arguments(run, settings), world_size))
+    state, reference = (checkpoint.load(one / "fold0" / "last.pt") for one in (folder / run, alone))
+    assert state["step"] == reference["step"] == 20
+    torch.testing.assert_close(state["model"], reference["model"], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """A run of one process without workers or accumulation."""
+    finish(ranks(folder, arguments("runs/alone", SMOOTH), 1))
+    return folder / "runs/alone"
+
+
+def test_two_hundred_epochs_leave_memory_and_files_flat(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("this system has no /proc to count open files and memory in")
+    used: list[tuple[int, int]] = []
+    evaluate = train.evaluate
+
+    def watched(*words: Any, **options: Any) -> Any:
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        used.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+        return evaluate(*words, **options)
+
+    monkeypatch.setattr(train, "evaluate", watched)
+    monkeypatch.chdir(folder)
+    settings = {"train.epochs": 200, "train.evaluate_every": 5, "train.save_every": 0}
+    train.main(arguments("runs/long", {**settings, "train.log_every": 20, "train.keep": 2}))
+    (early, files), (late, open_files) = used[10], used[-1]
+    assert open_files == files
+    assert late < early + 32 * 2**20
+    kept = sorted(path.name for path in (folder / "runs/long/fold0").iterdir())
+    assert len(kept) == 5  # two epochs, best.pt, last.pt and the one before it
+    assert len(list(Run(folder / "runs/long").events())) == 20 + 40
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 1 << 24])
+def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(folder: Path, limit: int) -> None:
+    """A limit on the size of files stands for a disk that fills up."""
+    run = f"runs/full{limit}"
+    code = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1)); "
+        "import train; from segkit import command; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); command.run(train.main)"
+    )
+    words = arguments(run, {"train.save_every": 0})
+    process = launch(folder, "-c", code, str(HERE.parent), *words)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    name = "epoch0001.pt" if limit < 1 << 22 else "last.pt"
+    assert out.strip().endswith(f"{name}: File too large"), out
+    assert len(out.strip().splitlines()) == 1
+    assert not list((folder / run).rglob(".*.writing"))
+    finish(ranks(folder, [*words, "--resume"], 1))
+
+
+def test_a_read_only_run_folder_is_one_sentence(folder: Path) -> None:
+    (folder / "locked").write_text("a file where the folder should be")
+    process = launch(folder, str(HERE.parent / "train.py"), *arguments("locked/run"))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert out == "locked/run: Not a directory\n"
