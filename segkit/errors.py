@@ -7,6 +7,11 @@ from collections.abc import Iterable
 class SegkitError(Exception):
     """A clear error: the commands print its one sentence and exit with 1."""
 
+    def __str__(self) -> str:
+        # A key or a name it quotes may hold line breaks, or codes that terminals act on.
+        sentence = super().__str__()
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
+
 
 class ConfigError(SegkitError):
     """A configuration that cannot be meant."""

@@ -1,12 +1,15 @@
 """Checkpoints: whole or not at all, verified, and never code."""
 
+import hashlib
 import os
 import pickle
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,3 +150,32 @@ def test_tensor_digest_depends_on_names_and_bits() -> None:
     assert one == checkpoint.digest_tensors({"a": torch.zeros(3), "b": torch.tensor(1)})
     assert one != checkpoint.digest_tensors({"c": torch.zeros(3), "b": torch.tensor(1)})
     assert one != checkpoint.digest_tensors({"a": torch.tensor([0, 0, -0.0]), "b": torch.tensor(1)})
+
+
+@pytest.mark.slow
+def test_forged_files_are_read_or_refused(tmp_path: Path) -> None:
+    """5,000 files with bytes changed and a digest that fits them all the same."""
+    path = tmp_path / "a.pt"
+    checkpoint.save(state(), path)
+    whole = path.read_bytes()
+    pickled = whole.index(b"\x80\x02"), whole.index(b"PK", whole.index(b"\x80\x02"))
+    directory = whole.index(b"PK\x01\x02"), len(whole) - 73  # the comment: sha256: and 64 digits
+    rng = np.random.default_rng(0)
+    warnings.simplefilter("ignore")
+    read, sentences = 0, list[str]()
+    for number in range(5_000):
+        forged = np.frombuffer(whole, np.uint8).copy()
+        low, high = (pickled, directory, (0, directory[1]))[number % 3]
+        at = rng.integers(low, high, rng.integers(1, 4))
+        forged[at] = rng.integers(0, 256, len(at))
+        forged[-64:] = bytearray(hashlib.sha256(forged[:-73]).hexdigest().encode())
+        path.write_bytes(forged.tobytes())
+        for mmap in (False, True):
+            try:
+                checkpoint.load(path, mmap=mmap)
+                read += 1
+            except CheckpointError as error:
+                sentences.append(str(error))
+    assert read > 0
+    assert len(sentences) > 0
+    assert not [one for one in sentences if "\n" in one]

@@ -5,10 +5,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import hypothesis
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.run import get_args_parser
 
 from segkit import config
@@ -235,3 +240,55 @@ def test_shipped_configurations_hold_only_what_differs(path: Path) -> None:
     for section, values in raw.items():
         for key, value in values.items() if isinstance(values, dict) else []:
             assert value != defaults[section][key], f"{section}.{key} is the default"
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=9,
+)
+KEYS = [
+    f"{section}.{key}"
+    for section, keys in to_dict(Config()).items()
+    for key in (keys if isinstance(keys, dict) else ())
+]
+
+
+@given(st.sampled_from(KEYS), VALUES)
+@hypothesis.settings(max_examples=500, deadline=None)
+def test_any_value_anywhere_is_taken_or_refused(key: str, value: Any) -> None:
+    section, name = key.split(".")
+    raw = to_dict(Config())
+    raw[section][name] = value
+    with suppress(ConfigError):
+        parse(raw, "some.json")
+
+
+@given(
+    st.text(max_size=40) | st.sampled_from(KEYS).map(lambda key: f"{key}="), st.text(max_size=20)
+)
+@hypothesis.settings(max_examples=500, deadline=None)
+def test_any_override_is_taken_or_refused(start: str, end: str) -> None:
+    with suppress(ConfigError):
+        override(Config(), [start + end])
+
+
+@pytest.mark.slow
+def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
+    """5,000 configurations with bytes changed."""
+    whole = (ROOT / "configs" / "swin.json").read_bytes()
+    rng = np.random.default_rng(0)
+    read, sentences = 0, list[str]()
+    for _ in range(5_000):
+        mutated = bytearray(whole)
+        for at in rng.integers(0, len(whole), rng.integers(1, 4)):
+            mutated[at] = rng.integers(32, 127) if rng.random() < 0.8 else rng.integers(256)
+        try:
+            load(write(tmp_path, bytes(mutated)))
+            read += 1
+        except ConfigError as error:
+            sentences.append(str(error))
+    assert read > 0
+    assert len(sentences) > 0
+    assert not [one for one in sentences if "\n" in one]
