@@ -103,6 +103,8 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         freeze_batch_norm=cfg.model.freeze_batch_norm,
         seed=cfg.train.seed,
     )
+    if model.report is not None:
+        say(model.report.summary())
     init = checkpoint.digest_tensors(model.state_dict())
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)

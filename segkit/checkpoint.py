@@ -17,7 +17,7 @@ from segkit.errors import CheckpointError
 from segkit.files import replacing
 
 FORMAT = 1
-_COMMENT = b"sha256:"
+COMMENT = b"sha256:"
 
 
 def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -> None:
@@ -44,7 +44,7 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
             length = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
             file.seek(0)
             _feed(digest, file, length)
-            comment = _COMMENT + digest.hexdigest().encode()
+            comment = COMMENT + digest.hexdigest().encode()
             file.seek(length)
             file.write(struct.pack("<H", len(comment)) + comment)
         if keep_previous and path.exists():
@@ -138,19 +138,19 @@ def digest_file(path: Path) -> str:
 
 def _verify(path: Path) -> None:
     damaged = CheckpointError(f"{path}: is damaged (its bytes do not match its digest)")
-    tail = 2 + len(_COMMENT) + 64
+    tail = 2 + len(COMMENT) + 64
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - tail))
         end = file.read()
-        if len(end) < tail or not end[2:].startswith(_COMMENT):
+        if len(end) < tail or not end[2:].startswith(COMMENT):
             if zipfile.is_zipfile(path):
                 raise CheckpointError(f"{path}: carries no digest; segkit did not write it")
             raise CheckpointError(f"{path}: is damaged or not a checkpoint")
         digest = hashlib.sha256()
         file.seek(0)
         _feed(digest, file, size - tail)
-    if digest.hexdigest().encode() != end[2 + len(_COMMENT) :]:
+    if digest.hexdigest().encode() != end[2 + len(COMMENT) :]:
         raise damaged
 
 

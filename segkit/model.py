@@ -13,7 +13,7 @@ from segkit.config import Component, build
 from segkit.decoders import DECODERS
 from segkit.decoders.layers import resize
 from segkit.errors import ConfigError
-from segkit.weights import load_backbone, load_file
+from segkit.weights import Report, load_file, load_state
 
 
 class Segmenter(nn.Module):
@@ -38,6 +38,7 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
         self.freeze_batch_norm = freeze_batch_norm
+        self.report: Report | None = None  # what build_model loaded
         self.align_corners: bool = getattr(decoder, "align_corners", False)
         if freeze_batch_norm:
             for norm in self._frozen():
@@ -104,6 +105,9 @@ def build_model(
     Raises:
         ConfigError: An unknown name or argument, or weights that this backbone does not have.
         CheckpointError: A file that does not hold this backbone's weights.
+
+    Returns:
+        The model; its ``report`` says what was loaded.
     """
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)
@@ -119,11 +123,11 @@ def build_model(
     model = Segmenter(encoder, head, freeze_batch_norm=freeze_batch_norm)
     if weights is not None:
         name = backbone if isinstance(backbone, str) else backbone["name"]
-        _load(model, name, weights)
+        model.report = _load(model, name, weights)
     return model
 
 
-def _load(model: Segmenter, name: str, weights: str) -> None:
+def _load(model: Segmenter, name: str, weights: str) -> Report:
     published: Any = models.get_model_weights(name) if name in models.list_models() else None
     names = published.__members__ if published else {}
     if weights == "imagenet" or weights in names:
@@ -132,6 +136,5 @@ def _load(model: Segmenter, name: str, weights: str) -> None:
                 f"model.weights: torchvision has no weights for '{name}'; give a file, or null"
             )
         entry = published.DEFAULT if weights == "imagenet" else published[weights]
-        load_backbone(model, entry.get_state_dict(check_hash=True), source=str(entry))
-    else:
-        load_file(model, weights)
+        return load_state(model, entry.get_state_dict(check_hash=True), source=str(entry))
+    return load_file(model, weights)

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "segkit"
 LAYERS = [
     {"errors", "files", "labels"},
     {"config", "distributed", "command"},
-    {"augment", "losses", "metrics", "backbones", "decoders"},
-    {"weights", "data", "optim", "checkpoint"},
+    {"augment", "losses", "metrics", "backbones", "decoders", "checkpoint"},
+    {"weights", "data", "optim"},
     {"model", "run"},
     {"tta", "ensemble"},
     {"engine", "predict"},

@@ -40,6 +40,8 @@ class HRNet(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = tuple(width * 2**branch for branch in range(4))
+        self.upsampling = upsampling
+        self.align_corners = align_corners
         self.checkpointing = checkpointing
         self.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)

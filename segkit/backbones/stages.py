@@ -23,6 +23,7 @@ class Stages(nn.Module):
             stride and their kernels are dilated instead (Chen et al. 2017,
             https://arxiv.org/abs/1706.05587): every value of the strided map stays where it was,
             with new ones in between.
+        contract_dilation: Leave the strided convolutions of a stage at the dilation that comes in.
         checkpointing: Forget the activations inside blocks and compute them again backwards.
 
     Shape:
@@ -33,18 +34,23 @@ class Stages(nn.Module):
         ConfigError: If ``output_stride`` is none of those.
     """
 
+    like = "torchvision"
+    """Whose details an EfficientNet has."""
+
     def __init__(
         self,
         *,
         network: nn.Module,
         stages: Sequence[Sequence[str]],
         output_stride: int = 32,
+        contract_dilation: bool = True,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise ConfigError(f"output_stride: expected 8, 16 or 32, got {output_stride}")
         self.stages = stages
+        self.contract_dilation = contract_dilation
         self.checkpointing = checkpointing
         for name in dict.fromkeys(part.split(".")[0] for part in chain(*stages)):
             self.add_module(name, network.get_submodule(name))
@@ -55,7 +61,8 @@ class Stages(nn.Module):
         rate = 1
         for parts, stride in zip(stages, strides, strict=True):
             if stride > output_stride:
-                rate = dilate(map(self.get_submodule, parts), rate)
+                modules = map(self.get_submodule, parts)
+                rate = dilate(modules, rate, contract=contract_dilation)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x, features = image, []
@@ -85,7 +92,7 @@ class Stages(nn.Module):
 _SIDE = 32
 
 
-def dilate(parts: Iterable[nn.Module], rate: int) -> int:
+def dilate(parts: Iterable[nn.Module], rate: int, *, contract: bool = True) -> int:
     """Give a stage its stride back as dilation, in place.
 
     The strided convolutions keep the dilation that came in, those after them have twice as much.
@@ -93,6 +100,7 @@ def dilate(parts: Iterable[nn.Module], rate: int) -> int:
     Args:
         parts: The stage's modules, in the order they run.
         rate: Dilation of the maps that come in.
+        contract: Without it the strided convolutions have twice as much too.
 
     Returns:
         Dilation of the maps that go out.
@@ -105,7 +113,7 @@ def dilate(parts: Iterable[nn.Module], rate: int) -> int:
         if strided:
             conv.stride, out = (1, 1), 2 * rate
         if conv.kernel_size != (1, 1):
-            spacing = rate if strided else out
+            spacing = rate if strided and contract else out
             conv.dilation = (spacing, spacing)
             conv.padding = tuple(spacing * (side // 2) for side in conv.kernel_size)
     return out

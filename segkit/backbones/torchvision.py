@@ -4,23 +4,53 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
 from segkit.backbones.stages import Stages, refuse_dilation
+from segkit.errors import ConfigError
 
 Builder = Callable[..., nn.Module]
 
 
 def resnet(builder: Builder) -> Callable[..., Stages]:
     """ResNet (https://arxiv.org/abs/1512.03385), ResNeXt (https://arxiv.org/abs/1611.05431) and
-    Wide ResNet (https://arxiv.org/abs/1605.07146)."""
+    Wide ResNet (https://arxiv.org/abs/1605.07146).
+
+    ``contract_dilation`` is that of :class:`Stages`: torchvision and mmsegmentation contract
+    ResNet's, segmentation_models.pytorch contracts none, torchvision not MobileNet's.
+    """
     stem = ("conv1", "bn1", "relu")
     stages = (stem, ("maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 
-    def build(*, output_stride: Literal[8, 16, 32] = 32) -> Stages:
-        return Stages(network=builder(), stages=stages, output_stride=output_stride)
+    def build(*, output_stride: Literal[8, 16, 32] = 32, contract_dilation: bool = True) -> Stages:
+        return Stages(
+            network=builder(),
+            stages=stages,
+            output_stride=output_stride,
+            contract_dilation=contract_dilation,
+        )
+
+    return build
+
+
+def deep_stem(builder: Builder) -> Builder:
+    """A ResNet with three 3x3 convolutions for its first one, mmsegmentation's "V1c".
+
+    He et al. 2018, https://arxiv.org/abs/1812.01187, figure 2c.
+    """
+
+    def build() -> nn.Module:
+        network = builder()
+        convs: list[nn.Module] = []
+        for inputs, outputs, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
+            conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            convs += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        network.conv1 = nn.Sequential(*convs[:-2])
+        return network
 
     return build
 
@@ -59,25 +89,86 @@ def mobilenet(builder: Builder, *taps: int) -> Callable[..., Stages]:
         taps: The blocks whose outputs are the feature maps; the last 1x1 convolution is dropped.
     """
 
-    def build(*, output_stride: Literal[8, 16, 32] = 32) -> Stages:
-        return _cut(builder(), taps, output_stride=output_stride)
+    def build(*, output_stride: Literal[8, 16, 32] = 32, contract_dilation: bool = True) -> Stages:
+        return _cut(
+            builder(), taps, output_stride=output_stride, contract_dilation=contract_dilation
+        )
 
     return build
 
 
-def efficientnet(builder: Builder, *taps: int) -> Callable[..., Stages]:
+def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Callable[..., Stages]:
     """EfficientNet (https://arxiv.org/abs/1905.11946) and V2 (https://arxiv.org/abs/2104.00298).
+
+    ``like`` is whose weights are to be loaded. Those ported from TensorFlow expect its padding and
+    epsilon: ``tensorflow`` pads for images whose sides are multiples of 32, as timm's ``tf_``
+    models do then. ``smp``, segmentation_models.pytorch, pads all images as those of the size the
+    network was made for, and takes B0's fourth map after the first block of its stage.
 
     Args:
         builder: torchvision's function.
         taps: The blocks whose outputs are the feature maps; the last 1x1 convolution is dropped.
+        side: Of the images the network was made for, where it can be ``like`` another.
     """
 
-    def build(*, drop_path: float = 0.2, output_stride: Literal[8, 16, 32] = 32) -> Stages:
+    def build(
+        *,
+        drop_path: float = 0.2,
+        like: Literal["torchvision", "tensorflow", "smp"] = "torchvision",
+        output_stride: Literal[8, 16, 32] = 32,
+        contract_dilation: bool = True,
+    ) -> Stages:
         network = builder(stochastic_depth_prob=drop_path)
-        return _cut(network, taps, output_stride=output_stride)
+        if like != "torchvision":
+            if side is None:
+                raise ConfigError(f"like: EfficientNet V2 is like torchvision's only, not '{like}'")
+            _as_tensorflow(network, side if like == "smp" else 32)
+        stages = _cut(
+            network,
+            taps,
+            early=like == "smp" and builder is models.efficientnet_b0,
+            output_stride=output_stride,
+            contract_dilation=contract_dilation,
+        )
+        stages.like = like
+        return stages
 
     return build
+
+
+class SameConv2d(nn.Conv2d):
+    """A strided convolution padded as TensorFlow's SAME pads: what is odd at the right and bottom.
+
+    Once dilation has taken the stride away, it pads as others do.
+
+    Args:
+        conv: The convolution it takes the place of.
+        side: Of the maps it pads for, whatever comes in.
+    """
+
+    def __init__(self, conv: nn.Conv2d, side: int) -> None:
+        (kernel, _), (stride, _) = conv.kernel_size, conv.stride
+        super().__init__(
+            conv.in_channels, conv.out_channels, kernel, stride, groups=conv.groups, bias=False
+        )
+        self.weight = conv.weight
+        total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+        self.around = (total // 2, total - total // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == (1, 1):
+            return super().forward(x)
+        return super().forward(F.pad(x, 2 * self.around))
+
+
+def _as_tensorflow(network: nn.Module, side: int) -> None:
+    """Give a network the padding that TensorFlow has for images of this side, and its epsilon."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps, module.momentum = 1e-3, 0.01
+        if isinstance(module, nn.Conv2d) and module.stride != (1, 1):
+            network.set_submodule(name, SameConv2d(module, side))
+            side = -(-side // module.stride[0])
 
 
 def convnext(builder: Builder, drop_path: float) -> Callable[..., Stages]:
@@ -99,9 +190,12 @@ def convnext(builder: Builder, drop_path: float) -> Callable[..., Stages]:
 
 
 def _cut(
-    network: nn.Module, taps: tuple[int, ...], output_stride: int = 32, checkpointing: bool = False
+    network: nn.Module, taps: tuple[int, ...], *, early: bool = False, **options: Any
 ) -> Stages:
-    """Stages of a network that is one sequence, ``features``, each ending with the block tapped."""
+    """Stages of a network that is one sequence, ``features``, each ending with the block tapped.
+
+    ``early`` ends the one before the last at the first part of that block.
+    """
     blocks = network.get_submodule("features")
     assert isinstance(blocks, nn.Sequential)
     del blocks[taps[-1] + 1 :]
@@ -110,9 +204,12 @@ def _cut(
         [f"features.{block}" for block in range(before + 1, tap + 1)]
         for before, tap in zip(ends, taps, strict=False)
     ]
-    return Stages(
-        network=network, stages=stages, output_stride=output_stride, checkpointing=checkpointing
-    )
+    if early:
+        block = stages[-2].pop()
+        stages[-2].append(f"{block}.0")
+        parts = len(list(network.get_submodule(block).children()))
+        stages[-1] = [*(f"{block}.{part}" for part in range(1, parts)), *stages[-1]]
+    return Stages(network=network, stages=stages, **options)
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -122,6 +219,8 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet50": resnet(models.resnet50),
     "resnet101": resnet(models.resnet101),
     "resnet152": resnet(models.resnet152),
+    "resnet50_v1c": resnet(deep_stem(models.resnet50)),
+    "resnet101_v1c": resnet(deep_stem(models.resnet101)),
     "resnext50_32x4d": resnet(models.resnext50_32x4d),
     "resnext101_32x8d": resnet(models.resnext101_32x8d),
     "resnext101_64x4d": resnet(models.resnext101_64x4d),
@@ -145,14 +244,14 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2": mobilenet(models.mobilenet_v2, 1, 3, 6, 13, 17),
     "mobilenet_v3_small": mobilenet(models.mobilenet_v3_small, 0, 1, 3, 8, 11),
     "mobilenet_v3_large": mobilenet(models.mobilenet_v3_large, 1, 3, 6, 12, 15),
-    "efficientnet_b0": efficientnet(models.efficientnet_b0, 0, 2, 3, 5, 7),
-    "efficientnet_b1": efficientnet(models.efficientnet_b1, 0, 2, 3, 5, 7),
-    "efficientnet_b2": efficientnet(models.efficientnet_b2, 0, 2, 3, 5, 7),
-    "efficientnet_b3": efficientnet(models.efficientnet_b3, 0, 2, 3, 5, 7),
-    "efficientnet_b4": efficientnet(models.efficientnet_b4, 0, 2, 3, 5, 7),
-    "efficientnet_b5": efficientnet(models.efficientnet_b5, 0, 2, 3, 5, 7),
-    "efficientnet_b6": efficientnet(models.efficientnet_b6, 0, 2, 3, 5, 7),
-    "efficientnet_b7": efficientnet(models.efficientnet_b7, 0, 2, 3, 5, 7),
+    "efficientnet_b0": efficientnet(models.efficientnet_b0, 0, 2, 3, 5, 7, side=224),
+    "efficientnet_b1": efficientnet(models.efficientnet_b1, 0, 2, 3, 5, 7, side=240),
+    "efficientnet_b2": efficientnet(models.efficientnet_b2, 0, 2, 3, 5, 7, side=260),
+    "efficientnet_b3": efficientnet(models.efficientnet_b3, 0, 2, 3, 5, 7, side=300),
+    "efficientnet_b4": efficientnet(models.efficientnet_b4, 0, 2, 3, 5, 7, side=380),
+    "efficientnet_b5": efficientnet(models.efficientnet_b5, 0, 2, 3, 5, 7, side=456),
+    "efficientnet_b6": efficientnet(models.efficientnet_b6, 0, 2, 3, 5, 7, side=528),
+    "efficientnet_b7": efficientnet(models.efficientnet_b7, 0, 2, 3, 5, 7, side=600),
     "efficientnet_v2_s": efficientnet(models.efficientnet_v2_s, 1, 2, 3, 5, 6),
     "efficientnet_v2_m": efficientnet(models.efficientnet_v2_m, 1, 2, 3, 5, 7),
     "efficientnet_v2_l": efficientnet(models.efficientnet_v2_l, 1, 2, 3, 5, 7),

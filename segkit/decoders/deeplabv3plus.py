@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from segkit.decoders.layers import ASPP, ConvNormAct, classifier, level_at, resize
+from segkit.decoders.layers import ASPP, Classifier, ConvNormAct, level_at, resize
 
 
 class DeepLabV3Plus(nn.Module):
@@ -56,7 +56,7 @@ class DeepLabV3Plus(nn.Module):
         self.smooth = ConvNormAct(width, width, separable=separable)
         self.low = ConvNormAct(channels[self.low_level], low_width, kernel=1)
         self.fuse = ConvNormAct(width + low_width, width, separable=separable)
-        self.classifier = classifier(width, num_classes)
+        self.classifier = Classifier(width, num_classes)
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         low = self.low(features[self.low_level])

@@ -145,16 +145,17 @@ class ASPP(nn.Module):
 def fcn_head(inputs: int, width: int, num_classes: int, *, dropout: float = 0.1) -> nn.Sequential:
     """One 3x3 convolution and a classifier: FCN's own head and the usual auxiliary one."""
     block = ConvNormAct(inputs, width)
-    return nn.Sequential(*block, nn.Dropout(dropout), classifier(width, num_classes))
+    return nn.Sequential(*block, nn.Dropout(dropout), Classifier(width, num_classes))
 
 
-def classifier(inputs: int, num_classes: int, *, kernel: int = 1) -> nn.Conv2d:
+class Classifier(nn.Conv2d):
     """The convolution that ends in logits, scaled to its width: narrow decoders learn at once."""
-    conv = nn.Conv2d(inputs, num_classes, kernel, padding=kernel // 2)
-    nn.init.xavier_uniform_(conv.weight)
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
-    return conv
+
+    def __init__(self, inputs: int, num_classes: int, *, kernel: int = 1) -> None:
+        super().__init__(inputs, num_classes, kernel, padding=kernel // 2)
+        nn.init.xavier_uniform_(self.weight)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
 
 
 def resize(

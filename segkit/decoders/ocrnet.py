@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkit.decoders.layers import ConvNormAct, classifier, resize
+from segkit.decoders.layers import Classifier, ConvNormAct, resize
 
 
 class OCRNet(nn.Module):
@@ -47,7 +47,7 @@ class OCRNet(nn.Module):
         self.align_corners = align_corners
         inputs = sum(channels[-4:])
         self.regions = nn.Sequential(
-            ConvNormAct(inputs, inputs, kernel=1, bias=bias), classifier(inputs, num_classes)
+            ConvNormAct(inputs, inputs, kernel=1, bias=bias), Classifier(inputs, num_classes)
         )
         self.pixels = ConvNormAct(inputs, width, bias=bias)
         self.query = _twice(width, key_width)
@@ -56,7 +56,7 @@ class OCRNet(nn.Module):
         self.context = ConvNormAct(key_width, width, kernel=1)
         self.fuse = ConvNormAct(2 * width, width, kernel=1)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = classifier(width, num_classes)
+        self.classifier = Classifier(width, num_classes)
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         size = features[-4].shape[-2:]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from segkit.decoders.layers import PyramidPooling, classifier, fcn_head
+from segkit.decoders.layers import Classifier, PyramidPooling, fcn_head
 
 
 class PSPNet(nn.Module):
@@ -44,7 +44,7 @@ class PSPNet(nn.Module):
         each = deepest // len(bins)
         self.pool = PyramidPooling(deepest, width=each, outputs=width, bins=bins)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = classifier(width, num_classes)
+        self.classifier = Classifier(width, num_classes)
         self.aux = fcn_head(shallower, aux_width, num_classes) if aux_width else None
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from segkit.decoders.layers import ConvNormAct, classifier, resize
+from segkit.decoders.layers import Classifier, ConvNormAct, resize
 from segkit.errors import ConfigError
 
 
@@ -51,7 +51,7 @@ class UNet(nn.Module):
             convs = ConvNormAct(inputs + skip, width), ConvNormAct(width, width)
             self.blocks.append(nn.Sequential(*convs))
             inputs = width
-        self.classifier = classifier(inputs, num_classes)
+        self.classifier = Classifier(inputs, num_classes)
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         x, *skips = features[::-1]

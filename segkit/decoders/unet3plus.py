@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkit.decoders.layers import ConvNormAct, classifier, resize
+from segkit.decoders.layers import Classifier, ConvNormAct, resize
 
 
 class UNet3Plus(nn.Module):
@@ -58,9 +58,9 @@ class UNet3Plus(nn.Module):
             factors = [strides[level] // stride for stride in strides[:level]]
             self.nodes.append(Node(inputs, factors, width=width, bias=bias))
         levels = [*[wide] * deepest, channels[-1]] if deep_supervision else [wide]
-        self.heads = nn.ModuleList(classifier(inputs, num_classes, kernel=3) for inputs in levels)
+        self.heads = nn.ModuleList(Classifier(inputs, num_classes, kernel=3) for inputs in levels)
         self.presence = (
-            nn.Sequential(nn.Dropout(0.5), classifier(channels[-1], num_classes))
+            nn.Sequential(nn.Dropout(0.5), Classifier(channels[-1], num_classes))
             if presence
             else None
         )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from segkit.decoders.layers import ConvNormAct, classifier, resize
+from segkit.decoders.layers import Classifier, ConvNormAct, resize
 from segkit.errors import ConfigError
 
 
@@ -68,11 +68,11 @@ class UNetPlusPlus(nn.Module):
                 skips += row[d]
         self.blocks[f"x_0_{self.depth}"] = Block(row[0], widths[self.depth])
         self.scale = min(2, strides[0])
-        self.classifier = classifier(widths[self.depth], num_classes, kernel=3)
+        self.classifier = Classifier(widths[self.depth], num_classes, kernel=3)
         self.average = average
         finest = [row[d] for d in reversed(range(self.depth))]
         supervised = finest if deep_supervision or average else []
-        self.heads = nn.ModuleList(classifier(inputs, num_classes) for inputs in supervised)
+        self.heads = nn.ModuleList(Classifier(inputs, num_classes) for inputs in supervised)
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         maps = features[::-1]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from segkit.decoders.layers import ConvNormAct, PyramidPooling, classifier, fcn_head, resize
+from segkit.decoders.layers import Classifier, ConvNormAct, PyramidPooling, fcn_head, resize
 
 
 class UPerNet(nn.Module):
@@ -46,7 +46,7 @@ class UPerNet(nn.Module):
         self.smooth = nn.ModuleList(ConvNormAct(width, width) for _ in lower)
         self.fuse = ConvNormAct(width * (len(lower) + 1), width)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = classifier(width, num_classes)
+        self.classifier = Classifier(width, num_classes)
         self.aux = fcn_head(channels[-2], aux_width, num_classes) if aux_width else None
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:

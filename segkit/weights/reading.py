@@ -1,0 +1,78 @@
+"""A file of weights as names and tensors, whatever it is wrapped in; code in it never runs."""
+
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segkit import checkpoint
+from segkit.errors import CheckpointError
+from segkit.weights.safetensors import read_safetensors
+
+WRAPPERS = ("state_dict", "model", "model_state_dict")
+"""Keys under which projects keep the weights beside their optimizer and their notes."""
+
+_COMPILED_OR_PARALLEL = re.compile(r"^((module|model|_orig_mod)\.)+")
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The weights in a ``.pth``, ``.pt`` or ``.safetensors`` file, on the CPU.
+
+    What wraps them (:data:`WRAPPERS`) is opened, and the prefixes that wrapping modules give to
+    names (``module.``, ``model.``) are taken off. Archives and safetensors are mapped into memory.
+    A checkpoint of segkit's own is compared with its digest first.
+
+    Raises:
+        CheckpointError: Missing, unreadable, or not weights.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = read_safetensors(path)
+        elif _is_own(path):
+            found = checkpoint.load(path, mmap=True)
+        else:
+            found = _load(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    while isinstance(found, dict):
+        inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), dict)]
+        if not inner:
+            break
+        found = inner[0]
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f"{path}: expected a state dict, names to tensors")
+    other = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if other or not found:
+        what = f"'{other[0]}' is none" if other else "it is empty"
+        raise CheckpointError(f"{path}: expected a state dict, names to tensors, but {what}")
+    return {_COMPILED_OR_PARALLEL.sub("", name): value for name, value in found.items()}
+
+
+def _is_own(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return archive.comment.startswith(checkpoint.COMMENT)
+
+
+def _load(path: Path) -> Any:
+    archive = zipfile.is_zipfile(path)  # files from before 2020 are not, and cannot be mapped
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch tells of ancient types that it converts
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: is not a file of weights alone (a state dict saved by torch): it is damaged, "
+            "or holds objects whose code would have to run; if you trust it, load it with torch "
+            "yourself and save its state dict"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path}: is not a file of weights (a state dict saved by torch)"
+        ) from error

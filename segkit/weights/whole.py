@@ -1,0 +1,253 @@
+"""Whole models: a decoder by its project's names, and where its backbone stands beside it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from segkit.weights.naming import Naming, Rule, State
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A project's names for a whole model.
+
+    Args:
+        decoder: The names of its decoder, with ``decoder.`` before ours; ``builds`` is the one
+            decoder it is, or empty where segkit has none of the same structure.
+        backbone: What stands before the backbone's names.
+        instead: Why there is no such decoder here.
+    """
+
+    decoder: Naming
+    backbone: str
+    instead: str = ""
+
+
+def _part(prefix: str) -> Callable[[re.Match[str]], str]:
+    """A convolution or its BatchNorm, in the pattern's last two groups, as places 0 and 1."""
+
+    def becomes(match: re.Match[str]) -> str:
+        *_, part, value = match.groups()
+        return f"decoder.{match.expand(prefix)}.{0 if part == 'conv' else 1}.{value}"
+
+    return becomes
+
+
+# ---- mmsegmentation, and transformers, which spells out batch_norm and classifier
+
+_CONV = r"(conv|bn|batch_norm)\.(\w+)"
+_PYRAMID: tuple[Rule, ...] = (
+    (rf"decode_head\.psp_modules\.(\d)\.1\.{_CONV}", _part(r"pool.branches.\1")),
+    (rf"decode_head\.bottleneck\.{_CONV}", _part("pool.fuse")),
+    (rf"decode_head\.lateral_convs\.(\d)\.{_CONV}", _part(r"laterals.\1")),
+    (rf"decode_head\.fpn_convs\.(\d)\.{_CONV}", _part(r"smooth.\1")),
+    (rf"decode_head\.fpn_bottleneck\.{_CONV}", _part("fuse")),
+    (r"decode_head\.(?:conv_seg|classifier)\.(\w+)", r"decoder.classifier.\1"),
+    (rf"auxiliary_head\.convs\.0\.{_CONV}", _part("aux")),
+    (r"auxiliary_head\.(?:conv_seg|classifier)\.(\w+)", r"decoder.aux.4.\1"),
+)
+_ATTENTION = r"decode_head\.1\.object_context_block"
+_OCR_OPENMMLAB: tuple[Rule, ...] = (
+    (rf"decode_head\.0\.convs\.0\.{_CONV}", _part("regions.0")),
+    (r"decode_head\.0\.conv_seg\.(\w+)", r"decoder.regions.1.\1"),
+    (rf"decode_head\.1\.bottleneck\.{_CONV}", _part("pixels")),
+    (rf"{_ATTENTION}\.(query|key)_project\.([01])\.{_CONV}", _part(r"\1.\2")),
+    (rf"{_ATTENTION}\.value_project\.{_CONV}", _part("value")),
+    (rf"{_ATTENTION}\.out_project\.{_CONV}", _part("context")),
+    (rf"{_ATTENTION}\.bottleneck\.{_CONV}", _part("fuse")),
+    (r"decode_head\.1\.conv_seg\.(\w+)", r"decoder.classifier.\1"),
+)
+
+
+def _edges(state: State) -> dict[str, Any]:
+    return {"decoder.align_corners": False, "backbone.align_corners": False}
+
+
+# ---- the authors' HRNet-OCR
+
+_DISTRIBUTION = r"ocr_distri_head\.object_context_block"
+_TWICE = {"f_pixel": "query", "f_object": "key"}
+_ONCE = {"f_down": "value", "f_up": "context"}
+_PLACES = {"0": "0.0", "1.0": "0.1", "2": "1.0", "3.0": "1.1"}
+_OCR_AUTHORS: tuple[Rule, ...] = (
+    (r"(?:aux_head|last_layer)\.([01])\.(\w+)", r"decoder.regions.0.\1.\2"),
+    (r"(?:aux_head|last_layer)\.3\.(\w+)", r"decoder.regions.1.\1"),
+    (r"conv3x3_ocr\.([01])(?:\.0)?\.(\w+)", r"decoder.pixels.\1.\2"),
+    (
+        rf"{_DISTRIBUTION}\.(f_pixel|f_object)\.(0|1\.0|2|3\.0)\.(\w+)",
+        lambda match: f"decoder.{_TWICE[match[1]]}.{_PLACES[match[2]]}.{match[3]}",
+    ),
+    (
+        rf"{_DISTRIBUTION}\.(f_down|f_up)\.([01])(?:\.0)?\.(\w+)",
+        lambda match: f"decoder.{_ONCE[match[1]]}.{match[2]}.{match[3]}",
+    ),
+    (r"ocr_distri_head\.conv_bn_dropout\.([01])(?:\.0)?\.(\w+)", r"decoder.fuse.\1.\2"),
+    (r"cls_head\.(\w+)", r"decoder.classifier.\1"),
+)
+
+# ---- torchvision
+
+_HEADS: tuple[Rule, ...] = (
+    (r"classifier\.([014])\.(\w+)", r"decoder.classifier.\1.\2"),
+    (r"aux_classifier\.([014])\.(\w+)", r"decoder.aux_classifier.\1.\2"),
+)
+_ATROUS: tuple[Rule, ...] = (
+    (r"classifier\.0\.convs\.([0-3])\.([01])\.(\w+)", r"decoder.aspp.branches.\1.\2.\3"),
+    (r"classifier\.0\.convs\.4\.1\.(\w+)", r"decoder.aspp.average.0.\1"),
+    (r"classifier\.0\.convs\.4\.2\.(\w+)", r"decoder.aspp.average.1.\1"),
+    (r"classifier\.0\.project\.([01])\.(\w+)", r"decoder.aspp.project.\1.\2"),
+    (r"classifier\.1\.(\w+)", r"decoder.classifier.0.\1"),
+    (r"classifier\.2\.(\w+)", r"decoder.classifier.1.\1"),
+    (r"classifier\.4\.(\w+)", r"decoder.classifier.4.\1"),
+    (r"aux_classifier\.([014])\.(\w+)", r"decoder.aux.\1.\2"),
+)
+
+# ---- segmentation_models.pytorch
+
+_NESTED: tuple[Rule, ...] = (
+    (r"decoder\.(blocks\.x_\d_\d\.conv[12]\.[01]\.\w+)", r"decoder.\1"),
+    (r"segmentation_head\.0\.(\w+)", r"decoder.classifier.\1"),
+)
+_SEPARABLE: tuple[Rule, ...] = (
+    (r"decoder\.aspp\.0\.convs\.([0-3]\.[\w.]+)", r"decoder.aspp.branches.\1"),
+    (r"decoder\.aspp\.0\.convs\.4\.1\.(\w+)", r"decoder.aspp.average.0.\1"),
+    (r"decoder\.aspp\.0\.convs\.4\.2\.(\w+)", r"decoder.aspp.average.1.\1"),
+    (r"decoder\.aspp\.0\.project\.([01])\.(\w+)", r"decoder.aspp.project.\1.\2"),
+    (r"decoder\.aspp\.1\.([01])\.(\w+)", r"decoder.smooth.0.\1.\2"),
+    (r"decoder\.aspp\.2\.(\w+)", r"decoder.smooth.1.\1"),
+    (r"decoder\.block1\.([01])\.(\w+)", r"decoder.low.\1.\2"),
+    (r"decoder\.block2\.([\w.]+)", r"decoder.fuse.\1"),
+    (r"segmentation_head\.0\.(\w+)", r"decoder.classifier.\1"),
+)
+
+
+def _dilated(state: State) -> dict[str, Any]:
+    return {"backbone.contract_dilation": False}
+
+
+def _openmmlab(
+    title: str, builds: str, *signature: str, rules: tuple[Rule, ...] = (), **more: Any
+) -> Naming:
+    return Naming(
+        title=f"{title} of mmsegmentation",
+        builds=(builds,) if builds else (),
+        signature=signature,
+        rules=rules,
+        beyond=r"(decode|auxiliary)_head\." if not builds else r"auxiliary_head\.",
+        **more,
+    )
+
+
+WHOLE = (
+    Whole(
+        Naming(
+            title="segkit's checkpoint",
+            builds=("",),
+            signature=(r"backbone\.", r"decoder\."),
+            rules=((r"decoder\..*", r"\g<0>"),),
+        ),
+        "backbone.",
+    ),
+    Whole(
+        Naming(
+            title="UPerNet of Hugging Face",
+            builds=("upernet",),
+            signature=(r"decode_head\.lateral_convs\.0\.batch_norm\.",),
+            rules=_PYRAMID,
+        ),
+        "backbone.",
+    ),
+    Whole(
+        _openmmlab("UPerNet", "upernet", r"decode_head\.lateral_convs\.", rules=_PYRAMID),
+        "backbone.",
+    ),
+    Whole(
+        _openmmlab("PSPNet", "pspnet", r"decode_head\.psp_modules\.", rules=_PYRAMID), "backbone."
+    ),
+    Whole(
+        _openmmlab(
+            "OCRNet",
+            "ocrnet",
+            r"decode_head\.0\.convs\.0\.",
+            rf"{_ATTENTION}\.",
+            rules=_OCR_OPENMMLAB,
+            settings=_edges,
+        ),
+        "backbone.",
+    ),
+    Whole(
+        _openmmlab("DeepLabV3+", "", r"decode_head\.sep_bottleneck\."),
+        "backbone.",
+        instead="its separable convolutions have a BatchNorm inside, and its head two more layers",
+    ),
+    Whole(
+        _openmmlab("FCN", "", r"decode_head\.convs\.0\.", r"decode_head\.conv_seg\."),
+        "backbone.",
+        instead="its head has more convolutions than segkit's FCN, which is torchvision's",
+    ),
+    Whole(
+        _openmmlab("model", "", r"decode_head\."),
+        "backbone.",
+        instead="segkit has no decoder of its structure",
+    ),
+    Whole(
+        Naming(
+            title="OCRNet of HRNet-OCR",
+            builds=("ocrnet",),
+            signature=(r"conv3x3_ocr\.", r"ocr_distri_head\."),
+            rules=_OCR_AUTHORS,
+            beyond=r"loss\.",
+        ),
+        "",
+    ),
+    Whole(
+        Naming(
+            title="DeepLabV3 of torchvision",
+            builds=("deeplabv3",),
+            signature=(r"backbone\.", r"classifier\.0\.convs\."),
+            rules=_ATROUS,
+        ),
+        "backbone.",
+    ),
+    Whole(
+        Naming(
+            title="FCN of torchvision",
+            builds=("fcn",),
+            signature=(r"backbone\.", r"classifier\.0\.weight", r"classifier\.4\."),
+            rules=_HEADS,
+        ),
+        "backbone.",
+    ),
+    Whole(
+        Naming(
+            title="UNet++ of segmentation_models.pytorch",
+            builds=("unetplusplus",),
+            signature=(r"encoder\.", r"decoder\.blocks\.x_", r"segmentation_head\."),
+            rules=_NESTED,
+        ),
+        "encoder.",
+    ),
+    Whole(
+        Naming(
+            title="DeepLabV3+ of segmentation_models.pytorch",
+            builds=("deeplabv3plus",),
+            signature=(r"encoder\.", r"decoder\.aspp\.0\.", r"decoder\.block2\."),
+            rules=_SEPARABLE,
+            settings=_dilated,
+        ),
+        "encoder.",
+    ),
+    Whole(
+        Naming(
+            title="model of segmentation_models.pytorch",
+            builds=(),
+            signature=(r"encoder\.", r"decoder\.", r"segmentation_head\."),
+            rules=(),
+            beyond=r"(decoder|segmentation_head)\.",
+        ),
+        "encoder.",
+        instead="segkit has no decoder of its structure",
+    ),
+)
+"""In the order they are tried."""

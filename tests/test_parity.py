@@ -1,0 +1,256 @@
+"""The same random weights here and in the project they are named after give the same numbers.
+
+Needs the ``parity`` extra; nothing is downloaded. Every model is filled at random, statistics of
+BatchNorm too, carried over by :mod:`segkit.weights`, and run on one image: equal means that the
+largest difference is below 1e-4 of the largest value.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import models
+
+from segkit.backbones import BACKBONES
+from segkit.model import Segmenter, build_model
+from segkit.weights import Report, load_file, load_state
+
+pytestmark = pytest.mark.parity
+CLASSES = 5
+NO_DECODER = nn.Identity()
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Every value that a fresh model leaves at zero or one becomes random; then eval mode."""
+    generator = torch.Generator().manual_seed(0)
+    for name, value in model.state_dict().items():
+        if name.endswith("running_var") or (name.endswith("weight") and value.ndim == 1):
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith(("gamma", "layer_scale")):
+            value.uniform_(0.1, 0.3, generator=generator)
+        elif name.endswith(("running_mean", "bias", "bias_table")):
+            value.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+def image(height: int, width: int) -> Tensor:
+    return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def equal(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 1e-3 * theirs.abs().max()  # of a constant map everything is equal
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def whole(report: Report) -> None:
+    """Nothing of the model is left fresh, and of the file only what no logits depend on."""
+    assert not report.fresh
+    assert "of a decoder" not in report.skipped.values()
+
+
+def backbone(name: Any, theirs: nn.Module, **options: Any) -> Segmenter:
+    """A backbone with the weights of a classifier."""
+    model = Segmenter(BACKBONES[name](**options), NO_DECODER)
+    load_state(model, theirs.state_dict(), source="theirs")
+    return model.eval()
+
+
+# ---- torchvision
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97)])
+@pytest.mark.parametrize("decoder", ["fcn", "deeplabv3"])
+@torch.no_grad()
+def test_torchvisions_segmentation_models(decoder: str, size: tuple[int, int]) -> None:
+    build = getattr(models.segmentation, f"{decoder}_resnet50")
+    theirs = fill(build(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True))
+    encoder = {"name": "resnet50", "output_stride": 8}
+    ours = build_model(encoder, decoder, num_classes=CLASSES)
+    whole(load_state(ours, theirs.state_dict(), source="theirs"))
+    equal(ours.eval()(image(*size))["out"], theirs(image(*size))["out"])
+
+
+@torch.no_grad()
+def test_the_backbone_of_torchvisions_mobile_segmentation_model() -> None:
+    build = models.segmentation.deeplabv3_mobilenet_v3_large
+    theirs = fill(build(weights=None, weights_backbone=None, num_classes=CLASSES))
+    ours = backbone("mobilenet_v3_large", theirs, output_stride=16, contract_dilation=False)
+    # theirs ends with a 1x1 convolution that is not ours
+    features = ours.backbone(image(65, 97))
+    equal(theirs.backbone["16"](features[-1]), theirs.backbone(image(65, 97))["out"])
+
+
+@pytest.mark.parametrize("size", [(224, 224), (226, 262)])
+@torch.no_grad()
+def test_torchvisions_swin(size: tuple[int, int]) -> None:
+    theirs = fill(models.swin_t(weights=None))
+    ours = backbone("swin_t", theirs)
+    height, width = (side // 4 * 4 for side in size)  # it drops the rest, we pad
+    picture = image(height, width)
+    deepest = theirs.features(picture).permute(0, 3, 1, 2)
+    equal(ours.backbone(picture)[-1], normalized(deepest))
+
+
+def normalized(feature: Tensor) -> Tensor:
+    """A map under a fresh LayerNorm over its channels, as our Swin has at each stage."""
+    return F.layer_norm(feature.permute(0, 2, 3, 1), feature.shape[1:2]).permute(0, 3, 1, 2)
+
+
+# ---- segmentation_models.pytorch
+
+
+@pytest.mark.parametrize(
+    ("theirs_name", "encoder"),
+    [
+        ("efficientnet-b0", {"name": "efficientnet_b0", "like": "smp"}),
+        ("efficientnet-b5", {"name": "efficientnet_b5", "like": "smp"}),
+        ("resnet34", "resnet34"),
+    ],
+)
+@torch.no_grad()
+def test_smps_unetplusplus(theirs_name: str, encoder: Any) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    theirs = fill(smp.UnetPlusPlus(theirs_name, encoder_weights=None, classes=CLASSES))
+    ours = build_model(encoder, "unetplusplus", num_classes=CLASSES)
+    report = load_state(ours, theirs.state_dict(), source="theirs")
+    whole(report)
+    assert not report.notes
+    ours.eval()
+    for size in ((64, 96), (160, 64)):
+        equal(ours(image(*size))["out"], theirs(image(*size)))
+
+
+@torch.no_grad()
+def test_smps_unetplusplus_without_tensorflows_padding_differs_and_the_report_says_so() -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    theirs = fill(smp.UnetPlusPlus("efficientnet-b0", encoder_weights=None, classes=CLASSES))
+    ours = build_model("efficientnet_b0", "unetplusplus", num_classes=CLASSES)
+    report = load_state(ours, theirs.state_dict(), source="theirs")
+    assert report.notes == ("made with backbone.like 'smp', this model has 'torchvision'",)
+    difference = ours.eval()(image(64, 96))["out"] - theirs(image(64, 96))
+    assert difference.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("output_stride", [16, 8])
+@pytest.mark.parametrize("name", ["resnet50", "se_resnet50", "efficientnet-b0"])
+@torch.no_grad()
+def test_smps_deeplabv3plus(name: str, output_stride: int) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    theirs = fill(
+        smp.DeepLabV3Plus(
+            name, encoder_weights=None, classes=CLASSES, encoder_output_stride=output_stride
+        )
+    )
+    encoder: Any = {"name": name.replace("-", "_"), "output_stride": output_stride}
+    if name != "se_resnet50":  # its stride is in a 1x1 convolution, which has no dilation
+        encoder["contract_dilation"] = False
+    if name == "efficientnet-b0":
+        encoder["like"] = "smp"
+    ours = build_model(encoder, "deeplabv3plus", num_classes=CLASSES)
+    whole(load_state(ours, theirs.state_dict(), source="theirs"))
+    equal(ours.eval()(image(96, 64))["out"], theirs(image(96, 64)))
+
+
+# ---- Hugging Face transformers
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depths", "heads", "hidden", "size"),
+    [
+        ("swin_t", 96, (2, 2, 6, 2), (3, 6, 12, 24), 512, (224, 224)),
+        ("swin_t", 96, (2, 2, 6, 2), (3, 6, 12, 24), 32, (229, 262)),
+        ("swin_b", 128, (2, 2, 18, 2), (4, 8, 16, 32), 32, (256, 288)),
+    ],
+)
+@torch.no_grad()
+def test_transformers_upernet_on_swin(
+    name: str,
+    width: int,
+    depths: tuple[int, ...],
+    heads: tuple[int, ...],
+    hidden: int,
+    size: tuple[int, int],
+    tmp_path: Path,
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    swin = transformers.SwinConfig(
+        embed_dim=width,
+        depths=list(depths),
+        num_heads=list(heads),
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    about = transformers.UperNetConfig(
+        backbone_config=swin,
+        hidden_size=hidden,
+        auxiliary_in_channels=4 * width,
+        num_labels=CLASSES,
+    )
+    theirs = fill(transformers.UperNetForSemanticSegmentation(about))
+    theirs.save_pretrained(tmp_path)
+    decoder = {"name": "upernet", "width": hidden}
+    ours = build_model(name, decoder, num_classes=CLASSES).eval()
+    for report in (
+        load_state(ours, theirs.state_dict(), source="theirs"),
+        load_file(ours, tmp_path / "model.safetensors"),
+    ):
+        whole(report)
+    equal(ours(image(*size))["out"], theirs(image(*size)).logits)
+
+
+# ---- timm
+
+
+@pytest.mark.parametrize(
+    ("theirs_name", "name", "options"),
+    [
+        ("resnet50", "resnet50", {}),
+        ("resnet50c", "resnet50_v1c", {}),
+        ("legacy_seresnet50", "se_resnet50", {}),
+        ("efficientnet_b0", "efficientnet_b0", {}),
+        ("tf_efficientnet_b5", "efficientnet_b5", {"like": "tensorflow"}),
+        ("convnext_tiny", "convnext_tiny", {}),
+        ("hrnet_w18", "hrnet_w18", {"upsampling": "nearest"}),
+    ],
+)
+@torch.no_grad()
+def test_timms_convolutional_backbones(theirs_name: str, name: str, options: Any) -> None:
+    timm = pytest.importorskip("timm")
+    theirs = fill(timm.create_model(theirs_name, pretrained=False))
+    ours = backbone(name, theirs, **options)
+    odd = name not in ("hrnet_w18",) and "like" not in options
+    for size in ((64, 96), (65, 97)) if odd else ((64, 96),):
+        picture = image(*size)
+        deepest = ours.backbone(picture)
+        if name == "hrnet_w18":
+            x = theirs.act1(theirs.bn1(theirs.conv1(picture)))
+            x = theirs.act2(theirs.bn2(theirs.conv2(x)))
+            for mine, other in zip(deepest, theirs.stages(x), strict=True):
+                equal(mine, other)
+            continue
+        whole_net = theirs.forward_features(picture)
+        if name.startswith("efficientnet"):
+            mine = theirs.bn2(theirs.conv_head(deepest[-1]))
+            equal(mine, whole_net)
+        else:
+            equal(deepest[-1], whole_net)
+
+
+@torch.no_grad()
+def test_timms_swin() -> None:
+    timm = pytest.importorskip("timm")
+    theirs = fill(timm.create_model("swin_tiny_patch4_window7_224", pretrained=False))
+    ours = backbone("swin_t", theirs)
+    x = theirs.patch_embed(image(224, 224))
+    for layer, mine in zip(theirs.layers, ours.backbone(image(224, 224)), strict=True):
+        x = layer(x)
+        equal(mine, normalized(x.permute(0, 3, 1, 2)))
