@@ -17,7 +17,8 @@ from segkit.errors import CheckpointError
 from segkit.files import replacing
 
 FORMAT = 1
-COMMENT = b"sha256:"
+_COMMENT = b"sha256:"
+_TAIL = 2 + len(_COMMENT) + 64
 
 
 def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -> None:
@@ -44,7 +45,7 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
             length = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
             file.seek(0)
             _feed(digest, file, length)
-            comment = COMMENT + digest.hexdigest().encode()
+            comment = _COMMENT + digest.hexdigest().encode()
             file.seek(length)
             file.write(struct.pack("<H", len(comment)) + comment)
         if keep_previous and path.exists():
@@ -136,21 +137,28 @@ def digest_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _verify(path: Path) -> None:
-    damaged = CheckpointError(f"{path}: is damaged (its bytes do not match its digest)")
-    tail = 2 + len(COMMENT) + 64
+def stored_digest(path: Path) -> str | None:
+    """The SHA-256 that a file ends with where :func:`save` wrote it; ``None`` in other files."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - tail))
+        file.seek(max(0, size - _TAIL))
         end = file.read()
-        if len(end) < tail or not end[2:].startswith(COMMENT):
-            if zipfile.is_zipfile(path):
-                raise CheckpointError(f"{path}: carries no digest; segkit did not write it")
-            raise CheckpointError(f"{path}: is damaged or not a checkpoint")
-        digest = hashlib.sha256()
-        file.seek(0)
-        _feed(digest, file, size - tail)
-    if digest.hexdigest().encode() != end[2 + len(COMMENT) :]:
+    if len(end) < _TAIL or not end[2:].startswith(_COMMENT):
+        return None
+    return end[2 + len(_COMMENT) :].decode("ascii", errors="replace")
+
+
+def _verify(path: Path) -> None:
+    damaged = CheckpointError(f"{path}: is damaged (its bytes do not match its digest)")
+    expected = stored_digest(path)
+    if expected is None:
+        if zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path}: carries no digest; segkit did not write it")
+        raise CheckpointError(f"{path}: is damaged or not a checkpoint")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        _feed(digest, file, path.stat().st_size - _TAIL)
+    if digest.hexdigest() != expected:
         raise damaged
 
 

@@ -1,22 +1,18 @@
 """Whole models: counts to the unit, seeds, weights from files and names, any image size."""
 
-import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor, nn
-from torchvision import models
 
 from segkit import distributed
 from segkit.backbones.hrnet import HRNet
 from segkit.backbones.swin import Swin
 from segkit.decoders import DECODERS
-from segkit.errors import CheckpointError, ConfigError
+from segkit.errors import ConfigError
 from segkit.model import Segmenter, build_model
-from segkit.weights import load_file
 
 # arguments that make a decoder small enough for tests of whole models
 SMALL: dict[str, dict] = {
@@ -62,6 +58,10 @@ PARAMETERS: list[tuple[Any, Any, int, int]] = [
     ("swin_l", "upernet", 150, 233_759_936),
     ({"name": "swin_l", "window": 12}, "upernet", 11, 233_855_946),
     ({"name": "swin_l", "window": 12}, "upernet", 150, 233_962_976),
+    ("resnet50_v1c", "upernet", 11, 66_409_078),
+    ("resnet50_v1c", "upernet", 150, 66_516_108),
+    ("resnet101_v1c", "upernet", 11, 85_401_206),
+    ("resnet101_v1c", "upernet", 150, 85_508_236),
     ("efficientnet_b0", "unetplusplus", 11, 6_158_871),
     ("efficientnet_b4", "unetplusplus", 11, 20_008_163),
     ("efficientnet_b5", "unetplusplus", 11, 30_858_859),
@@ -299,81 +299,7 @@ def test_mistakes_are_told_with_their_path(backbone: Any, decoder: Any, sentence
         build_model(backbone, decoder, num_classes=3)
 
 
-# ---- weights
-
-
-def test_real_weights_load_from_a_file(shared_data: Path) -> None:
-    path = shared_data / "weights" / "mobilenet_v2_imagenet.pth"
-    model = build_model("mobilenet_v2", "fcn", num_classes=3, weights=str(path))
-    whole = models.mobilenet_v2()
-    whole.load_state_dict(torch.load(path, weights_only=True))
-    with torch.no_grad():
-        deepest = model.eval().backbone(image())[-1]
-        torch.testing.assert_close(deepest, whole.eval().features[:18](image()))
-    report = load_file(model, path)
-    assert len(report.loaded) == len(model.backbone.state_dict())
-    assert {key.split(".")[0] for key in report.skipped} == {"features", "classifier"}
-    assert not report.fresh
-
-
-@pytest.fixture(scope="module")
-def resnet18() -> dict[str, Tensor]:
-    return models.resnet18().state_dict()
-
-
-@pytest.mark.parametrize("weights", ["imagenet", "IMAGENET1K_V1"])
-def test_torchvisions_weights_load_by_name(
-    weights: str, resnet18: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def download(entry: Any, **options: Any) -> dict[str, Tensor]:
-        asked.append(entry)
-        return resnet18
-
-    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", download)
-    model = build_model("resnet18", "fcn", num_classes=3, weights=weights)
-    assert asked == [models.ResNet18_Weights.IMAGENET1K_V1]
-    assert torch.equal(model.backbone.state_dict()["conv1.weight"], resnet18["conv1.weight"])
-
-
-def test_a_swins_own_norms_start_fresh(tmp_path: Path) -> None:
-    path = tmp_path / "swin.pth"
-    with torch.random.fork_rng():
-        torch.save(models.swin_t().state_dict(), path)
-    model = build_model("swin_t", small("upernet"), num_classes=3)
-    report = load_file(model, path)
-    assert {key.split(".")[0] for key in report.fresh} == {"norm0", "norm1", "norm2", "norm3"}
-    assert set(report.skipped) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
-
-
-@pytest.mark.parametrize(
-    ("backbone", "weights", "sentence"),
-    [
-        ("resnet18", "nowhere.pth", "nowhere.pth: cannot be read"),
-        ("resnet18", "text.pth", "text.pth: is not a file of weights"),
-        ("resnet18", "code.pth", "code.pth: is not a file of weights"),
-        ("resnet18", "list.pth", "list.pth: expected a plain state dict"),
-        ("resnet34", "resnet18.pth", "has 120 of the backbone's 216 entries, 'layer1.2.conv1"),
-        ("resnet18", "other.pth", "'conv1.weight' has shape .* expects .64, 3, 7, 7"),
-    ],
-)
-def test_files_that_do_not_fit_are_refused_in_a_sentence(
-    backbone: str,
-    weights: str,
-    sentence: str,
-    resnet18: dict[str, Tensor],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("text.pth").write_text("not weights")
-    Path("code.pth").write_bytes(pickle.dumps(print, protocol=2))
-    torch.save([1, 2], "list.pth")
-    torch.save(resnet18, "resnet18.pth")
-    torch.save(resnet18 | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, "other.pth")
-    with pytest.raises(CheckpointError, match=sentence):
-        build_model(backbone, "fcn", num_classes=3, weights=weights)
+# ---- weights: tests/test_weights.py
 
 
 def test_a_backbone_without_published_weights_says_so() -> None:

@@ -4,6 +4,7 @@ As a command, this file stands above its package: it builds models.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 
 from segkit import command
 from segkit.model import build_model
-from segkit.weights.loading import Report, fit, fitting, recognize, windows
+from segkit.weights.loading import Report, fit, fitting, windows
 from segkit.weights.reading import read_file
+from segkit.weights.recognition import recognize
 
 
 def main(argv: list[str]) -> None:
@@ -33,38 +35,34 @@ def main(argv: list[str]) -> None:
     source = str(args.file)
     state = read_file(args.file)
     found = recognize(state, source=source)
-    about = {
+    about: dict[str, Any] = {
         "file": source,
         "title": found.title,
         "backbones": fitting(found),
         "windows": windows(found),
-        "decoder": found.decoder or found.instead or None,
+        "decoder": found.decoder,
         "classes": found.classes,
         "entries": len(state),
         "values": sum(tensor.numel() for tensor in state.values()),
     }
     report = None
     if args.backbone is not None:
+        classes = args.classes or found.classes or 2
         with torch.device("meta"):
-            classes = args.classes or found.classes or 2
             model = build_model(args.backbone, args.decoder, num_classes=classes)
         _, report = fit(model, found, source=source)
     if args.json:
-        print(json.dumps(about | {"report": report.to_dict() if report else None}))
+        print(json.dumps(about | {"report": report and dataclasses.asdict(report)}))
         return
+    window = "".join(f" (window {side})" for side in windows(found))
+    backbones = ", ".join(name + window for name in about["backbones"])
     print(f"{source}: {found.title}")
-    print(f"  backbone  {', '.join(found_names(about)) or 'none of segkit has its structure'}")
-    print(f"  decoder   {about['decoder'] or 'of segkit'}")
-    print(f"  classes   {'unknown' if found.classes is None else found.classes}")
+    print(f"  backbone  {backbones or 'none of segkit has its structure'}")
+    print(f"  decoder   {found.instead if found.decoder is None else found.decoder or 'of segkit'}")
+    print(f"  classes   {found.classes or 'unknown'}")
     print(f"  entries   {about['entries']:,}, {about['values']:,} values")
     if report:
         _show(report)
-
-
-def found_names(about: dict[str, Any]) -> list[str]:
-    """Backbones that fit, as they are to be configured."""
-    window = f" (window {about['windows'][0]})" if about["windows"] else ""
-    return [f"{name}{window}" for name in about["backbones"]]
 
 
 def _show(report: Report) -> None:

@@ -1,6 +1,6 @@
 """From a file's entries to a model's: all of a backbone or nothing, and a report of the rest."""
 
-import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,49 +14,15 @@ from torchvision import models
 from segkit.backbones import BACKBONES
 from segkit.decoders.layers import Classifier
 from segkit.errors import CheckpointError
-from segkit.weights import convnets, swin
-from segkit.weights.naming import Naming, Renamed, State
+from segkit.weights import swin
+from segkit.weights.naming import State
 from segkit.weights.reading import read_file
-from segkit.weights.whole import WHOLE
+from segkit.weights.recognition import Found, recognize
 
 AUXILIARY = ("aux", "aux_classifier", "heads", "presence")
 """Parts of decoders that serve training; a file or a model may be without them."""
 
 _CONSTANTS = ("relative_position_index", "relative_coords_table")
-_OWN = Naming(title="", builds=("",), signature=())
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a file is, its entries under the names they have here.
-
-    Args:
-        title: For people.
-        builds: Beginnings of the names in ``BACKBONES`` that it may be.
-        decoder: The name in ``DECODERS``; empty where it is one of segkit's own checkpoints,
-            ``None`` where there is none, or none of this structure here.
-        instead: Why there is no decoder.
-        backbone: Entries of the backbone, without a prefix.
-        head: Entries of the decoder, with ``decoder.`` before them.
-        settings: Attributes of a model that computes what the file's own project computes.
-    """
-
-    title: str
-    builds: tuple[str, ...]
-    decoder: str | None
-    instead: str
-    backbone: Renamed
-    head: Renamed
-    settings: Mapping[str, Any]
-
-    @property
-    def classes(self) -> int | None:
-        """Rows of the last classifier in the file, if it has one."""
-        named = (r"decoder.classifier.weight", r"decoder.classifier.4.weight")
-        for name in named:
-            if name in self.head.tensors:
-                return self.head.tensors[name].shape[0]
-        return None
 
 
 @dataclass(frozen=True)
@@ -91,10 +57,6 @@ class Report:
             f"; note: {note}" for note in self.notes
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
-
 
 def load_file(model: nn.Module, path: str | Path) -> Report:
     """Load a file of weights of this project or another one into a model.
@@ -126,57 +88,6 @@ def load_state(model: nn.Module, state: State, *, source: str) -> Report:
     return report
 
 
-def recognize(state: State, *, source: str) -> Found:
-    """Tell what a file is by its names, and give its entries the names they have here.
-
-    Raises:
-        CheckpointError: It is of no architecture that segkit has.
-    """
-    whole = next((one for one in WHOLE if one.decoder.describes(state)), None)
-    prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
-    head = Renamed()
-    if whole:
-        prefix = whole.backbone
-        head = whole.decoder.rename(
-            {k: v for k, v in state.items() if not (prefix and k.startswith(prefix))}
-        )
-    if whole and not prefix:
-        trunk = {name: state[name] for name in head.unknown}
-        head = Renamed(head.tensors, head.names, head.beyond)
-    else:
-        trunk = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    namings = (*swin.NAMINGS, *convnets.NAMINGS)
-    own = whole is WHOLE[0]
-    naming = _OWN if own else next((one for one in namings if one.describes(trunk)), None)
-    if naming is None:
-        raise CheckpointError(
-            f"{source}: its names ('{next(iter(state))}', ...) are of no backbone that segkit "
-            "knows; docs/weights.md lists those"
-        )
-    outside = {k for k in state if not k.startswith(prefix)} - set(head.names.values())
-    outside -= {*head.beyond, *head.unknown}
-    head = Renamed(head.tensors, head.names, (*head.beyond, *sorted(outside)), head.unknown)
-    backbone = naming.rename(trunk)
-    backbone = Renamed(
-        backbone.tensors,
-        {ours: prefix + theirs for ours, theirs in backbone.names.items()},
-        tuple(prefix + name for name in backbone.beyond),
-        tuple(prefix + name for name in backbone.unknown),
-    )
-    titles = [whole.decoder.title] if whole else []
-    titles += [naming.title] if naming.title else []
-    builds = whole.decoder.builds if whole else ()
-    return Found(
-        title=", ".join(titles),
-        builds=naming.builds,
-        decoder=builds[0] if builds else None,
-        instead=whole.instead if whole else "the file has no decoder",
-        backbone=backbone,
-        head=head,
-        settings=naming.settings(trunk) | (whole.decoder.settings(state) if whole else {}),
-    )
-
-
 def fit(model: nn.Module, found: Found, *, source: str) -> tuple[dict[str, Tensor], Report]:
     """What a model would take of a file; the model is not touched.
 
@@ -189,40 +100,17 @@ def fit(model: nn.Module, found: Found, *, source: str) -> tuple[dict[str, Tenso
     backbone, decoder = model.get_submodule("backbone"), model.get_submodule("decoder")
     if why := misfit(backbone, found):
         names = fitting(found)
-        advice = f"choose the backbone they fit: {', '.join(names)}" if names else _NOWHERE
+        advice = f"choose the backbone it fits: {', '.join(names)}"
+        if not names:
+            advice = "no backbone of segkit has its structure"
         raise CheckpointError(f"{source}: {why} ({found.title}); {advice}")
-    notes: list[str] = []
-    fresh: dict[str, str] = {}
-    entries: dict[str, Tensor] = {}
-    own = backbone.state_dict()
-    for name, value in own.items():
-        if name.endswith(_CONSTANTS):
-            continue
-        if name not in found.backbone.tensors:
-            fresh[f"backbone.{name}"] = "not in the file"
-            continue
-        tensor = found.backbone.tensors[name]
-        if tensor.shape != value.shape:
-            note = f"position biases resized from window {_window(tensor)} to {_window(value)}"
-            notes += [note] if note not in notes else []
-            tensor = swin.resize_bias_table(tensor, value.shape[0])
-        entries[f"backbone.{name}"] = tensor
-    skipped = {
-        theirs: "follows from the window" if theirs.endswith(_CONSTANTS) else "not of a backbone"
-        for theirs in (
-            *(found.backbone.names[ours] for ours in found.backbone.tensors if ours not in own),
-            *(t for ours, t in found.backbone.names.items() if ours.endswith(_CONSTANTS)),
-            *found.backbone.beyond,
-        )
-    }
-
-    taken, left, why = _fit_decoder(decoder, found)
-    entries |= taken
-    fresh |= left
-    used = {found.head.names[name] for name in taken}
+    entries, fresh, notes = _fit_backbone(backbone, found)
+    heads, left, why = _fit_decoder(decoder, found)
+    unused = _unused_of_backbone(backbone, found)
+    used = {found.head.names[name] for name in heads}
     for theirs in (*found.head.names.values(), *found.head.beyond, *found.head.unknown):
         if theirs not in used:
-            skipped[theirs] = "of a decoder" if why else "not of this model"
+            unused[theirs] = "of a decoder" if why else "not of this model"
     for path, value in found.settings.items():
         part, _, attribute = path.partition(".")
         if part == "decoder" and why:
@@ -230,10 +118,9 @@ def fit(model: nn.Module, found: Found, *, source: str) -> tuple[dict[str, Tenso
         have = getattr(model.get_submodule(part), attribute, value)
         if have != value:
             notes.append(f"made with {path} {value!r}, this model has {have!r}")
-    return entries, Report(source, found.title, tuple(entries), skipped, fresh, tuple(notes))
-
-
-_NOWHERE = "no backbone of segkit has its structure"
+    entries |= heads
+    report = Report(source, found.title, tuple(entries), unused, fresh | left, tuple(notes))
+    return entries, report
 
 
 def misfit(backbone: nn.Module, found: Found) -> str:
@@ -272,20 +159,56 @@ def fitting(found: Found) -> list[str]:
     """Names of the backbones that a file has exactly, windows apart."""
     values = sum(tensor.numel() for tensor in found.backbone.tensors.values())
     names = []
-    for name, build in BACKBONES.items():
+    for name in BACKBONES:
         if not name.startswith(found.builds) or not _plausible(name, values):
             continue
-        with torch.random.fork_rng(devices=()), torch.device("meta"):
-            backbone = build()
-        if not misfit(backbone, found):
+        if not misfit(_without_values(name), found):
             names.append(name)
     return names
+
+
+@functools.cache
+def _without_values(name: str) -> nn.Module:
+    with torch.random.fork_rng(devices=()), torch.device("meta"):
+        return BACKBONES[name]()
 
 
 def windows(found: Found) -> list[int]:
     """Windows of a Swin's position biases; none for other files."""
     tables = [v for k, v in found.backbone.tensors.items() if k.endswith("bias_table")]
     return sorted({_window(table) for table in tables})
+
+
+def _fit_backbone(
+    backbone: nn.Module, found: Found
+) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """A backbone's new entries, those that stay as they are, and what was done to fit."""
+    entries: dict[str, Tensor] = {}
+    fresh: dict[str, str] = {}
+    notes: dict[str, None] = {}
+    for name, value in backbone.state_dict().items():
+        if name.endswith(_CONSTANTS):
+            continue
+        if name not in found.backbone.tensors:
+            fresh[f"backbone.{name}"] = "not in the file"
+            continue
+        tensor = found.backbone.tensors[name]
+        if tensor.shape != value.shape:
+            sides = f"from window {_window(tensor)} to {_window(value)}"
+            notes[f"position biases resized {sides}"] = None
+            tensor = swin.resize_bias_table(tensor, value.shape[0])
+        entries[f"backbone.{name}"] = tensor
+    return entries, fresh, list(notes)
+
+
+def _unused_of_backbone(backbone: nn.Module, found: Found) -> dict[str, str]:
+    """The file's entries at a backbone's place that it does not take, and why."""
+    own = backbone.state_dict()
+    names = found.backbone.names.items()
+    unused = {theirs: "not of a backbone" for ours, theirs in names if ours not in own}
+    unused |= dict.fromkeys(found.backbone.beyond, "not of a backbone")
+    constants = [*found.backbone.names.values(), *found.backbone.beyond]
+    return unused | {k: "follows from the window" for k in constants if k.endswith(_CONSTANTS)}
 
 
 def _fit_decoder(decoder: nn.Module, found: Found) -> tuple[dict[str, Tensor], dict[str, str], str]:

@@ -42,8 +42,13 @@ class Naming:
         """Whether every pattern of the signature matches the beginning of an entry's name."""
         return all(any(re.match(one, name) for name in state) for one in self.signature)
 
-    def rename(self, state: State) -> "Renamed":
-        """Apply the rules."""
+    def rename(self, state: State, *, prefix: str = "") -> "Renamed":
+        """Apply the rules.
+
+        Args:
+            state: Names, without their prefix, to tensors.
+            prefix: For what is told of the file's names.
+        """
         names: dict[str, str] = {}
         parts: dict[str, dict[int, Tensor]] = {}
         left = []
@@ -54,7 +59,7 @@ class Naming:
                 left.append(theirs)
                 continue
             ours, _, part = ours.partition("/")
-            names[ours] = theirs
+            names[ours] = prefix + theirs
             parts.setdefault(ours, {})[int(part or 0)] = tensor
         tensors = {
             ours: self.after(
@@ -63,9 +68,13 @@ class Naming:
             )
             for ours, found in parts.items()
         }
-        unknown = tuple(name for name in left if not re.match(self.beyond, name))
-        known = tuple(name for name in left if name not in unknown)
-        return Renamed(tensors, names, beyond=known, unknown=unknown)
+        known = [name for name in left if re.match(self.beyond, name)]
+        return Renamed(
+            tensors,
+            names,
+            beyond=tuple(prefix + name for name in known),
+            unknown=tuple(prefix + name for name in left if name not in known),
+        )
 
     def _ours(self, name: str) -> str | None:
         for pattern, becomes in self.rules:

@@ -33,7 +33,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             found: Any = read_safetensors(path)
-        elif _is_own(path):
+        elif checkpoint.stored_digest(path) is not None:
             found = checkpoint.load(path, mmap=True)
         else:
             found = _load(path)
@@ -53,13 +53,6 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return {_COMPILED_OR_PARALLEL.sub("", name): value for name, value in found.items()}
 
 
-def _is_own(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return archive.comment.startswith(checkpoint.COMMENT)
-
-
 def _load(path: Path) -> Any:
     archive = zipfile.is_zipfile(path)  # files from before 2020 are not, and cannot be mapped
     try:
@@ -72,7 +65,9 @@ def _load(path: Path) -> Any:
             "or holds objects whose code would have to run; if you trust it, load it with torch "
             "yourself and save its state dict"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle calls torch's functions with anything
         raise CheckpointError(
             f"{path}: is not a file of weights (a state dict saved by torch)"
         ) from error

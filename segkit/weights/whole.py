@@ -139,16 +139,18 @@ def _openmmlab(
     )
 
 
-WHOLE = (
-    Whole(
-        Naming(
-            title="segkit's checkpoint",
-            builds=("",),
-            signature=(r"backbone\.", r"decoder\."),
-            rules=((r"decoder\..*", r"\g<0>"),),
-        ),
-        "backbone.",
+OWN = Whole(
+    Naming(
+        title="segkit's checkpoint",
+        builds=("",),
+        signature=(r"backbone\.", r"decoder\."),
+        rules=((r"decoder\..*", r"\g<0>"),),
     ),
+    "backbone.",
+)
+
+WHOLE = (
+    OWN,
     Whole(
         Naming(
             title="UPerNet of Hugging Face",
@@ -249,5 +251,13 @@ WHOLE = (
         "encoder.",
         instead="segkit has no decoder of its structure",
     ),
+    Whole(
+        Naming(title="", builds=(), signature=(r"backbone\.",), rules=(), beyond=".*"),
+        "backbone.",
+        instead="the file has no decoder",
+    ),
+    Whole(
+        Naming(title="", builds=(), signature=(), rules=()), "", instead="the file has no decoder"
+    ),
 )
-"""In the order they are tried."""
+"""In the order they are tried; the last two are backbones alone."""
