@@ -15,7 +15,7 @@ from segkit.backbones import BACKBONES
 from segkit.backbones.hrnet import HRNet
 from segkit.backbones.stages import dilate
 from segkit.backbones.swin import Swin
-from segkit.backbones.torchvision import convnext
+from segkit.backbones.torchvision import SameConv2d, convnext
 from segkit.errors import ConfigError
 
 FAMILIES = (
@@ -412,3 +412,54 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
     assert len(plain) == len(checkpointed)
     for one, other in zip(plain, checkpointed, strict=True):
         torch.testing.assert_close(one, other)
+
+
+# ---- as other projects have them
+
+
+@pytest.mark.parametrize(("contract", "first"), [(True, (1, 2)), (False, (2, 4))])
+def test_contracted_dilation(contract: bool, first: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        backbone = BACKBONES["resnet50"](output_stride=8, contract_dilation=contract)
+    for name, dilation, others in zip(("layer3", "layer4"), first, (2, 4), strict=True):
+        wide = [m for m in convs(backbone.get_submodule(name)) if m.kernel_size == (3, 3)]
+        assert [m.dilation[0] for m in wide] == [dilation] + [others] * (len(wide) - 1)
+
+
+def test_a_convolution_padded_as_tensorflow_pads_by_hand() -> None:
+    ones = nn.Conv2d(1, 1, 3, stride=2, bias=False)
+    nn.init.ones_(ones.weight)
+    image = torch.ones(1, 1, 4, 4)
+    assert SameConv2d(ones, 4)(image).tolist() == [[[[9, 6], [6, 4]]]]  # right and bottom only
+    odd = SameConv2d(ones, 5)  # 5 to 3: all around
+    assert odd.around == (1, 1)
+    assert odd(image).tolist() == [[[[4, 6], [6, 9]]]]
+
+
+@torch.no_grad()
+def test_an_efficientnet_like_others() -> None:
+    torch.manual_seed(0)
+    plain, tensorflow, smp = (
+        BACKBONES["efficientnet_b0"](like=like).eval()
+        for like in ("torchvision", "tensorflow", "smp")
+    )
+    for other in (tensorflow, smp):
+        other.load_state_dict(plain.state_dict())
+        assert other.channels == plain.channels
+        assert {m.eps for m in other.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3}
+    picture = image(64, 96)
+    for i, (early, late) in enumerate(zip(smp(picture), tensorflow(picture), strict=True)):
+        assert torch.equal(early, late) == (i != 3), i
+    fifth = smp(picture)[3]
+    for block in (smp.features[5][1], smp.features[5][2]):
+        fifth = block(fifth)
+    assert torch.equal(fifth, tensorflow(picture)[3])
+    assert [f.shape[-2:] for f in smp(image(65, 97))] == [
+        (32, 48),
+        (16, 24),
+        (8, 12),
+        (4, 6),
+        (2, 3),
+    ]
+    with pytest.raises(ConfigError, match="like: EfficientNet V2 is like torchvision's only"):
+        BACKBONES["efficientnet_v2_s"](like="smp")

@@ -207,6 +207,22 @@ def test_transformers_upernet_on_swin(
     equal(ours(image(*size))["out"], theirs(image(*size)).logits)
 
 
+@torch.no_grad()
+def test_transformers_swin_shifts_otherwise_where_a_window_covers_one_side_of_a_map() -> None:
+    """7 x 9 in the deepest stage: there transformers shifts neither side, we shift the longer."""
+    transformers = pytest.importorskip("transformers")
+    about = transformers.SwinConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    theirs = fill(transformers.SwinBackbone(about))
+    ours = backbone("swin_t", theirs)
+    *others, deepest = zip(
+        ours.backbone(image(224, 288)), theirs(image(224, 288)).feature_maps, strict=True
+    )
+    for mine, other in others:
+        equal(mine, other)
+    mine, other = deepest
+    assert (mine - other).abs().max() > 1e-2
+
+
 # ---- timm
 
 
