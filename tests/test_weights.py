@@ -177,6 +177,7 @@ def test_code_in_a_file_never_runs(archive: bool, tmp_path: Path) -> None:
         ({}, "it is empty"),
         ({"state_dict": {"a": 1}}, "'a' is none"),
         ({1: torch.zeros(1)}, "expected a state dict, names to tensors"),
+        ({"a\x1b[2J": torch.zeros(1)}, r"'a.x1b.2J' is no name of weights"),
         ({"conv": torch.zeros(1)}, r"its names \('conv', ...\) are of no backbone that segkit"),
     ],
 )
@@ -531,6 +532,35 @@ def test_a_swin_with_more_than_ours_is_refused() -> None:
     theirs["absolute_pos_embed"] = torch.zeros(1, 9, 8)
     with pytest.raises(CheckpointError, match="the first 'absolute_pos_embed'"):
         load_state(model_of(small_swin(), "fcn"), theirs, source="theirs")
+
+
+@pytest.mark.parametrize(
+    ("project", "change", "sentence"),
+    [
+        ("mmsegmentation", {"stages.0.downsample.norm.weight": torch.ones(7)}, "has shapes that"),
+        (
+            "hugging face",
+            {"encoder.layers.0.blocks.0.attention.self.key.bias": torch.tensor(1.0)},
+            "has shapes that are of no Swin by Hugging Face's names",
+        ),
+        (  # the same once more, by the name it has in memory
+            "hugging face",
+            {"encoder.layers.0.blocks.0.attention.q_proj.bias": torch.zeros(8)},
+            "has 1 entries more than the backbone, the first 'encoder.layers.0.blocks.0.attention",
+        ),
+        ("microsoft", {"patch_embed.proj.weight": torch.tensor(0.0)}, r"has shape \(\), the back"),
+        (
+            "microsoft",
+            {"layers.0.blocks.0.attn.relative_position_bias_table": torch.zeros(8, 1)},
+            r"has shape \(8, 1\), the backbone expects \(25, 1\)",
+        ),
+    ],
+)
+def test_shapes_that_cannot_be(project: str, change: State, sentence: str) -> None:
+    model = model_of(small_swin(), "fcn")
+    theirs = swin_names(project, random_state(model.backbone)) | change
+    with pytest.raises(CheckpointError, match=f"theirs: .*{sentence}"):
+        load_state(model, theirs, source="theirs")
 
 
 # ---- whole models

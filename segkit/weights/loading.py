@@ -175,7 +175,7 @@ def _without_values(name: str) -> nn.Module:
 
 def windows(found: Found) -> list[int]:
     """Windows of a Swin's position biases; none for other files."""
-    tables = [v for k, v in found.backbone.tensors.items() if k.endswith("bias_table")]
+    tables = [v for k, v in found.backbone.tensors.items() if k.endswith("bias_table") and v.ndim]
     return sorted({_window(table) for table in tables})
 
 

@@ -54,20 +54,17 @@ class Naming:
         left = []
         prepared = self.before(state)
         for theirs, (name, tensor) in zip(state, prepared.items(), strict=True):
-            ours = self._ours(name)
-            if ours is None:
+            ours, _, part = (self._ours(name) or "").partition("/")
+            place = int(part or 0)
+            if not ours or place in parts.get(ours, {}):  # no rule, or the second for one place
                 left.append(theirs)
                 continue
-            ours, _, part = ours.partition("/")
             names[ours] = prefix + theirs
-            parts.setdefault(ours, {})[int(part or 0)] = tensor
-        tensors = {
-            ours: self.after(
-                ours,
-                torch.cat([found[i] for i in sorted(found)]) if len(found) > 1 else found[0],
-            )
-            for ours, found in parts.items()
-        }
+            parts.setdefault(ours, {})[place] = tensor
+        tensors = {}
+        for ours, found in parts.items():
+            first, *more = (found[place] for place in sorted(found))
+            tensors[ours] = self.after(ours, torch.cat([first, *more]) if more else first)
         known = [name for name in left if re.match(self.beyond, name)]
         return Renamed(
             tensors,

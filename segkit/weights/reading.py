@@ -50,6 +50,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if other or not found:
         what = f"'{other[0]}' is none" if other else "it is empty"
         raise CheckpointError(f"{path}: expected a state dict, names to tensors, but {what}")
+    if odd := [name for name in found if not name.isprintable()]:
+        raise CheckpointError(f"{path}: '{odd[0]}' is no name of weights")
     return {_COMPILED_OR_PARALLEL.sub("", name): value for name, value in found.items()}
 
 

@@ -64,19 +64,24 @@ def recognize(state: State, *, source: str) -> Found:
             f"{source}: its names ('{next(iter(state))}', ...) are of no backbone that segkit "
             "knows; docs/weights.md lists those"
         )
+    try:
+        backbone = naming.rename(trunk, prefix=prefix)
+        settings = naming.settings(trunk) | whole.decoder.settings(state)
+    except (RuntimeError, IndexError) as error:  # of tensors whose shapes cannot be what they say
+        raise CheckpointError(f"{source}: has shapes that are of no {naming.title}") from error
     builds = whole.decoder.builds
     return Found(
         title=", ".join(title for title in (whole.decoder.title, naming.title) if title),
         builds=naming.builds,
         decoder=builds[0] if builds else None,
         instead=whole.instead,
-        backbone=naming.rename(trunk, prefix=prefix),
+        backbone=backbone,
         head=head,
-        settings=naming.settings(trunk) | whole.decoder.settings(state),
+        settings=settings,
         classes=_classes(head.tensors or state),
     )
 
 
 def _classes(state: State) -> int | None:
-    heads = [tensor for name, tensor in state.items() if _CLASSIFIER.fullmatch(name)]
+    heads = [x for name, x in state.items() if _CLASSIFIER.fullmatch(name) and x.ndim > 1]
     return heads[-1].shape[0] if heads else None
