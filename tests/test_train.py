@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -291,6 +292,16 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(folder: Path) -> None:
     assert len(shown.splitlines()) == 1
     assert "Traceback" in finish(start(folder, "train.py", *arguments, "--debug"), code=1)
     finish(start(folder, "train.py"), code=2)
+
+
+def test_a_run_starts_from_another_runs_best_and_says_what_it_took(
+    folder: Path, trained: Path
+) -> None:
+    best = trained / "fold0" / "best.pt"
+    out = train(folder, "runs/next", "--folds", "1", *sets({"model.weights": str(best)}))
+    assert re.search(r"best\.pt: segkit's checkpoint; \d+ entries loaded\n", out)
+    init = last(folder, "runs/next", 1)["init"]
+    assert init == checkpoint.digest_tensors(checkpoint.load(best)["model"])
 
 
 def test_a_run_is_not_overwritten(folder: Path, trained: Path) -> None:
