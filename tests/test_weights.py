@@ -609,6 +609,16 @@ def test_upernet_on_swin_whole(project: str) -> None:
     same(model, under("backbone.", backbone) | head | index)
 
 
+def test_mmsegmentations_pspnet_whole() -> None:
+    model = model_of(small_swin(), "pspnet", width=16, aux_width=4)
+    backbone, head = parts(model)
+    theirs = under("backbone.", swin_names("mmsegmentation", backbone)) | openmmlab_head(head)
+    report = load_state(model, theirs, source="theirs")
+    assert report.title == "PSPNet of mmsegmentation, Swin by mmsegmentation's names"
+    assert not report.fresh
+    same(model, under("backbone.", backbone) | head, but=("index",))
+
+
 def test_class_heads_of_another_size_stay_fresh_and_are_told() -> None:
     model = model_of(small_swin(), "upernet", width=4, aux_width=4, num_classes=5)
     backbone, head = parts(model_of(small_swin(), "upernet", width=4, aux_width=4))
