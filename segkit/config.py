@@ -132,7 +132,10 @@ class Infer:
     batch_size: int = _setting(1, "images of one size predicted together", low=1)
     tta: tuple[str, ...] = _setting(("flips",), "views of --tta")
     merge: Literal["mean", "logits", "geometric", "max"] = _setting("mean", "how views are merged")
-    outputs: tuple[Literal["overlays", "coco", "csv"], ...] = _setting(
+    palette: Literal["safe", "contest"] = _setting(
+        "safe", "colors of masks, overlays and pages: for color-blind eyes too, or the contest's"
+    )
+    outputs: tuple[Literal["overlays", "sheets", "coco", "csv"], ...] = _setting(
         ("overlays", "coco", "csv"), "what infer.py writes besides the masks"
     )
     batch_norm_images: int = _setting(
@@ -140,6 +143,16 @@ class Infer:
     )
     tile: int | None = _setting(None, "side of tiles, for images larger than memory", low=32)
     overlap: float = _setting(0.25, "share of a tile its neighbour covers too", low=0.0, high=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """Who follows a run, besides its log and its page."""
+
+    trackers: tuple[Component, ...] = _setting((), "csv, tensorboard, wandb, any number of them")
+    images: int = _setting(
+        20, "validation images a fold on the page, the worst and others; 0: none", low=0, high=1000
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +167,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     infer: Infer = field(default_factory=Infer)
+    track: Track = field(default_factory=Track)
 
 
 def load(name: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -1,6 +1,7 @@
 """Processes that train together: the process group, reductions, rank 0's progress bar."""
 
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -108,6 +109,15 @@ def broadcast(value: Any) -> Any:
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's ``value`` (a picklable object of our own making) on rank 0, elsewhere none."""
+    if world_size() == 1:
+        return [value]
+    boxes = [None] * world_size() if is_main() else None
+    dist.gather_object(value, boxes, dst=0)
+    return boxes or []
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -240,10 +250,13 @@ def progress(
     total: int | None = None,
     initial: int = 0,
     unit: str = "it",
-    quiet: bool | None = None,
 ) -> tqdm:
-    """A progress bar with rate and time left, shown on rank 0 and on a terminal only."""
-    hidden = not is_main() or not sys.stderr.isatty() if quiet is None else quiet
+    """A progress bar with rate and time left, after two seconds.
+
+    It is shown on rank 0 and on a terminal only, and not by a command that was told to be quiet.
+    """
+    quiet = logging.getLogger("segkit").level > logging.INFO
+    hidden = quiet or not is_main() or not sys.stderr.isatty()
     return tqdm(
         iterable,
         desc=description,
@@ -251,6 +264,7 @@ def progress(
         initial=initial,
         unit=unit,
         disable=hidden,
+        delay=2,
         dynamic_ncols=True,
         leave=False,
     )

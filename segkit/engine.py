@@ -18,8 +18,11 @@ from segkit.data.loader import eval_batches
 from segkit.data.source import Source
 from segkit.distributed import all_reduce, progress, rank, world_size
 from segkit.losses import Criterion
-from segkit.metrics import confusion_matrix, image_counts
+from segkit.metrics import counts_of, image_matrices
 from segkit.model import Segmenter, build_model
+
+Watch = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Who looks on during an evaluation: index, predicted mask, true mask, counts (C, 3)."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ def tally(
     *,
     device: torch.device,
     description: str = "evaluate",
+    watch: Watch | None = None,
 ) -> Evaluation:
     """Compare masks with labels; every image counts once, however many ranks share them.
 
@@ -168,6 +172,7 @@ def tally(
         indices: All of them, over all ranks.
         device: Where ranks exchange their counts.
         description: Of the progress bar.
+        watch: Called with each image of this rank's share.
     """
     classes = len(source.classes)
     counts = torch.zeros(len(indices), classes, 3, dtype=torch.int64)
@@ -176,8 +181,11 @@ def tally(
     share = len(indices[rank() :: world_size()])
     for index, mask, truth in progress(predicted, description, total=share, unit="image"):
         mask = mask.cpu()
-        counts[row[index]] = image_counts(mask[None], truth[None], classes)[0]
-        matrix += confusion_matrix(mask[None], truth[None], classes)
+        [found] = image_matrices(mask[None], truth[None], classes)
+        counts[row[index]] = counts_of(found)
+        matrix += found
+        if watch is not None:
+            watch(index, mask, truth, counts[row[index]])
     return Evaluation(
         names=[source.names[index] for index in indices],
         counts=all_reduce(counts.to(device)).cpu(),
@@ -194,12 +202,13 @@ def evaluate(
     batch_size: int = 1,
     workers: int = 0,
     description: str = "evaluate",
+    watch: Watch | None = None,
 ) -> Evaluation:
     """:func:`tally` of :func:`predictions`; ``predict`` maps images to masks."""
     predicted = predictions(
         predict, source, indices, labels=True, batch_size=batch_size, workers=workers
     )
-    return tally(predicted, source, indices, device=device, description=description)
+    return tally(predicted, source, indices, device=device, description=description, watch=watch)
 
 
 def build_pipeline(config: Config) -> Pipeline:

@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,14 @@ class Run:
 
     Args:
         folder: Created by :meth:`create`; opened as it is here.
+
+    Attributes:
+        followers: Called with every event after it was written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.followers: list[Callable[[dict[str, Any]], None]] = []
 
     @classmethod
     def create(cls, folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> "Run":
@@ -111,11 +115,13 @@ class Run:
         write_json(self.folder / name, value)
 
     def log(self, **event: Any) -> None:
-        """Append one event to ``log.jsonl``."""
-        line = json.dumps({"time": round(time.time(), 3), **event})
+        """Append one event to ``log.jsonl``, and tell the followers."""
+        event = {"time": round(time.time(), 3), **event}
         path = self.folder / "log.jsonl"
         with naming(path), path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(event) + "\n")
+        for follow in self.followers:
+            follow(event)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The events of ``log.jsonl``; a last line cut by a kill is left out."""

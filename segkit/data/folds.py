@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -202,6 +203,28 @@ def read_groups(
     return {name: match[1] for name, match in found.items() if match}
 
 
+class Part(NamedTuple):
+    """A fold or the selection set: the share of its images with a class, of its pixels in it."""
+
+    title: str
+    images: int
+    with_class: list[float]
+    of_pixels: list[float]
+
+
+def shares(split: Split, names: Sequence[str], pixels: np.ndarray) -> list[Part]:
+    """How alike the parts are; arguments as in :func:`table`."""
+    index = {name: i for i, name in enumerate(names)}
+    parts = {"selection": split.selection} if split.selection else {}
+    parts |= {f"fold {number}": fold for number, fold in enumerate(split.folds)}
+    found = []
+    for title, members in parts.items():
+        counts = pixels[[index[name] for name in members]]
+        of_pixels = counts.sum(0) / max(1, counts.sum())
+        found.append(Part(title, len(members), (counts > 0).mean(0).tolist(), of_pixels.tolist()))
+    return found
+
+
 def table(
     split: Split, names: Sequence[str], pixels: np.ndarray, classes: Sequence[str], width: int = 80
 ) -> str:
@@ -214,16 +237,11 @@ def table(
         classes: Their names.
         width: Most characters a line; what does not fit beside each other goes below.
     """
-    index = {name: i for i, name in enumerate(names)}
-    parts = {"selection": split.selection} if split.selection else {}
-    parts |= {f"fold {number}": fold for number, fold in enumerate(split.folds)}
     columns = []
-    for title, members in parts.items():
-        counts = pixels[[index[name] for name in members]]
-        images = 100 * (counts > 0).mean(0)
-        share = 100 * counts.sum(0) / max(1, counts.sum())
-        cells = [f"{a:3.0f} {b:5.1f}" for a, b in zip(images, share, strict=True)]
-        columns.append([title, f"{len(members)}", "img   px%", *cells])
+    for part in shares(split, names, pixels):
+        pairs = zip(part.with_class, part.of_pixels, strict=True)
+        cells = [f"{100 * a:3.0f} {100 * b:5.1f}" for a, b in pairs]
+        columns.append([part.title, f"{part.images}", "img   px%", *cells])
     first = ["", "images", "", *(f"{name:.16}" for name in classes)]
     fit = max(1, (width - 16) // 10)
     blocks = []

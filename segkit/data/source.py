@@ -66,6 +66,12 @@ def positions(source: Source, names: Sequence[str]) -> list[int]:
     return [place[name] for name in names]
 
 
+def background(source: Source) -> int | None:
+    """The class that is no thing to label, if there is one: COCO's, or the first by its name."""
+    has_categories = getattr(source, "category_ids", None) is not None
+    return 0 if has_categories or source.classes[0].casefold() == "background" else None
+
+
 def check_classes(classes: Sequence[str], origin: str) -> tuple[str, ...]:
     """``classes``, when they can be the values of a mask.
 
