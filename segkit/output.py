@@ -50,6 +50,7 @@ them (https://doi.org/10.1109/TVCG.2009.113). With many classes, outlines tell m
 
 PALETTES = {"contest": CONTEST, "safe": SAFE}
 IGNORED: Color = (224, 224, 224)
+_GAP = 4  # pixels between the panels of a sheet
 
 
 def color_table(colors: Sequence[Color]) -> np.ndarray:
@@ -118,14 +119,56 @@ def overlay(
         raise ValueError(f"the image is {pixels.shape[:2]} and its mask {values.shape}")
     painted = color_table(colors)[values]
     share = np.full(values.shape, opacity, np.float32)
-    share[_edges(values)] = 1
+    share[outlines(values)] = 1
     share[(values == IGNORE) | (values == (-1 if background is None else background))] = 0
     blended = pixels + (painted - pixels.astype(np.float32)) * share[..., None]
     result = Image.fromarray(blended.round().astype(np.uint8))
     return _with_legend(result, values, classes, colors) if legend else result
 
 
-def _edges(values: np.ndarray) -> np.ndarray:
+ERROR: Color = (255, 45, 85)
+
+
+def sheet(
+    image: Tensor,
+    mask: Tensor,
+    truth: Tensor | None = None,
+    *,
+    colors: Sequence[Color] = SAFE,
+    background: int | None = 0,
+) -> Image.Image:
+    """A photograph and its masks side by side: photograph, truth, prediction, errors.
+
+    Args:
+        image: The photograph, RGB.
+        mask: The predicted class indices.
+        truth: The true ones; without them there are two panels, photograph and prediction.
+        colors: Of the classes.
+        background: The class whose pixels stay as they are, if there is one.
+
+    Shape:
+        image: uint8 (3, H, W)
+        mask, truth: (H, W)
+    """
+    masks = [mask] if truth is None else [truth, mask]
+    panels = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy())]
+    for one in masks:
+        panels.append(
+            overlay(image, one, classes=(), colors=colors, background=background, legend=False)
+        )
+    if truth is not None:
+        wrong = (mask.cpu() != truth.cpu()) & (truth.cpu() != IGNORE)
+        panels.append(
+            overlay(image, wrong.to(torch.uint8), classes=(), colors=(ERROR, ERROR), legend=False)
+        )
+    width, height = panels[0].size
+    result = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height), "white")
+    for place, panel in enumerate(panels):
+        result.paste(panel, (place * (width + _GAP), 0))
+    return result
+
+
+def outlines(values: np.ndarray) -> np.ndarray:
     """Pixels that have another class above, below, left or right of them."""
     edges = np.zeros(values.shape, bool)
     down, across = values[1:] != values[:-1], values[:, 1:] != values[:, :-1]
@@ -151,6 +194,12 @@ def _with_legend(
         text = f"{classes[c]} {100 * counts[c] / values.size:.1f} %"
         draw.text((18, top + 1), text, fill="black", font=font)
     return result
+
+
+def save_jpeg(image: Image.Image, folder: Path, name: str) -> None:
+    """Save a picture under an image's file name, ending in ``.jpg``."""
+    with replacing(inside(folder, str(Path(name).with_suffix(".jpg")))) as draft:
+        image.save(draft, format="JPEG", quality=90)
 
 
 @contextmanager

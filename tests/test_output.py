@@ -78,6 +78,25 @@ def test_overlay_colors_the_first_class_where_it_is_no_background() -> None:
     assert np.array(shown).reshape(-1, 3).tolist() == [[40, 80, 120]] * 24
 
 
+def test_a_sheet_shows_photograph_truth_prediction_and_errors() -> None:
+    image = torch.full((3, 5, 6), 100, dtype=torch.uint8)
+    truth, mask = torch.zeros(5, 6, dtype=torch.uint8), torch.zeros(5, 6, dtype=torch.uint8)
+    truth[1:4, 1:4] = 1
+    truth[4, 5] = 255
+    mask[1:4, 2:5] = 1
+    mask[4, 5] = 1
+    shown = np.array(output.sheet(image, mask, truth))
+    assert shown.shape == (5, 4 * 6 + 3 * 4, 3)
+    photograph, true, predicted, errors = (shown[:, at : at + 6] for at in (0, 10, 20, 30))
+    assert (photograph == 100).all()
+    for panel, values in ((true, truth), (predicted, mask)):
+        assert ((panel != 100).any(-1) == (values == 1).numpy()).all()
+    wrong = (truth != mask).numpy()
+    wrong[4, 5] = False
+    assert ((errors != 100).any(-1) == wrong).all()
+    assert output.sheet(image, mask).size == (6 * 2 + 4, 5)
+
+
 def test_legend_lists_what_is_there() -> None:
     image, mask = torch.zeros(3, 40, 200, dtype=torch.uint8), torch.zeros(40, 200)
     mask[:10] = 2
