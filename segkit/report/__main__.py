@@ -1,0 +1,49 @@
+"""Pages of runs: one that compares a folder's runs, or a run's own anew.
+
+python -m segkit.report runs             # runs/index.html, and each run's report.html
+python -m segkit.report runs/demo-1      # runs/demo-1/report.html
+"""
+
+import argparse
+from pathlib import Path
+from urllib.parse import quote
+
+from segkit import command
+from segkit.errors import SegkitError
+from segkit.files import write_text
+from segkit.report.index_page import index_page
+from segkit.report.log import RunLog
+from segkit.report.run_page import run_page
+from segkit.run import Run
+
+
+def main(argv: list[str]) -> None:
+    """Write the pages and tell where."""
+    parser = argparse.ArgumentParser(
+        prog="python -m segkit.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=Path, help="a folder of runs, or one run")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    alone = (args.runs / "config.json").is_file()
+    found = [args.runs] if alone else [path.parent for path in args.runs.glob("*/config.json")]
+    if not found:
+        raise SegkitError(
+            f"{args.runs}: holds no run; expected a run's folder, or a folder of runs"
+        )
+    found.sort(key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True)
+    logs = [RunLog(Run(folder)) for folder in found]
+    links = {}
+    for log in logs:
+        write_text(log.run.folder / "report.html", run_page(log))
+        links[log.name] = f"{quote(log.name)}/report.html"
+    if not alone:
+        title = f"Runs in {args.runs.resolve().name}"
+        write_text(args.runs / "index.html", index_page(logs, title=title, links=links))
+    print(args.runs / ("report.html" if alone else "index.html"))
+
+
+if __name__ == "__main__":
+    command.run(main)
