@@ -1,0 +1,59 @@
+"""A page to look at labelled photographs before training.
+
+    python -m segkit.explore --cfg demo [--out explore.html] [--json]
+
+Counts, sizes and positions of the objects of each class, the mean and deviation to normalize with,
+near-duplicates that the split divides, labels that may be wrong, and examples of each class.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from segkit import command, config
+from segkit.data import open_source
+from segkit.errors import ConfigError, DataError
+from segkit.explore import Part, explore_page, findings, survey
+from segkit.files import write_text
+
+
+def open_parts(cfg: config.Config) -> list[Part]:
+    """The parts to train on, to validate with and to predict, each read once."""
+    if cfg.data.train is None:
+        raise ConfigError("data.train: is missing; expected the labelled images to look at")
+    parts = []
+    for title in ("train", "val", "test"):
+        if getattr(cfg.data, title) is not None:
+            source = open_source(cfg, title)
+            parts.append(Part(title, source, survey(source, f"reading {title}")))
+    if not parts[0].source.labelled:
+        raise DataError("data.train: has no labels; expected labelled images to look at")
+    return parts
+
+
+def main(argv: list[str]) -> None:
+    """Write the page and tell where."""
+    parser = argparse.ArgumentParser(prog="python -m segkit.explore", description=__doc__)
+    parser.add_argument("--cfg", required=True, help="a path, or a name in configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
+    )
+    parser.add_argument("--out", type=Path, default=Path("explore.html"), help="the page to write")
+    parser.add_argument(
+        "--json", action="store_true", help="print each doubt and near-duplicate as a JSON object"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    cfg = config.load(args.cfg, args.set)
+    parts = open_parts(cfg)
+    found = findings(cfg, parts)
+    write_text(args.out, explore_page(cfg, parts, found, title=Path(args.cfg).stem))
+    if args.json:
+        for line in found.lines():
+            print(json.dumps(line))
+    else:
+        print(args.out)
+
+
+if __name__ == "__main__":
+    command.run(main)
