@@ -38,8 +38,17 @@ from segkit.ensemble import HardVote, SoftVote
 from segkit.errors import ConfigError, SegkitError
 from segkit.files import write_json
 from segkit.metrics import bootstrap_interval, scores
-from segkit.output import coco_results, overlay, submission, write_mask
+from segkit.output import (
+    PALETTES,
+    coco_results,
+    overlay,
+    save_jpeg,
+    sheet,
+    submission,
+    write_mask,
+)
 from segkit.predict import Predictor
+from segkit.report import write_run_page
 from segkit.run import Run
 from segkit.tta import View, parse_views
 
@@ -70,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
     runs = [Run.open(name) for name in args.run_dir or [None]]
     cfg = resolve(runs[0], args)
     views = parse_views(args.tta or cfg.infer.tta) if args.tta is not None else ()
+    say = command.voice(quiet=args.quiet, verbose=args.verbose)
     with distributed.session(args.device) as device:
         photos = open_photos(args, cfg)
         job = Job(args, cfg, args.out or runs[0].folder / "infer", device)
@@ -94,9 +104,10 @@ def main(argv: Sequence[str]) -> None:
         if distributed.is_main():
             job.write_results(photos, {int(k): c for k, c in category_ids.items()})
             write_json(job.out / "scores.json", rows)
-            if rows and not args.quiet:
-                print(table(rows, columns))
-            print(f"written: {job.out}")
+            write_run_page(runs[0])
+            if rows:
+                say(table(rows, columns))
+            say(f"written: {job.out}")
 
 
 class Job:
@@ -208,7 +219,8 @@ class Job:
         order = TrainOrder(indices, epochs=1, batch_size=size, accumulate=1, seed=cfg.train.seed)
         batches = train_batches(images, order, workers=cfg.data.workers, device=self.device)
         count = max(1, cfg.infer.batch_norm_images // size)
-        return (image for image, _ in islice(batches, count))
+        shown = distributed.progress(islice(batches, count), "BatchNorm", total=count, unit="batch")
+        return (image for image, _ in shown)
 
     # ---- predictions
 
@@ -320,13 +332,16 @@ class Job:
         classes = load_state(candidate.paths[0])["classes"]
         share = len(photos.indices[distributed.rank() :: distributed.world_size()])
         masks = self.masks(candidate, photos)
-        for index, mask, _ in distributed.progress(masks, "predict", total=share, unit="image"):
+        outputs, colors = self.cfg.infer.outputs, PALETTES[self.cfg.infer.palette]
+        for index, mask, true in distributed.progress(masks, "predict", total=share, unit="image"):
             name = photos.source.names[index]
-            write_mask(self.out / "masks", name, mask)
-            if "overlays" in self.cfg.infer.outputs:
-                path = (self.out / "overlays" / name).with_suffix(".jpg")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                overlay(photos.source.image(index), mask, classes=classes).save(path, quality=90)
+            write_mask(self.out / "masks", name, mask, colors=colors)
+            if "overlays" in outputs:
+                shown = overlay(photos.source.image(index), mask, classes=classes, colors=colors)
+                save_jpeg(shown, self.out / "overlays", name)
+            if "sheets" in outputs:
+                shown = sheet(photos.source.image(index), mask, true, colors=colors)
+                save_jpeg(shown, self.out / "sheets", name)
         distributed.barrier()
 
     def written(self, name: str) -> Tensor:
@@ -457,7 +472,7 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[Images]) -> str:
             value, (low, high) = row[one.title]["miou"], row[one.title]["interval"]
             cells.append(f"{value:.3f} [{low:.3f}, {high:.3f}]".rjust(26))
         lines.append(row["name"][:28].ljust(28) + "".join(cells))
-    return "\n".join([*lines[:-1], "-" * len(lines[0]), lines[-1]])
+    return "\n".join([*lines[:-1], "-" * len(lines[0]), command.bold(lines[-1])])
 
 
 if __name__ == "__main__":

@@ -20,19 +20,20 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from segkit import checkpoint, command, config, distributed
+from segkit import checkpoint, command, config, distributed, track
 from segkit.config import Config
 from segkit.data import SOURCES, open_source
-from segkit.data.folds import Split, class_pixels, make_folds, read_groups, table
+from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shares, table
 from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
 from segkit.data.source import Source, positions
 from segkit.engine import build_pipeline, evaluate, precision, train_step
 from segkit.errors import ConfigError, DataError, SegkitError
 from segkit.losses import build_loss
-from segkit.metrics import scores
+from segkit.metrics import bootstrap_interval, scores
 from segkit.model import build_model
 from segkit.optim import EMA, build_optimizer, build_schedule, set_lr
 from segkit.predict import Predictor
+from segkit.report import Gallery, class_table, record, score_table, write_run_page
 from segkit.run import Run, new_folder, newest
 from segkit.tta import parse_views
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     with distributed.session(args.device) as device:
         torch.use_deterministic_algorithms(cfg.train.deterministic)
         torch.backends.cudnn.benchmark = not cfg.train.deterministic
-        say = print if distributed.is_main() and not args.quiet else silent
+        say = command.voice(quiet=args.quiet, verbose=args.verbose)
         train_source = open_source(cfg, "train")
         val_source = open_source(cfg, "val") if cfg.data.val else train_source
         run, resume = open_run(args, cfg)
@@ -55,16 +56,20 @@ def main(argv: Sequence[str]) -> None:
             say(f"left out: {fault.sentence}")
             if distributed.is_main():
                 run.log(event="fault", file=fault.file, sentence=fault.sentence)
-        job = Job(cfg, run, split, train_source, val_source, device, resume, Stop(), say)
         before = run.read("summary.json") if (run.folder / "summary.json").exists() else {}
         summary = {}
-        for fold in chosen_folds(args.folds, len(split.folds)):
-            summary[f"fold{fold}"] = train_fold(job, fold)
-            if job.stop.signal:
-                say(f"stopped by {job.stop.name}; go on with: --run-dir {run.folder} --resume")
-                sys.exit(130 if job.stop.signal == signal.SIGINT else 0)
+        with track.following(run, cfg.track.trackers) as trackers:
+            job = Job(
+                cfg, run, split, train_source, val_source, device, resume, Stop(), say, trackers
+            )
+            for fold in chosen_folds(args.folds, len(split.folds)):
+                summary[f"fold{fold}"] = train_fold(job, fold)
+                if job.stop.signal:
+                    say(f"stopped by {job.stop.name}; go on with: --run-dir {run.folder} --resume")
+                    sys.exit(130 if job.stop.signal == signal.SIGINT else 0)
         if distributed.is_main():
             run.write("summary.json", {**before, **summary})
+            say(score_table(write_run_page(run)))
         say(f"done: {run.folder}; predict with: python infer.py --run-dir {run.folder}")
 
 
@@ -81,6 +86,7 @@ class Job:
     resume: bool
     stop: "Stop"
     say: Callable[[str], None]
+    trackers: track.Followers
 
 
 def train_fold(job: Job, fold: int) -> dict[str, Any]:
@@ -135,9 +141,15 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         step, init, seconds = state["step"], state["init"], state["seconds"]
         bad_in_row, bad_steps = state["bad_in_row"], state["bad_steps"]
         top = [(score, epoch) for score, epoch in state["top"]]
-        if distributed.is_main():
-            run.rewind(fold, step)
         say(f"fold {fold}: going on after step {step}")
+    if distributed.is_main():
+        if job.resume:
+            run.rewind(fold, step if state is not None else -1)
+        run.log(
+            event="start" if state is None else "resume", fold=fold, step=step,
+            parameters=sum(one.numel() for one in model.parameters()),
+            images=len(training), validation=len(validation),
+        )  # fmt: skip
     order = TrainOrder(
         indices=training,
         epochs=cfg.train.epochs,
@@ -241,8 +253,9 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         if last_step or (ends_epoch and epoch % cfg.train.evaluate_every == 0):
             predict.model.eval()
             distributed.share_buffers(predict.model)
+            gallery = Gallery(val_source, validation, size=cfg.track.images)
             evaluation = evaluate(
-                predict.mask, val_source, validation, device=device,
+                predict.mask, val_source, validation, device=device, watch=gallery.add,
                 batch_size=cfg.infer.batch_size, workers=cfg.data.workers,
             )  # fmt: skip
             found = scores(evaluation.matrix)
@@ -253,9 +266,18 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
                 best = {**about, "model": predict.model.state_dict(), "epoch": epoch, "step": step}
                 best |= {"score": found.miou, "iou": list(found.iou)}
                 keep_best(folder, best, top, cfg.train.keep)
-                run.log(event="evaluate", fold=fold, epoch=epoch, step=step, **found.to_dict())
+                run.log(
+                    event="evaluate", fold=fold, epoch=epoch, step=step, **found.to_dict(),
+                    interval=bootstrap_interval(evaluation.counts),
+                )  # fmt: skip
+            if top[0][1] == epoch:
+                job.trackers.pictures(step, record(run, fold, step, evaluation, gallery))
+            if distributed.is_main():
+                write_run_page(run)
             top = top[: cfg.train.keep]
             say(f"fold {fold} epoch {epoch}: mIoU {found.miou:.4f} (best {top[0][0]:.4f})")
+            if command.is_verbose():
+                say(class_table(classes, found.iou))
             net.train()
             since, since_step = time.perf_counter(), step
         asked = cfg.train.save_every and step % cfg.train.save_every == 0
@@ -308,6 +330,7 @@ def check(cfg: Config) -> None:
     build_schedule(cfg.optim.schedule, total=100, warmup=min(99, cfg.optim.warmup_steps))
     build_loss(cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=None)
     parse_views(cfg.infer.tta)
+    track.check(cfg.track.trackers)
 
 
 def open_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
@@ -344,6 +367,7 @@ def divide(
                 groups=read_groups(cfg.data.groups, cfg.data.group_pattern, names),
             )
             say(table(split, names, pixels, train_source.classes))
+            run.write("shares.json", [one._asdict() for one in shares(split, names, pixels)])
         split.save(path)
         category_ids = getattr(train_source, "category_ids", None)
         run.write("classes.json", {"classes": train_source.classes, "category_ids": category_ids})
@@ -402,10 +426,6 @@ def epoch_file(folder: Path, epoch: int) -> Path:
 def mix(*numbers: int) -> int:
     """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def silent(_: str) -> None:
-    """Say nothing: another rank does."""
 
 
 class Stop:

@@ -1,6 +1,7 @@
-"""How every command ends: exit codes, and errors told in one sentence."""
+"""How every command speaks and ends: how much it says, exit codes, errors in one sentence."""
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -37,8 +38,38 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
     )
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("--quiet", action="store_true", help="print errors only")
+    volume.add_argument("--verbose", action="store_true", help="print every class's IoU too")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def voice(*, quiet: bool = False, verbose: bool = False) -> Callable[[str], None]:
+    """Set how much this process says, which is the level of the logger ``segkit``.
+
+    Progress bars go by it too.
+
+    Returns:
+        A function that prints a line; nothing when quiet, and on ranks other than 0.
+    """
+    level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
+    logging.getLogger("segkit").setLevel(level)
+    return _silent if quiet or os.environ.get("RANK", "0") != "0" else print
+
+
+def is_verbose() -> bool:
+    """Whether ``--verbose`` was given."""
+    return logging.getLogger("segkit").level == logging.DEBUG
+
+
+def bold(text: str) -> str:
+    """Text that stands out on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    return text if plain else f"\033[1m{text}\033[0m"
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 def _sentence(error: SegkitError | OSError) -> str:

@@ -54,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "loss": {"terms": ["cross_entropy", "dice"]},
         "optim": {"lr": 0.001, "warmup_steps": 2},
         "train": {"epochs": 2, "batch_size": 4, "ema": 0.9, "log_every": 1},
+        "track": {"trackers": ["csv"], "images": 4},
     }
     (folder / "tiny.json").write_text(json.dumps(cfg))
     return folder
@@ -125,6 +126,9 @@ def test_the_run_folder_explains_itself(trained: Path) -> None:
     events = list(run.events())
     steps = [one["step"] for one in events if one["event"] == "step" and one["fold"] == 0]
     assert steps == [1, 2, 3, 4]
+    page = (trained / "report.html").read_text()
+    assert "mean of 2 folds" in page
+    assert page.count('class="card"') == 8
     evaluated = [one["epoch"] for one in events if one["event"] == "evaluate" and one["fold"] == 0]
     assert evaluated == [1, 2]
 
@@ -209,8 +213,17 @@ def test_killed_in_mid_epoch_and_resumed_is_the_same_to_the_bit(
     whole = last(folder, "runs/whole")
     assert_same(ours["model"], whole["model"])  # saving changes nothing either
     events = [list(Run(folder / run).events()) for run in ("runs/killed", "runs/steady")]
-    kept = [[(one["event"], one["step"], one.get("loss")) for one in part] for part in events]
+    kept = [
+        [(one["event"], one["step"], one.get("loss")) for one in part if one["event"] != "resume"]
+        for part in events
+    ]
     assert kept[0] == kept[1]
+    tables = [
+        np.genfromtxt(folder / run / "fold0/steps.csv", delimiter=",", names=True)
+        for run in ("runs/killed", "runs/steady")
+    ]
+    for column in ("step", "loss", "losscross_entropy"):
+        assert tables[0][column].tolist() == tables[1][column].tolist()
 
 
 def test_sigterm_saves_and_exits_with_zero(folder: Path, trained: Path) -> None:
