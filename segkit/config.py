@@ -36,6 +36,12 @@ class Data:
     val: Component | None = _setting(None, "fixed validation images, in place of folds")
     test: Component | None = _setting(None, "images to predict, labelled or not")
     test_labels: Component | None = _setting(None, "the test images with labels, to score only")
+    pseudo: Component | None = _setting(
+        None, "images that models labelled (infer.py --pseudo), to train on besides"
+    )
+    pseudo_weight: float = _setting(
+        1.0, "share of the pseudo-labelled images in each epoch, drawn anew", low=0.0, high=1.0
+    )
     folds: int = _setting(5, "parts of the k-fold; each validates once", low=2, high=1000)
     selection: float = _setting(
         0.1, "share of images held out of every fold, to choose soups", low=0.0, high=0.9
@@ -132,7 +138,7 @@ class Infer:
     batch_size: int = _setting(1, "images of one size predicted together", low=1)
     tta: tuple[str, ...] = _setting(("flips",), "views of --tta")
     merge: Literal["mean", "logits", "geometric", "max"] = _setting("mean", "how views are merged")
-    outputs: tuple[Literal["overlays", "coco", "csv"], ...] = _setting(
+    outputs: tuple[Literal["overlays", "coco", "csv", "soft"], ...] = _setting(
         ("overlays", "coco", "csv"), "what infer.py writes besides the masks"
     )
     batch_norm_images: int = _setting(
