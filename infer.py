@@ -147,6 +147,7 @@ class Job:
     ) -> None:
         self.args, self.cfg, self.runs, self.out, self.device = args, cfg, runs, out, device
         self._digests: dict[Path, str] = {}
+        self._sources: dict[tuple[Path, str], Source] = {}
         self._soups: dict[tuple[Path, str], Path] = {}
         self._barriers: dict[Path, list[dict[str, Any]]] = {}
         self._view_weights: dict[tuple[Path, tuple[View, ...]], tuple[float, ...]] = {}
@@ -270,7 +271,7 @@ class Job:
     def _training_images(self, run: Run) -> Iterator[Tensor]:
         """Batches of training images as the folds saw them, to estimate BatchNorm from."""
         cfg = resolve(run, self.args)
-        source = open_source(cfg, "train")
+        source = self.source(run, "train")
         split = Split.load(run.folder / "folds.json")
         names = {name for fold in range(len(split.folds)) for name in split.training(fold)}
         indices = positions(source, sorted(names))
@@ -282,6 +283,12 @@ class Job:
         return (image for image, _ in islice(batches, count))
 
     # ---- predictions
+
+    def source(self, run: Run, part: str) -> Source:
+        """A part of a run's data, opened once."""
+        if (run.folder, part) not in self._sources:
+            self._sources[run.folder, part] = open_source(resolve(run, self.args), part)
+        return self._sources[run.folder, part]
 
     def digest(self, path: Path) -> str:
         """A checkpoint's digest; the file is read and verified once."""
@@ -421,7 +428,7 @@ class Job:
         part, names = ("val", split.folds[0]) if cfg.data.val else ("train", split.selection)
         if not names:
             return None
-        source = open_source(cfg, part)
+        source = self.source(run, part)
         return Images("selection", source, positions(source, names))
 
     def evaluation(self, candidate: Candidate, images: Images) -> Evaluation:
@@ -568,7 +575,7 @@ class Job:
             cfg = resolve(run, self.args)
             for part in ("train", "val"):
                 if getattr(cfg.data, part) is not None:
-                    source = open_source(cfg, part)
+                    source = self.source(run, part)
                     known.update(digests(source, range(len(source))))
         return known
 
@@ -620,11 +627,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     sure = parser.add_mutually_exclusive_group()
     sure.add_argument(
-        "--confidence", nargs="+", type=share_of_one, default=[0.9], metavar="P",
+        "--confidence", nargs="+", type=fraction, default=[0.9], metavar="P",
         help="least probability of a pseudo label, one or one a class; default 0.9",
     )  # fmt: skip
     sure.add_argument(
-        "--quantile", nargs="+", type=share_of_one, metavar="Q",
+        "--quantile", nargs="+", type=fraction, metavar="Q",
         help="the share of each class's pixels that is too unsure, in place of --confidence",
     )  # fmt: skip
     compare = parser.add_mutually_exclusive_group()
@@ -641,11 +648,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def share_of_one(text: str) -> float:
-    """A number from 0 to 1 of the command line."""
-    value = float(text)
+def fraction(text: str) -> float:
+    """A number from 0 to 1 on the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, not {text}")
     return value
 
 

@@ -255,7 +255,8 @@ def test_pseudo_labels_are_the_sure_half(labels: Path) -> None:
     sure = masks != 255
     assert torch.equal(masks[sure], predicted[sure])
     for value in predicted.unique():
-        assert sure[predicted == value].float().mean() == pytest.approx(0.5, abs=0.1)
+        assert sure[predicted == value].float().mean() >= 0.5
+    assert sure.float().mean() < 0.8
     assert source.info["round"] == 1
     models = [checkpoint.digest(Path(f"runs/a/fold{n}/best.pt")) for n in (0, 1)]
     assert sorted(source.info["models"]) == sorted(models)
@@ -288,20 +289,19 @@ def test_pseudo_labels_are_trained_on_and_told(labels: Path) -> None:
 
 def test_pseudo_labels_never_leak_into_what_chooses(labels: Path) -> None:
     options = ("--cfg", "tiny.json", "--set", _spec(labels), "--quiet")
-    with pytest.raises(DataError, match=r"trained on \d of the 4 images that choose"):
-        train([*options, "--run-dir", "runs/other-seed", "--set", "train.seed=7"])
+    with pytest.raises(DataError, match=r"trained on 10 of the 10 images that choose"):
+        train([*options, "--run-dir", "runs/other", "--set", "data.selection=0.5"])
 
 
 def test_labelled_images_get_no_pseudo_labels(home: Path, labels: Path) -> None:
+    photo = home / "demo" / read(home / "demo/train.json")["images"][3]["file_name"]
+    (home / "known").mkdir()
+    shutil.copy(photo, home / "known")  # under another name, too
     with pytest.raises(DataError, match="no pixel was labelled"):
-        run("--images", "demo/train", "--pseudo", "none", "--out", "none")
+        run("--images", "known", "--pseudo", "none", "--out", "none")
     copied = home / "copied"
     shutil.copytree(labels, copied)
-    name = read(copied / "pseudo.json")["images"][0]["file_name"]
-    photo = next((home / "demo/train").rglob("*.png"), None) or next(
-        (home / "demo/train").rglob("*.jpg")
-    )
-    shutil.copy(photo, home / "copied/images" / name)
+    shutil.copy(photo, copied / "images" / read(copied / "pseudo.json")["images"][0]["file_name"])
     with pytest.raises(DataError, match="1 of its images are labelled already"):
         train(["--cfg", "tiny.json", "--run-dir", "runs/again", "--set", _spec(copied)])
 
