@@ -151,7 +151,7 @@ class Job:
         self._soups: dict[tuple[Path, str], Path] = {}
         self._barriers: dict[Path, list[dict[str, Any]]] = {}
         self._view_weights: dict[tuple[Path, tuple[View, ...]], tuple[float, ...]] = {}
-        self._evaluations: dict[tuple[Candidate, str], Evaluation] = {}
+        self._evaluations: dict[tuple[Candidate, tuple[str, ...]], Evaluation] = {}
         out.mkdir(parents=True, exist_ok=True)
 
     # ---- candidates
@@ -204,7 +204,8 @@ class Job:
         leaked = 0
         if selection is not None:
             chooses = digests(selection.source, selection.indices)
-            leaked = soup.check_selection(paths, chooses, allow_leak=self.args.allow_leak)
+            allow_leak = self.args.allow_leak or kind == "uniform"  # which chooses nothing
+            leaked = soup.check_selection(paths, chooses, allow_leak=allow_leak)
         elif kind != "uniform":
             raise SegkitError(
                 f"{run.folder}: held no selection set out, which a {kind} soup needs; "
@@ -252,7 +253,7 @@ class Job:
             model.load_state_dict(mixed.model)
             found = count(selection)
             state |= {"score": miou(found), "iou": list(scores(found.matrix).iou)}
-            self._evaluations[Candidate("", (path,)).way, selection.title] = found
+            self._evaluations[key(Candidate("", (path,)), selection)] = found
         if distributed.is_main():
             checkpoint.save(state, path)
         distributed.barrier()
@@ -433,7 +434,7 @@ class Job:
 
     def evaluation(self, candidate: Candidate, images: Images) -> Evaluation:
         """Counts of a candidate on labelled images, made once; of all kinds of vote together."""
-        if (candidate.way, images.title) not in self._evaluations:
+        if key(candidate, images) not in self._evaluations:
             options: dict[str, Any] = {
                 "device": self.device,
                 "description": f"{candidate.name}, {images.title}",
@@ -442,15 +443,15 @@ class Job:
                 found = tally(
                     self.masks(candidate, images), images.source, images.indices, **options
                 )
-                self._evaluations[candidate.way, images.title] = found
+                self._evaluations[key(candidate, images)] = found
             else:
                 votes = dict.fromkeys([candidate.vote, *self.votes(candidate.paths)])
                 for vote, ballot in zip(votes, self._cast(candidate, images, votes), strict=True):
                     mine = enumerate(share(images))
                     masks = ((i, ballot.result(at), truth_of(images, i)) for at, i in mine)
                     found = tally(masks, images.source, images.indices, **options)
-                    self._evaluations[replace(candidate, vote=vote).way, images.title] = found
-        return self._evaluations[candidate.way, images.title]
+                    self._evaluations[key(replace(candidate, vote=vote), images)] = found
+        return self._evaluations[key(candidate, images)]
 
     def row(
         self, candidate: Candidate, final: Candidate, columns: Sequence[Images]
@@ -523,7 +524,7 @@ class Job:
         names = truth.source.names
         found = ((i, results.mask(names[i]), truth.source.mask(i)) for i in share(truth))
         counted = tally(found, truth.source, truth.indices, device=self.device)
-        self._evaluations[candidate.way, truth.title] = counted
+        self._evaluations[key(candidate, truth)] = counted
 
     def write_pseudo(self, candidate: Candidate, photos: Images) -> None:
         """Write what the candidate is sure of as labels to train on, and links to the images."""
@@ -686,6 +687,11 @@ def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images 
 def share(images: Images) -> list[int]:
     """This rank's share of the images."""
     return images.indices[distributed.rank() :: distributed.world_size()]
+
+
+def key(candidate: Candidate, images: Images) -> tuple[Candidate, tuple[str, ...]]:
+    """Under which an evaluation is remembered."""
+    return candidate.way, tuple(digests(images.source, images.indices))
 
 
 def truth_of(images: Images, index: int) -> Tensor | None:

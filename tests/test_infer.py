@@ -211,6 +211,20 @@ def test_votes_of_other_models_and_sizes(vote: str) -> None:
     assert rows["b fold0"]["selection"]["images"] == 4  # both runs held the same ones out
 
 
+def test_runs_are_compared_on_what_all_of_them_held_out(home: Path) -> None:
+    shutil.copytree(home / "runs/a", home / "runs/fewer")
+    folds = read(home / "runs/fewer/folds.json")
+    dropped = folds["selection"].pop()
+    (home / "runs/fewer/folds.json").write_text(json.dumps(folds))
+    out = run("--run-dir", "a", "--run-dir", "fewer", "--soup", "--out", "runs-of-two")
+    rows = {row["name"]: row["selection"] for row in read(out / "scores.json")}
+    assert dropped
+    assert {row["images"] for row in rows.values()} == {3}
+    assert rows["a fold0"]["miou"] == rows["fewer fold0"]["miou"]
+    for name in ("a greedy soup", "fewer greedy soup"):
+        assert "final_minus_this" in rows[name]
+
+
 def test_an_honest_selection_or_none(home: Path) -> None:
     leaky = home / "runs/leaky"
     shutil.copytree(home / "runs/a", leaky)
