@@ -25,6 +25,7 @@ from segkit.config import Config
 from segkit.data import SOURCES, open_source
 from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shares, table
 from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
+from segkit.data.pseudo import PseudoLabelled
 from segkit.data.source import Source, positions
 from segkit.engine import build_pipeline, evaluate, precision, train_step
 from segkit.errors import ConfigError, DataError, SegkitError
@@ -50,18 +51,18 @@ def main(argv: Sequence[str]) -> None:
         val_source = open_source(cfg, "val") if cfg.data.val else train_source
         run, resume = open_run(args, cfg)
         split = divide(cfg, train_source, val_source, run, say)
+        pseudo = add_pseudo(cfg, train_source, val_source, split, run, say)
         if cfg.model.weights is None:
             say("model.weights is null: the model starts from random weights")
-        for fault in (*train_source.faults, *val_source.faults):
+        for fault in (*(pseudo or train_source).faults, *val_source.faults):
             say(f"left out: {fault.sentence}")
             if distributed.is_main():
                 run.log(event="fault", file=fault.file, sentence=fault.sentence)
         before = run.read("summary.json") if (run.folder / "summary.json").exists() else {}
         summary = {}
         with track.following(run, cfg.track.trackers) as trackers:
-            job = Job(
-                cfg, run, split, train_source, val_source, device, resume, Stop(), say, trackers
-            )
+            sources = train_source, val_source, pseudo
+            job = Job(cfg, run, split, *sources, device, resume, Stop(), say, trackers)
             for fold in chosen_folds(args.folds, len(split.folds)):
                 summary[f"fold{fold}"] = train_fold(job, fold)
                 if job.stop.signal:
@@ -82,6 +83,7 @@ class Job:
     split: Split
     train_source: Source
     val_source: Source
+    pseudo: PseudoLabelled | None
     device: torch.device
     resume: bool
     stop: "Stop"
@@ -97,6 +99,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     # ---- data
     training = positions(train_source, job.split.training(fold))
     validation = positions(val_source, job.split.folds[fold])
+    train_source, extra = (job.pseudo, job.pseudo.extra) if job.pseudo else (train_source, ())
     pipeline = build_pipeline(cfg)
 
     # ---- model, loss, optimizer
@@ -157,10 +160,12 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         accumulate=cfg.train.accumulate,
         seed=cfg.train.seed,
         start_step=step,
+        extra=extra,
+        extra_share=cfg.data.pseudo_weight,
     )
     schedule = build_schedule(cfg.optim.schedule, total=order.steps, warmup=cfg.optim.warmup_steps)
     batches = train_batches(
-        TrainImages(train_source, training, pipeline, seed=cfg.train.seed),
+        TrainImages(train_source, [*training, *extra], pipeline, seed=cfg.train.seed),
         order,
         workers=cfg.data.workers,
         device=device,
@@ -180,7 +185,8 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         "config": config.to_dict(cfg),
         "classes": classes,
         "fold": fold,
-        "trained_on": digests(train_source, training),
+        "trained_on": digests(train_source, [*training, *extra]),
+        "pseudo_round": job.pseudo.round if job.pseudo else 0,
         "init": init,
     }
 
@@ -320,7 +326,7 @@ def check(cfg: Config) -> None:
     """Build every component once, without data or memory, so that a mistake is told at once."""
     if cfg.data.train is None:
         raise ConfigError("data.train: is missing; expected the labelled images to train on")
-    for part in ("train", "val", "test", "test_labels"):
+    for part in ("train", "val", "test", "test_labels", "pseudo"):
         if (spec := getattr(cfg.data, part)) is not None:
             config.bind(SOURCES, spec, f"data.{part}")
     build_pipeline(cfg)
@@ -373,6 +379,26 @@ def divide(
         run.write("classes.json", {"classes": train_source.classes, "category_ids": category_ids})
     distributed.barrier()
     return Split.load(path)
+
+
+def add_pseudo(
+    cfg: Config,
+    train_source: Source,
+    val_source: Source,
+    split: Split,
+    run: Run,
+    say: Callable[[str], None],
+) -> PseudoLabelled | None:
+    """The training images with ``data.pseudo`` after them; none of these chooses or validates."""
+    if cfg.data.pseudo is None:
+        return None
+    names = split.selection if val_source is train_source else val_source.names
+    chooses = digests(val_source, positions(val_source, names))
+    joined = PseudoLabelled(train_source, open_source(cfg, "pseudo"), chooses=chooses)
+    say(f"pseudo labels, round {joined.round}: {len(joined.extra)} images")
+    if distributed.is_main():
+        run.log(event="pseudo", round=joined.round, images=len(joined.extra))
+    return joined
 
 
 def chosen_folds(text: str, count: int) -> list[int]:

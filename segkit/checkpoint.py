@@ -40,12 +40,12 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
                 if isinstance(error.__context__, OSError):  # a full disk, which torch only hints at
                     raise error.__context__ from None
                 raise
-        digest = hashlib.sha256()
+        found = hashlib.sha256()
         with draft.open("r+b") as file:
             length = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
             file.seek(0)
-            _feed(digest, file, length)
-            comment = _COMMENT + digest.hexdigest().encode()
+            _feed(found, file, length)
+            comment = _COMMENT + found.hexdigest().encode()
             file.seek(length)
             file.write(struct.pack("<H", len(comment)) + comment)
         if keep_previous and path.exists():
@@ -63,10 +63,8 @@ def load(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[str, An
     Raises:
         CheckpointError: Missing, damaged, not a checkpoint, or of a newer format.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
     if verify:
-        _verify(path)
+        digest(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what a forged file makes of the unpickler is of any type
@@ -116,12 +114,12 @@ def link(path: Path, name: Path) -> None:
 
 def digest_tensors(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of names and values of a state dict, in hexadecimal."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, tensor in state.items():
-        digest.update(name.encode())
+        found.update(name.encode())
         values = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(values.view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def previous(path: Path) -> Path:
@@ -129,12 +127,10 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        _feed(digest, file, path.stat().st_size)
-    return digest.hexdigest()
+def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What predicts in a checkpoint: the moving average of the weights where it holds one."""
+    average = state.get("ema")
+    return state["model"] if average is None else average["model"]
 
 
 def stored_digest(path: Path) -> str | None:
@@ -148,18 +144,25 @@ def stored_digest(path: Path) -> str | None:
     return end[2 + len(_COMMENT) :].decode("ascii", errors="replace")
 
 
-def _verify(path: Path) -> None:
-    damaged = CheckpointError(f"{path}: is damaged (its bytes do not match its digest)")
+def digest(path: Path) -> str:
+    """The SHA-256 that a checkpoint carries, in hexadecimal, once its bytes were found to match.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or carries none.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
     expected = stored_digest(path)
     if expected is None:
         if zipfile.is_zipfile(path):
             raise CheckpointError(f"{path}: carries no digest; segkit did not write it")
         raise CheckpointError(f"{path}: is damaged or not a checkpoint")
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        _feed(digest, file, path.stat().st_size - _TAIL)
-    if digest.hexdigest() != expected:
-        raise damaged
+        _feed(found, file, path.stat().st_size - _TAIL)
+    if found.hexdigest() != expected:
+        raise CheckpointError(f"{path}: is damaged (its bytes do not match its digest)")
+    return expected
 
 
 def _feed(digest: Any, file: Any, length: int) -> None:

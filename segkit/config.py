@@ -36,6 +36,12 @@ class Data:
     val: Component | None = _setting(None, "fixed validation images, in place of folds")
     test: Component | None = _setting(None, "images to predict, labelled or not")
     test_labels: Component | None = _setting(None, "the test images with labels, to score only")
+    pseudo: Component | None = _setting(
+        None, "images that models labelled (infer.py --pseudo), to train on besides"
+    )
+    pseudo_weight: float = _setting(
+        1.0, "share of the pseudo-labelled images in each epoch, drawn anew", low=0.0, high=1.0
+    )
     folds: int = _setting(5, "parts of the k-fold; each validates once", low=2, high=1000)
     selection: float = _setting(
         0.1, "share of images held out of every fold, to choose soups", low=0.0, high=0.9
@@ -135,7 +141,7 @@ class Infer:
     palette: Literal["safe", "contest"] = _setting(
         "safe", "colors of masks, overlays and pages: for color-blind eyes too, or the contest's"
     )
-    outputs: tuple[Literal["overlays", "sheets", "coco", "csv"], ...] = _setting(
+    outputs: tuple[Literal["overlays", "sheets", "coco", "csv", "soft"], ...] = _setting(
         ("overlays", "coco", "csv"), "what infer.py writes besides the masks"
     )
     batch_norm_images: int = _setting(

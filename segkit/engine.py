@@ -217,17 +217,18 @@ def build_pipeline(config: Config) -> Pipeline:
     return Pipeline(augment.train, size=augment.size, mean=data.mean, std=data.std)
 
 
-def load_model(path: Path) -> tuple[Segmenter, Config, dict[str, Any]]:
+def load_model(path: Path, *, verify: bool = True) -> tuple[Segmenter, Config, dict[str, Any]]:
     """A model from its checkpoint alone, with the configuration it was trained with.
 
     Args:
-        path: A checkpoint of a run, or a soup.
+        path: A checkpoint of a run, or a soup; of averaged weights and others, the averaged ones.
+        verify: Compare the file with its digest first.
 
     Returns:
         The model in evaluation mode on the CPU, its configuration, and the checkpoint's other
         entries (``classes``, ``score``, ...).
     """
-    state = checkpoint.load(path, mmap=True)
+    state = checkpoint.load(path, mmap=True, verify=verify)
     config = parse(state["config"], str(path))
     model = build_model(
         config.model.backbone,
@@ -235,5 +236,6 @@ def load_model(path: Path) -> tuple[Segmenter, Config, dict[str, Any]]:
         num_classes=len(state["classes"]),
         freeze_batch_norm=config.model.freeze_batch_norm,
     )
-    model.load_state_dict(state.pop("model"))
-    return model.eval(), config, state
+    model.load_state_dict(checkpoint.weights(state))
+    others = {key: value for key, value in state.items() if key not in ("model", "ema")}
+    return model.eval(), config, others

@@ -13,7 +13,8 @@ from torch import Tensor
 
 Size = tuple[int, int]
 
-GIBIBYTE = 2**30
+IN_MEMORY = 2**28
+"""Bytes of votes that stay in memory before they go to a file."""
 
 
 class HardVote:
@@ -42,7 +43,7 @@ class HardVote:
         num_classes: int,
         *,
         weights: Tensor | None = None,
-        max_bytes: int = GIBIBYTE,
+        max_bytes: int = IN_MEMORY,
         folder: Path | None = None,
     ) -> None:
         self.shapes = tuple(shapes)
@@ -123,7 +124,7 @@ class SoftVote:
         *,
         weights: Tensor | None = None,
         dtype: Literal["float16", "float32"] = "float32",
-        max_bytes: int = GIBIBYTE,
+        max_bytes: int = IN_MEMORY,
         folder: Path | None = None,
     ) -> None:
         self.shapes = tuple(shapes)

@@ -1,4 +1,4 @@
-"""Results as files: index PNGs, overlays, the contest's CSV, COCO results.
+"""Results as files: index PNGs, overlays, soft maps, the contest's CSV, COCO results.
 
 A file appears whole or not at all: it is written beside its place and renamed when it is complete.
 Writers of many images take one at a time and keep none.
@@ -89,6 +89,31 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
     return path
 
 
+def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
+    """Write an image's probabilities in half precision, a plane a class, as NumPy's ``.npy``.
+
+    ``numpy.load(path, mmap_mode="r")`` reads no more of it than is looked at.
+
+    Args:
+        folder: Where the maps go.
+        name: The image's file name; the map's is the same, ending in ``.npy``.
+        probabilities: Of every class.
+
+    Shape:
+        probabilities: (C, H, W)
+
+    Raises:
+        DataError: The name leads out of the folder.
+    """
+    path = inside(folder, str(Path(name).with_suffix(".npy")))
+    with replacing(path) as draft:
+        planes = np.lib.format.open_memmap(draft, "w+", np.float16, tuple(probabilities.shape))
+        for plane, one in zip(planes, probabilities, strict=True):
+            plane[:] = one.cpu().numpy()
+        planes.flush()
+    return path
+
+
 def overlay(
     image: Tensor,
     mask: Tensor,
@@ -117,12 +142,15 @@ def overlay(
     pixels, values = image.permute(1, 2, 0).cpu().numpy(), _pixels(mask)
     if pixels.shape[:2] != values.shape:
         raise ValueError(f"the image is {pixels.shape[:2]} and its mask {values.shape}")
-    painted = color_table(colors)[values]
-    share = np.full(values.shape, opacity, np.float32)
-    share[outlines(values)] = 1
-    share[(values == IGNORE) | (values == (-1 if background is None else background))] = 0
-    blended = pixels + (painted - pixels.astype(np.float32)) * share[..., None]
-    result = Image.fromarray(blended.round().astype(np.uint8))
+    table, edges = color_table(colors), outlines(values)
+    blended = np.empty(pixels.shape, np.uint8)
+    for top in range(0, len(values), 256):  # rows at a time: in floats a large image is very large
+        rows = slice(top, top + 256)
+        band, shown = values[rows], pixels[rows].astype(np.float32)
+        share = np.where(edges[rows], np.float32(1), np.float32(opacity))
+        share[(band == IGNORE) | (band == (-1 if background is None else background))] = 0
+        blended[rows] = (shown + (table[band] - shown) * share[..., None]).round()
+    result = Image.fromarray(blended)
     return _with_legend(result, values, classes, colors) if legend else result
 
 

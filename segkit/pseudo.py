@@ -15,7 +15,7 @@ from segkit.errors import DataError
 from segkit.files import write_text
 from segkit.labels import IGNORE
 
-Add = Callable[[str, Tensor, Tensor], None]
+Add = Callable[[str, Tensor], None]
 
 
 class Confidence:
@@ -67,23 +67,20 @@ class Confidence:
         return edges.where(steps >= 0, 1.0).tolist()
 
 
-def confident(probabilities: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
+def confident(probabilities: Tensor, thresholds: Sequence[float]) -> Tensor:
     """The likeliest class where its probability reaches that class's threshold; 255 elsewhere.
 
     Args:
         probabilities: Of one image.
         thresholds: One a class.
 
-    Returns:
-        The mask, and the probability of the likeliest class.
-
     Shape:
         probabilities: (C, H, W)
-        returns: (H, W) uint8, (H, W)
+        returns: (H, W) uint8
     """
     confidence, classes = probabilities.max(0)
     least = torch.tensor(thresholds, dtype=confidence.dtype, device=confidence.device)
-    return classes.to(torch.uint8).masked_fill(confidence < least[classes], IGNORE), confidence
+    return classes.to(torch.uint8).masked_fill(confidence < least[classes], IGNORE)
 
 
 @contextmanager
@@ -106,7 +103,7 @@ def pseudo_file(
         info: Where the labels come from (the checkpoints, the round, the thresholds).
 
     Yields:
-        A function of an image's file name, mask and confidence, (H, W) each.
+        A function of an image's file name and its mask, (H, W).
 
     Raises:
         DataError: An excluded image was added, an image was added twice, or nothing was labelled.
@@ -114,7 +111,7 @@ def pseudo_file(
     images: dict[str, dict[str, Any]] = {}
     annotations: list[dict[str, Any]] = []
 
-    def add(name: str, mask: Tensor, confidence: Tensor) -> None:
+    def add(name: str, mask: Tensor) -> None:
         if name in excluded:
             raise DataError(f"{name}: chooses models, so it may get no pseudo labels; leave it out")
         if name in images:
@@ -134,7 +131,6 @@ def pseudo_file(
                     "iscrowd": int(value == IGNORE),
                     "segmentation": _rle(region),
                     "area": int(region.sum()),
-                    "score": round(float(confidence[region].mean()), 6),
                 }
             )
 

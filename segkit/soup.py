@@ -156,6 +156,39 @@ def barrier(first: Path, second: Path, score: Score, *, scores: tuple[float, flo
     return sum(scores) / 2 - score(midpoint)
 
 
+def check_barriers(
+    paths: Sequence[Path], score: Score, *, scores: Sequence[float]
+) -> list[dict[str, Any]]:
+    """The :func:`barrier` between the best ingredient and each other one.
+
+    Warns of a midpoint below both of its ends: there mixing can only do harm.
+
+    Args:
+        paths: Checkpoints.
+        score: Rates a midpoint.
+        scores: Of each ingredient alone.
+
+    Returns:
+        ``files`` and ``barrier`` of each pair; JSON can hold it.
+    """
+    best = max(range(len(paths)), key=lambda index: _ordered(scores[index]))
+    found = []
+    for index in range(len(paths)):
+        if index == best:
+            continue
+        ends = scores[best], scores[index]
+        height = barrier(paths[best], paths[index], score, scores=ends)
+        found.append({"files": [str(paths[best]), str(paths[index])], "barrier": height})
+        if height > sum(ends) / 2 - min(ends):
+            warnings.warn(
+                f"{paths[best]} and {paths[index]} lie in different valleys: midway between them "
+                f"the score is {height:.3f} below the mean of their own, so a soup of both is of "
+                "no use; let them vote, or train both from the same pretrained weights",
+                stacklevel=2,
+            )
+    return found
+
+
 def check_selection(
     paths: Sequence[Path], selection: Collection[str], *, allow_leak: bool = False
 ) -> int:
@@ -174,7 +207,7 @@ def check_selection(
     """
     chosen, leaked, guilty = set(selection), set[str](), []
     for path in paths:
-        state = checkpoint.load(path, mmap=True, verify=False)
+        state = _state(path)
         if "trained_on" not in state and not allow_leak:
             raise CheckpointError(
                 f"{path}: does not record which images it trained on, so a score may be too good; "
@@ -196,7 +229,7 @@ def as_checkpoint(soup: Soup) -> dict[str, Any]:
 
     It counts as trained on every image that any member trained on.
     """
-    states = [checkpoint.load(path, mmap=True, verify=False) for path in soup.members]
+    states = [_state(path) for path in soup.members]
     trained_on = sorted({image for state in states for image in state.get("trained_on", ())})
     kept = ("config", "classes", "init", "fold", "epoch", "step")
     return {
@@ -281,13 +314,13 @@ class _Recipe:
             raise CheckpointError("a soup needs at least one checkpoint")
         self.kind = kind
         self.paths = paths
-        self.sha256 = [checkpoint.digest_file(path) for path in paths]
+        self.sha256 = [checkpoint.digest(path) for path in paths]
         self.scores: list[float | None] = [None] * len(paths)
         self.steps: list[dict[str, Any]] = []
-        first, *others = states = [checkpoint.load(path, mmap=True) for path in paths]
+        first, *others = states = [_state(path) for path in paths]
         for path, other in zip(paths[1:], others, strict=True):
             _compare(paths[0], first, path, other)
-        self.dtypes = {key: tensor.dtype for key, tensor in first["model"].items()}
+        self.dtypes = {key: tensor.dtype for key, tensor in checkpoint.weights(first).items()}
         starts = {str(path): state.get("init") for path, state in zip(paths, states, strict=True)}
         apart = [f"{a} and {b}" for a, b in combinations(starts, 2) if starts[a] != starts[b]]
         if apart:
@@ -300,7 +333,7 @@ class _Recipe:
     def rank(self, score: Score, scores: Sequence[float] | None) -> list[int]:
         """Ingredients from best to worst; one whose score is not a number comes last."""
         found = [score(_weights(path)) for path in self.paths] if scores is None else scores
-        self.scores = [-math.inf if math.isnan(one) else float(one) for one in found]
+        self.scores = [_ordered(one) for one in found]
         return sorted(range(len(self.paths)), key=self.score, reverse=True)
 
     def score(self, index: int) -> float:
@@ -338,7 +371,7 @@ def _compare(
     """Refuse a checkpoint that is not the same architecture with the same classes."""
     if list(state["classes"]) != list(other["classes"]):
         raise CheckpointError(f"{other_path}: has other classes than {path}; they cannot be mixed")
-    ours, theirs = _shapes(state["model"]), _shapes(other["model"])
+    ours, theirs = _shapes(checkpoint.weights(state)), _shapes(checkpoint.weights(other))
     differing = sorted(ours.items() ^ theirs.items())
     if differing:
         key, (shape, _) = differing[0]
@@ -352,12 +385,22 @@ def _shapes(model: State) -> dict[str, tuple[tuple[int, ...], bool]]:
     return {key: (tuple(one.shape), one.is_floating_point()) for key, one in model.items()}
 
 
+def _ordered(score: float) -> float:
+    """A score that can be compared: what is not a number is below all."""
+    return -math.inf if math.isnan(score) else float(score)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """A checkpoint, its tensors left in the file, which is verified elsewhere and once only."""
+    return checkpoint.load(path, mmap=True, verify=False)
+
+
 def _weights(path: Path) -> State:
-    """A checkpoint's weights, floating ones in float32 or better.
+    """A checkpoint's weights, averaged ones where it has them, in float32 or better.
 
     They are mapped from the file privately: writing to them copies the page and not the file.
     """
-    state = checkpoint.load(path, mmap=True, verify=False)["model"]
+    state = checkpoint.weights(_state(path))
     return {
         key: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         if tensor.is_floating_point()

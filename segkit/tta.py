@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segkit.errors import ConfigError, closest
+from segkit.labels import IGNORE
 
 Merge = Literal["mean", "logits", "geometric", "max"]
 Size = tuple[int, int]
@@ -194,28 +195,25 @@ def merge_views(
     return merged if merge == "mean" else merged.softmax(1)
 
 
-def true_class_probabilities(
-    logits_of: Callable[[Tensor], Tensor],
-    image: Tensor,
-    target: Tensor,
-    *,
-    views: Sequence[View],
-    ignore_index: int = 255,
-) -> Tensor:
-    """What each view says of the class that is there, for ``fit_weights``.
+def true_class_samples(probabilities: Tensor, target: Tensor, *, samples: int = 1024) -> Tensor:
+    """The probability of the class that is there, at pixels spread evenly over an image.
+
+    Args:
+        probabilities: Of one image, as one view has them.
+        target: Class indices.
+        samples: As many from every image, so that all count alike; NaN each where no pixel counts.
 
     Shape:
-        image: (B, 3, H, W)
-        target: (B, H, W), class indices
-        returns: (views, pixels that are not ignored)
+        probabilities: (C, H, W)
+        target: (H, W)
+        returns: (samples,)
     """
-    known = target != ignore_index
-    classes = target.long().masked_fill(~known, 0)[:, None]
-    found = []
-    for view in views:
-        logits = view.invert(logits_of(view.apply(image)).float(), _size(image))
-        found.append(logits.softmax(1).gather(1, classes)[:, 0][known])
-    return torch.stack(found)
+    known = (target.flatten() != IGNORE).nonzero()[:, 0]
+    if not len(known):
+        return probabilities.new_full((samples,), math.nan)
+    chosen = known[torch.arange(samples, device=known.device) * len(known) // samples]
+    classes = target.flatten()[chosen].long().to(probabilities.device)
+    return probabilities.flatten(1)[classes, chosen.to(probabilities.device)]
 
 
 def fit_weights(probabilities: Tensor, *, steps: int = 100) -> list[float]:
@@ -225,7 +223,7 @@ def fit_weights(probabilities: Tensor, *, steps: int = 100) -> list[float]:
     likelihood, which has one maximum. Fit on images that no model trained on.
 
     Args:
-        probabilities: Of the true class, from ``true_class_probabilities``.
+        probabilities: Of the true class, from ``true_class_samples`` of each view.
         steps: More change little: the likelihood is flat near its maximum.
 
     Shape:

@@ -132,3 +132,23 @@ def test_every_image_is_evaluated_once() -> None:
     assert evaluated(batch_size=4) == list(range(11))
     shares = run_ranks(evaluated, 3)
     assert sorted(index for share in shares for index in share) == list(range(11))
+
+
+def test_a_share_of_extra_images_is_drawn_anew_each_epoch() -> None:
+    order = TrainOrder(
+        range(6), epochs=4, batch_size=2, accumulate=1, seed=0, extra=range(6, 14), extra_share=0.5
+    )
+    assert order.steps_per_epoch == 5
+    epochs = []
+    for epoch in range(4):
+        steps = range(epoch * 5, epoch * 5 + 5)
+        drawn = sorted(index for step in steps for _, index in order.batch(step))
+        assert drawn[:6] == [0, 1, 2, 3, 4, 5]
+        assert len(set(drawn)) == 10
+        epochs.append(tuple(drawn[6:]))
+    assert len(set(epochs)) > 1
+    plain = TrainOrder(range(6), epochs=1, batch_size=2, accumulate=1, seed=0)
+    none = TrainOrder(
+        range(6), epochs=1, batch_size=2, accumulate=1, seed=0, extra=range(6, 14), extra_share=0
+    )
+    assert [plain.batch(step) for step in range(3)] == [none.batch(step) for step in range(3)]

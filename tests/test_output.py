@@ -47,6 +47,22 @@ def test_mask_never_leaves_its_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+# ------------------------------------------------------------------------------- soft maps
+
+
+def test_soft_map_is_mapped_half_precision(tmp_path: Path) -> None:
+    probabilities = torch.rand(5, 65, 97, generator=torch.Generator().manual_seed(0)).softmax(0)
+    path = output.write_soft(tmp_path, "batch_01/0007.jpg", probabilities)
+    assert path == tmp_path / "batch_01" / "0007.npy"
+    planes = np.load(path, mmap_mode="r")
+    assert isinstance(planes, np.memmap)
+    assert planes.dtype == np.float16
+    assert torch.equal(torch.from_numpy(np.array(planes)), probabilities.half())
+    assert [p.name for p in path.parent.iterdir()] == ["0007.npy"]
+    with pytest.raises(DataError, match="leads out"):
+        output.write_soft(tmp_path / "soft", "../a.jpg", probabilities)
+
+
 # -------------------------------------------------------------------------------- overlays
 
 
@@ -63,6 +79,16 @@ def test_overlay_by_hand() -> None:
     expected[1:4, 1:4] = (200, 0, 50)  # the outline
     expected[2, 2] = (125, 75, 88)  # 100 + (color - 100) / 4, halves to the even number
     np.testing.assert_array_equal(np.array(shown), expected)
+
+
+def test_overlay_of_many_rows_equals_its_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 600, 7), dtype=torch.uint8, generator=generator)
+    mask = torch.arange(600)[:, None].div(200, rounding_mode="floor").expand(600, 7)
+    whole = np.array(output.overlay(image, mask, classes=["a", "b", "c"], legend=False))
+    for rows in (slice(0, 300), slice(300, 600)):  # cut where no class ends
+        part = output.overlay(image[:, rows], mask[rows], classes=["a", "b", "c"], legend=False)
+        np.testing.assert_array_equal(whole[rows], np.array(part))
 
 
 def test_overlay_colors_the_first_class_where_it_is_no_background() -> None:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import peak_memory
 from segkit import predict as module
 from segkit.predict import Predictor
 from segkit.tta import parse_views
@@ -193,3 +194,18 @@ def test_wrong_images(image: Tensor) -> None:
 def test_tiny_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 32"):
         Predictor(_Local(), **PLAIN, tile=16)
+
+
+def _large(side: int, tile: int) -> None:
+    torch.set_num_threads(1)
+    image = torch.zeros(3, side, side, dtype=torch.uint8)
+    mask = Predictor(_Local(), **PLAIN, tile=tile).mask(image)
+    assert mask.shape == (side, side)
+
+
+@pytest.mark.slow
+def test_the_tile_bounds_the_memory_of_a_large_image() -> None:
+    side, mebibyte = 6000, 2**20
+    photograph_and_mask = (3 + 2) * side**2 / mebibyte  # the mask in bands and then as one
+    band = 4 * 4 * 128 * side / mebibyte
+    assert peak_memory(_large, side, 128) < photograph_and_mask + 6 * band

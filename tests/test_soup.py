@@ -110,7 +110,7 @@ def test_greedy_by_hand(tmp_path: Path) -> None:
     assert made.recipe["score"] == -0.5
     assert [one["weight"] for one in made.recipe["ingredients"]] == [0, 0, 0.5, 0.5]
     assert [one["score"] for one in made.recipe["ingredients"]] == [-15, -4, -2, -1]
-    assert made.recipe["ingredients"][0]["sha256"] == checkpoint.digest_file(paths[0])
+    assert made.recipe["ingredients"][0]["sha256"] == checkpoint.digest(paths[0])
 
 
 def test_greedy_members_weigh_the_same_in_any_order(tmp_path: Path) -> None:
@@ -161,6 +161,42 @@ def test_barrier_by_hand(tmp_path: Path) -> None:
     assert soup.barrier(left, right, **two_valleys) == 1
     one_valley = {"score": lambda state: 1 - abs(float(state["weight"])), "scores": (0.0, 0.0)}
     assert soup.barrier(left, right, **one_valley) == -1
+
+
+def test_barriers_are_those_of_the_best_with_each(tmp_path: Path) -> None:
+    paths = _points(tmp_path, 4, -6, 8)
+    own = [0.9, 0.5, 0.7]
+    heights = {-1.0: 0.3, 6.0: 0.75}  # the score at the midpoints of 4 with -6 and with 8
+    with pytest.warns(UserWarning, match="different valleys") as caught:
+        found = soup.check_barriers(
+            paths, lambda state: heights[float(state["weight"])], scores=own
+        )
+    assert [one["files"] for one in found] == [[str(paths[0]), str(path)] for path in paths[1:]]
+    assert [one["barrier"] for one in found] == pytest.approx([0.7 - 0.3, 0.8 - 0.75])
+    (message,) = [str(one.message) for one in caught]
+    assert f"{paths[0]} and {paths[1]} " in message  # 0.3 is below both; 0.75 is above 0.7
+
+
+def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
+    for name, average in (("a", 1.0), ("b", 3.0)):
+        ema = {"updates": 9, "model": {"weight": torch.tensor([average])}}
+        _save(tmp_path / f"{name}.pt", {"weight": torch.tensor([100.0])}, ema=ema)
+    _save(tmp_path / "c.pt", {"weight": torch.tensor([5.0])}, ema=None)
+    made = soup.uniform([tmp_path / f"{name}.pt" for name in "abc"])
+    assert made.model["weight"].item() == 3
+
+
+def test_a_soup_verifies_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, verified = _points(tmp_path, 0, 1, 2), []
+    digest = checkpoint.digest
+
+    def noted(path: Path) -> str:
+        verified.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "digest", noted)
+    soup.uniform(paths)
+    assert verified == paths
 
 
 @pytest.mark.parametrize(

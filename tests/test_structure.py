@@ -19,7 +19,7 @@ LAYERS = [
     {"tta", "ensemble"},
     {"engine", "predict"},
     {"soup", "pseudo", "output", "track", "page"},
-    {"explore", "report"},
+    {"explore", "report", "results"},
 ]
 """From the bottom up; a file imports its own package or lower layers, never a neighbor."""
 

@@ -15,7 +15,7 @@ from segkit.tta import (
     fit_weights,
     merge_views,
     parse_views,
-    true_class_probabilities,
+    true_class_samples,
 )
 
 SIZES = [(65, 97), (97, 65), (64, 64), (1, 7), (33, 2)]
@@ -215,13 +215,14 @@ def test_bad_weights(weights: tuple[float, ...], merge: str, message: str) -> No
         )
 
 
-def test_true_class_probabilities_by_hand() -> None:
-    target = torch.tensor([[[0, 1], [255, 1]]], dtype=torch.uint8)
-    found = true_class_probabilities(
-        _left_right, torch.zeros(1, 3, 2, 2), target, views=parse_views("identity,hflip")
-    )
-    # As it is, the left column is class 0 with .75; flipped, the right one is.
-    torch.testing.assert_close(found, torch.tensor([[0.75, 0.5, 0.5], [0.5, 0.25, 0.25]]))
+def test_true_class_samples_by_hand() -> None:
+    planes = torch.arange(8.0).view(2, 2, 2)  # 0..3 of class 0, 4..7 of class 1
+    target = torch.tensor([[0, 1], [255, 1]], dtype=torch.uint8)
+    assert true_class_samples(planes, target, samples=3).tolist() == [0, 5, 7]
+    assert true_class_samples(planes, target, samples=6).tolist() == [0, 0, 5, 5, 7, 7]
+    assert true_class_samples(planes, target, samples=1).tolist() == [0]
+    nothing = torch.full((2, 2), 255, dtype=torch.uint8)
+    assert true_class_samples(planes, nothing, samples=2).isnan().all()
 
 
 def test_fitted_weights_by_hand() -> None:

@@ -24,7 +24,7 @@ def open_source(config: Config, part: str) -> Source:
 
     Args:
         config: Of the run.
-        part: ``train``, ``val``, ``test`` or ``test_labels``.
+        part: ``train``, ``val``, ``test``, ``test_labels`` or ``pseudo``.
 
     Raises:
         ConfigError: The component cannot be meant.

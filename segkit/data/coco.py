@@ -62,6 +62,7 @@ class CocoSource:
     Attributes:
         category_ids: Category id → class index.
         image_ids: The file's ids, in the order of ``names``.
+        info: What the file says of itself.
 
     Raises:
         DataError: The file is no COCO file, or the first fault when ``on_error`` is ``"raise"``.
@@ -80,6 +81,7 @@ class CocoSource:
         self._file = annotations
         self._root = Path(annotations).parent if images is None else Path(images)
         self._crowd = crowd
+        self.info = content["info"] if isinstance(content.get("info"), dict) else {}
         faults: list[Fault] = []
         entries = _entries(content, "annotations", annotations)
         self.labelled = bool(entries)

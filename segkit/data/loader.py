@@ -27,6 +27,16 @@ class TrainOrder(Sampler):
     Each epoch is a permutation of its own; the images left over from a whole number of batches sit
     that epoch out. A step's batch is cut into ``accumulate`` parts and each part over the ranks.
 
+    Args:
+        indices: Images that take part in every epoch.
+        epochs: How many.
+        batch_size: Images a step, over all ranks.
+        accumulate: Parts that a rank's batch is computed in.
+        seed: Of the permutations.
+        start_step: The first step.
+        extra: Images of which each epoch draws a share anew.
+        extra_share: That share.
+
     Yields:
         For each part of each step, this rank's list of (epoch, image index).
     """
@@ -37,6 +47,8 @@ class TrainOrder(Sampler):
     accumulate: int
     seed: int
     start_step: int = 0
+    extra: Sequence[int] = ()
+    extra_share: float = 1.0
 
     def __post_init__(self) -> None:
         parts = self.accumulate * world_size()
@@ -46,16 +58,20 @@ class TrainOrder(Sampler):
                 f"{world_size()} ranks times train.accumulate={self.accumulate}; "
                 f"choose a multiple of {parts}"
             )
-        if len(self.indices) < self.batch_size:
+        if self._images < self.batch_size:
             raise ConfigError(
-                f"train.batch_size: is {self.batch_size}, more than the {len(self.indices)} "
+                f"train.batch_size: is {self.batch_size}, more than the {self._images} "
                 "training images; choose a smaller one"
             )
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in an epoch."""
-        return len(self.indices) // self.batch_size
+        return self._images // self.batch_size
+
+    @property
+    def _images(self) -> int:
+        return len(self.indices) + round(len(self.extra) * self.extra_share)
 
     @property
     def steps(self) -> int:
@@ -68,9 +84,11 @@ class TrainOrder(Sampler):
     def batch(self, step: int) -> list[tuple[int, int]]:
         """(epoch, image index) of all images of a step, over all ranks."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.seed, epoch, len(self.indices))
+        order = _permutation(self.seed, epoch, self._images)
         chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-        return [(epoch, self.indices[i]) for i in chosen]
+        drawn = _permutation(self.seed, epoch, len(self.extra)) if self.extra else []
+        own = len(self.indices)
+        return [(epoch, self.indices[i] if i < own else self.extra[drawn[i - own]]) for i in chosen]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch_size // (self.accumulate * world_size())
@@ -81,7 +99,7 @@ class TrainOrder(Sampler):
                 yield batch[start : start + share]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> list[int]:
     return np.random.default_rng((seed, epoch, _ORDER)).permutation(count).tolist()
 

@@ -1,7 +1,7 @@
 """What every source of images offers, and what it does about faulty ones."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,17 @@ def positions(source: Source, names: Sequence[str]) -> list[int]:
 
 def background(source: Source) -> int | None:
     """The class that is no thing to label, if there is one: COCO's, or the first by its name."""
-    has_categories = getattr(source, "category_ids", None) is not None
-    return 0 if has_categories or source.classes[0].casefold() == "background" else None
+    return background_of(source.classes, getattr(source, "category_ids", None))
+
+
+def background_of(classes: Sequence[str], category_ids: Mapping | None) -> int | None:
+    """:func:`background` of a source that is not at hand.
+
+    Args:
+        classes: Class names.
+        category_ids: Of a COCO file, whose categories are things; ``None`` for other sources.
+    """
+    return 0 if category_ids is not None or classes[0].casefold() == "background" else None
 
 
 def check_classes(classes: Sequence[str], origin: str) -> tuple[str, ...]:

@@ -1,0 +1,346 @@
+"""infer.py: every way of combining, leaks refused, interruptions resumed, pseudo labels."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import infer
+from segkit import checkpoint, soup
+from segkit.data.coco import CocoSource
+from segkit.data.loader import digests
+from segkit.errors import CheckpointError, ConfigError, DataError, SegkitError
+from segkit.results import Results
+from segkit.run import Run
+from train import main as train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of two folds, ``runs/a``, and one of another kind, ``runs/b``."""
+    home = tmp_path_factory.mktemp("home")
+    demo = {"name": "demo", "root": "demo", "train": 20, "test": 5, "size": 64}
+    parts = {part: {**demo, "part": part} for part in ("train", "test", "test_labels")}
+    cfg = {
+        "data": {**parts, "folds": 2, "selection": 0.2, "workers": 0},
+        "model": {
+            "backbone": "resnet18_half",
+            "decoder": {"name": "upernet", "width": 8, "aux_width": None},
+        },
+        "augment": {"train": [{"name": "crop", "size": [64, 64]}]},
+        "optim": {"lr": 0.003, "warmup_steps": 2},
+        "train": {"epochs": 2, "batch_size": 4, "amp": "off", "evaluate_every": 2},
+    }
+    (home / "tiny.json").write_text(json.dumps(cfg))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        train(["--cfg", "tiny.json", "--run-dir", "runs/a", "--quiet"])
+        other = ["model.decoder=fcn", "model.backbone=resnet18", "infer.size=48", "train.epochs=1"]
+        options = [part for one in other for part in ("--set", one)]
+        train(["--cfg", "tiny.json", "--run-dir", "runs/b", "--folds", "0", "--quiet", *options])
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+
+
+def run(*arguments: str) -> Path:
+    """infer.py's results."""
+    out = Path(arguments[arguments.index("--out") + 1])
+    infer.main([*arguments, *([] if "--run-dir" in arguments else ["--run-dir", "a"])])
+    return out
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of results but the scores."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "scores.json"
+    }
+
+
+PLAIN = ["fold0", "fold1", "greedy soup", "uniform soup", "learned soup"]
+PLAIN += ["soft vote", "hard vote", "weighted vote"]
+
+
+@pytest.fixture(scope="module")
+def compared(home: Path) -> tuple[list[dict[str, Any]], str]:
+    """The rows and the table of everything that can be done with a run."""
+    options = ["--soup", "--tta", "--weigh-views", "--compare", "--out", "all"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "infer.py"), "--run-dir", "runs/a", *options],
+        cwd=home, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return read(home / "all/scores.json"), done.stdout
+
+
+def test_everything_is_compared(compared: tuple[list[dict[str, Any]], str]) -> None:
+    rows, shown = compared
+    names = [row["name"] for row in rows]
+    assert names == [*PLAIN, *(f"{name}, views" for name in PLAIN), "greedy soup, views weighed"]
+    for line in shown.splitlines()[:-2]:
+        assert len(line) <= 82, line
+    for row in rows:
+        for column in ("selection", "test"):
+            low, high = row[column]["interval"]
+            assert low <= row[column]["miou"] <= high
+            assert row[column]["trained_on"] == 0
+
+
+def test_differences_are_paired_with_the_last_line(
+    compared: tuple[list[dict[str, Any]], str],
+) -> None:
+    rows, shown = compared
+    for column in ("selection", "test"):
+        assert "final_minus_this" not in rows[-1][column]
+        for row in rows[:-1]:
+            paired = row[column]["final_minus_this"]
+            expected = rows[-1][column]["miou"] - row[column]["miou"]
+            assert paired["difference"] == pytest.approx(expected, abs=1e-9)
+            low, high = paired["interval"]
+            assert low <= high
+            sign = "<" if low > 0 else ">" if high < 0 else "="
+            (line,) = [one for one in shown.splitlines() if one.startswith(f"{row['name']}  ")]
+            assert f"[{row[column]['interval'][0]:.3f}" in line
+            assert f"] {sign}" in line
+
+
+def test_views_weigh_what_the_selection_set_says(
+    compared: tuple[list[dict[str, Any]], str],
+) -> None:
+    (weights,) = compared[0][-1]["view_weights"]
+    assert len(weights) == 4
+    assert sum(weights) == pytest.approx(1)
+    assert max(weights) - min(weights) > 1e-3
+
+
+def test_a_soup_tells_how_it_came_about(
+    home: Path, compared: tuple[list[dict[str, Any]], str]
+) -> None:
+    state = checkpoint.load(home / "all/greedy-soup-of-a.pt")
+    recipe = state["soup"]
+    folds = [Path("runs/a/fold0/best.pt"), Path("runs/a/fold1/best.pt")]
+    assert [one["sha256"] for one in recipe["ingredients"]] == [
+        checkpoint.digest(home / path) for path in folds
+    ]
+    assert len(recipe["steps"]) == len(recipe["barriers"]) == 1
+    step, wall = recipe["steps"][0]["score"], recipe["barriers"][0]["barrier"]
+    own = [one["score"] for one in recipe["ingredients"]]
+    assert wall == pytest.approx(sum(own) / 2 - step)  # of two, the first trial is the midpoint
+    assert recipe["leaked"] == 0
+    soups = {row["name"]: row["soups"] for row in compared[0]}
+    assert soups["fold0"] == []
+    assert soups["greedy soup"] == [recipe]
+
+
+def test_a_soup_is_made_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(run("--soup", "--brief", "--out", "once"))
+    monkeypatch.setattr(soup, "greedy", None)
+    assert files(run("--soup", "--brief", "--out", "once")) == before
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(soup, "greedy", lambda *_, **__: pytest.fail("made again"))
+    with pytest.raises(pytest.fail.Exception, match="made again"):
+        run("--soup", "--brief", "--out", "once", "--set", "infer.batch_norm_images=8")
+
+
+def test_interrupted_and_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = run("--brief", "--out", "steady")
+    write, written = Results.write, []
+
+    def note(self: Results, index: int, *arguments: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(index)
+        write(self, index, *arguments)
+
+    monkeypatch.setattr(Results, "write", note)
+    with pytest.raises(KeyboardInterrupt):
+        run("--brief", "--out", "cut")
+    assert not Path("cut/submission.csv").exists()
+    first = written.copy()
+    written[:] = [-1] * 9  # no more interruptions
+    assert files(run("--brief", "--out", "cut")) == files(steady)
+    assert sorted([*first, *written[9:]]) == list(range(5))
+
+    written[:] = [-1] * 9
+    masks = files(run("--brief", "--out", "cut", "--tta", "rot90"))
+    assert sorted(written[9:]) == list(range(5))  # another way of predicting: nothing is kept
+    assert masks["submission.csv"] != files(steady)["submission.csv"]
+    written[:] = [-1] * 9
+    run("--brief", "--out", "cut", "--tta", "rot90")
+    assert written == [-1] * 9
+
+
+def test_soft_maps(home: Path) -> None:
+    outputs = ("--set", 'infer.outputs=["soft"]')
+    out = run("--brief", "--out", "soft", *outputs)
+    assert not (out / "overlays").exists()
+    for path in (out / "masks").rglob("*.png"):
+        soft = np.load((out / "soft" / path.relative_to(out / "masks")).with_suffix(".npy"))
+        assert soft.dtype == np.float16
+        assert soft.shape == (11, 64, 64)
+        chosen = np.take_along_axis(soft, np.array(Image.open(path))[None], 0)[0]
+        assert (chosen == soft.max(0)).all()
+    with pytest.raises(SegkitError, match="hard vote has no probabilities"):
+        run("--brief", "--vote", "hard", "--out", "soft-hard", *outputs)
+
+
+@pytest.mark.parametrize("vote", ["soft", "hard", "weighted"])
+def test_votes_of_other_models_and_sizes(vote: str) -> None:
+    options = ("--run-dir", "a", "--run-dir", "b", "--vote", vote, "--tta", "hflip")
+    out = run(*options, "--out", f"vote-{vote}")
+    rows = {row["name"]: row for row in read(out / "scores.json")}
+    assert {"a fold0", "a fold1", "b fold0", f"{vote} vote", f"{vote} vote, views"} <= set(rows)
+    assert rows["b fold0"]["selection"]["images"] == 4  # both runs held the same ones out
+
+
+def test_runs_are_compared_on_what_all_of_them_held_out(home: Path) -> None:
+    shutil.copytree(home / "runs/a", home / "runs/fewer")
+    folds = read(home / "runs/fewer/folds.json")
+    dropped = folds["selection"].pop()
+    (home / "runs/fewer/folds.json").write_text(json.dumps(folds))
+    out = run("--run-dir", "a", "--run-dir", "fewer", "--soup", "--out", "runs-of-two")
+    rows = {row["name"]: row["selection"] for row in read(out / "scores.json")}
+    assert dropped
+    assert {row["images"] for row in rows.values()} == {3}
+    assert rows["a fold0"]["miou"] == rows["fewer fold0"]["miou"]
+    for name in ("a greedy soup", "fewer greedy soup"):
+        assert "final_minus_this" in rows[name]
+
+
+def test_an_honest_selection_or_none(home: Path) -> None:
+    leaky = home / "runs/leaky"
+    shutil.copytree(home / "runs/a", leaky)
+    folds = read(leaky / "folds.json")
+    folds["selection"] += folds["folds"][0][:2]
+    (leaky / "folds.json").write_text(json.dumps(folds))
+    options = ("--run-dir", "leaky", "--soup", "--out", "leaky")
+    with pytest.raises(CheckpointError, match=r"2 of the 6 images .*fold1"):
+        run(*options)
+    out = run(*options, "--allow-leak")
+    assert checkpoint.load(out / "greedy-soup-of-leaky.pt")["soup"]["leaked"] == 2
+    rows = {row["name"]: row["selection"]["trained_on"] for row in read(out / "scores.json")}
+    assert rows["fold0"] == 0
+    assert rows["fold1"] == rows["uniform soup"] == 2
+
+
+def test_view_weights_need_the_mean(home: Path) -> None:
+    with pytest.raises(ConfigError, match="mean of probabilities"):
+        run("--tta", "--weigh-views", "--set", "infer.merge=max", "--out", "max")
+
+
+@pytest.fixture(scope="module")
+def labels(home: Path) -> Path:
+    """Pseudo labels of the test images, some of them unsure."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        run("--brief", "--pseudo", "pseudo", "--quantile", "0.5", "--out", "teacher")
+    return home / "pseudo"
+
+
+def test_pseudo_labels_are_the_sure_half(labels: Path) -> None:
+    source = CocoSource(
+        annotations=str(labels / "pseudo.json"),
+        images=str(labels / "images"),
+        background="Background",
+    )
+    masks = torch.stack([source.mask(i) for i in range(len(source))])
+    predicted = torch.stack(
+        [torch.from_numpy(np.array(Image.open(f"teacher/masks/{Path(name).with_suffix('.png')}")))
+         for name in source.names]
+    )  # fmt: skip
+    sure = masks != 255
+    assert torch.equal(masks[sure], predicted[sure])
+    for value in predicted.unique():
+        assert sure[predicted == value].float().mean() >= 0.5
+    assert sure.float().mean() < 0.8
+    assert source.info["round"] == 1
+    models = [checkpoint.digest(Path(f"runs/a/fold{n}/best.pt")) for n in (0, 1)]
+    assert sorted(source.info["models"]) == sorted(models)
+
+
+def _spec(labels: Path) -> str:
+    spec = {"annotations": str(labels / "pseudo.json"), "images": str(labels / "images")}
+    return "data.pseudo=" + json.dumps({"name": "coco", "background": "Background", **spec})
+
+
+def test_pseudo_labels_are_trained_on_and_told(labels: Path) -> None:
+    options = ("--set", "data.pseudo_weight=0.5", "--folds", "0", "--quiet")
+    train(["--cfg", "tiny.json", "--run-dir", "runs/student", "--set", _spec(labels), *options])
+    student = Run.open("student")
+    (event,) = [one for one in student.events() if one["event"] == "pseudo"]
+    assert (event["round"], event["images"]) == (1, 5)
+    state, teacher = (
+        checkpoint.load(Path(f"runs/{name}/fold0/best.pt")) for name in ("student", "a")
+    )
+    assert state["pseudo_round"] == 1
+    source = CocoSource(annotations="demo/test.json", images="demo")
+    marks = digests(source, range(len(source)))
+    assert set(state["trained_on"]) == {*teacher["trained_on"], *marks}
+    assert student.read("folds.json") == Run.open("a").read("folds.json")
+    assert state["step"] == 2 * ((8 + 2) // 4)  # 8 images of the fold and half of 5
+    rows = read(run("--run-dir", "student", "--out", "student") / "scores.json")
+    assert rows[-1]["test"]["trained_on"] == 5
+    assert rows[-1]["selection"]["trained_on"] == 0
+
+
+def test_pseudo_labels_never_leak_into_what_chooses(labels: Path) -> None:
+    options = ("--cfg", "tiny.json", "--set", _spec(labels), "--quiet")
+    with pytest.raises(DataError, match=r"trained on 10 of the 10 images that choose"):
+        train([*options, "--run-dir", "runs/other", "--set", "data.selection=0.5"])
+
+
+def test_labelled_images_get_no_pseudo_labels(home: Path, labels: Path) -> None:
+    photo = home / "demo" / read(home / "demo/train.json")["images"][3]["file_name"]
+    (home / "known").mkdir()
+    shutil.copy(photo, home / "known")  # under another name, too
+    with pytest.raises(DataError, match="no pixel was labelled"):
+        run("--images", "known", "--pseudo", "none", "--out", "none")
+    copied = home / "copied"
+    shutil.copytree(labels, copied)
+    shutil.copy(photo, copied / "images" / read(copied / "pseudo.json")["images"][0]["file_name"])
+    with pytest.raises(DataError, match="1 of its images are labelled already"):
+        train(["--cfg", "tiny.json", "--run-dir", "runs/again", "--set", _spec(copied)])
+
+
+_PEAK = """
+import resource, sys, infer
+infer.main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_flat_from_50_to_500_images(home: Path) -> None:
+    photo = Image.effect_noise((128, 128), 60).convert("RGB")
+    peaks = []
+    for count in (50, 500):
+        folder = home / f"photos{count}"
+        folder.mkdir()
+        for number in range(count):
+            photo.rotate(number % 4 * 90).save(folder / f"{number}.png")
+        options = ["--images", str(folder), "--soup", "--tta", "--brief", "--out", f"flat{count}"]
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK, "--run-dir", "runs/a", *options], cwd=home,
+            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(int(done.stdout.splitlines()[-1]))
+    assert peaks[1] - peaks[0] < 24 * 1024
