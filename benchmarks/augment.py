@@ -27,14 +27,15 @@ Sample = Callable[[int], Any]
 
 
 def photograph() -> tuple[Tensor, Tensor]:
-    """Smooth colors with fine texture, and a mask of eleven classes in patches."""
+    """Smooth colors with fine texture, as ``read_image`` lays them out; eleven classes in patches."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 16, 16))).float()
     image = torch.nn.functional.interpolate(coarse, SOURCE, mode="bicubic")[0]
     image += torch.from_numpy(rng.normal(0, 12, (3, *SOURCE))).float()
     patches = torch.from_numpy(rng.integers(0, 11, (16, 16), dtype=np.uint8))
     mask = patches.repeat_interleave(32, 0).repeat_interleave(32, 1)
-    return image.clamp(0, 255).to(torch.uint8), mask
+    pixels = image.clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+    return pixels.permute(2, 0, 1), mask
 
 
 def segkit(p: float, blur: bool) -> Sample:

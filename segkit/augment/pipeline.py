@@ -96,7 +96,6 @@ class Pipeline:
         size: Height and width that every result is stretched to at the end; ``None`` leaves them.
         mean: Of R, G, B in 0..1. Padding has this color: it is zero in the result.
         std: Of R, G, B in 0..1.
-        ignore_index: Of the mask where there is padding.
 
     Raises:
         ConfigError: An operation is unknown, or an argument of it cannot be meant.
@@ -109,9 +108,8 @@ class Pipeline:
         size: Size | None,
         mean: Sequence[float],
         std: Sequence[float],
-        ignore_index: int = 255,
     ) -> None:
-        self.size, self.ignore_index = size, ignore_index
+        self.size = size
         self._operations = [
             _operation(spec, f"augment.train[{place}]") for place, spec in enumerate(operations)
         ]
@@ -134,7 +132,7 @@ class Pipeline:
             mask: Of the image, (H, W); for operations that look where classes are.
             others: Gives another image and its mask, chosen with ``rng``, to operations that mix.
         """
-        draft = _Draft(Canvas(size, source=mask, ignore_index=self.ignore_index))
+        draft = _Draft(Canvas(size, source=mask))
         for name, chance, operation in self._operations:
             if rng.random() >= chance:
                 continue
@@ -190,7 +188,7 @@ class Pipeline:
         inside: Tensor | None = None
         for step in plan.steps:
             if isinstance(step, Warp):
-                image, mask, inside = _warped(image, mask, inside, step, self.ignore_index)
+                image, mask, inside = _warped(image, mask, inside, step)
             elif isinstance(step, Recolor):
                 image = recolored(image, step.matrix, limits=_LEVELS)
             elif isinstance(step, Curve):
@@ -260,11 +258,11 @@ class _Draft:
 
 
 def _warped(
-    image: Tensor, mask: Tensor | None, inside: Tensor | None, step: Warp, ignore_index: int
+    image: Tensor, mask: Tensor | None, inside: Tensor | None, step: Warp
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A warp, of an image with padding too."""
-    warped, labels, within = warp(image, mask, step.matrix, step.size, ignore_index)
+    warped, labels, within = warp(image, mask, step.matrix, step.size)
     if inside is not None:
-        _, still, _ = warp(image, inside.to(torch.uint8), step.matrix, step.size, 0)
-        within = None if still is None else still.float()
+        _, still, _ = warp(image, inside.to(torch.uint8), step.matrix, step.size)
+        within = None if still is None else (still == 1).float()
     return warped, labels, within
