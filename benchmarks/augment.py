@@ -27,7 +27,7 @@ Sample = Callable[[int], Any]
 
 
 def photograph() -> tuple[Tensor, Tensor]:
-    """Smooth colors with fine texture, as ``read_image`` lays them out; eleven classes in patches."""
+    """Smooth colors with fine texture, laid out as ``read_image`` does; a mask in patches."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 16, 16))).float()
     image = torch.nn.functional.interpolate(coarse, SOURCE, mode="bicubic")[0]

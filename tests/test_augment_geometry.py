@@ -146,7 +146,7 @@ def test_enlarging_equals_torch(size: tuple[int, int]) -> None:
     image = noise()
     result, _, _ = warp(image, None, resizing(SIZE, size), size)
     expected = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
-    assert (result - expected).abs().max() <= 0.6  # rounded, by weights of 16 bits
+    assert (result - expected).abs().max() <= 1  # bytes are rounded along each axis
 
 
 @pytest.mark.parametrize("size", [(33, 50), (85, 127), (65, 31)])

@@ -20,6 +20,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {**GEOMETRY, **COLOR, **CURVES, **FI
 
 _LEVELS = np.tile([0.0, 255.0], (3, 1))
 
+# Once a block of this size was freed, glibc keeps what is freed later for the next sample. Else it
+# goes back to the system each time, and the pages anew cost more than the work done on them.
+torch.empty(31 << 20, dtype=torch.uint8)
+
 
 def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random numbers of one sample, wherever and whenever it is made."""
@@ -164,7 +168,7 @@ class Pipeline:
             result: (3, h, w) float32, normalized; (h, w) uint8
         """
         height, width = image.shape[-2:]
-        return self._rendered(image, mask, self.plan((height, width), rng, mask, others))
+        return self.render_one(image, mask, self.plan((height, width), rng, mask, others))
 
     def render(
         self, images: Sequence[Tensor] | Tensor, masks: Sequence[Tensor] | Tensor, plans: list[Plan]
@@ -176,15 +180,16 @@ class Pipeline:
             result: (B, 3, h, w) float32, normalized; (B, h, w) uint8
         """
         done = [
-            self._rendered(image, mask, plan)
+            self.render_one(image, mask, plan)
             for image, mask, plan in zip(images, masks, plans, strict=True)
         ]
         rendered = torch.stack([one for one, _ in done])
         return rendered, torch.stack([one for _, one in done if one is not None])
 
-    def _rendered(
+    def render_one(
         self, image: Tensor, mask: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor | None]:
+        """Carry a plan out; see :meth:`__call__`."""
         inside: Tensor | None = None
         for step in plan.steps:
             if isinstance(step, Warp):
