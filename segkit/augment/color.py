@@ -276,7 +276,7 @@ def recolored(
         image: (3, H, W), float32 in the result
     """
     scaled = torch.from_numpy(matrix[:3] * [*[unit / 255] * 3, unit]).float().to(image.device)
-    levels = image.to(torch.float32, memory_format=torch.contiguous_format).view(3, -1)
+    levels = image.to(torch.float32, memory_format=torch.contiguous_format).reshape(3, -1)
     result = torch.addmm(scaled[:, 3:], scaled[:, :3], levels).view(image.shape)
     for channel, (low, high) in zip(result, limits.tolist(), strict=True):
         channel.clamp_(low, high)  # one after the other: a channel fits the cache
