@@ -139,7 +139,7 @@ TASKS = {
     "every operation applied": (1.0, False),
     "each half of the time": (0.5, False),
     "all applied, blur and median at 0.3": (1.0, True),
-    "each half of the time, blur and median at 0.3": (0.5, True),
+    "half of the time, blur and median at 0.3": (0.5, True),
 }
 
 
