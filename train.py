@@ -165,7 +165,13 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     )
     schedule = build_schedule(cfg.optim.schedule, total=order.steps, warmup=cfg.optim.warmup_steps)
     batches = train_batches(
-        TrainImages(train_source, [*training, *extra], pipeline, seed=cfg.train.seed),
+        TrainImages(
+            train_source,
+            [*training, *extra],
+            pipeline,
+            seed=cfg.train.seed,
+            render=cfg.augment.device == "cpu",
+        ),
         order,
         workers=cfg.data.workers,
         device=device,

@@ -53,6 +53,10 @@ class Data:
     mean: tuple[float, float, float] = _setting(IMAGENET_MEAN, "of R, G, B in 0..1")
     std: tuple[float, float, float] = _setting(IMAGENET_STD, "of R, G, B in 0..1", low=1e-6)
     workers: int = _setting(2, "processes a rank that prepare batches", low=0, high=256)
+    cache: str = _setting("cache", "folder of decoded training images and masks")
+    cache_gb: float = _setting(
+        4.0, "most gigabytes in that folder (4 bytes a pixel); 0: decode each time", low=0.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,9 @@ class Augment:
     )
     size: tuple[int, int] | None = _setting(
         None, "height and width every training image ends with", low=1, high=65536
+    )
+    device: Literal["cpu", "model"] = _setting(
+        "cpu", "who renders: the workers, or the model's device, a batch at a time"
     )
 
 

@@ -6,19 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
 @contextmanager
-def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
     """A draft to write, which takes the place of ``path`` when the block ends without an error.
 
     Args:
         path: Its folder is made if need be.
         durable: Flush the file before it is renamed and the folder after, so that a power cut too
             finds the old one or the new one.
+        shared: Other processes may write the same path at the same time: the draft has a name of
+            its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.writing")
+    draft = path.with_name(f".{path.name}.{uuid4().hex if shared else ''}writing")
     try:
         with naming(path):
             yield draft

@@ -146,7 +146,7 @@ def test_enlarging_equals_torch(size: tuple[int, int]) -> None:
     image = noise()
     result, _, _ = warp(image, None, resizing(SIZE, size), size)
     expected = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
-    torch.testing.assert_close(result, expected, atol=0.05, rtol=0)
+    assert (result - expected).abs().max() <= 1  # bytes are rounded along each axis
 
 
 @pytest.mark.parametrize("size", [(33, 50), (85, 127), (65, 31)])
@@ -324,13 +324,6 @@ def test_entirely_outside_is_padding() -> None:
         assert torch.isfinite(result.float()).all()
         assert (mask == 255).all()
         assert not inside.any()
-
-
-def test_other_ignore_index() -> None:
-    turn = Rotate(degrees=(45.0, 45.0))(Canvas(SIZE), np.random.default_rng(0)).matrix
-    _, with_255, inside = warp(noise(), labels(), turn, SIZE)
-    _, with_0, _ = warp(noise(), labels(), turn, SIZE, ignore_index=0)
-    assert torch.equal(with_0, torch.where(inside > 0, with_255, 0))
 
 
 @pytest.mark.parametrize(

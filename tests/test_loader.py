@@ -1,6 +1,8 @@
 """Batches: the same images in the same order, whoever prepares them."""
 
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from segkit.augment import Pipeline
+from segkit.data.cache import CachedSource
 from segkit.data.loader import TrainImages, TrainOrder, eval_batches, train_batches
 from segkit.data.source import Fault
 from segkit.errors import ConfigError, DataError
@@ -45,17 +48,25 @@ class Noise:
     def mask(self, i: int) -> Tensor:
         return (self.image(i)[0] % 3).to(torch.uint8)
 
+    def label_digest(self, i: int) -> str:
+        return str(i)
+
 
 def pipeline() -> Pipeline:
-    operations = ["hflip", {"name": "crop", "size": [12, 12]}, "photometric"]
+    operations = ["cutmix", "hflip", {"name": "crop", "size": [12, 12]}, "photometric", "noise"]
     return Pipeline(operations, size=None, mean=(0.5,) * 3, std=(0.2,) * 3)
 
 
 def batches(
-    workers: int = 0, start_step: int = 0, accumulate: int = 1, broken: int | None = None
+    workers: int = 0,
+    start_step: int = 0,
+    accumulate: int = 1,
+    broken: int | None = None,
+    render: bool = True,
+    source: Any = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     indices = list(range(11))
-    images = TrainImages(Noise(broken), indices, pipeline(), seed=3)
+    images = TrainImages(source or Noise(broken), indices, pipeline(), seed=3, render=render)
     order = TrainOrder(
         indices, epochs=3, batch_size=4, accumulate=accumulate, seed=3, start_step=start_step
     )
@@ -75,6 +86,38 @@ def test_workers_accumulation_and_restarts_change_no_byte() -> None:
     assert joined(batches(workers=2)) == joined(whole)
     assert joined(batches(start_step=4)) == joined(whole[4:])
     assert joined(batches(accumulate=2)) == joined(whole)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_may_be_forked_or_spawned(start: str) -> None:
+    if start not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {start}")
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(start, force=True)
+    try:
+        assert joined(batches(workers=2)) == joined(batches())
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rendering_by_batch_where_the_model_is_equals_the_workers(workers: int) -> None:
+    for one, other in zip(batches(), batches(workers=workers, render=False), strict=True):
+        np.testing.assert_allclose(one[0], other[0], atol=1e-3, rtol=0)
+        assert np.array_equal(one[1], other[1])
+
+
+def test_the_cache_changes_no_byte(tmp_path: Path) -> None:
+    class Stored(Noise):
+        def path(self, i: int) -> Path:
+            return tmp_path / self.names[i]
+
+    for i in range(11):
+        (tmp_path / Stored.names[i]).write_bytes(bytes([i]))
+    kept = CachedSource(Stored(), tmp_path / "cache", limit=1e6)
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 11
+    assert joined(batches(source=kept)) == joined(batches())
+    assert joined(batches(source=kept, workers=2)) == joined(batches())
 
 
 def test_ranks_share_each_batch() -> None:
@@ -109,10 +152,10 @@ def test_a_broken_image_is_one_sentence(workers: int) -> None:
         batches(workers=workers, broken=5)
 
 
-def test_images_of_several_sizes_are_named() -> None:
-    images = TrainImages(
-        Noise(), range(11), Pipeline([], size=None, mean=(0.5,) * 3, std=(0.2,) * 3), seed=0
-    )
+@pytest.mark.parametrize("render", [True, False])
+def test_images_of_several_sizes_are_named(render: bool) -> None:
+    plain = Pipeline([], size=None, mean=(0.5,) * 3, std=(0.2,) * 3)
+    images = TrainImages(Noise(), range(11), plain, seed=0, render=render)
     order = TrainOrder(range(11), epochs=1, batch_size=8, accumulate=1, seed=0)
     with pytest.raises(DataError, match=r"augment\.size"):
         next(train_batches(images, order, workers=0, device=CPU))

@@ -275,11 +275,11 @@ def recolored(
     Shape:
         image: (3, H, W), float32 in the result
     """
-    linear = torch.from_numpy(matrix[:3, :3] * (unit / 255)).float().to(image.device)
-    result = torch.mm(linear, image.reshape(3, -1).float()).view(image.shape)
-    offsets = (matrix[:3, 3] * unit).tolist()
-    for channel, offset, (low, high) in zip(result, offsets, limits.tolist(), strict=True):
-        channel.add_(offset).clamp_(low, high)  # one after the other: a channel fits the cache
+    scaled = torch.from_numpy(matrix[:3] * [*[unit / 255] * 3, unit]).float().to(image.device)
+    levels = image.to(torch.float32, memory_format=torch.contiguous_format).reshape(3, -1)
+    result = torch.addmm(scaled[:, 3:], scaled[:, :3], levels).view(image.shape)
+    for channel, (low, high) in zip(result, limits.tolist(), strict=True):
+        channel.clamp_(low, high)  # one after the other: a channel fits the cache
     return result
 
 

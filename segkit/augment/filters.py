@@ -13,14 +13,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from segkit.augment.ranges import check, draw
 from segkit.errors import ConfigError
-
-_IGNORED = 255
+from segkit.labels import IGNORE
 
 Run = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
@@ -186,20 +184,14 @@ class Opening(_Morphology):
         return functools.partial(_open_classes, size=size, classes=self.classes)
 
 
-def _neighbors(image: Tensor, size: int, dim: int) -> list[Tensor]:
+def _moved(image: Tensor, size: int, dim: int) -> list[Tensor]:
     """Views of the image moved by each step of a window along one dimension, border continued."""
-    last = image.shape[dim] - 1
-    reach = size // 2
-    before = image.narrow(dim, 0, 1).expand(*_with(image.shape, dim, reach))
-    after = image.narrow(dim, last, 1).expand(*_with(image.shape, dim, reach))
-    padded = torch.cat([before, image, after], dim)
-    return [padded.narrow(dim, start, last + 1) for start in range(size)]
-
-
-def _with(shape: Sequence[int], dim: int, value: int) -> list[int]:
-    changed = list(shape)
-    changed[dim] = value
-    return changed
+    length, reach = image.shape[dim], size // 2
+    shape = [*image.shape]
+    shape[dim] = reach
+    before, after = image.narrow(dim, 0, 1), image.narrow(dim, length - 1, 1)
+    padded = torch.cat([before.expand(shape), image, after.expand(shape)], dim)
+    return [padded.narrow(dim, start, length) for start in range(size)]
 
 
 def _convolve(
@@ -207,42 +199,59 @@ def _convolve(
 ) -> tuple[Tensor, Tensor | None]:
     image = image.float()
     for dim in (-2, -1):
-        total = torch.zeros_like(image)
-        for moved, weight in zip(_neighbors(image, len(weights), dim), weights, strict=True):
-            total.add_(moved, alpha=weight)
-        image = total
+        first, *others = _moved(image, len(weights), dim)
+        image = first * weights[0]
+        for moved, weight in zip(others, weights[1:], strict=True):
+            image.add_(moved, alpha=weight)
     return image, mask
 
 
 def _median(image: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
+    """Minima and maxima of whole images, fast on bytes, in place of a sort for each pixel.
+
+    Windows share their columns, so these are sorted first, and then the row of each rank. What has
+    more than half of the window at or below it, or at or above it, is not the median then: as much
+    goes on either side, and the median of the rest is that of the window.
+    """
     if image.is_floating_point():
         image = image.round().clamp_(0, 255).to(torch.uint8)
-    window = [moved for row in _neighbors(image, size, -2) for moved in _neighbors(row, size, -1)]
-    return _middle(window), mask
+    image = image.contiguous()
+    half, rest = size * size // 2 + 1, []
+    for low, column in enumerate(_sorted(_moved(image, size, -2)), 1):
+        row = _sorted(_moved(column, size, -1))
+        for left, values in enumerate(row, 1):
+            if low * left <= half and (size + 1 - low) * (size + 1 - left) <= half:
+                rest.append(values)
+    return _middle(rest), mask
+
+
+def _sorted(values: list[Tensor]) -> list[Tensor]:
+    """Images from least to most, pixel by pixel."""
+    for end in range(len(values) - 1, 0, -1):
+        for place in range(end):
+            values[place : place + 2] = _ordered(*values[place : place + 2])
+    return values
+
+
+def _ordered(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.minimum(one, other), torch.maximum(one, other)
 
 
 def _middle(values: list[Tensor]) -> Tensor:
     """The median of an odd number of images, pixel by pixel.
 
     Of just over half of the values, the least and the most cannot be the median: they are found,
-    forgotten, and one more value is looked at, until one is left. A few minima and maxima of whole
-    images, fast on bytes, in place of a sort for each pixel.
+    forgotten, and one more value is looked at, until one is left.
     """
     start = len(values) // 2 + 2
     held, waiting = list(values[:start]), list(values[start:])
-
-    def order(low: int, high: int) -> None:
-        one, other = held[low], held[high]
-        held[low], held[high] = torch.minimum(one, other), torch.maximum(one, other)
-
     while len(held) > 1:
-        count = len(held)
-        for place in range(count // 2):
-            order(place, count - 1 - place)
-        for place in range(1, (count + 1) // 2):
-            order(0, place)
-        for place in range(count // 2, count - 1):
-            order(place, count - 1)
+        last = len(held) - 1
+        pairs = [(place, last - place) for place in range(len(held) // 2)]
+        pairs += [(0, place) for place in range(1, (last + 2) // 2)]
+        pairs += [(place, last) for place in range(len(held) // 2, last)]
+        for low, high in pairs:
+            held[low], held[high] = _ordered(held[low], held[high])
         held = held[1:-1] + waiting[:1]
         waiting = waiting[1:]
     return held[0]
@@ -275,35 +284,41 @@ def _through_jpeg(image: Tensor, mask: Tensor | None, quality: int) -> tuple[Ten
 
 
 def _grown(image: Tensor, size: int) -> Tensor:
-    """The most of a square around each pixel; (C, H, W)."""
-    reach = size // 2
-    tall = F.max_pool2d(image[None], (size, 1), stride=1, padding=(reach, 0))
-    return F.max_pool2d(tall, (1, size), stride=1, padding=(0, reach))[0]
+    """The most of a square around each pixel."""
+    for dim in (-2, -1):  # max_pool2d takes ten times as long
+        image = functools.reduce(torch.maximum, _moved(image, size, dim))
+    return image
+
+
+def _shrunk(image: Tensor, size: int) -> Tensor:
+    for dim in (-2, -1):
+        image = functools.reduce(torch.minimum, _moved(image, size, dim))
+    return image
 
 
 def _closed(image: Tensor, size: int) -> Tensor:
-    return -_grown(-_grown(image, size), size)
+    return _shrunk(_grown(image, size), size)
 
 
 def _opened(image: Tensor, size: int) -> Tensor:
-    return _grown(-_grown(-image, size), size)
+    return _grown(_shrunk(image, size), size)
 
 
 def _close_image(image: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
-    return _closed(image.float(), size), mask
+    return _closed(image, size), mask
 
 
 def _open_image(image: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
-    return _opened(image.float(), size), mask
+    return _opened(image, size), mask
 
 
 def _close_classes(
     image: Tensor, mask: Tensor | None, size: int, classes: Sequence[int]
 ) -> tuple[Tensor, Tensor | None]:
     if mask is not None:
-        ignored = mask == _IGNORED
+        ignored = mask == IGNORE
         for index in classes:
-            covered = _closed((mask == index)[None].float(), size)[0] > 0
+            covered = _closed(mask == index, size)
             mask = torch.where(covered & ~ignored, index, mask)
     return image, mask
 
@@ -314,7 +329,7 @@ def _open_classes(
     if mask is not None:
         for index in classes:
             own = mask == index
-            kept = _opened(own[None].float(), size)[0] > 0
+            kept = _opened(own, size)
             mask = torch.where(own & ~kept, 0, mask)
     return image, mask
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from segkit.augment.ranges import check, check_size, draw
 from segkit.errors import ConfigError
+from segkit.labels import IGNORE
 
 Size = tuple[int, int]
 
@@ -38,14 +39,12 @@ class Canvas:
         matrix: (3, 3), takes its points to points of the last pixels there are.
         before: (3, 3), takes those to points of the source.
         source: The source's mask, read by operations that look where classes are.
-        ignore_index: Of the mask.
     """
 
     size: Size
     matrix: np.ndarray = field(default_factory=lambda: IDENTITY)
     before: np.ndarray = field(default_factory=lambda: IDENTITY)
     source: Tensor | None = None
-    ignore_index: int = 255
 
     def then(self, matrix: np.ndarray, size: Size | None = None) -> "Canvas":
         """The canvas after one more operation."""
@@ -68,7 +67,7 @@ class Canvas:
         rows, columns = self.source.shape
         inside = (px >= 0) & (px < columns) & (py >= 0) & (py < rows)
         labels = self.source[torch.from_numpy(py[inside]), torch.from_numpy(px[inside])]
-        counts = torch.bincount(labels[labels != self.ignore_index].int())
+        counts = torch.bincount(labels[labels != IGNORE].int())
         return float(counts.max() / counts.sum()) if len(counts) else 1.0
 
 
@@ -356,7 +355,7 @@ class Pad:
 
 
 def warp(
-    image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size, ignore_index: int = 255
+    image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Read an image and its mask through one matrix.
 
@@ -369,20 +368,20 @@ def warp(
         mask: Of the image, or ``None``.
         matrix: (3, 3), takes points of the output to points of the image.
         size: Height and width of the output.
-        ignore_index: Of the mask where the output lies outside the image.
 
     Shape:
         image: (C, H, W); mask: (H, W)
 
     Returns:
-        The image, its border continued outwards; the mask; and 1 where the output lies inside the
-        image, else 0 (h, w), ``None`` for 1 everywhere. They may share memory with the input.
+        The image, its border continued outwards; the mask, :data:`IGNORE` outside the image; and 1
+        where the output lies inside the image, else 0 (h, w), ``None`` for 1 everywhere. They may
+        share memory with the input.
     """
     matrix = _settled(matrix)
     axes = _axes(matrix)
     if axes is None:
-        return _warp_freely(image, mask, matrix, size, ignore_index)
-    return _warp_along_axes(image, mask, matrix, axes, size, ignore_index)
+        return _warp_freely(image, mask, matrix, size)
+    return _warp_along_axes(image, mask, matrix, axes, size)
 
 
 def _settled(matrix: np.ndarray) -> np.ndarray:
@@ -417,18 +416,13 @@ def _axes(matrix: np.ndarray) -> _Axes | None:
 
 
 def _warp_along_axes(
-    image: Tensor,
-    mask: Tensor | None,
-    matrix: np.ndarray,
-    axes: _Axes,
-    size: Size,
-    ignore_index: int,
+    image: Tensor, mask: Tensor | None, matrix: np.ndarray, axes: _Axes, size: Size
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rows, columns, inside = _lines(axes, size, image)
     if mask is not None:
         mask = _pick(mask, axes.swap, rows, columns)
         if inside is not None:
-            mask = torch.where(inside > 0, mask, ignore_index)
+            mask = torch.where(inside > 0, mask, IGNORE)
     if not axes.copies:
         image, matrix, _ = _reduced(image, matrix, size, along_axes=True)
         rest = _axes(matrix)
@@ -439,21 +433,23 @@ def _warp_along_axes(
 
 
 def _warp_freely(
-    image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size, ignore_index: int
+    image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     part, rest, box = _reduced(image, matrix, size, along_axes=False)
     grid = _grid(rest, size, part)
     sampled = _sampled(part, grid)
-    # Labels are counted on from ignore_index, which is what 0, read outside the image, then means.
+    leaves = _leaves(matrix, size, image)
+    if mask is None and not leaves:
+        return sampled, None, None
+    # Labels are counted from 1, for 0 is what is read outside the image.
     # The grid is relative to the box, so it fits the mask's box at full size too.
     labels = image.new_zeros(image.shape[-2:]) if mask is None else mask
-    counted = labels[box].sub((ignore_index + 1) % 256).float().add_(1)
     found = F.grid_sample(
-        counted[None, None], grid, mode="nearest", padding_mode="zeros", align_corners=False
+        labels[box].float().add_(1)[None, None], grid, mode="nearest", align_corners=False
     )[0, 0]
     if mask is not None:
-        mask = found.short().add_(ignore_index).to(torch.uint8)
-    return sampled, mask, found.clamp_(max=1) if _leaves(matrix, size, image) else None
+        mask = found.short().sub_(1).to(torch.uint8)  # -1 becomes IGNORE
+    return sampled, mask, found.clamp_(max=1) if leaves else None
 
 
 def _lines(axes: _Axes, size: Size, image: Tensor) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
@@ -493,17 +489,22 @@ def _pick(image: Tensor, swap: bool, rows: np.ndarray, columns: np.ndarray) -> T
     return picked.unflatten(-1, (len(rows), len(columns)))
 
 
-def _corners(matrix: np.ndarray, size: Size) -> np.ndarray:
-    """Points (2, 4) of the image at which the output's corners are read."""
+def _corners(matrix: np.ndarray, size: Size) -> tuple[list[float], list[float]]:
+    """The x and the y of the image at which the output's corners are read."""
+    (a, b, c), (d, e, f), (p, q, r) = matrix.tolist()  # numbers: arrays of four are slower
     height, width = size
-    x, y, w = matrix @ np.array([[0, width, width, 0], [0, 0, height, height], [1, 1, 1, 1]])
-    return np.stack([x / w, y / w])
+    xs, ys = [], []
+    for x, y in ((0, 0), (width, 0), (width, height), (0, height)):
+        w = p * x + q * y + r
+        xs.append((a * x + b * y + c) / w)
+        ys.append((d * x + e * y + f) / w)
+    return xs, ys
 
 
 def _leaves(matrix: np.ndarray, size: Size, image: Tensor) -> bool:
-    height, width = image.shape[-2:]
-    low, high = _corners(matrix, size).min(axis=1), _corners(matrix, size).max(axis=1)
-    return bool((low < 0).any() or (high > [width, height]).any())
+    have = image.shape[:-3:-1]  # x before y, as in points
+    corners = _corners(matrix, size)
+    return any(min(at) < 0 or max(at) > sides for at, sides in zip(corners, have, strict=True))
 
 
 def _reduced(
@@ -511,38 +512,56 @@ def _reduced(
 ) -> tuple[Tensor, np.ndarray, tuple[slice, slice]]:
     """The part of an image that is read, averaged down if need be; the matrix to read that part.
 
+    Along the axes, a part that is whole pixels is enlarged too.
+
     Returns:
         The part, the matrix, and the part's rows and columns in the image.
     """
-    have = np.array(image.shape[:-3:-1])  # x before y here, as in points
+    have = image.shape[:-3:-1]  # x before y here, as in points
     corners = _corners(matrix, size)
-    low, high = corners.min(axis=1), corners.max(axis=1)
     steps = _steps(matrix, size)
-    shrink = np.where(steps > (1 if along_axes else _SOFT_SHRINK), steps, 1.0)
-    whole = along_axes and np.abs(corners - np.rint(corners)).max() < _EXACT
-    if along_axes and not whole and shrink.max() > 1:
-        low, high = np.zeros(2), have  # whole images resize to whole pixels, their parts do not
-    elif not whole:
-        low, high = low - 2 * shrink, high + 2 * shrink
-    low = np.floor(low + _EXACT).astype(int).clip(0, have - 1)
-    high = np.maximum(np.ceil(high - _EXACT).astype(int).clip(0, have), low + 1)
-    (left, top), (right, bottom) = low.tolist(), high.tolist()
-    part = image[..., top:bottom, left:right]
-    old = (bottom - top, right - left)
-    width, height = np.maximum(np.rint((high - low) / shrink), 1).astype(int).tolist()
-    new = (height, width)
-    matrix = shifting(-left, -top) @ matrix
+    whole = along_axes and all(abs(x - round(x)) < _EXACT for at in corners for x in at)
+    fits = whole and not _leaves(matrix, size, image)
+    shrinks = [step > (1 if along_axes else _SOFT_SHRINK) for step in steps]
+    boxes, lengths = [], []
+    for at, available, step, shrink in zip(corners, have, steps, shrinks, strict=True):
+        factor = step if shrink or fits else 1.0
+        low, high = min(at), max(at)
+        if along_axes and not whole and any(shrinks):
+            low, high = 0, available  # whole images resize to whole pixels, their parts do not
+        elif not whole:
+            low, high = low - 2 * factor, high + 2 * factor
+        first = min(max(math.floor(low + _EXACT), 0), available - 1)
+        last = max(min(math.ceil(high - _EXACT), available), first + 1)
+        boxes.append(slice(first, last))
+        lengths.append(max(1, round((last - first) / factor)))
+    columns, rows = boxes
+    part = image[..., rows, columns]
+    matrix = shifting(-columns.start, -rows.start) @ matrix
+    old, new = (part.shape[-2], part.shape[-1]), (lengths[1], lengths[0])
     if new != old:
-        part = F.interpolate(part[None], new, mode="bilinear", antialias=True)[0]
+        part = _resized(part, new)
         matrix = resizing(new, old) @ matrix
-    return part, _settled(matrix), (slice(top, bottom), slice(left, right))
+    return part, _settled(matrix), (rows, columns)
 
 
-def _steps(matrix: np.ndarray, size: Size) -> np.ndarray:
+def _resized(image: Tensor, size: Size) -> Tensor:
+    """Bilinear, anti-aliased, and rounded where levels come as bytes."""
+    # The kernel for bytes is several times faster, but only on packed memory, and on the CPU.
+    packed = torch.channels_last if image.stride(0) == 1 else torch.contiguous_format
+    batch = image[None].contiguous(memory_format=packed)
+    if image.is_floating_point() or image.device.type == "cpu":
+        return F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
+    return F.interpolate(batch.float(), size, mode="bilinear", antialias=True)[0].round_()
+
+
+def _steps(matrix: np.ndarray, size: Size) -> tuple[float, float]:
     """How far apart in the image's x and y the output's pixels are read, at its center."""
-    x, y, w = matrix @ [size[1] / 2, size[0] / 2, 1]
-    slope = (matrix[:2, :2] - np.outer([x / w, y / w], matrix[2, :2])) / w
-    return np.linalg.norm(slope, axis=1)
+    (a, b, c), (d, e, f), (p, q, r) = matrix.tolist()
+    x, y = size[1] / 2, size[0] / 2
+    w = p * x + q * y + r
+    u, v = (a * x + b * y + c) / w, (d * x + e * y + f) / w
+    return math.hypot(a - u * p, b - u * q) / abs(w), math.hypot(d - v * p, e - v * q) / abs(w)
 
 
 def _grid(matrix: np.ndarray, size: Size, image: Tensor) -> Tensor:

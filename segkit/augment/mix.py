@@ -18,13 +18,13 @@ from torch import Tensor
 from segkit.augment.geometry import Size, flipping, scaling, shifting, warp
 from segkit.augment.ranges import check, draw
 from segkit.errors import ConfigError
+from segkit.labels import IGNORE
 
 Others = Callable[[np.random.Generator], tuple[Tensor, Tensor]]
 """Another labelled image, chosen with the numbers it is given: (3, H, W) and (H, W), uint8."""
 
 Run = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]]
 
-_IGNORED = 255
 _COARSE = 64  # longest side of the grid on which objects of one class are told apart
 
 
@@ -130,7 +130,7 @@ class ClassMix:
 
     def __call__(self, size: Size, rng: np.random.Generator, others: Others | None) -> Run:
         image, mask = _other("classmix", others, rng)
-        classes = [int(index) for index in mask.unique() if index != _IGNORED]
+        classes = [int(index) for index in mask.unique() if index != IGNORE]
         half = rng.permutation(classes)[: (len(classes) + 1) // 2]
         chosen = torch.isin(mask, torch.as_tensor(half, dtype=torch.uint8))
         matrix = _placed(mask, size, _cover(mask, size) * draw(rng, self.scale), rng)
@@ -163,7 +163,7 @@ def _objects(
     mask: Tensor, count: int, rng: np.random.Generator, rare: Sequence[int], background: int
 ) -> Tensor:
     """Where some objects are: connected regions, each found from one of its pixels."""
-    free = (mask != background) & (mask != _IGNORED)
+    free = (mask != background) & (mask != IGNORE)
     chosen = torch.zeros_like(free)
     for _ in range(count):
         left = mask[free & ~chosen].unique()
@@ -213,7 +213,7 @@ def _paste(
     if within is not None:
         over = over & (within > 0)
     if chosen is not None:
-        _, picked, _ = warp(other[:1].to(device), chosen.to(device, torch.uint8), matrix, size, 0)
+        _, picked, _ = warp(other[:1].to(device), chosen.to(device, torch.uint8), matrix, size)
         over = over & (picked == 1)
     if not image.is_floating_point():
         laid = laid.round().to(image.dtype) if laid.is_floating_point() else laid

@@ -20,6 +20,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {**GEOMETRY, **COLOR, **CURVES, **FI
 
 _LEVELS = np.tile([0.0, 255.0], (3, 1))
 
+# Once a block of this size was freed, glibc keeps what is freed later for the next sample. Else it
+# goes back to the system each time, and the pages anew cost more than the work done on them.
+torch.empty(31 << 20, dtype=torch.uint8)
+
 
 def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random numbers of one sample, wherever and whenever it is made."""
@@ -96,7 +100,6 @@ class Pipeline:
         size: Height and width that every result is stretched to at the end; ``None`` leaves them.
         mean: Of R, G, B in 0..1. Padding has this color: it is zero in the result.
         std: Of R, G, B in 0..1.
-        ignore_index: Of the mask where there is padding.
 
     Raises:
         ConfigError: An operation is unknown, or an argument of it cannot be meant.
@@ -109,9 +112,8 @@ class Pipeline:
         size: Size | None,
         mean: Sequence[float],
         std: Sequence[float],
-        ignore_index: int = 255,
     ) -> None:
-        self.size, self.ignore_index = size, ignore_index
+        self.size = size
         self._operations = [
             _operation(spec, f"augment.train[{place}]") for place, spec in enumerate(operations)
         ]
@@ -134,7 +136,7 @@ class Pipeline:
             mask: Of the image, (H, W); for operations that look where classes are.
             others: Gives another image and its mask, chosen with ``rng``, to operations that mix.
         """
-        draft = _Draft(Canvas(size, source=mask, ignore_index=self.ignore_index))
+        draft = _Draft(Canvas(size, source=mask))
         for name, chance, operation in self._operations:
             if rng.random() >= chance:
                 continue
@@ -166,7 +168,7 @@ class Pipeline:
             result: (3, h, w) float32, normalized; (h, w) uint8
         """
         height, width = image.shape[-2:]
-        return self._rendered(image, mask, self.plan((height, width), rng, mask, others))
+        return self.render_one(image, mask, self.plan((height, width), rng, mask, others))
 
     def render(
         self, images: Sequence[Tensor] | Tensor, masks: Sequence[Tensor] | Tensor, plans: list[Plan]
@@ -178,19 +180,20 @@ class Pipeline:
             result: (B, 3, h, w) float32, normalized; (B, h, w) uint8
         """
         done = [
-            self._rendered(image, mask, plan)
+            self.render_one(image, mask, plan)
             for image, mask, plan in zip(images, masks, plans, strict=True)
         ]
         rendered = torch.stack([one for one, _ in done])
         return rendered, torch.stack([one for _, one in done if one is not None])
 
-    def _rendered(
+    def render_one(
         self, image: Tensor, mask: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor | None]:
+        """Carry a plan out; see :meth:`__call__`."""
         inside: Tensor | None = None
         for step in plan.steps:
             if isinstance(step, Warp):
-                image, mask, inside = _warped(image, mask, inside, step, self.ignore_index)
+                image, mask, inside = _warped(image, mask, inside, step)
             elif isinstance(step, Recolor):
                 image = recolored(image, step.matrix, limits=_LEVELS)
             elif isinstance(step, Curve):
@@ -260,11 +263,11 @@ class _Draft:
 
 
 def _warped(
-    image: Tensor, mask: Tensor | None, inside: Tensor | None, step: Warp, ignore_index: int
+    image: Tensor, mask: Tensor | None, inside: Tensor | None, step: Warp
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A warp, of an image with padding too."""
-    warped, labels, within = warp(image, mask, step.matrix, step.size, ignore_index)
+    warped, labels, within = warp(image, mask, step.matrix, step.size)
     if inside is not None:
-        _, still, _ = warp(image, inside.to(torch.uint8), step.matrix, step.size, 0)
-        within = None if still is None else still.float()
+        _, still, _ = warp(image, inside.to(torch.uint8), step.matrix, step.size)
+        within = None if still is None else (still == 1).float()
     return warped, labels, within

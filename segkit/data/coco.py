@@ -1,5 +1,6 @@
 """COCO instance files → class-index masks."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
@@ -131,6 +132,12 @@ class CocoSource:
             np.putmask(mask, _decode(region.shape, height, width).T, value)
         return torch.from_numpy(np.ascontiguousarray(mask.T))
 
+    def label_digest(self, i: int) -> str:
+        digest = hashlib.sha256(f"{self._crowd} {self.size(i)}".encode())
+        for region in self._regions[i]:
+            digest.update(f"{region.class_index} {region.crowd} {_numbers(region.shape)}".encode())
+        return digest.hexdigest()
+
     def instances(self, i: int) -> list[tuple[int, Tensor]]:
         """The objects of image ``i``, without crowds and background, in painting order.
 
@@ -233,6 +240,13 @@ class CocoSource:
         for one in regions.values():
             one.sort(key=lambda region: (-region.area, region.id))
         return regions
+
+
+def _numbers(shape: Shape) -> str:
+    """All that makes up an outline, as text."""
+    if isinstance(shape, dict):
+        return str(sorted(shape.items()))
+    return str([polygon.tolist() for polygon in shape])
 
 
 def _entries(content: dict[str, Any], key: str, file: str) -> list[dict[str, Any]]:

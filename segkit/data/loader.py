@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from segkit.augment import Pipeline, generator
+from segkit.augment import Pipeline, Plan, generator
 from segkit.distributed import rank, world_size
 from segkit.errors import ConfigError, DataError
 
@@ -104,6 +104,10 @@ def _permutation(seed: int, epoch: int, count: int) -> list[int]:
     return np.random.default_rng((seed, epoch, _ORDER)).permutation(count).tolist()
 
 
+Sample = tuple[Tensor, Tensor, Plan]
+"""Image, mask, and the plan that has rendered them, or that will."""
+
+
 class TrainImages(Dataset):
     """Augmented (image, mask) pairs by (epoch, image index).
 
@@ -112,23 +116,34 @@ class TrainImages(Dataset):
         indices: The fold's training images; operations across images draw from them.
         pipeline: Its images must all end with one size.
         seed: Of the augmentation.
+        render: ``False`` gives image and mask as they are with the plan for them, to be rendered
+            where the model is.
     """
 
     def __init__(
-        self, source: Any, indices: Sequence[int], pipeline: Pipeline, *, seed: int
+        self,
+        source: Any,
+        indices: Sequence[int],
+        pipeline: Pipeline,
+        *,
+        seed: int,
+        render: bool = True,
     ) -> None:
-        self.source, self.indices, self.pipeline, self.seed = source, indices, pipeline, seed
+        self.source, self.indices, self.pipeline = source, indices, pipeline
+        self.seed, self.render = seed, render
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | DataError:
+    def __getitem__(self, key: tuple[int, int]) -> Sample | DataError:
         epoch, index = key
         rng = generator(self.seed, epoch, index)
         try:
             image, mask = self.source.image(index), self.source.mask(index)
-            augmented = self.pipeline(image, mask, rng, others=self._other)
+            size = image.shape[1], image.shape[2]
+            plan = self.pipeline.plan(size, rng, mask, others=self._other)
         except DataError as error:
             return error  # told by the loop that waits for it, without a worker's traceback
-        assert augmented[1] is not None
-        return augmented[0], augmented[1]
+        if self.render:
+            image, mask = self.pipeline.render_one(image, mask, plan)
+        return image, mask, plan
 
     def _other(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         index = self.indices[int(rng.integers(len(self.indices)))]
@@ -170,12 +185,19 @@ def train_batches(
         images,
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=_stack_pairs,
+        collate_fn=_stack_pairs if images.render else _list_samples,
         worker_init_fn=_leave_signals,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
-    return _ahead(_checked(loader), device)
+
+    def arrive(batch: Any) -> tuple[Tensor, Tensor]:
+        if images.render:
+            return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+        pixels, masks = ([one.to(device, non_blocking=True) for one in part] for part in batch[:2])
+        return images.pipeline.render(pixels, masks, batch[2])
+
+    return _ahead(_checked(loader), arrive, device)
 
 
 def eval_batches(
@@ -199,7 +221,12 @@ def digests(source: Any, indices: Sequence[int]) -> list[str]:
 
 @functools.cache  # every fold asks for the same files again
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); add the image or remove its entry"
+        ) from error
 
 
 def _same_size(source: Any, indices: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -220,16 +247,26 @@ def _leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _stack_pairs(samples: list) -> tuple[Tensor, Tensor] | DataError:
+def _list_samples(samples: list[Sample | DataError]) -> list[tuple] | DataError:
+    """Images, masks and plans, of one size once rendered; or what is wrong."""
+    sound = []
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    images, masks = zip(*samples, strict=True)
-    if len({image.shape for image in images}) > 1:
+        sound.append(sample)
+    if len({plan.size for _, _, plan in sound}) > 1:
         return DataError(
             "training images end the augmentation with different sizes; "
             "set augment.size, or end augment.train with a crop"
         )
+    return list(zip(*sound, strict=True))
+
+
+def _stack_pairs(samples: list[Sample | DataError]) -> tuple[Tensor, Tensor] | DataError:
+    listed = _list_samples(samples)
+    if isinstance(listed, DataError):
+        return listed
+    images, masks, _ = listed
     return torch.stack(images), torch.stack(masks)
 
 
@@ -250,22 +287,17 @@ def _checked(loader: DataLoader) -> Iterator[Any]:
 
 
 def _ahead(
-    batches: Iterator[tuple[Tensor, Tensor]], device: torch.device
+    batches: Iterator[Any], arrive: Callable[[Any], tuple[Tensor, Tensor]], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches on ``device``; on CUDA the next one is copied on a side stream meanwhile."""
+    """Batches as they ``arrive`` on a device; on CUDA the next one does on a side stream."""
     if device.type != "cuda":
-        yield from batches
+        yield from map(arrive, batches)
         return
     side = torch.cuda.Stream(device)
-
-    def copy(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.cuda.stream(side):
-            images, masks = (one.to(device, non_blocking=True) for one in batch)
-        return images, masks
-
     waiting = None
     for batch in batches:
-        coming = copy(batch)
+        with torch.cuda.stream(side):
+            coming = arrive(batch)
         if waiting is not None:
             yield waiting
         torch.cuda.current_stream(device).wait_stream(side)

@@ -1,5 +1,6 @@
 """A folder of images and a folder of index PNGs → class-index masks."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -111,6 +112,12 @@ class MaskSource:
                 f"{width} and {height}; correct the one that is wrong"
             )
         return torch.from_numpy(mask)
+
+    def label_digest(self, i: int) -> str:
+        digest = hashlib.sha256(f"{self.classes} {self._table.tolist()}".encode())
+        if self._masks is not None:
+            digest.update(inside(self._masks, _mask_name(self.names[i])).read_bytes())
+        return digest.hexdigest()
 
     def _sound(self, names: Iterable[str], faults: list[Fault]) -> Iterator[str]:
         """Those of ``names`` that are valid and have a mask of their own."""

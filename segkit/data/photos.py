@@ -49,6 +49,9 @@ class PhotoSource:
     def mask(self, i: int) -> Tensor:
         raise DataError(f"{self._paths[i]} has no label")
 
+    def label_digest(self, i: int) -> str:
+        return ""
+
 
 def _files(path: Path) -> Sequence[tuple[str, Path]]:
     """(name, file) of an image, or of every image in a folder, by the path below it."""

@@ -76,6 +76,10 @@ class PseudoLabelled:
         source, at = self._find(i)
         return source.mask(at)
 
+    def label_digest(self, i: int) -> str:
+        source, at = self._find(i)
+        return source.label_digest(at)
+
     def _find(self, i: int) -> tuple[Source, int]:
         first, second = self._parts
         return (first, i) if i < len(first) else (second, i - len(first))

@@ -49,6 +49,9 @@ class Source(Protocol):
     def mask(self, i: int) -> Tensor:
         """Class indices of image ``i``: uint8 (H, W), :data:`IGNORE` where there is none."""
 
+    def label_digest(self, i: int) -> str:
+        """Of all that determines the mask of image ``i``; only asked where there are labels."""
+
 
 def positions(source: Source, names: Sequence[str]) -> list[int]:
     """Where ``names`` stand in ``source``.

@@ -1,0 +1,128 @@
+"""What the model waits for: the cache against decoding, and an epoch against one batch in memory.
+
+    python -m benchmarks.input [--json] [--rounds 25]
+
+Reading is of 512×512 photographs with ten COCO polygons each. An epoch trains on the same size with
+``num_workers`` 0 and 2, and is compared with the same steps on one batch that never changes: 1.0 is
+an input pipeline that costs nothing.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks import Figure, arguments, show, take_turns
+from segkit import build_loss, build_model, build_optimizer, train_step
+from segkit.augment import Pipeline
+from segkit.data import CachedSource, CocoSource, Source
+from segkit.data.loader import TrainImages, TrainOrder, train_batches
+
+SIZE, IMAGES, BATCH = 512, 16, 4
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPERATIONS = [
+    {"name": "scale", "range": [0.5, 2.0]},
+    {"name": "rotate", "degrees": [-30, 30], "p": 0.5},
+    {"name": "crop", "size": [256, 256], "max_class_share": 0.75},
+    "hflip",
+    "photometric",
+]
+
+
+def write_set(folder: Path) -> CocoSource:
+    """Photographs of smooth colors and fine texture, with polygons of forty corners."""
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(IMAGES):
+        coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 16, 16))).float()
+        pixels = nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bicubic")[0]
+        pixels += torch.from_numpy(rng.normal(0, 12, (3, SIZE, SIZE))).float()
+        photograph = pixels.clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(photograph).save(folder / f"{i}.jpg", quality=90)
+        images.append({"id": i, "file_name": f"{i}.jpg", "height": SIZE, "width": SIZE})
+        for _ in range(10):
+            angles = np.sort(rng.uniform(0, 2 * np.pi, 40))
+            radius, center = rng.uniform(20, 120), rng.uniform(100, SIZE - 100, 2)
+            outline = center + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": i,
+                    "category_id": int(rng.integers(1, 11)),
+                    "iscrowd": 0,
+                    "area": float(radius**2 * np.pi),
+                    "segmentation": [outline.clip(0, SIZE).ravel().tolist()],
+                }
+            )
+    categories = [{"id": i, "name": f"class {i}"} for i in range(1, 11)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "set.json").write_text(json.dumps(content))
+    return CocoSource(annotations=str(folder / "set.json"))
+
+
+def read_all(source: Source) -> Callable[[], int]:
+    """Every image and mask to its last byte: a file that is mapped is not yet read."""
+
+    def run() -> int:
+        pairs = ((source.image(i), source.mask(i)) for i in range(len(source)))
+        return sum(int(image.sum()) + int(mask.sum()) for image, mask in pairs)
+
+    return run
+
+
+def trainer() -> Callable[[tuple[Tensor, Tensor]], None]:
+    """A step of training, of a small model that still takes more than 0.2 seconds on a CPU."""
+    model = build_model("resnet18_half", {"name": "upernet", "width": 64}, num_classes=11).train()
+    criterion = build_loss(["cross_entropy", "dice"], num_classes=11)
+    optimizer = build_optimizer(model, "sgd", lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        train_step(model, criterion, optimizer, [batch], amp=None, scaler=scaler, clip_norm=None)
+
+    return step
+
+
+def epoch(source: Source, workers: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The steps of an epoch fed by the pipeline, and as many on one batch."""
+    step = trainer()
+    pipeline = Pipeline(OPERATIONS, size=None, mean=MEAN, std=STD)
+    indices = list(range(len(source)))
+    images = TrainImages(source, indices, pipeline, seed=0)
+    order = TrainOrder(indices, epochs=10**6, batch_size=BATCH, accumulate=1, seed=0)
+    batches = train_batches(images, order, workers=workers, device=torch.device("cpu"))
+    fixed = next(batches)
+
+    def fed() -> None:
+        for _ in range(order.steps_per_epoch):
+            step(next(batches))
+
+    def still() -> None:
+        for _ in range(order.steps_per_epoch):
+            step(fixed)
+
+    return fed, still
+
+
+def figures(rounds: int) -> Iterator[Figure]:
+    """Reading, and epochs."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        plain = write_set(Path(root))
+        cached = CachedSource(plain, Path(root, "cache"), limit=1e9)
+        ratio, spread = take_turns(read_all(cached), read_all(plain), rounds=rounds)
+        yield Figure("read an image and its mask", "JPEG and COCO", "", ratio, spread, 1)
+        for workers in (0, 2):
+            fed, still = epoch(cached, workers)
+            ratio, spread = take_turns(fed, still, rounds=max(3, rounds // 5), warm_up=1)
+            yield Figure(f"an epoch, {workers} workers", "one batch", "", ratio, spread, 1)
+
+
+if __name__ == "__main__":
+    options = arguments(__doc__ or "").parse_args()
+    show(figures(options.rounds), as_json=options.json)

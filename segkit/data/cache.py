@@ -1,0 +1,144 @@
+"""A source read once: pixels and masks as plain bytes on the disk, mapped into memory."""
+
+import hashlib
+import os
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+
+from segkit.data.loader import digests
+from segkit.data.source import Source
+from segkit.distributed import progress
+from segkit.files import replacing
+
+_FORMAT = 1  # of the files, and of what read_image and the sources make of theirs
+_HEAD = 8  # bytes: height and width, four each
+_STALE = 3600  # seconds after which a draft's process is gone
+
+
+class CachedSource:
+    """Another source's images and masks from a cache, the same bytes without decoding.
+
+    Each image is a file: its size, then its pixels, channels last, then its mask. The file's name
+    is a digest of the image's file and of all that determines its mask, so that a changed file or
+    annotation is another entry, and several runs share a folder. A file appears whole or not at
+    all: processes may fill a folder together, and a killed one leaves what it had finished.
+
+    Args:
+        source: Where images and masks come from. It must stay: what does not fit is read from it.
+        folder: Of the cache.
+        limit: Most bytes of files in the folder. The first images are kept, the rest is read from
+            the source each time; a warning says so.
+
+    Raises:
+        DataError: An image or a mask cannot be read.
+        OSError: The disk is full, or the folder cannot be written.
+    """
+
+    def __init__(self, source: Source, folder: Path, *, limit: float) -> None:
+        self.classes, self.names, self.labelled = source.classes, source.names, source.labelled
+        self.faults = source.faults
+        self.category_ids = getattr(source, "category_ids", None)
+        self._source, self._folder = source, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        used = _tidy(folder)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self._keys = list(pool.map(self._key, range(len(source))))
+            missing = [i for i, key in enumerate(self._keys) if not (folder / key).exists()]
+            # The first images that fit, so that every process and every start keeps the same ones.
+            room, chosen = limit - used, []
+            for i in missing:
+                height, width = source.size(i)
+                room -= _HEAD + height * width * (4 if source.labelled else 3)
+                if room < 0:
+                    break
+                chosen.append(i)
+            made = pool.map(self._make, chosen)
+            for _ in progress(made, f"filling {folder}", total=len(chosen), unit="image"):
+                pass
+        left = len(missing) - len(chosen)
+        if left:
+            warnings.warn(
+                f"{folder}: is full, so {left} of {len(source)} images are decoded each time; "
+                f"raise data.cache_gb (now {limit / 1e9:g}), or delete what else is in the folder",
+                stacklevel=2,
+            )
+        self._kept = [self._read_size(i) for i in range(len(source))]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, i: int) -> Path:
+        return self._source.path(i)
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self._kept[i] or self._source.size(i)
+
+    def image(self, i: int) -> Tensor:
+        kept = self._kept[i]
+        if kept is None:
+            return self._source.image(i)
+        height, width = kept
+        return self._map(i, _HEAD, height * width * 3).view(height, width, 3).permute(2, 0, 1)
+
+    def mask(self, i: int) -> Tensor:
+        kept = self._kept[i]
+        if kept is None or not self.labelled:
+            return self._source.mask(i)
+        height, width = kept
+        return self._map(i, _HEAD + height * width * 3, height * width).view(height, width)
+
+    def label_digest(self, i: int) -> str:
+        return self._source.label_digest(i)
+
+    def _key(self, i: int) -> str:
+        """The name of an image's file, a folder of 256 first."""
+        labels = self._source.label_digest(i) if self.labelled else ""
+        made_of = f"{_FORMAT} {PIL.__version__} {digests(self._source, [i])[0]} {labels}"
+        digest = hashlib.sha256(made_of.encode()).hexdigest()[:32]
+        return f"{digest[:2]}/{digest[2:]}"
+
+    def _make(self, i: int) -> None:
+        image = self._source.image(i)
+        parts = [torch.tensor(image.shape[1:], dtype=torch.int32), image.permute(1, 2, 0)]
+        parts += [self._source.mask(i)] if self.labelled else []
+        with (
+            replacing(self._folder / self._keys[i], shared=True) as draft,
+            draft.open("wb") as file,
+        ):
+            for part in parts:
+                part.contiguous().numpy().tofile(file)
+
+    def _read_size(self, i: int) -> tuple[int, int] | None:
+        """Height and width of an image that is in the cache."""
+        file = self._folder / self._keys[i]
+        if not file.exists():
+            return None
+        height, width = self._map(i, 0, _HEAD).view(torch.int32).tolist()
+        return height, width
+
+    def _map(self, i: int, start: int, length: int) -> Tensor:
+        # Private pages: whoever writes into the tensor does not write into the cache.
+        file = self._folder / self._keys[i]
+        return torch.from_numpy(np.memmap(file, np.uint8, mode="c", offset=start, shape=length))
+
+
+def _tidy(folder: Path) -> int:
+    """Bytes of all files of a cache, after what killed processes left half-written is gone."""
+    used = 0
+    for file in folder.glob("*/*"):
+        try:
+            about = file.stat()
+            if file.name.startswith(".") and time.time() - about.st_mtime > _STALE:
+                file.unlink()
+            else:
+                used += about.st_size
+        except FileNotFoundError:  # another process finished or removed it meanwhile
+            continue
+    return used
