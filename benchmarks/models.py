@@ -123,9 +123,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=11, help="number of classes")
     options = parser.parse_args()
     if not options.json:
-        print(
-            "| configuration | parameters | multiply-adds, G | state, GiB | activations, GiB an image |"
-        )
+        print("| configuration | parameters | multiply-adds, G | state, GiB | activations, GiB |")
         print("| --- | ---: | ---: | ---: | ---: |")
     for one in costs(options.cfg, options.size, options.classes):
         if options.json:

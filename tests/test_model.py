@@ -129,6 +129,8 @@ def test_every_shipped_configuration_builds_and_its_loss_fits_its_outputs(path: 
     with torch.device("meta"):
         model = build_model(settings.model.backbone, settings.model.decoder, num_classes=11)
         outputs = model(torch.empty(2, 3, 64, 96))
+    row = re.search(rf"^\| {path.stem} \| ([\d,]+) \|", DOCUMENTED, re.MULTILINE)
+    assert row is None or int(row[1].replace(",", "")) == count(model)
     criterion = build_loss(settings.loss.terms, num_classes=11, aux_weight=settings.loss.aux_weight)
     maps = {key: torch.zeros(x.shape, requires_grad=True) for key, x in outputs.items()}
     total, _ = criterion(maps, torch.zeros(2, 64, 96, dtype=torch.uint8))
