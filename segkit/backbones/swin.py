@@ -140,12 +140,12 @@ def _within_windows(
     # in place of rolls and permutations: no size of one is ever told from others, which would
     # tie an exported model to images of one window, or of several.
     places = down * across * window**2
-    at = torch.arange(batch * places, device=x.device)
-    image, outer, inner = at // places, at % places // window**2, at % window**2
-    row = outer // across * window + inner // window
-    column = outer % across * window + inner % window
-    source = image * places + (row + up) % (down * window) * (across * window)
-    source += (column + left) % (across * window)
+    image, place = _divide(torch.arange(batch * places, device=x.device), places)
+    outer, inner = _divide(place, window**2)
+    (row, column), (below, right) = _divide(outer, across), _divide(inner, window)
+    row, column = row * window + below, column * window + right
+    source = image * places + _divide(row + up, down * window)[1] * (across * window)
+    source += _divide(column + left, across * window)[1]
     windows = filled.index_select(0, source).reshape(-1, window**2, channels)
     qkv = F.linear(windows, attention.qkv.weight, bias).unflatten(2, (3, heads, -1))
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -157,13 +157,21 @@ def _within_windows(
         scores = scores - 100.0 * apart.to(scores.dtype)
     windows = attention.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
     # And back: where each patch of the map is in its window.
-    at = torch.arange(batch * height * width, device=x.device)
-    row = (at // width % height - up) % (down * window)
-    column = (at % width - left) % (across * window)
-    outer, inner = row // window * across + column // window, row % window * window
-    source = at // (height * width) * places + outer * window**2 + inner + column % window
+    image, place = _divide(torch.arange(batch * height * width, device=x.device), height * width)
+    row, column = _divide(place, width)
+    (row, below), (column, right) = (
+        _divide(_divide(at + (number * window - shift), number * window)[1], window)
+        for at, shift, number in ((row, up, down), (column, left, across))
+    )
+    source = image * places + (row * across + column) * window**2 + below * window + right
     x = windows.flatten(0, 1).index_select(0, source)
     return x.unflatten(0, (batch, height, width))
+
+
+def _divide(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """Quotient and rest, of numbers of at least 0; ONNX has no remainder by a free size."""
+    quotient = x // by
+    return quotient, x - quotient * by
 
 
 def _seams(at: Tensor, number: int, window: int, shift: int) -> Tensor:
@@ -194,7 +202,7 @@ def _fours(x: Tensor) -> Tensor:
 
 def _whole(side: int, part: int) -> tuple[int, int]:
     """How many parts cover a side, and how far they stand out."""
-    number = -(-side // part)
+    number = (side + part - 1) // part
     return number, number * part - side
 
 

@@ -202,7 +202,7 @@ def _averages(length: int, bins: int, like: Tensor) -> Tensor:
     """A matrix whose rows average over ``bins`` parts of a line, (bins, length)."""
     at = torch.arange(length, device=like.device)
     part = torch.arange(bins, device=like.device)[:, None]
-    inside = (at >= part * length // bins) & (at < -(-(part + 1) * length // bins))
+    inside = (at >= part * length // bins) & (at < ((part + 1) * length + bins - 1) // bins)
     return inside.to(like.dtype) / inside.sum(1, keepdim=True).to(like.dtype)
 
 

@@ -254,9 +254,9 @@ def maxima(x: Tensor, side: int) -> Tensor:
     """The greatest value of each of ``side`` x ``side`` regions of a map: (..., side, side)."""
     for dim in (-2, -1):
         length = x.size(dim)
-        edges = -(-torch.arange(side + 1, device=x.device) * length // side)
+        edges = (torch.arange(side + 1, device=x.device) * length + side - 1) // side
         # as many places in every region, the last one again where a region is smaller
-        at = edges[:-1, None] + torch.arange(-(-length // side), device=x.device)
+        at = edges[:-1, None] + torch.arange((length + side - 1) // side, device=x.device)
         at = at.minimum(edges[1:, None] - 1)
         x = x.index_select(dim, at.flatten()).unflatten(dim, at.shape).amax(dim)
     return x
