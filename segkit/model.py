@@ -1,6 +1,7 @@
 """A backbone and a decoder as one network."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from segkit.config import Component, build
 from segkit.decoders import DECODERS
 from segkit.decoders.layers import resize
 from segkit.errors import ConfigError
+from segkit.export import export
 from segkit.weights import Report, load_file, load_state
 
 
@@ -63,6 +65,10 @@ class Segmenter(nn.Module):
             for norm in self._frozen():
                 norm.eval()
         return self
+
+    def export(self, path: str | Path) -> None:
+        """Write a program that runs without this library; see :func:`segkit.export.export`."""
+        export(self, path)
 
     def _unused(self) -> list[nn.Module]:
         """Parts that serve only maps the decoder does not use.

@@ -9,12 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
-from torchvision.models.swin_transformer import PatchMerging, SwinTransformer
+from torchvision.models.swin_transformer import (
+    PatchMerging,
+    PatchMergingV2,
+    ShiftedWindowAttention,
+    ShiftedWindowAttentionV2,
+    SwinTransformer,
+)
 
 from segkit.backbones import BACKBONES
 from segkit.backbones.hrnet import HRNet
 from segkit.backbones.stages import dilate
-from segkit.backbones.swin import Swin
+from segkit.backbones.swin import Attention, AttentionV2, Merging, MergingV2, Swin
 from segkit.backbones.torchvision import SameConv2d, convnext
 from segkit.errors import ConfigError
 
@@ -98,6 +104,8 @@ def slow(*values: object) -> object:
         slow("efficientnet_b7", {}, 62_143_440, (64, 48, 80, 224, 640), CHAIN),
         ("resnet50", {}, 23_508_032, (64, 256, 512, 1024, 2048), CHAIN),
         slow("resnet101", {}, 42_500_160, (64, 256, 512, 1024, 2048), CHAIN),
+        ("resnet50_v1c", {}, 23_527_264, (64, 256, 512, 1024, 2048), CHAIN),
+        slow("resnet101_v1c", {}, 42_519_392, (64, 256, 512, 1024, 2048), CHAIN),
         ("swin_t", {}, 27_520_698, (96, 192, 384, 768), PATCHES),
         ("swin_b", {}, 86_745_016, (128, 256, 512, 1024), PATCHES),
         ("swin_b", {"window": 12}, 86_880_376, (128, 256, 512, 1024), PATCHES),
@@ -194,6 +202,31 @@ def test_swin_is_torchvisions_with_a_norm_for_each_map(name: str) -> None:
         torch.testing.assert_close(logits, whole(image(64, 96)))
 
 
+def test_deep_stem_has_three_convolutions_the_first_with_the_stride() -> None:
+    with torch.device("meta"):
+        stem = BACKBONES["resnet50_v1c"]().conv1
+    assert [(conv.stride, conv.weight.shape[:2]) for conv in convs(stem)] == [
+        ((2, 2), (32, 3)),
+        ((1, 1), (32, 32)),
+        ((1, 1), (64, 32)),
+    ]
+
+
+def test_parameters_of_efficientnet_b5_by_part() -> None:
+    with torch.device("meta"):
+        backbone = BACKBONES["efficientnet_b5"]()
+    assert [count(part) for part in backbone.features] == [
+        1_392,
+        5_352,
+        122_846,
+        329_514,
+        1_632_464,
+        3_286_344,
+        12_165_292,
+        9_744_908,
+    ]
+
+
 def test_large_efficientnets_normalize_as_published() -> None:
     with torch.device("meta"):
         backbone = BACKBONES["efficientnet_b5"]()
@@ -223,6 +256,45 @@ def test_swin_windows_set_the_bias_tables(window: int, rows: int) -> None:
     assert tables == {(rows, heads) for heads in (4, 8, 16, 32)}
 
 
+@pytest.mark.parametrize("window", [7, 12])
+def test_swin_looks_up_the_bias_of_a_distance(window: int) -> None:
+    attention = Attention(2, [window, window], [0, 0], 1)
+    at = torch.arange(window)
+    row, column = at.repeat_interleave(window), at.repeat(window)
+    down, across = row[:, None] - row, column[:, None] - column
+    expected = (down + window - 1) * (2 * window - 1) + across + window - 1
+    assert torch.equal(attention.relative_position_index, expected.flatten())
+
+
+# one window, several, whole ones, a single row of them; padded at the right, below, and both
+@pytest.mark.parametrize("size", [(3, 5), (7, 7), (14, 21), (7, 20), (15, 14), (13, 29)])
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("version", [1, 2])
+def test_attention_is_torchvisions(version: int, shift: int, size: tuple[int, int]) -> None:
+    own, reference = {
+        1: (Attention, ShiftedWindowAttention),
+        2: (AttentionV2, ShiftedWindowAttentionV2),
+    }[version]
+    torch.manual_seed(0)
+    attention = own(8, [7, 7], [shift, shift], 2)
+    if version == 1:
+        nn.init.normal_(attention.relative_position_bias_table)
+    theirs = reference(8, [7, 7], [shift, shift], 2)
+    theirs.load_state_dict(attention.state_dict())
+    x = torch.randn(2, *size, 8)
+    torch.testing.assert_close(attention(x), theirs(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 2)])
+def test_merging_is_torchvisions(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    for own, reference in ((Merging, PatchMerging), (MergingV2, PatchMergingV2)):
+        merging, theirs = own(4), reference(4)
+        theirs.load_state_dict(merging.state_dict())
+        x = torch.randn(2, *size, 4)
+        assert torch.equal(merging(x), theirs(x))
+
+
 def test_swin_drops_paths_more_and_more() -> None:
     with torch.device("meta"):
         swin = BACKBONES["swin_b"](drop_path=0.3)
@@ -231,7 +303,7 @@ def test_swin_drops_paths_more_and_more() -> None:
 
 
 def test_patch_merging_takes_the_left_column_first() -> None:
-    merging = PatchMerging(1).eval()
+    merging = Merging(1).eval()
     with torch.no_grad():
         merging.reduction.weight.copy_(torch.tensor([[1.0, 10, 100, 1000], [0, 0, 0, 0]]))
         merging.norm = nn.Identity()

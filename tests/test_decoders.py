@@ -17,7 +17,7 @@ from segkit.decoders.layers import (
     resize,
 )
 from segkit.decoders.ocrnet import OCRNet, gather
-from segkit.decoders.stlnet import Texture, co_occurrence, over_regions, quantize, spread
+from segkit.decoders.stlnet import Texture, co_occurrence, maxima, quantize, spread, sums
 from segkit.decoders.unet import UNet
 from segkit.decoders.unet3plus import UNet3Plus
 from segkit.decoders.unetplusplus import UNetPlusPlus
@@ -59,7 +59,7 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def make(name: str, layout: str = "chain", **options: object) -> nn.Module:
+def make(name: str, layout: str = "chain", /, **options: object) -> nn.Module:
     strides = LAYOUTS[layout][0]
     torch.manual_seed(0)
     return DECODERS[name](
@@ -307,6 +307,47 @@ def test_unetplusplus_nodes_take_what_the_paper_draws() -> None:
     assert count(decoder.blocks) == 3_569_152
 
 
+@pytest.mark.parametrize(
+    ("channels", "parameters"),
+    [
+        ((32, 24, 40, 112, 320), 2_561_888),
+        ((48, 32, 56, 160, 448), 3_264_352),
+        ((48, 40, 64, 176, 512), 3_569_152),
+        ((64, 48, 80, 224, 640), 4_376_448),
+    ],
+)
+def test_parameters_of_unetplusplus(channels: tuple[int, ...], parameters: int) -> None:
+    with torch.device("meta"):
+        decoder = UNetPlusPlus(channels=channels, strides=(2, 4, 8, 16, 32), num_classes=11)
+    assert count(decoder.blocks) == parameters
+    assert count(decoder.classifier) == 1_595
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_unetplusplus_pruned_is_a_shallower_head_without_deeper_nodes(depth: int) -> None:
+    whole, pruned = make("unetplusplus").eval(), make("unetplusplus", pruned=depth).eval()
+    nodes, ran = {}, []
+    for name in whole.blocks:
+        whole.blocks[name].register_forward_hook(
+            lambda _, inputs, out, name=name: nodes.update({name: out})
+        )
+        pruned.blocks[name].register_forward_hook(lambda *_, name=name: ran.append(name))
+    with torch.no_grad():
+        whole(maps())
+        expected = whole.heads[depth - 1](nodes[f"x_{4 - depth}_3"])
+        torch.testing.assert_close(pruned(maps())["out"], expected)
+    assert len(ran) == depth * (depth + 1) // 2
+    assert list(pruned.train()(maps())) == ["out", "aux1", "aux2", "aux3", "aux4"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"pruned": 5}, {"pruned": 0}, {"pruned": 1, "average": True}], ids=str
+)
+def test_unetplusplus_cannot_be_pruned_to_what_it_has_not(options: dict) -> None:
+    with pytest.raises(ConfigError, match="pruned: expected a head of deep supervision"):
+        make("unetplusplus", **options)
+
+
 def test_unetplusplus_supervises_the_finest_row_from_shallow_to_deep() -> None:
     decoder = make("unetplusplus")
     assert [head.in_channels for head in decoder.heads] == [4, 4, 4, 8]
@@ -368,6 +409,18 @@ def test_parameters_of_unet3plus(channels: tuple[int, ...], bias: bool, paramete
     assert count(decoder.heads) == 9 * 320 * 11 + 11
 
 
+def test_parameters_of_presence_at_two_classes_are_the_published_modules() -> None:
+    with torch.device("meta"):
+        decoder = UNet3Plus(
+            channels=(64, 128, 256, 512, 1024),
+            strides=(1, 2, 4, 8, 16),
+            num_classes=2,
+            presence=True,
+        )
+    assert decoder.presence is not None
+    assert count(decoder.presence) == 26_991_687 - 26_989_637
+
+
 def test_unet3plus_pools_fine_maps_and_keeps_encoder_maps_out_of_deeper_nodes() -> None:
     decoder = UNet3Plus(channels=(1, 1, 1), strides=(1, 2, 4), num_classes=2, width=1)
     node = decoder.nodes[1]
@@ -402,6 +455,42 @@ def test_presence_gates_every_class_where_there_is_no_background() -> None:
     torch.testing.assert_close(odds, torch.full((1, CLASSES, 1, 1), math.log(0.5)))
 
 
+# ---- FCN and DeepLabV3+ as mmsegmentation has them
+
+
+@pytest.mark.parametrize("name", ["fcn", "deeplabv3plus"])
+def test_mmsegmentations_layout_keeps_the_contract(name: str) -> None:
+    decoder = make(name, layout="mmsegmentation", aux=True)
+    outputs = decoder(maps())
+    loss(outputs).backward()
+    assert list(outputs) == ["out", "aux"]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in decoder.parameters())
+    with torch.no_grad():
+        assert list(decoder.eval()(maps())) == ["out"]
+
+
+def test_parameters_of_deeplabv3plus_by_part() -> None:
+    options = {"channels": (64, 256, 512, 1024, 2048), "strides": (2, 4, 8, 16, 16)}
+    with torch.device("meta"):
+        decoder = DECODERS["deeplabv3plus"](**options, num_classes=11)
+        plain = DECODERS["deeplabv3plus"](**options, num_classes=11, separable=False)
+    aspp = decoder.aspp
+    assert [count(branch) for branch in aspp.branches] == [524_800, 543_232, 543_232, 543_232]
+    assert count(aspp.average) == 524_800
+    assert count(aspp.project) == 328_192
+    assert count(decoder.smooth) == 68_352
+    assert count(decoder.low) == 12_384
+    assert count(decoder.fuse) == 81_072
+    assert count(decoder.classifier) == 2_827
+    assert [count(branch) for branch in plain.aspp.branches[1:]] == [9 * 2048 * 256 + 512] * 3
+
+
+def test_deeplabv3plus_takes_both_sets_of_rates() -> None:
+    for rates in ((6, 12, 18), (12, 24, 36)):
+        decoder = make("deeplabv3plus", rates=rates, separable=False)
+        assert [branch[0].dilation[0] for branch in decoder.aspp.branches] == [1, *rates]
+
+
 # ---- OCRNet
 
 
@@ -417,6 +506,19 @@ def test_gather_shares_a_softmax_over_the_image() -> None:
     pixels = torch.tensor([1.0, 5.0]).reshape(1, 1, 1, 2)
     logits = torch.tensor([0.0, math.log(3)]).reshape(1, 1, 1, 2)
     assert gather(pixels, logits).item() == pytest.approx(0.25 * 1 + 0.75 * 5)
+
+
+def test_gather_shares_out_a_large_image_in_half_precision() -> None:
+    side = 256  # a share is 2^-16, and a thousandth of it under fp16's least number
+    regions = torch.zeros(1, 1, side, side, dtype=torch.float16)
+    regions[..., : side // 2] = -7  # e^-7 of the others' share
+    pixels = torch.ones(1, 1, side, side, dtype=torch.float16)
+    pixels[..., : side // 2] = 1000
+    with torch.autocast("cpu", torch.bfloat16):
+        mean = gather(pixels, regions)
+    share = math.exp(-7) / (1 + math.exp(-7))
+    assert mean.dtype == torch.float16
+    assert mean.item() == pytest.approx(1 + 999 * share, rel=1e-3)
 
 
 def test_parameters_of_ocrnet_by_part() -> None:
@@ -445,8 +547,14 @@ def test_parameters_of_the_texture_head(inputs: int, parameters: int) -> None:
     with torch.device("meta"):
         head = Texture(inputs, width=256, levels=128, region_levels=8, scales=(1, 2, 3, 6))
     assert count(head) == parameters
+    assert count(head.start) == 256 * inputs + 512
     assert count(head.enhance) == 746_880
+    attention = (head.enhance.query, head.enhance.key, head.enhance.value)
+    assert [count(part) for part in attention] == [16_384] * 3
+    assert count(head.enhance.expand) == 33_280
+    assert count(head.reduce) == 131_072
     assert [count(scale) for scale in head.pyramid] == [74_432] * 4
+    assert count(head.fuse) == 131_584
 
 
 def test_quantization_of_a_4x4_map() -> None:
@@ -481,7 +589,7 @@ def test_a_map_without_contrast_has_no_level() -> None:
 def test_regions_hold_each_pixel_once_at_any_size(side: int) -> None:
     height, width = 7, 11
     x = torch.rand(2, 1, height, width, generator=torch.Generator().manual_seed(0))
-    total, low = over_regions(torch.sum, x, side), over_regions(torch.amin, x, side)
+    total, high = sums(x, side), maxima(x, side)
     for i in range(side):
         for j in range(side):
             inside = [
@@ -491,8 +599,8 @@ def test_regions_hold_each_pixel_once_at_any_size(side: int) -> None:
                 if y * side // height == i and z * side // width == j
             ]
             torch.testing.assert_close(total[:, 0, i, j], torch.stack(inside).sum(0))
-            assert torch.equal(low[:, 0, i, j], torch.stack(inside).amin(0))
-    assert torch.equal(over_regions(torch.amin, spread(low, x), side), low)
+            assert torch.equal(high[:, 0, i, j], torch.stack(inside).amax(0))
+    assert torch.equal(maxima(spread(high, x), side), high)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3])
@@ -518,7 +626,14 @@ def test_texture_is_quantized_in_float32_under_autocast(monkeypatch: pytest.Monk
         seen.append({x.dtype, steps.dtype, encoding.dtype})
         return steps, encoding
 
+    def spy_sums(x: Tensor, side: int) -> Tensor:
+        counted.append({x.dtype, sums(x, side).dtype})
+        return sums(x, side)
+
+    counted: list[set[torch.dtype]] = []
     monkeypatch.setattr(stlnet, "quantize", spy)
+    monkeypatch.setattr(stlnet, "sums", spy_sums)
     with torch.autocast("cpu", torch.bfloat16):
         make("stlnet")(maps())
     assert seen == [{torch.float32}] * 5  # the whole image and four scales of regions
+    assert counted == [{torch.float32}] * 12  # of each scale: averages, pixels, co-occurrences

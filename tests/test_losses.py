@@ -216,6 +216,33 @@ def test_ms_ssim_of_constant_maps_worked_by_hand() -> None:
     assert MSSSIM()(logits, target).item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("size", "scales"), [(11, 1), (21, 1), (22, 2), (45, 3), (176, 5)])
+def test_ms_ssim_by_its_definition_window_by_window(size: int, scales: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 2, size, size + 3, generator=rng, dtype=torch.float64)
+    target = torch.randint(2, (1, size, size + 3), generator=rng)
+    bell = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
+    weight = torch.tensor([[a * b for a in bell] for b in bell], dtype=torch.float64)
+    weight = weight.flatten()[:, None] / weight.sum()
+    powers = MSSSIM.scale_weights[:scales]
+    values = []
+    for c in range(2):
+        x, y = logits.softmax(1)[:, c : c + 1], (target == c)[:, None].double()
+        value = torch.ones((), dtype=torch.float64)
+        for scale, power in enumerate(powers, 1):
+            (p,), (t,) = (F.unfold(z, 11) for z in (x, y))  # a column for each window
+            mean_p, mean_t = (weight * p).sum(0), (weight * t).sum(0)
+            var_p, var_t = (weight * (p - mean_p) ** 2).sum(0), (weight * (t - mean_t) ** 2).sum(0)
+            covariance = (weight * (p - mean_p) * (t - mean_t)).sum(0)
+            similar = (2 * covariance + 0.03**2) / (var_p + var_t + 0.03**2)
+            if scale == scales:
+                similar *= (2 * mean_p * mean_t + 0.01**2) / (mean_p**2 + mean_t**2 + 0.01**2)
+            value *= ((similar.mean() + 1) / 2) ** (power / sum(powers))
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        values.append(1 - value)
+    torch.testing.assert_close(MSSSIM()(logits, target), sum(values) / 2)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (11, 30), (22, 22), (175, 176), (176, 180)])
 def test_ms_ssim_takes_any_size(size: tuple[int, int]) -> None:
     logits, target = batch(size=size, images=1)

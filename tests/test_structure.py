@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "files", "labels"},
     {"config", "distributed", "command"},
     {"augment", "losses", "metrics", "backbones", "decoders", "checkpoint"},
-    {"weights", "data", "optim"},
+    {"weights", "export", "data", "optim"},
     {"model", "run"},
     {"tta", "ensemble"},
     {"engine", "predict"},

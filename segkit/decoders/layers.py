@@ -1,6 +1,7 @@
 """The layers decoders are made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class ConvNormAct(nn.Sequential):
         bias: Give the convolution a bias, though BatchNorm takes it away again: some published
             weights have one.
         separable: A depthwise convolution followed by a pointwise one.
+        norm_between: BatchNorm and ReLU between the two as well.
         activation: What follows BatchNorm.
     """
 
@@ -47,23 +49,23 @@ class ConvNormAct(nn.Sequential):
         dilation: int = 1,
         bias: bool = False,
         separable: bool = False,
+        norm_between: bool = False,
         activation: Callable[[], nn.Module] = lambda: nn.ReLU(inplace=True),
     ) -> None:
         padding = dilation * (kernel // 2)
         conv: nn.Module
         if separable:
-            conv = nn.Sequential(
-                nn.Conv2d(
-                    inputs,
-                    inputs,
-                    kernel,
-                    padding=padding,
-                    dilation=dilation,
-                    groups=inputs,
-                    bias=bias,
-                ),
-                nn.Conv2d(inputs, outputs, 1, bias=bias),
+            depthwise = nn.Conv2d(
+                inputs,
+                inputs,
+                kernel,
+                padding=padding,
+                dilation=dilation,
+                groups=inputs,
+                bias=bias,
             )
+            between = [BatchNorm2d(inputs), nn.ReLU(inplace=True)] if norm_between else []
+            conv = nn.Sequential(depthwise, *between, nn.Conv2d(inputs, outputs, 1, bias=bias))
         else:
             conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias)
         super().__init__(conv, BatchNorm2d(outputs), activation())
@@ -98,7 +100,7 @@ class PyramidPooling(nn.Module):
         size = x.shape[-2:]
         pyramid = [x]
         for bins, branch in zip(self.bins, self.branches, strict=True):
-            pyramid.append(resize(branch(F.adaptive_avg_pool2d(x, bins)), size))
+            pyramid.append(resize(branch(average_pool(x, bins)), size))
         return self.fuse(torch.cat(pyramid, 1))
 
 
@@ -112,6 +114,8 @@ class ASPP(nn.Module):
         width: Channels of each branch, and out.
         rates: Dilation of each 3x3 branch; a 1x1 branch and the image's average are always there.
         separable: Make the 3x3 branches depthwise and pointwise.
+        norm_between: BatchNorm and ReLU between the two as well.
+        kernel: Side of the kernel that joins the branches.
         dropout: Share of values dropped from the output.
 
     Shape:
@@ -126,14 +130,20 @@ class ASPP(nn.Module):
         width: int,
         rates: Sequence[int],
         separable: bool = False,
+        norm_between: bool = False,
+        kernel: int = 1,
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
         self.branches = nn.ModuleList([ConvNormAct(inputs, width, kernel=1)])
         for rate in rates:
-            self.branches.append(ConvNormAct(inputs, width, dilation=rate, separable=separable))
+            self.branches.append(
+                ConvNormAct(
+                    inputs, width, dilation=rate, separable=separable, norm_between=norm_between
+                )
+            )
         self.average = ConvNormAct(inputs, width, kernel=1)
-        self.project = ConvNormAct(width * (len(rates) + 2), width, kernel=1)
+        self.project = ConvNormAct(width * (len(rates) + 2), width, kernel=kernel)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,10 +180,39 @@ def resize(
         align_corners: Place the grid on the corner pixels' centers instead of the image's edges;
             some published weights were trained so. Of no effect on ``nearest``.
     """
-    if x.shape[-2:] == tuple(size):
-        return x
+    if not torch.compiler.is_exporting() and x.shape[-2:] == tuple(size):
+        return x  # a comparison of sizes would tie an exported model to how this one came out
     corners = align_corners if mode == "bilinear" else None
     return F.interpolate(x, size=tuple(size), mode=mode, align_corners=corners)
+
+
+def average_pool(x: Tensor, bins: int) -> Tensor:
+    """Averages over a grid of ``bins`` x ``bins`` parts of a map: (B, C, bins, bins).
+
+    While a model is exported the same averages are two products with matrices, which any size
+    has: torch's own operation takes but sizes that ``bins`` divides, or a single one.
+    """
+    if bins == 1 or not torch.compiler.is_exporting():
+        return F.adaptive_avg_pool2d(x, bins)
+    rows, columns = (_averages(length, bins, x) for length in x.shape[-2:])
+    return rows @ x @ columns.T
+
+
+def _averages(length: int, bins: int, like: Tensor) -> Tensor:
+    """A matrix whose rows average over ``bins`` parts of a line, (bins, length)."""
+    at = torch.arange(length, device=like.device)
+    part = torch.arange(bins, device=like.device)[:, None]
+    inside = (at >= part * length // bins) & (at < ((part + 1) * length + bins - 1) // bins)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True).to(like.dtype)
+
+
+@contextmanager
+def exactly(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """``tensors`` in float32 at least, and autocast off, for what half precision cannot tell."""
+    device = tensors[0].device.type
+    halved = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if halved else nullcontext():
+        yield [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
 def level_at(stride: int, strides: Sequence[int]) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkit.decoders.layers import Classifier, ConvNormAct, resize
+from segkit.decoders.layers import Classifier, ConvNormAct, exactly, resize
 
 
 class OCRNet(nn.Module):
@@ -67,7 +67,7 @@ class OCRNet(nn.Module):
         context = F.scaled_dot_product_attention(
             _tokens(self.query(pixels)), _tokens(self.key(objects)), _tokens(self.value(objects))
         )
-        context = self.context(context.transpose(1, 2).unflatten(2, size))
+        context = self.context(context.squeeze(1).transpose(1, 2).unflatten(2, size))
         logits = self.classifier(self.dropout(self.fuse(torch.cat([context, pixels], 1))))
         return {"out": logits, "aux": regions} if self.training else {"out": logits}
 
@@ -80,10 +80,12 @@ def gather(pixels: Tensor, regions: Tensor) -> Tensor:
         regions: Logits of each object region, (B, N, h, w).
 
     Returns:
-        (B, C, N, 1)
+        (B, C, N, 1), computed in float32 at least: a share of a large image is next to nothing in
+        half precision.
     """
-    shares = regions.flatten(2).softmax(2)
-    return (pixels.flatten(2) @ shares.transpose(1, 2).to(pixels.dtype)).unsqueeze(3)
+    with exactly(pixels, regions) as (values, logits):
+        means = values.flatten(2) @ logits.flatten(2).softmax(2).mT
+    return means.unsqueeze(3).to(pixels.dtype)
 
 
 def _twice(inputs: int, outputs: int) -> nn.Sequential:
@@ -93,4 +95,5 @@ def _twice(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)
+    """(B, C, h, w) as one head's tokens, (B, 1, h w, C)."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)

@@ -1,13 +1,12 @@
 """STLNet: texture as statistics of quantized maps."""
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkit.decoders.layers import ASPP, ConvNormAct, fcn_head, level_at, resize
+from segkit.decoders.layers import ASPP, ConvNormAct, exactly, fcn_head, level_at, resize
 
 
 class STLNet(nn.Module):
@@ -137,20 +136,21 @@ class Enhancement(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         reduced = self.reduce(x)
-        average = reduced.mean((2, 3), keepdim=True)
-        steps, encoding = quantize(likeness(reduced, average), self.levels, side=1)
-        count = encoding.sum((2, 3), keepdim=True)
-        count = count / (count.sum(1, keepdim=True) + 1e-6)
+        with exactly(reduced) as (exact,):
+            average = exact.mean((2, 3), keepdim=True)
+            steps, encoding = quantize(likeness(exact, average), self.levels, side=1)
+            count = encoding.sum((2, 3), keepdim=True)
+            count = count / (count.sum(1, keepdim=True) + 1e-6)
         # the histogram as a map, one step a row: (B, 2, levels, 1)
         histogram = torch.cat([steps, count], 2).transpose(1, 2).to(x.dtype)
+        average = average.to(x.dtype)
         described = self.describe(histogram)
         described = self.join(torch.cat([described, average.expand_as(described)], 1))
-        query, key, value = (
-            project(described).flatten(2).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
+        query, key, value = (  # (B, 1, levels, width / 2)
+            project(described).permute(0, 3, 2, 1) for project in (self.query, self.key, self.value)
         )
         equalized = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        equalized = self.expand(equalized.transpose(1, 2).unsqueeze(3))
+        equalized = self.expand(equalized.permute(0, 3, 2, 1))
         pixels = equalized.flatten(2) @ encoding.flatten(2).to(equalized.dtype)
         return pixels.unflatten(2, x.shape[-2:])
 
@@ -181,22 +181,24 @@ class RegionTexture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         side = min(self.side, *x.shape[-2:])
-        average = over_regions(torch.mean, x, side)
-        steps, encoding = quantize(likeness(x, spread(average, x)), self.levels, side)
-        meetings = co_occurrence(encoding, side)
+        with exactly(x) as (exact,):
+            average = sums(exact, side) / sums(torch.ones_like(exact[:1, :1]), side)
+            steps, encoding = quantize(likeness(exact, spread(average, x)), self.levels, side)
+            meetings = co_occurrence(encoding, side)
         at = steps.unsqueeze(2).expand_as(meetings)
         beside = steps.unsqueeze(1).expand_as(meetings)
         # each region's pairs of levels as a map, a pair a row: (B, 3, levels^2, side^2)
         pairs = torch.stack([beside, at, meetings], 1).flatten(2, 3).flatten(3).to(x.dtype)
         described = self.describe(pairs)
-        average = average.flatten(2).unsqueeze(2).expand(-1, -1, described.size(2), -1)
+        average = average.to(x.dtype).flatten(2).unsqueeze(2)
+        average = average.expand(-1, -1, described.size(2), -1)
         described = self.join(torch.cat([described, average], 1))
         return described.mean(2).unflatten(2, (side, side))
 
 
 def likeness(x: Tensor, average: Tensor) -> Tensor:
-    """Cosine between each pixel and the average of what it belongs to, (B, 1, h, w), float32."""
-    return F.cosine_similarity(x.float(), average.float()).unsqueeze(1)
+    """Cosine between each pixel and the average of what it belongs to, (B, 1, h, w)."""
+    return F.cosine_similarity(x, average).unsqueeze(1)
 
 
 def quantize(x: Tensor, levels: int, side: int) -> tuple[Tensor, Tensor]:
@@ -211,7 +213,7 @@ def quantize(x: Tensor, levels: int, side: int) -> tuple[Tensor, Tensor]:
         Steps, (B, levels, side, side), and the encoding, (B, levels, h, w): one minus the
         distance to the step where that is less than a step's width, else 0.
     """
-    low, high = over_regions(torch.amin, x, side), over_regions(torch.amax, x, side)
+    low, high = -maxima(-x, side), maxima(x, side)
     spacing = (high - low) / levels
     middle = torch.arange(levels, device=x.device, dtype=x.dtype) + 0.5
     steps = low + middle[:, None, None] * spacing
@@ -235,17 +237,28 @@ def co_occurrence(encoding: Tensor, side: int) -> Tensor:
     inside = (rows[1:] == rows[:-1])[:, None] & (columns[1:] == columns[:-1])
     at, beside = encoding[:, :, None, :-1, :-1], encoding[:, None, :, 1:, 1:]
     met = F.pad(at * beside * inside, (0, 1, 0, 1))
-    total = over_regions(torch.sum, met, side)
+    total = sums(met, side)
     return total / (total.sum((1, 2), keepdim=True) + 1e-6)
 
 
-def over_regions(reduce: Callable[..., Tensor], x: Tensor, side: int) -> Tensor:
-    """Reduce each of ``side`` x ``side`` regions of a map to one value: (..., side, side)."""
+def sums(x: Tensor, side: int) -> Tensor:
+    """The sum over each of ``side`` x ``side`` regions of a map: (..., side, side)."""
+    every = torch.arange(side, device=x.device)[:, None]
+    rows, columns = (
+        (regions(length, side, x.device) == every).to(x.dtype) for length in x.shape[-2:]
+    )
+    return rows @ (x @ columns.T)
+
+
+def maxima(x: Tensor, side: int) -> Tensor:
+    """The greatest value of each of ``side`` x ``side`` regions of a map: (..., side, side)."""
     for dim in (-2, -1):
         length = x.size(dim)
-        edges = [-(-i * length // side) for i in range(side + 1)]
-        parts = [reduce(x.narrow(dim, a, b - a), dim) for a, b in pairwise(edges)]
-        x = torch.stack(parts, dim)
+        edges = (torch.arange(side + 1, device=x.device) * length + side - 1) // side
+        # as many places in every region, the last one again where a region is smaller
+        at = edges[:-1, None] + torch.arange((length + side - 1) // side, device=x.device)
+        at = at.minimum(edges[1:, None] - 1)
+        x = x.index_select(dim, at.flatten()).unflatten(dim, at.shape).amax(dim)
     return x
 
 

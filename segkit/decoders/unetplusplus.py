@@ -27,6 +27,8 @@ class UNetPlusPlus(nn.Module):
             U-Net's to ``auxN`` the deepest's, while training.
         average: Deep supervision with ``out`` the mean of all heads, the paper's accurate mode.
             Without it ``out`` is the last head's, its fast mode at full depth.
+        pruned: In evaluation ``out`` is that of ``aux1``, ``aux2``, ..., and nodes that only
+            deeper ones need are left out: the paper's fast mode, of a model with deep supervision.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
@@ -34,7 +36,7 @@ class UNetPlusPlus(nn.Module):
         aux*: (B, num_classes, H / strides[0], W / strides[0]), in training
 
     Raises:
-        ConfigError: If there are fewer ``widths`` than encoder levels.
+        ConfigError: If there are fewer ``widths`` than encoder levels, or ``pruned`` names no head.
 
     Departs from the paper: resizes to the exact skip size, so odd inputs work; the four heads
     stand at the encoder's finest map, since a classifier has none at the image's size.
@@ -49,6 +51,7 @@ class UNetPlusPlus(nn.Module):
         widths: tuple[int, ...] = (256, 128, 64, 32, 16),
         deep_supervision: bool = False,
         average: bool = False,
+        pruned: int | None = None,
     ) -> None:
         super().__init__()
         if len(widths) < len(channels):
@@ -73,16 +76,25 @@ class UNetPlusPlus(nn.Module):
         finest = [row[d] for d in reversed(range(self.depth))]
         supervised = finest if deep_supervision or average else []
         self.heads = nn.ModuleList(Classifier(inputs, num_classes) for inputs in supervised)
+        if pruned is not None and not (1 <= pruned <= len(self.heads) and not average):
+            raise ConfigError(
+                f"pruned: expected a head of deep supervision without average, 1 to {self.depth}, "
+                f"got {pruned}"
+            )
+        self.pruned = pruned
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         maps = features[::-1]
         row: dict[int, Tensor] = {}
-        for column in range(self.depth):
+        last = self.depth - self.pruned if self.pruned and not self.training else 0
+        for column in range(last, self.depth):
             skips = [maps[column + 1]]
-            for d in reversed(range(column + 1)):
+            for d in reversed(range(last, column + 1)):
                 deeper = maps[column] if d == column else row[d]
                 row[d] = self.blocks[f"x_{d}_{column}"](deeper, skips)
                 skips.insert(0, row[d])
+        if self.pruned and not self.training:
+            return {"out": self.heads[self.pruned - 1](row[last])}
         height, width = row[0].shape[-2:]
         x = resize(row[0], (height * self.scale, width * self.scale), mode="nearest")
         outputs = {"out": self.classifier(self.blocks[f"x_0_{self.depth}"](x, []))}

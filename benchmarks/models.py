@@ -1,0 +1,140 @@
+"""What each shipped model costs: parameters, multiply-adds, and memory for training.
+
+    python -m benchmarks.models [--json] [--cfg NAME ...] [--size 512] [--classes 11]
+
+Nothing is computed: models are built and run on PyTorch's "meta" device, which knows only shapes,
+so the largest takes seconds and no memory. All numbers are fp32.
+
+- multiply-adds: of convolutions and matrix products, one image, evaluation
+- state: weights, gradients and AdamW's two moments, 16 bytes a parameter
+- activations: what a training step keeps for backward, an image; each storage once, the batch's
+  logits at the image's size and the loss not counted, nor what an operation needs while it runs
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from segkit import config
+from segkit.model import build_model
+
+NAMES = (
+    "swin",
+    "swin_b",
+    "unetplusplus_b5",
+    "unetplusplus_b7",
+    "unet3plus",
+    "unet3plus_b5",
+    "fcn_r50",
+    "fcn_r101",
+    "ocrnet_w48",
+    "stlnet_r101",
+    "deeplabv3plus_se152",
+)
+"""The configurations of the field's table."""
+
+CHECKPOINTED = ("swin", "swin_b", "ocrnet_w48")
+"""Those whose backbone can forget activations, measured so too."""
+
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One model's figures.
+
+    Args:
+        name: Of the configuration, with what was changed in it.
+        parameters: All of them.
+        multiply_adds: In thousand millions.
+        state: GiB.
+        activations: GiB an image.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: float
+    state: float
+    activations: float
+
+
+def cost(model: nn.Module, name: str, size: int) -> Cost:
+    """Measure a model that was built on the meta device."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    image = torch.empty(BATCH, 3, size, size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image[:1])
+    return Cost(
+        name=name,
+        parameters=parameters,
+        multiply_adds=counter.get_total_flops() / 2e9,
+        state=16 * parameters / 2**30,
+        activations=kept_for_backward(model.train(), image) / BATCH / 2**30,
+    )
+
+
+def kept_for_backward(model: nn.Module, image: Tensor) -> int:
+    """Bytes that a forward pass leaves behind for backward, besides the model's own."""
+    own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = model(image)
+    del outputs
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def costs(names: Sequence[str], size: int, num_classes: int) -> Iterator[Cost]:
+    """Each configuration's figures, and those with checkpointing where it has that."""
+    for name in names:
+        settings = config.load(name).model
+        with torch.device("meta"):
+            yield cost(_build(settings, num_classes), name, size)
+            if name in CHECKPOINTED:
+                model = _build(settings, num_classes, checkpointing=True)
+                yield cost(model, f"{name}, checkpointing", size)
+
+
+def _build(settings: config.Model, num_classes: int, **options: object) -> nn.Module:
+    backbone = {**settings.backbone, **options}
+    return build_model(backbone, settings.decoder, num_classes=num_classes)
+
+
+def main() -> None:
+    """Print a table, or a line of JSON a model."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON a figure")
+    parser.add_argument("--cfg", nargs="+", default=NAMES, help="configurations to measure")
+    parser.add_argument("--size", type=int, default=512, help="side of the image")
+    parser.add_argument("--classes", type=int, default=11, help="number of classes")
+    options = parser.parse_args()
+    if not options.json:
+        print("| configuration | parameters | multiply-adds, G | state, GiB | activations, GiB |")
+        print("| --- | ---: | ---: | ---: | ---: |")
+    for one in costs(options.cfg, options.size, options.classes):
+        if options.json:
+            print(json.dumps(asdict(one)), flush=True)
+        else:
+            print(
+                f"| {one.name} | {one.parameters:,} | {one.multiply_adds:,.1f} "
+                f"| {one.state:.2f} | {one.activations:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Whether each shipped model can learn four photographs by heart, to over 0.9 mean IoU.
+
+    python -m benchmarks.overfit --data FOLDER [--cfg NAME ...] [--json]
+
+FOLDER holds PNG masks as the README's ``masks`` source reads them: ``images/train``,
+``masks/train`` and ``classes.txt``, as CamVid does. Four photographs with the most classes are cut
+to the middle and shrunk. Weights are random, the loss and the model are the configuration's own,
+dropout and drop-path included; the score is of evaluation mode, with BatchNorm's statistics taken
+from the four crops, as for a soup.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.models import NAMES
+from segkit import config
+from segkit.data.masks import MaskSource
+from segkit.engine import train_step
+from segkit.losses import build_loss
+from segkit.metrics import classes_of, confusion_matrix, scores
+from segkit.model import build_model
+from segkit.optim import build_optimizer, build_schedule, set_lr
+from segkit.soup import reestimate_batchnorm
+
+GOAL = 0.9
+PHOTOGRAPHS = 4
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one model did.
+
+    Args:
+        name: Of the configuration.
+        miou: The last one, over the classes of the crops.
+        steps: Until then.
+        seconds: Of training and scoring.
+        reached: Whether that is over the goal.
+    """
+
+    name: str
+    miou: float
+    steps: int
+    seconds: float
+    reached: bool
+
+
+def crops(folder: Path, size: int, ignore_index: int) -> tuple[Tensor, Tensor, int]:
+    """The richest photographs: images, normalized, masks, and the number of classes."""
+    source = MaskSource(
+        images=str(folder / "images" / "train"),
+        masks=str(folder / "masks" / "train"),
+        classes=str(folder / "classes.txt"),
+        ignore_index=ignore_index,
+    )
+    spread = range(0, len(source), max(1, len(source) // 40))  # neighbors are frames of one film
+    richest = sorted(spread, key=lambda i: -len(source.mask(i).unique()))[:PHOTOGRAPHS]
+    images, masks = [], []
+    for i in richest:
+        image, mask = source.image(i), source.mask(i)
+        side = min(mask.shape)
+        top, left = ((whole - side) // 2 for whole in mask.shape)
+        image = image[:, top : top + side, left : left + side].float()[None] / 255
+        mask = mask[top : top + side, left : left + side][None, None]
+        images.append(F.interpolate(image, (size, size), mode="bilinear", antialias=True))
+        masks.append(F.interpolate(mask, (size, size), mode="nearest")[:, 0])
+    batch = torch.cat(images)
+    mean, std = batch.mean((0, 2, 3), keepdim=True), batch.std((0, 2, 3), keepdim=True)
+    return (batch - mean) / std, torch.cat(masks), len(source.classes)
+
+
+def overfit(
+    name: str, images: Tensor, masks: Tensor, num_classes: int, *, steps: int, lr: float, every: int
+) -> Result:
+    """Train until the goal is reached, or to the last step."""
+    settings = config.load(name)
+    model = build_model(
+        settings.model.backbone, settings.model.decoder, num_classes=num_classes, seed=0
+    ).train()
+    criterion = build_loss(
+        settings.loss.terms, num_classes=num_classes, aux_weight=settings.loss.aux_weight
+    )
+    optimizer = build_optimizer(model, "adamw", lr=lr)
+    schedule = build_schedule("cosine", total=steps, warmup=20)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    start, miou = time.perf_counter(), 0.0
+    torch.manual_seed(0)  # of dropout
+    for step in range(1, steps + 1):
+        set_lr(optimizer, schedule(step - 1))
+        train_step(
+            model, criterion, optimizer, [(images, masks)], amp=None, scaler=scaler, clip_norm=5.0
+        )
+        if step % every == 0 or step == steps:
+            miou = score(model, images, masks, num_classes)
+            if miou > GOAL:
+                break
+    return Result(name, miou, step, time.perf_counter() - start, miou > GOAL)
+
+
+@torch.no_grad()
+def score(model: torch.nn.Module, images: Tensor, masks: Tensor, num_classes: int) -> float:
+    """Mean IoU over the classes that are there or were predicted; the model's state stays."""
+    before = {key: x.clone() for key, x in model.named_buffers()}
+    reestimate_batchnorm(model, [images])
+    predicted = classes_of(model.eval()(images)["out"])
+    for key, buffer in model.train().named_buffers():
+        buffer.copy_(before[key])
+    return scores(confusion_matrix(predicted, masks, num_classes)).miou or 0.0
+
+
+def main() -> None:
+    """Print a line a model."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON a model")
+    parser.add_argument("--data", type=Path, required=True, help="folder of photographs and masks")
+    parser.add_argument("--cfg", nargs="+", default=NAMES, help="configurations to train")
+    parser.add_argument("--ignore-index", type=int, default=11, help="value of unlabeled pixels")
+    parser.add_argument("--size", type=int, default=96, help="side of the crops")
+    parser.add_argument("--steps", type=int, default=600, help="at most")
+    parser.add_argument("--every", type=int, default=20, help="steps between scores")
+    parser.add_argument("--lr", type=float, default=5e-4, help="AdamW's learning rate")
+    options = parser.parse_args()
+    images, masks, num_classes = crops(options.data, options.size, options.ignore_index)
+    for name in options.cfg:
+        result = overfit(
+            name,
+            images,
+            masks,
+            num_classes,
+            steps=options.steps,
+            lr=options.lr,
+            every=options.every,
+        )
+        if options.json:
+            print(json.dumps(asdict(result)), flush=True)
+        else:
+            print(
+                f"{result.name:<24}mIoU {result.miou:.3f}  {result.steps:>4} steps  "
+                f"{result.seconds:7.0f} s  {'reached' if result.reached else 'NOT REACHED'}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""A network as one file that runs without this library: a torch.export program, or ONNX."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+from segkit.errors import SegkitError
+
+EXAMPLE = (2, 3, 161, 193)
+"""A shape to trace with; no two sizes are alike, so that none is taken for another."""
+
+
+def export(model: nn.Module, path: str | Path) -> None:
+    """Write what the network does in evaluation, for batches, heights and widths of any size.
+
+    A ``.pt2`` file is read back by ``torch.export.load(path).module()``, which maps an image to
+    the same dict as the model. An ``.onnx`` file has the input ``image`` and the output ``out``.
+    Images smaller than some cells of the deepest feature map are refused by the program.
+
+    Args:
+        model: A :class:`segkit.model.Segmenter`; its mode is left as it was.
+        path: Ends in ``.pt2`` or ``.onnx``.
+
+    Raises:
+        SegkitError: Another ending, or packages that ONNX needs are not installed.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt2", ".onnx"):
+        raise SegkitError(f"{path}: expected a file name that ends in .pt2 or .onnx")
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if path.suffix == ".onnx" and missing:
+        raise SegkitError(
+            f"{path}: ONNX needs packages that are not installed; run: "
+            f"pip install {' '.join(missing)}"
+        )
+    training = model.training
+    image = next(model.parameters()).new_zeros(EXAMPLE)
+    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                model.eval(),
+                (image,),
+                dynamic_shapes={"image": free},
+                prefer_deferred_runtime_asserts_over_guards=True,  # else any guard is an error
+            )
+    finally:
+        model.train(training)
+    if path.suffix == ".pt2":
+        torch.export.save(program, path)
+    else:
+        torch.onnx.export(program, (), path, output_names=["out"], verbose=False)
