@@ -27,7 +27,9 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, *batches: Any, **op
 
 
 def make(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = build_model("resnet18_half", {"name": "fcn", "width": 8, "aux": False}, num_classes=3)
+    model = build_model(
+        "resnet18_half", {"name": "fcn", "width": 8, "dropout": 0.0, "aux": False}, num_classes=3
+    )
     return model, build_optimizer(model, "adamw", lr=0.01, **options)
 
 

@@ -30,7 +30,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
 """Name in the configuration's ``data`` section → source."""
 
 
-def open_source(config: Config, part: str) -> Source:
+def open_source(config: Config, part: str, *, cached: bool = True) -> Source:
     """A part of the ``data`` section, opened on rank 0 first: it may have to be made.
 
     Labelled images are read through the cache, unless ``data.cache_gb`` is 0.
@@ -38,6 +38,7 @@ def open_source(config: Config, part: str) -> Source:
     Args:
         config: Of the run.
         part: ``train``, ``val``, ``test``, ``test_labels`` or ``pseudo``.
+        cached: ``False`` reads the files themselves.
 
     Raises:
         ConfigError: The component cannot be meant.
@@ -46,7 +47,7 @@ def open_source(config: Config, part: str) -> Source:
     if not distributed.is_main():
         distributed.barrier()
     source = build(SOURCES, getattr(config.data, part), f"data.{part}")
-    if part in ("train", "val") and config.data.cache_gb:
+    if cached and part in ("train", "val") and config.data.cache_gb:
         source = CachedSource(source, Path(config.data.cache), limit=config.data.cache_gb * 1e9)
     if distributed.is_main():
         distributed.barrier()

@@ -216,17 +216,22 @@ def eval_batches(
 
 def digests(source: Any, indices: Sequence[int]) -> list[str]:
     """A short digest of each image file, by which checkpoints tell what they trained on."""
-    return [_digest(source.path(index)) for index in indices]
+    found = []
+    for index in indices:
+        path = source.path(index)
+        try:
+            about = path.stat()
+            found.append(_digest(path.resolve(), about.st_mtime_ns, about.st_size))
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read ({error.strerror}); add the image or remove its entry"
+            ) from error
+    return found
 
 
 @functools.cache  # every fold asks for the same files again
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); add the image or remove its entry"
-        ) from error
+def _digest(path: Path, changed: int, size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _same_size(source: Any, indices: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ def open_parts(cfg: config.Config) -> list[Part]:
     parts = []
     for title in ("train", "val", "test"):
         if getattr(cfg.data, title) is not None:
-            source = open_source(cfg, title)
+            source = open_source(cfg, title, cached=False)
             parts.append(Part(title, source, survey(source, f"reading {title}")))
     if not parts[0].source.labelled:
         raise DataError("data.train: has no labels; expected labelled images to look at")
