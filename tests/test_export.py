@@ -50,7 +50,7 @@ def check(model: nn.Module, path: Path, sizes: tuple[tuple[int, int, int], ...] 
             ours, theirs = model(image(*size)), program(image(*size))
         assert ours.keys() == theirs.keys() == {"out"}
         largest = ours["out"].abs().max().item()
-        torch.testing.assert_close(theirs["out"], ours["out"], rtol=0, atol=3e-5 * largest)
+        torch.testing.assert_close(theirs["out"], ours["out"], rtol=0, atol=1e-4 * largest)
 
 
 def test_every_decoder_is_exported() -> None:
