@@ -671,8 +671,7 @@ def first(reasons: Any) -> str:
 @pytest.mark.parametrize(
     ("names", "why"),
     [
-        (["decode_head.sep_bottleneck.0.depthwise_conv.conv.weight"], "a BatchNorm inside"),
-        (["decode_head.convs.0.conv.weight", "decode_head.conv_seg.weight"], "more convolutions"),
+        (["decode_head.convs.0.conv.weight", "decode_head.conv_seg.weight"], "no decoder of its"),
         (["decode_head.query.weight"], "no decoder of its structure"),
     ],
 )
@@ -688,6 +687,66 @@ def test_mmsegmentations_other_models_give_their_backbone(names: list[str], why:
     same(model.backbone, backbone)
     assert why in first(report.fresh)
     assert [k for k, reason in report.skipped.items() if reason == "of a decoder"] == names
+
+
+def _separable(ours: str, theirs: str) -> list:
+    """A separable convolution with BatchNorm inside, by mmsegmentation's names."""
+    return [
+        (rf"^decoder\.{ours}\.0\.0\.", rf"{theirs}.depthwise_conv.conv."),
+        (rf"^decoder\.{ours}\.0\.1\.", rf"{theirs}.depthwise_conv.bn."),
+        (rf"^decoder\.{ours}\.0\.3\.", rf"{theirs}.pointwise_conv.conv."),
+        (rf"^decoder\.{ours}\.1\.", rf"{theirs}.pointwise_conv.bn."),
+    ]
+
+
+def _plain(ours: str, theirs: str) -> list:
+    return [
+        (rf"^decoder\.{ours}\.0\.", rf"{theirs}.conv."),
+        (rf"^decoder\.{ours}\.1\.", rf"{theirs}.bn."),
+    ]
+
+
+MMSEG_HEADS = {
+    "fcn": [
+        *_plain(r"convs\.([01])", r"decode_head.convs.\1"),
+        (r"^decoder\.classifier\.4", "decode_head.conv_seg"),
+        *_plain("classifier", "decode_head.conv_cat"),
+        (r"^decoder\.aux_classifier\.4", "auxiliary_head.conv_seg"),
+        *_plain("aux_classifier", "auxiliary_head.convs.0"),
+    ],
+    "deeplabv3plus": [
+        *_plain(r"aspp\.branches\.0", "decode_head.aspp_modules.0"),
+        *_separable(r"aspp\.branches\.([123])", r"decode_head.aspp_modules.\1"),
+        *_plain(r"aspp\.average", "decode_head.image_pool.1"),
+        *_plain(r"aspp\.project", "decode_head.bottleneck"),
+        *_plain("low", "decode_head.c1_bottleneck"),
+        *_separable(r"fuse\.([01])", r"decode_head.sep_bottleneck.\1"),
+        (r"^decoder\.classifier", "decode_head.conv_seg"),
+        (r"^decoder\.aux\.4", "auxiliary_head.conv_seg"),
+        *_plain("aux", "auxiliary_head.convs.0"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", MMSEG_HEADS)
+def test_mmsegmentations_convolutional_heads_whole(name: str) -> None:
+    with torch.random.fork_rng():
+        backbone = resnet(deep_stem(half_resnet18))()
+        model = model_of(backbone, name, layout="mmsegmentation", width=4, aux=True)
+    backbone_state, head = parts(model)
+    theirs = renamed(head, *MMSEG_HEADS[name])
+    assert all(key.startswith(("decode_head.", "auxiliary_head.")) for key in theirs)
+    if name == "deeplabv3plus":  # mmsegmentation joins the image's average first, and we last
+        join = "decode_head.bottleneck.conv.weight"
+        *branches, average = theirs[join].split(4, 1)
+        theirs[join] = torch.cat([average, *branches], 1)
+    stem = renamed(backbone_state, (r"^conv1\.", "stem."), (r"^bn1\.", "stem.7."))
+    report = load_state(model, under("backbone.", stem) | theirs, source="theirs")
+    same(model.backbone, backbone_state)
+    same(model.decoder, {key.removeprefix("decoder."): value for key, value in head.items()})
+    assert not report.fresh
+    assert not report.skipped
+    assert len(report.notes) == (name == "deeplabv3plus")  # its align_corners
 
 
 OCR_AUTHORS = [

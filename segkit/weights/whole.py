@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from segkit.weights.naming import Naming, Rule, State
 
 
@@ -47,6 +49,50 @@ _PYRAMID: tuple[Rule, ...] = (
     (rf"auxiliary_head\.convs\.0\.{_CONV}", _part("aux")),
     (r"auxiliary_head\.(?:conv_seg|classifier)\.(\w+)", r"decoder.aux.4.\1"),
 )
+_FCN: tuple[Rule, ...] = (
+    (rf"decode_head\.convs\.([01])\.{_CONV}", _part(r"convs.\1")),
+    (rf"decode_head\.conv_cat\.{_CONV}", _part("classifier")),
+    (r"decode_head\.conv_seg\.(\w+)", r"decoder.classifier.4.\1"),
+    (rf"auxiliary_head\.convs\.0\.{_CONV}", _part("aux_classifier")),
+    (r"auxiliary_head\.conv_seg\.(\w+)", r"decoder.aux_classifier.4.\1"),
+)
+
+
+def _separable(pattern: str, prefix: str) -> tuple[Rule, ...]:
+    """A depthwise and a pointwise convolution, each with its BatchNorm."""
+    return (
+        (rf"{pattern}\.depthwise_conv\.{_CONV}", _part(rf"{prefix}.0")),
+        (rf"{pattern}\.pointwise_conv\.conv\.(\w+)", rf"decoder.{prefix}.0.3.\2"),
+        (rf"{pattern}\.pointwise_conv\.bn\.(\w+)", rf"decoder.{prefix}.1.\2"),
+    )
+
+
+_DEEPLAB: tuple[Rule, ...] = (
+    (rf"decode_head\.image_pool\.1\.{_CONV}", _part("aspp.average")),
+    (rf"decode_head\.aspp_modules\.(\d)\.{_CONV}", _part(r"aspp.branches.\1")),
+    *_separable(r"decode_head\.aspp_modules\.(\d)", r"aspp.branches.\1"),
+    (rf"decode_head\.bottleneck\.{_CONV}", _part("aspp.project")),
+    (rf"decode_head\.c1_bottleneck\.{_CONV}", _part("low")),
+    *_separable(r"decode_head\.sep_bottleneck\.([01])", r"fuse.\1"),
+    (r"decode_head\.conv_seg\.(\w+)", r"decoder.classifier.\1"),
+    (rf"auxiliary_head\.convs\.0\.{_CONV}", _part("aux")),
+    (r"auxiliary_head\.conv_seg\.(\w+)", r"decoder.aux.4.\1"),
+)
+
+
+def average_last(name: str, tensor: Tensor) -> Tensor:
+    """The convolution that joins a pyramid's branches, whose first is mmsegmentation's average.
+
+    Here, as in torchvision and segmentation_models.pytorch, the average is the last.
+
+    Shape:
+        tensor: (width, 5 width, 3, 3)
+    """
+    if name != "decoder.aspp.project.0.weight":
+        return tensor
+    return tensor.roll(-(tensor.shape[1] // 5), 1)
+
+
 _ATTENTION = r"decode_head\.1\.object_context_block"
 _OCR_OPENMMLAB: tuple[Rule, ...] = (
     (rf"decode_head\.0\.convs\.0\.{_CONV}", _part("regions.0")),
@@ -179,14 +225,21 @@ WHOLE = (
         "backbone.",
     ),
     Whole(
-        _openmmlab("DeepLabV3+", "", r"decode_head\.sep_bottleneck\."),
+        _openmmlab(
+            "DeepLabV3+",
+            "deeplabv3plus",
+            r"decode_head\.sep_bottleneck\.",
+            rules=_DEEPLAB,
+            after=average_last,
+            settings=lambda state: {"decoder.align_corners": False},
+        ),
         "backbone.",
-        instead="its separable convolutions have a BatchNorm inside, and its head two more layers",
     ),
     Whole(
-        _openmmlab("FCN", "", r"decode_head\.convs\.0\.", r"decode_head\.conv_seg\."),
+        _openmmlab(
+            "FCN", "fcn", r"decode_head\.convs\.1\.", r"decode_head\.conv_cat\.", rules=_FCN
+        ),
         "backbone.",
-        instead="its head has more convolutions than segkit's FCN, which is torchvision's",
     ),
     Whole(
         _openmmlab("model", "", r"decode_head\."),
