@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     A clear error is one sentence on stderr; with ``--debug`` its traceback comes before it.
     """
     arguments = sys.argv[1:]
+    warnings.showwarning = _show
     try:
         main(arguments)
     except KeyboardInterrupt:
@@ -70,6 +72,11 @@ def bold(text: str) -> str:
 
 def _silent(_: str) -> None:
     pass
+
+
+def _show(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as people read it, without the line of code that gave it."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _sentence(error: SegkitError | OSError) -> str:
