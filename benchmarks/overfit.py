@@ -2,11 +2,11 @@
 
     python -m benchmarks.overfit --data FOLDER [--cfg NAME ...] [--json]
 
-FOLDER holds PNG masks as the README's ``masks`` source reads them: ``images/train``,
-``masks/train`` and ``classes.txt``, as CamVid does. Four photographs with the most classes are cut
-to the middle and shrunk. Weights are random, the loss and the model are the configuration's own,
-dropout and drop-path included; the score is of evaluation mode, with BatchNorm's statistics taken
-from the four crops, as for a soup.
+FOLDER holds photographs with COCO labels, ``annotations/train.json`` and ``images``. Of two hundred
+spread over the file, the four whose rarest class is the largest are cut to the middle and shrunk.
+Weights are random; the loss and the model are the configuration's own, dropout and drop-path
+included. The score is of evaluation mode, with BatchNorm's statistics taken from the four crops, as
+for a soup.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.models import NAMES
 from segkit import config
-from segkit.data.masks import MaskSource
+from segkit.data.coco import CocoSource
 from segkit.engine import train_step
 from segkit.losses import build_loss
 from segkit.metrics import classes_of, confusion_matrix, scores
@@ -52,28 +52,35 @@ class Result:
     reached: bool
 
 
-def crops(folder: Path, size: int, ignore_index: int) -> tuple[Tensor, Tensor, int]:
-    """The richest photographs: images, normalized, masks, and the number of classes."""
-    source = MaskSource(
-        images=str(folder / "images" / "train"),
-        masks=str(folder / "masks" / "train"),
-        classes=str(folder / "classes.txt"),
-        ignore_index=ignore_index,
+def crops(folder: Path, size: int) -> tuple[Tensor, Tensor, int]:
+    """The clearest photographs: images, normalized, masks, and the number of classes."""
+    source = CocoSource(
+        annotations=str(folder / "annotations" / "train.json"), images=str(folder / "images")
     )
-    spread = range(0, len(source), max(1, len(source) // 40))  # neighbors are frames of one film
-    richest = sorted(spread, key=lambda i: -len(source.mask(i).unique()))[:PHOTOGRAPHS]
-    images, masks = [], []
-    for i in richest:
+    classes = len(source.classes)
+
+    def small(i: int) -> tuple[Tensor, Tensor]:
         image, mask = source.image(i), source.mask(i)
         side = min(mask.shape)
         top, left = ((whole - side) // 2 for whole in mask.shape)
         image = image[:, top : top + side, left : left + side].float()[None] / 255
         mask = mask[top : top + side, left : left + side][None, None]
-        images.append(F.interpolate(image, (size, size), mode="bilinear", antialias=True))
-        masks.append(F.interpolate(mask, (size, size), mode="nearest")[:, 0])
+        return (
+            F.interpolate(image, (size, size), mode="bilinear", antialias=True),
+            F.interpolate(mask, (size, size), mode="nearest")[:, 0],
+        )
+
+    def clearness(pair: tuple[Tensor, Tensor]) -> tuple[int, int]:
+        counts = pair[1].flatten().bincount(minlength=classes)
+        return int((counts > 0).sum()), int(counts[counts > 0].min())
+
+    spread = range(0, len(source), max(1, len(source) // 200))
+    images, masks = zip(
+        *sorted(map(small, spread), key=clearness, reverse=True)[:PHOTOGRAPHS], strict=True
+    )
     batch = torch.cat(images)
     mean, std = batch.mean((0, 2, 3), keepdim=True), batch.std((0, 2, 3), keepdim=True)
-    return (batch - mean) / std, torch.cat(masks), len(source.classes)
+    return (batch - mean) / std, torch.cat(masks), classes
 
 
 def overfit(
@@ -123,13 +130,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON a model")
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs and masks")
     parser.add_argument("--cfg", nargs="+", default=NAMES, help="configurations to train")
-    parser.add_argument("--ignore-index", type=int, default=11, help="value of unlabeled pixels")
     parser.add_argument("--size", type=int, default=96, help="side of the crops")
     parser.add_argument("--steps", type=int, default=600, help="at most")
     parser.add_argument("--every", type=int, default=20, help="steps between scores")
     parser.add_argument("--lr", type=float, default=5e-4, help="AdamW's learning rate")
     options = parser.parse_args()
-    images, masks, num_classes = crops(options.data, options.size, options.ignore_index)
+    images, masks, num_classes = crops(options.data, options.size)
     for name in options.cfg:
         result = overfit(
             name,
