@@ -19,6 +19,12 @@ from segkit.files import naming, write_json, write_text
 
 RUNS = Path("runs")
 
+FREE = {
+    *("data.workers", "data.cache", "data.cache_gb"),
+    *("train.save_every", "train.log_every"),
+}
+"""Settings that a resumed run may change: no weight depends on them."""
+
 
 class Run:
     """The folder of one training run.
@@ -50,7 +56,8 @@ class Run:
             raise SegkitError(
                 f"{folder}: holds a run already; add --resume or name another --run-dir"
             )
-        if known is not None and (differing := _differences(known, config)):
+        changed = [] if known is None else _differences(known, config)
+        if differing := [path for path in changed if path not in FREE]:
             raise SegkitError(
                 f"{folder}: was started with another configuration ({', '.join(differing)}); "
                 "resume with the same one or name another --run-dir"
@@ -60,6 +67,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         if known is None:
             run.write("environment.json", environment())
+        if known != config:
             run.write("config.json", config)
         return run
 

@@ -249,6 +249,25 @@ def test_ranks_parts_and_workers_change_nothing(
     torch.testing.assert_close(state["model"], reference["model"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks_and_workers(folder: Path, alone: Path) -> None:
+    run = folder / "runs/grown"
+    (first,) = ranks(folder, arguments("runs/grown", SMOOTH), 1, batch_norm=False)
+    while not (run / "fold0/last.previous.pt").exists():
+        assert first.exitcode is None
+        time.sleep(0.05)
+    first.kill()
+    first.join()
+    state = Run(run).last(0)
+    assert state is not None
+    assert 0 < state["step"] < 20
+    words = [*arguments("runs/grown", {**SMOOTH, "data.workers": 2}), "--resume"]
+    finish(ranks(folder, words, 2, batch_norm=False))
+    ours, theirs = (checkpoint.load(one / "fold0" / "last.pt") for one in (run, alone))
+    assert ours["step"] == theirs["step"] == 20
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Path:
     """A run of one process without workers or accumulation."""
