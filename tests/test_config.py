@@ -118,6 +118,12 @@ def test_bad_files_are_named(tmp_path: Path, content: bytes, word: str) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_an_error_is_one_line_whatever_it_quotes() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({"tr\n\033[31main": {}}, "some.json")
+    assert str(caught.value).startswith(r"some.json: tr\n\x1b[31main: unknown key")
+
+
 def test_missing_file_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "swan.json").write_text("{}")
