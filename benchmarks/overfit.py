@@ -11,6 +11,7 @@ for a soup.
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ def overfit(
         )
         if step % every == 0 or step == steps:
             miou = score(model, images, masks, num_classes)
+            print(f"{name}: step {step}, mIoU {miou:.3f}", file=sys.stderr, flush=True)
             if miou > GOAL:
                 break
     return Result(name, miou, step, time.perf_counter() - start, miou > GOAL)
@@ -123,7 +125,7 @@ def score(model: torch.nn.Module, images: Tensor, masks: Tensor, num_classes: in
 
 
 def main() -> None:
-    """Print a line a model."""
+    """Print a line a model; how it goes on, to stderr."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
