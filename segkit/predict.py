@@ -1,7 +1,7 @@
 """From a photograph to probabilities and masks of its own size, in views and in tiles."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +84,7 @@ class Predictor:
         Shape:
             image: (3, H, W) or (B, 3, H, W), uint8 -> (C, H, W) or (B, C, H, W), float32
         """
-        bands = [band for _, band in self._bands(_as_batch(image))]
-        scores = bands[0] if len(bands) == 1 else torch.cat(bands, 2)
+        scores = _joined(self._bands(_as_batch(image)), image.shape[-2])
         return scores if image.dim() == 4 else scores[0]
 
     @torch.inference_mode()
@@ -95,7 +94,7 @@ class Predictor:
         Shape:
             image: (3, H, W) or (B, 3, H, W), uint8 -> (H, W) or (B, H, W), uint8
         """
-        return torch.cat([band for _, band in self.bands(image)], -2)
+        return _joined(self.bands(image), image.shape[-2])
 
     @torch.inference_mode()
     def bands(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -119,7 +118,7 @@ class Predictor:
             return
         # The CPU resizes bytes as they are, with no copy of the photograph in floats.
         image = F.interpolate(image.cpu(), shape, mode="bilinear", antialias=True)
-        scores = torch.cat([band for _, band in self._tiled(image)], 2)
+        scores = _joined(self._tiled(image), image.shape[-2])
         rows = max(1, 2**24 // (width * scores.shape[1]))
         for top in range(0, height, rows):
             yield top, _resized_rows(scores, top, min(top + rows, height), height, width)
@@ -171,6 +170,19 @@ def _as_batch(image: Tensor) -> Tensor:
             f"expected uint8 (3, H, W) or (B, 3, H, W), got {image.dtype} {tuple(image.shape)}"
         )
     return image if image.dim() == 4 else image[None]
+
+
+def _joined(bands: Iterable[tuple[int, Tensor]], height: int) -> Tensor:
+    """Bands of rows as one tensor, made at once: a list and its joining take twice the memory."""
+    whole: Tensor | None = None
+    for top, band in bands:
+        if band.shape[-2] == height:
+            return band
+        if whole is None:
+            whole = band.new_empty(*band.shape[:-2], height, band.shape[-1])
+        whole[..., top : top + band.shape[-2], :] = band
+    assert whole is not None
+    return whole
 
 
 def _fit(height: int, width: int, size: int | None) -> tuple[int, int]:
