@@ -32,6 +32,15 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that looks at a configuration's data."""
+    parser.add_argument("--cfg", required=True, help="a path, or a name in configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What every command that runs a model takes."""
     parser.add_argument(

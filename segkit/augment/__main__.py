@@ -18,7 +18,7 @@ from torch import Tensor
 from segkit import command, config
 from segkit.augment.mix import Others
 from segkit.augment.pipeline import Pipeline, generator
-from segkit.data import SOURCES, Source
+from segkit.data import Source, open_source
 from segkit.errors import ConfigError, DataError
 from segkit.output import overlay
 
@@ -78,20 +78,16 @@ def _channels(values: Sequence[float]) -> Tensor:
 def main(argv: list[str]) -> None:
     """Write the sheet and tell where."""
     parser = argparse.ArgumentParser(prog="python -m segkit.augment", description=__doc__)
-    parser.add_argument("--cfg", required=True, help="a path, or a name in configs/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
-    )
+    command.add_config_options(parser)
     parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="the PNG to write")
     parser.add_argument("--images", type=int, default=6, help="columns")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     cfg = config.load(args.cfg, args.set)
     if cfg.data.train is None:
         raise ConfigError("data.train: is missing; expected the labelled images to show")
     if args.images < 1:
         parser.error("--images: expected at least 1")
-    source: Source = config.build(SOURCES, cfg.data.train, "data.train")
+    source = open_source(cfg, "train", cached=False)
     if not len(source):
         raise DataError("data.train: holds no image; expected at least one to show")
     contact_sheet(cfg, source, images=args.images).save(args.out, "PNG")

@@ -66,12 +66,8 @@ def _inspect(make: functools.partial[Any]) -> tuple[Source, Collection[Fault]]:
 def main(argv: list[str]) -> None:
     """Print every fault; raise a DataError if there was one."""
     parser = argparse.ArgumentParser(prog="python -m segkit.data.check", description=__doc__)
-    parser.add_argument("--cfg", required=True, help="a path, or a name in configs/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
-    )
+    command.add_config_options(parser)
     parser.add_argument("--json", action="store_true", help="print each fault as a JSON object")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     count = 0
     for fault in faults(config.load(args.cfg, args.set).data):

@@ -34,15 +34,11 @@ def open_parts(cfg: config.Config) -> list[Part]:
 def main(argv: list[str]) -> None:
     """Write the page and tell where."""
     parser = argparse.ArgumentParser(prog="python -m segkit.explore", description=__doc__)
-    parser.add_argument("--cfg", required=True, help="a path, or a name in configs/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
-    )
+    command.add_config_options(parser)
     parser.add_argument("--out", type=Path, default=Path("explore.html"), help="the page to write")
     parser.add_argument(
         "--json", action="store_true", help="print each doubt and near-duplicate as a JSON object"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     cfg = config.load(args.cfg, args.set)
     parts = open_parts(cfg)
