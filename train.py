@@ -366,10 +366,12 @@ def divide(
         raise DataError("data.val: has other classes than data.train; it needs the same ones")
     if distributed.is_main() and not path.exists():
         names = train_source.names
+        # Reads every mask, so that a value that is no class ends the run before it begins.
+        pixels = class_pixels(train_source, workers=cfg.data.workers)
         if val_source is not train_source:
+            class_pixels(val_source, workers=cfg.data.workers)
             split = Split(folds=(val_source.names,), train=names)
         else:
-            pixels = class_pixels(train_source, workers=cfg.data.workers)
             split = make_folds(
                 names,
                 pixels,

@@ -234,19 +234,22 @@ SMOOTH = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world_size", "accumulate", "workers"),
-    [(1, 2, 1), (1, 4, 2), (2, 1, 1), (2, 2, 0), (4, 1, 0)],
+    ("world_size", "accumulate", "workers", "cache_gb"),
+    [(1, 2, 1, 0), (1, 4, 2, 1), (2, 1, 1, 1), (2, 2, 0, 0), (4, 1, 0, 0)],
 )
-def test_ranks_parts_and_workers_change_nothing(
-    folder: Path, alone: Path, world_size: int, accumulate: int, workers: int
+def test_ranks_parts_workers_and_cache_change_nothing(
+    folder: Path, alone: Path, world_size: int, accumulate: int, workers: int, cache_gb: int
 ) -> None:
     """The same global batches give the same weights, but for rounding."""
     run = f"runs/{world_size}-{accumulate}-{workers}"
     settings = {**SMOOTH, "train.accumulate": accumulate, "data.workers": workers}
+    settings["data.cache_gb"] = cache_gb
     finish(ranks(folder, arguments(run, settings), world_size, batch_norm=False))
     state, reference = (checkpoint.load(one / "fold0" / "last.pt") for one in (folder / run, alone))
     assert state["step"] == reference["step"] == 20
     torch.testing.assert_close(state["model"], reference["model"], rtol=0, atol=1e-5)
+    ours, theirs = (Run(one).read("fold0/evaluation.json") for one in (folder / run, alone))
+    assert ours["matrix"] == theirs["matrix"]
 
 
 @pytest.mark.slow
@@ -270,8 +273,9 @@ def test_a_run_goes_on_with_other_ranks_and_workers(folder: Path, alone: Path) -
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Path:
-    """A run of one process without workers or accumulation."""
-    finish(ranks(folder, arguments("runs/alone", SMOOTH), 1, batch_norm=False))
+    """A run of one process without workers, accumulation or cache."""
+    settings = {**SMOOTH, "data.cache_gb": 0}
+    finish(ranks(folder, arguments("runs/alone", settings), 1, batch_norm=False))
     return folder / "runs/alone"
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"tta", "ensemble"},
     {"engine", "predict"},
     {"soup", "pseudo", "output", "track", "page"},
-    {"explore", "report", "results"},
+    {"explore", "report", "results", "combine"},
 ]
 """From the bottom up; a file imports its own package or lower layers, never a neighbor."""
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from segkit import checkpoint
 from segkit.data.demo import draw_demo
-from segkit.errors import SegkitError
+from segkit.errors import DataError, SegkitError
 from segkit.model import build_model
 from segkit.run import Run
 from train import main as train_main
@@ -306,6 +306,27 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(folder: Path) -> None:
     assert len(shown.splitlines()) == 1
     assert "Traceback" in finish(start(folder, "train.py", *arguments, "--debug"), code=1)
     finish(start(folder, "train.py"), code=2)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_value_that_is_no_class_ends_the_run_before_it_begins(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.chdir(folder)
+    settings: dict[str, Any] = {}
+    for one in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / one / kind).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (64, 64), "red").save(tmp_path / one / f"images/{number}.png")
+            value = 2 if (one, number) == (part, 3) else 1
+            Image.new("L", (64, 64), value).save(tmp_path / one / f"masks/{number}.png")
+        paths = {kind: str(tmp_path / one / kind) for kind in ("images", "masks")}
+        settings[f"data.{one}"] = {"name": "masks", "classes": ["ground", "can"], **paths}
+    run = f"runs/value-in-{part}"
+    with pytest.raises(DataError, match=rf"{part}/masks/3\.png has the values? 2"):
+        train_main(["--cfg", "tiny.json", "--run-dir", run, *sets(settings)])
+    assert not (folder / run / "fold0").exists()
 
 
 def test_a_run_starts_from_another_runs_best_and_says_what_it_took(
