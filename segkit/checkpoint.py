@@ -65,6 +65,8 @@ def load(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[str, An
     """
     if verify:
         digest(path)
+    elif not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what a forged file makes of the unpickler is of any type
