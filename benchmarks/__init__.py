@@ -2,13 +2,18 @@
 
 import argparse
 import ctypes
+import importlib.metadata
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,10 @@ class Figure:
         ratio: The peer's time, or memory, over ours: above 1 is better.
         spread: Lower and upper quartile of the ratio over the rounds.
         threads: That each side was given.
+        ours: What we reach, in ``unit``.
+        theirs: What the peer reaches.
+        limit: What the machine has, where that was measured.
+        unit: Of these three.
     """
 
     name: str
@@ -30,6 +39,19 @@ class Figure:
     ratio: float
     spread: tuple[float, float]
     threads: int
+    ours: float | None = None
+    theirs: float | None = None
+    limit: float | None = None
+    unit: str = ""
+
+
+class Turns(NamedTuple):
+    """What taking turns found: a ratio a round, and the medians of both sides' seconds."""
+
+    ratio: float
+    spread: tuple[float, float]
+    ours: float
+    theirs: float
 
 
 def take_turns(
@@ -39,30 +61,68 @@ def take_turns(
     rounds: int,
     warm_up: int = 3,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[float, tuple[float, float]]:
+) -> Turns:
     """The median of peer's time over ours, and its quartiles, a ratio a round.
 
     Who is first changes with each round, so that what else the machine does falls on both alike.
-    For work of one thread, ``time.process_time`` as the clock leaves out waiting for a core.
+    For work of one thread, ``time.process_time`` as the clock leaves out waiting for a core. What
+    a side leaves to a GPU is waited for.
     """
-    ratios = []
+    seconds: dict[Callable[[], object], list[float]] = {ours: [], peer: []}
     for turn in range(-warm_up, rounds):
-        pair = (ours, peer) if turn % 2 else (peer, ours)
-        times = {side: _seconds(side, clock) for side in pair}
-        if turn >= 0:
-            ratios.append(times[peer] / times[ours])
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return middle, (low, high)
+        for side in (ours, peer) if turn % 2 else (peer, ours):
+            took = _seconds(side, clock)
+            if turn >= 0:
+                seconds[side].append(took)
+    pairs = zip(seconds[ours], seconds[peer], strict=True)
+    low, middle, high = statistics.quantiles([theirs / mine for mine, theirs in pairs], n=4)
+    return Turns(
+        middle, (low, high), statistics.median(seconds[ours]), statistics.median(seconds[peer])
+    )
 
 
 def _seconds(function: Callable[[], object], clock: Callable[[], float]) -> float:
     start = clock()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return clock() - start
 
 
-def peak_memory(work: Callable[..., object], *arguments: object) -> float:
-    """MiB that a call adds at its peak to a fresh process that has made one such call (Linux)."""
+def version_of(package: str) -> str | None:
+    """The version of a peer; one that is not installed is reported on stderr."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        print(f"missing: {package}; install the peers with: pip install '.[bench]'", file=sys.stderr)
+        return None
+
+
+def matmul_rate(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
+    """GFLOP/s of a product of large square matrices: what a network of matrix products could do."""
+    side = 2048 if device == "cpu" else 8192
+    x = torch.ones(side, side, dtype=dtype, device=device)
+    return 2 * side**3 / 1e9 / _best(lambda: x @ x)
+
+
+def copy_rate(device: str = "cpu") -> float:
+    """GB/s read and written by copying a tensor much larger than a cache."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / 1e9 / _best(lambda: target.copy_(source))
+
+
+def _best(function: Callable[[], object]) -> float:
+    return min(_seconds(function, time.perf_counter) for _ in range(7))
+
+
+def peak_memory(work: Callable[..., object], *arguments: object, device: str = "cpu") -> float:
+    """MiB that a call adds at its peak: on a GPU, or to a fresh process that has made one (Linux)."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work(*arguments)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (work, arguments))
@@ -82,11 +142,14 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def arguments(description: str, *, rounds: int = 25) -> argparse.ArgumentParser:
     """The parser every benchmark starts from."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON a figure")
-    parser.add_argument("--rounds", type=int, default=25, help="turns each side takes")
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns each side takes")
+    parser.add_argument("--threads", type=int, default=2, help="each side gets, where it can vary")
     return parser
 
 
@@ -98,7 +161,13 @@ def show(figures: Iterable[Figure], *, as_json: bool) -> None:
         else:
             low, high = figure.spread
             peer = f"{figure.peer} {figure.peer_version}"
+            reached = "" if figure.ours is None else f"  {figure.ours:.4g}"
+            if figure.theirs is not None:
+                reached += f" to {figure.theirs:.4g}"
+            if figure.limit is not None:
+                reached += f" of {figure.limit:.4g}"
             print(
-                f"{figure.name:<44}{peer:<24}{figure.ratio:6.2f}x  ({low:.2f} to {high:.2f})",
+                f"{figure.name:<44}{peer:<34}{figure.ratio:6.2f}x  ({low:.2f} to {high:.2f})"
+                f"{reached} {figure.unit}".rstrip(),
                 flush=True,
             )

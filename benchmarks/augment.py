@@ -4,11 +4,9 @@
 
 One 512×512 uint8 photograph with its mask becomes a normalized float tensor of 384×384, on one
 thread, each library taking its turn; times are of the processor, not of the clock on the wall. A
-peer that is not installed is left out. torchvision has no RGB shift, so it is let off that one.
+peer that is not installed is named on stderr and left out. torchvision has no RGB shift, so it is let off that one.
 """
 
-import importlib.metadata
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import Figure, arguments, peak_memory, show, take_turns
+from benchmarks import Figure, arguments, peak_memory, show, take_turns, version_of
 from segkit.augment import Pipeline, generator
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -165,12 +163,11 @@ def figures(rounds: int) -> Iterator[Figure]:
     """Each task against each peer that is installed."""
     torch.set_num_threads(1)
     for name, peer in PEERS.items():
-        if importlib.util.find_spec(name) is None:
+        if not (version := version_of(name)):
             continue
-        version = importlib.metadata.version(name)
         for task, (p, blur) in TASKS.items():
             ours, theirs = several(segkit(p, blur)), several(peer(p, blur))
-            ratio, spread = take_turns(ours, theirs, rounds=rounds, clock=time.process_time)
+            ratio, spread, *_ = take_turns(ours, theirs, rounds=rounds, clock=time.process_time)
             yield Figure(task, name, version, ratio, spread, threads=1)
         used = peak_memory(memory, peer, 1.0, False) / peak_memory(memory, segkit, 1.0, False)
         yield Figure("memory, every operation applied", name, version, used, (used, used), 1)

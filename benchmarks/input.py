@@ -115,11 +115,11 @@ def figures(rounds: int) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as root:
         plain = write_set(Path(root))
         cached = CachedSource(plain, Path(root, "cache"), limit=1e9)
-        ratio, spread = take_turns(read_all(cached), read_all(plain), rounds=rounds)
+        ratio, spread, *_ = take_turns(read_all(cached), read_all(plain), rounds=rounds)
         yield Figure("read an image and its mask", "JPEG and COCO", "", ratio, spread, 1)
         for workers in (0, 2):
             fed, still = epoch(cached, workers)
-            ratio, spread = take_turns(fed, still, rounds=max(3, rounds // 5), warm_up=1)
+            ratio, spread, *_ = take_turns(fed, still, rounds=max(3, rounds // 5), warm_up=1)
             yield Figure(f"an epoch, {workers} workers", "one batch", "", ratio, spread, 1)
 
 

@@ -8,8 +8,6 @@ their passes, with all that makes a prediction of logits. The last figure is the
 checkpoints are read and verified over that in which they are read, verified and averaged.
 """
 
-import importlib.metadata
-import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks import Figure, arguments, show, take_turns
+from benchmarks import Figure, arguments, show, take_turns, version_of
 from segkit import checkpoint, soup
 from segkit.model import build_model
 from segkit.predict import Predictor
@@ -76,7 +74,7 @@ def mixing(folder: Path, rounds: int) -> Figure:
         model = build_model("resnet50", "upernet", num_classes=11, seed=seed)
         about = {"classes": ["a"], "init": "same", "trained_on": []}
         checkpoint.save({"model": model.state_dict(), **about}, path)
-    ratio, spread = take_turns(
+    ratio, spread, *_ = take_turns(
         lambda: soup.uniform(paths),
         lambda: [checkpoint.load(path) for path in paths],
         rounds=max(3, rounds // 5),
@@ -92,13 +90,12 @@ def figures(rounds: int) -> Iterator[Figure]:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (1, 3, *SIZE), dtype=torch.uint8, generator=generator)
     for views in VIEWS:
-        ratio, spread = take_turns(
+        ratio, spread, *_ = take_turns(
             ours(model, views, image), plain(model, views, image), rounds=rounds, warm_up=1
         )
         yield Figure(f"views: {views}", "plain passes", "", ratio, spread, threads=1)
-    if importlib.util.find_spec("ttach"):
-        version = importlib.metadata.version("ttach")
-        ratio, spread = take_turns(
+    if version := version_of("ttach"):
+        ratio, spread, *_ = take_turns(
             ours(model, "square", image), ttach(model, image), rounds=rounds, warm_up=1
         )
         yield Figure("views: square", "ttach", version, ratio, spread, threads=1)

@@ -1,0 +1,92 @@
+"""Logits to a confusion matrix against torchmetrics, and against a plain argmax and bincount.
+
+    python -m benchmarks.evaluation [--json] [--rounds 25] [--threads 2]
+
+Logits (8, 11, 512, 512) of fp32. torchmetrics' multiclass Jaccard index is updated with logits; its
+mean IoU averages over images and is another quantity. All three matrices must be equal, or the
+script fails. Memory is what each adds to its inputs; a map of int64 takes 16 MiB. What a side
+reaches is the bytes of the logits in its time, beside the rate at which memory is copied.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks import Figure, arguments, copy_rate, peak_memory, show, take_turns, version_of
+from segkit.metrics import confusion_matrix
+
+SHAPE = (8, 11, 512, 512)
+
+Side = Callable[[Tensor, Tensor], Tensor]
+
+
+def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Logits and masks as the loader gives them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(SHAPE, generator=generator)
+    target = torch.randint(
+        SHAPE[1], (SHAPE[0], *SHAPE[2:]), generator=generator, dtype=torch.uint8
+    )
+    return logits.to(device), target.to(device)
+
+
+def segkit(logits: Tensor, target: Tensor) -> Tensor:
+    """This library's side."""
+    return confusion_matrix(logits, target, SHAPE[1])
+
+
+def torchmetrics(logits: Tensor, target: Tensor) -> Tensor:
+    """torchmetrics', its checks of the input turned off."""
+    from torchmetrics import JaccardIndex
+
+    metric = JaccardIndex("multiclass", num_classes=SHAPE[1], validate_args=False)
+    metric = metric.to(logits.device)
+    metric.update(logits, target)
+    return metric.confmat
+
+
+def argmax_and_bincount(logits: Tensor, target: Tensor) -> Tensor:
+    """What one writes by hand."""
+    codes = target.long() * SHAPE[1] + logits.argmax(1)
+    return torch.bincount(codes.flatten(), minlength=SHAPE[1] ** 2).view(SHAPE[1], SHAPE[1])
+
+
+def memory(side: Side | None, device: str) -> None:
+    """What a fresh process measures the memory of."""
+    logits, target = batch(device)
+    if side is not None:
+        side(logits, target)
+
+
+def figures(rounds: int, threads: int, device: str = "cpu") -> Iterator[Figure]:
+    """Time and memory against each peer."""
+    torch.set_num_threads(threads)
+    logits, target = batch(device)
+    rate, size = copy_rate(device), logits.nbytes / 1e9
+    start = peak_memory(memory, None, device, device=device)
+    mine = peak_memory(memory, segkit, device, device=device) - start
+    peers = {"torchmetrics": torchmetrics, "argmax and bincount": argmax_and_bincount}
+    for name, peer in peers.items():
+        version = version_of(name) if peer is torchmetrics else torch.__version__
+        if not version:
+            continue
+        assert torch.equal(segkit(logits, target), peer(logits, target))
+        turns = take_turns(
+            lambda: segkit(logits, target),
+            lambda peer=peer: peer(logits, target),
+            rounds=rounds,
+        )
+        reached = size / turns.ours, size / turns.theirs, rate
+        task = "logits to confusion matrix"
+        yield Figure(task, name, version, *turns[:2], threads, *reached, "GB/s")
+        used = peak_memory(memory, peer, device, device=device) - start
+        ratio = used / mine
+        yield Figure(
+            f"memory, {task}", name, version, ratio, (ratio, ratio), threads, mine, used, unit="MiB"
+        )
+
+
+if __name__ == "__main__":
+    options = arguments(__doc__ or "").parse_args()
+    show(figures(options.rounds, options.threads), as_json=options.json)

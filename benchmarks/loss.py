@@ -1,0 +1,104 @@
+"""Losses against segmentation_models.pytorch's, forward and backward: time and peak memory.
+
+    python -m benchmarks.loss [--json] [--rounds 25] [--threads 2]
+
+Logits (4, 11, 512, 512) of fp32, every pixel labelled. Each task is the sum of two losses; where
+both sides compute the same, their values in float64 must agree, or the script fails. (In fp32
+theirs is off by 1e-5: its Dice adds up millions of numbers one after the other.) What a side
+reaches is the bytes of the logits and of their gradient, once each, in its time, beside the rate
+at which memory is copied.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks import Figure, arguments, copy_rate, peak_memory, show, take_turns, version_of
+from segkit.losses import build_loss
+
+SHAPE = (4, 11, 512, 512)
+
+TASKS = {
+    "cross-entropy + Dice": ["cross_entropy", "dice"],
+    "one-vs-rest sigmoid focal + Dice": ["sigmoid_focal", "dice"],
+    "softmax focal + Dice (theirs sigmoid)": ["focal", "dice"],
+}
+
+Side = Callable[[Tensor, Tensor], Tensor]
+
+
+def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Logits that learn, and a target."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(SHAPE, generator=generator)
+    target = torch.randint(SHAPE[1], (SHAPE[0], *SHAPE[2:]), generator=generator)
+    return logits.to(device).requires_grad_(), target.to(device)
+
+
+def segkit(task: str) -> Side:
+    """This library's side."""
+    criterion = build_loss(TASKS[task], num_classes=SHAPE[1])
+    return lambda logits, target: criterion({"out": logits}, target)[0]
+
+
+def smp(task: str) -> Side:
+    """segmentation_models.pytorch's; for cross-entropy its users take PyTorch's."""
+    from segmentation_models_pytorch import losses
+
+    dice = losses.DiceLoss("multiclass")
+    other = losses.FocalLoss("multiclass") if "focal" in task else torch.nn.CrossEntropyLoss()
+    return lambda logits, target: other(logits, target) + dice(logits, target)
+
+
+def forward_and_backward(side: Side, logits: Tensor, target: Tensor) -> Tensor:
+    """One turn."""
+    logits.grad = None
+    loss = side(logits, target)
+    loss.backward()
+    return loss.detach()
+
+
+def memory(make: Callable[[str], Side], task: str, device: str) -> None:
+    """What a fresh process measures the memory of, less the logits that both sides start from."""
+    forward_and_backward(make(task), *batch(device))
+
+
+def given(device: str) -> None:
+    """The logits and target alone."""
+    batch(device)
+
+
+def figures(rounds: int, threads: int, device: str = "cpu") -> Iterator[Figure]:
+    """Each task: time, then memory beyond logits and target."""
+    torch.set_num_threads(threads)
+    package = "segmentation-models-pytorch"
+    if not (version := version_of(package)):
+        return
+    logits, target = batch(device)
+    rate, size = copy_rate(device), 2 * logits.nbytes / 1e9
+    start = peak_memory(given, device, device=device)
+    for task in TASKS:
+        ours, theirs = segkit(task), smp(task)
+        if "theirs" not in task:
+            exact = logits.detach().double()
+            torch.testing.assert_close(ours(exact, target), theirs(exact, target))
+        turns = take_turns(
+            lambda side=ours: forward_and_backward(side, logits, target),
+            lambda side=theirs: forward_and_backward(side, logits, target),
+            rounds=rounds,
+        )
+        reached = size / turns.ours, size / turns.theirs, rate
+        yield Figure(task, package, version, *turns[:2], threads, *reached, "GB/s")
+        used = [
+            peak_memory(memory, side, task, device, device=device) - start for side in (segkit, smp)
+        ]
+        ratio = used[1] / used[0]
+        yield Figure(
+            f"memory, {task}", package, version, ratio, (ratio, ratio), threads, *used, unit="MiB"
+        )
+
+
+if __name__ == "__main__":
+    options = arguments(__doc__ or "").parse_args()
+    show(figures(options.rounds, options.threads), as_json=options.json)
