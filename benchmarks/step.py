@@ -1,0 +1,291 @@
+"""A training step and an evaluation pass against the libraries whose models these are.
+
+    python -m benchmarks.step [--json] [--rounds 10] [--threads 2] [--case NAME ...]
+        [--size 256] [--amp] [--inference] [--memory]
+
+A step is forward, cross-entropy at the image's size, backward and AdamW, on two images. Both sides
+have the same layers (as many parameters, or the script fails), the same auxiliary heads and the same
+precision; ours is ``segkit.train_step`` in channels_last, as ``train.py`` runs it, theirs is what
+their users write. With ``--inference`` a pass in inference mode, ours as ``infer.py`` makes it: with
+BatchNorm folded into the convolutions. What a side reaches is the multiply-adds of convolutions
+and matrix products (backward twice those of forward), two FLOP each, in its time, beside the
+machine's own rate for large matrix products of that precision.
+
+``--memory`` measures the peak of two steps in a fresh process, weights, gradients and the
+optimizer's moments included.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import segmentation
+
+from benchmarks import Figure, arguments, matmul_rate, peak_memory, show, take_turns, version_of
+from segkit.config import Component
+from segkit.engine import train_step
+from segkit.fold import fold_batch_norm
+from segkit.losses import build_loss
+from segkit.model import build_model
+from segkit.optim import build_optimizer
+
+BATCH, CLASSES = 2, 11
+SMP = "segmentation-models-pytorch"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, here and there.
+
+    Args:
+        backbone: Ours.
+        decoder: Ours.
+        package: The peer's.
+        theirs: Builds the peer's.
+        aux_weight: Of both sides' auxiliary heads.
+    """
+
+    backbone: Component | str
+    decoder: Component | str
+    package: str
+    theirs: Callable[[], nn.Module]
+    aux_weight: float = 0.4
+
+
+def smp(architecture: str, encoder: str) -> nn.Module:
+    """A model of segmentation_models.pytorch."""
+    import segmentation_models_pytorch as peer
+
+    return getattr(peer, architecture)(encoder, encoder_weights=None, classes=CLASSES)
+
+
+def transformers(width: int, depths: Sequence[int], heads: Sequence[int]) -> nn.Module:
+    """UPerNet on a Swin of transformers, the window of 7 patches."""
+    import transformers as peer
+
+    swin = peer.SwinConfig(
+        embed_dim=width,
+        depths=list(depths),
+        num_heads=list(heads),
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    about = peer.UperNetConfig(
+        backbone_config=swin, auxiliary_in_channels=4 * width, num_labels=CLASSES
+    )
+    return peer.UperNetForSemanticSegmentation(about)
+
+
+def torchvision(name: str) -> nn.Module:
+    """A model of torchvision, its auxiliary head too."""
+    build = getattr(segmentation, name)
+    return build(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
+
+
+CASES = {
+    "UNet++ EfficientNet-B0": Case(
+        {"name": "efficientnet_b0", "like": "smp"},
+        "unetplusplus",
+        SMP,
+        partial(smp, "UnetPlusPlus", "efficientnet-b0"),
+    ),
+    "UNet++ EfficientNet-B5": Case(
+        {"name": "efficientnet_b5", "like": "smp"},
+        "unetplusplus",
+        SMP,
+        partial(smp, "UnetPlusPlus", "efficientnet-b5"),
+    ),
+    "UNet++ ResNet-34": Case(
+        "resnet34", "unetplusplus", SMP, partial(smp, "UnetPlusPlus", "resnet34")
+    ),
+    "DeepLabV3+ SE-ResNet-152": Case(
+        {"name": "se_resnet152", "output_stride": 16},
+        "deeplabv3plus",
+        SMP,
+        partial(smp, "DeepLabV3Plus", "se_resnet152"),
+    ),
+    "UPerNet Swin-T": Case(
+        "swin_t",
+        "upernet",
+        "transformers",
+        partial(transformers, 96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    ),
+    "UPerNet Swin-B": Case(
+        "swin_b",
+        "upernet",
+        "transformers",
+        partial(transformers, 128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    ),
+    "FCN ResNet-50": Case(
+        {"name": "resnet50", "output_stride": 8},
+        "fcn",
+        "torchvision",
+        partial(torchvision, "fcn_resnet50"),
+    ),
+}
+
+
+def batch(size: int, device: str) -> tuple[Tensor, Tensor]:
+    """Normalized images and their masks."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH, 3, size, size, generator=generator)
+    masks = torch.randint(CLASSES, (BATCH, size, size), generator=generator)
+    return images.to(device), masks.to(device)
+
+
+def ours(case: Case, device: str) -> nn.Module:
+    """This library's model."""
+    model = build_model(case.backbone, case.decoder, num_classes=CLASSES)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def our_step(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
+    """This library's side of a step."""
+    model = ours(case, device).train()
+    criterion = build_loss(["cross_entropy"], num_classes=CLASSES, aux_weight=case.aux_weight)
+    optimizer = build_optimizer(model, "adamw", lr=1e-4)
+    scaler = torch.amp.GradScaler(device, enabled=False)
+    images, masks = batch(size, device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    masks = masks.to(torch.uint8)
+    return lambda: train_step(
+        model, criterion, optimizer, [(images, masks)], amp=amp, scaler=scaler, clip_norm=None
+    )
+
+
+def their_step(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
+    """The peer's side of a step."""
+    model = case.theirs().to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images, masks = batch(size, device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype=amp, enabled=amp is not None):
+            loss = their_loss(case, model, images, masks)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def their_loss(case: Case, model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
+    """Cross-entropy as each library's users have it."""
+    if case.package == "transformers":  # it computes the loss, auxiliary head included
+        return model(images, labels=masks).loss
+    outputs = model(images)
+    if isinstance(outputs, Mapping):
+        main, aux = (F.cross_entropy(outputs[name], masks) for name in ("out", "aux"))
+        return main + case.aux_weight * aux
+    return F.cross_entropy(outputs, masks)
+
+
+def our_pass(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
+    """This library's side of inference."""
+    model = fold_batch_norm(ours(case, device).eval())
+    images = batch(size, device)[0].contiguous(memory_format=torch.channels_last)
+    return _inference(model, images, amp)
+
+
+def their_pass(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
+    """The peer's side of inference."""
+    return _inference(case.theirs().to(device).eval(), batch(size, device)[0], amp)
+
+
+def _inference(model: nn.Module, images: Tensor, amp: torch.dtype | None) -> Callable[[], object]:
+    @torch.inference_mode()
+    def run() -> object:
+        with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+            return model(images)
+
+    return run
+
+
+def memory(side: Callable[..., Callable[[], object]], threads: int, *rest: Any) -> None:
+    """What a fresh process measures the memory of."""
+    torch.set_num_threads(threads)
+    run = side(*rest)
+    for _ in range(2):
+        run()
+
+
+def flops(case: Case, size: int, *, training: bool) -> float:
+    """GFLOP of one forward pass."""
+    with torch.device("meta"):
+        model = build_model(case.backbone, case.decoder, num_classes=CLASSES).train(training)
+        images = torch.empty(BATCH, 3, size, size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() / 1e9
+
+
+def count(model: nn.Module) -> int:
+    """Parameters that learn."""
+    return sum(one.numel() for one in model.parameters() if one.requires_grad)
+
+
+def figures(
+    rounds: int,
+    threads: int,
+    *,
+    names: Sequence[str] = tuple(CASES),
+    size: int = 256,
+    amp: torch.dtype | None = None,
+    inference: bool = False,
+    measure_memory: bool = False,
+    device: str = "cpu",
+) -> Iterator[Figure]:
+    """Each model against the library it is compared with."""
+    torch.set_num_threads(threads)
+    rate = matmul_rate(amp or torch.float32, device)
+    sides = (our_pass, their_pass) if inference else (our_step, their_step)
+    what = "inference" if inference else "step"
+    for name in names:
+        case = CASES[name]
+        if not (version := version_of(case.package)):
+            continue
+        model = build_model(case.backbone, case.decoder, num_classes=CLASSES)
+        assert count(model) == count(case.theirs()), f"{name}: not the same network"
+        about = f"{what}, {name}, {size}, {'bf16' if amp else 'fp32'}"
+        if measure_memory:
+            used = [
+                peak_memory(memory, side, threads, case, size, amp, device, device=device)
+                for side in sides
+            ]
+            ratio = used[1] / used[0]
+            about = f"memory, {about}"
+            yield Figure(
+                about, case.package, version, ratio, (ratio, ratio), threads, *used, unit="MiB"
+            )
+            continue
+        mine, theirs = (side(case, size, amp, device) for side in sides)
+        turns = take_turns(mine, theirs, rounds=rounds, warm_up=2)
+        work = flops(case, size, training=not inference) * (1 if inference else 3)
+        reached = work / turns.ours, work / turns.theirs, rate
+        yield Figure(about, case.package, version, *turns[:2], threads, *reached, "GFLOP/s")
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__ or "", rounds=10)
+    parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--size", type=int, default=256, help="side of the images")
+    parser.add_argument("--amp", action="store_true", help="both sides under bf16 autocast")
+    parser.add_argument("--inference", action="store_true", help="passes in place of steps")
+    parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
+    options = parser.parse_args()
+    show(
+        figures(
+            options.rounds,
+            options.threads,
+            names=options.case,
+            size=options.size,
+            amp=torch.bfloat16 if options.amp else None,
+            inference=options.inference,
+            measure_memory=options.memory,
+        ),
+        as_json=options.json,
+    )

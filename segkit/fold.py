@@ -1,0 +1,59 @@
+"""BatchNorm folded into the convolutions before it, for models that only predict."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import fuse_conv_bn_eval
+
+SIDE = 64
+"""Of the image that shows which convolution a BatchNorm follows."""
+
+
+@torch.no_grad()
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy whose convolutions do the work of the BatchNorm that follows them in evaluation.
+
+    Which one follows which is seen by a pass of a small image: a BatchNorm that is given the very
+    tensor that a convolution returned.
+
+    Args:
+        model: Maps images to anything, in evaluation mode; for prediction only from here on.
+
+    Returns:
+        The copy. Its outputs are the model's up to rounding.
+    """
+    model = copy.deepcopy(model).eval()
+    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    pairs: list[tuple[nn.Conv2d, _BatchNorm]] = []
+
+    def convolved(conv: nn.Module, _: object, output: Tensor) -> None:
+        assert isinstance(conv, nn.Conv2d)
+        made[id(output)] = conv, output  # kept, so that no other tensor gets its identity
+
+    def normalizes(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        assert isinstance(norm, _BatchNorm)
+        conv, _ = made.get(id(inputs[0]), (None, None))
+        if conv is not None and norm.running_mean is not None:
+            pairs.append((conv, norm))
+
+    hooks = [
+        module.register_forward_hook(convolved)
+        if isinstance(module, nn.Conv2d)
+        else module.register_forward_pre_hook(normalizes)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d | _BatchNorm)
+    ]
+    first = next(model.parameters())
+    try:
+        model(first.new_zeros(1, 3, SIDE, SIDE))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = {module: name for name, module in model.named_modules()}
+    for conv, norm in pairs:
+        folded = fuse_conv_bn_eval(conv, norm)
+        conv.weight, conv.bias = folded.weight, folded.bias
+        model.set_submodule(names[norm], nn.Identity())
+    return model
