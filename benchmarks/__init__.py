@@ -94,7 +94,7 @@ def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        print(f"missing: {package}; install the peers with: pip install '.[bench]'", file=sys.stderr)
+        print(f"missing: {package}; install it with: pip install '.[bench]'", file=sys.stderr)
         return None
 
 
@@ -102,22 +102,23 @@ def matmul_rate(dtype: torch.dtype = torch.float32, device: str = "cpu") -> floa
     """GFLOP/s of a product of large square matrices: what a network of matrix products could do."""
     side = 2048 if device == "cpu" else 8192
     x = torch.ones(side, side, dtype=dtype, device=device)
-    return 2 * side**3 / 1e9 / _best(lambda: x @ x)
+    return 2 * side**3 / 1e9 / best_of(lambda: x @ x)
 
 
 def copy_rate(device: str = "cpu") -> float:
     """GB/s read and written by copying a tensor much larger than a cache."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / 1e9 / _best(lambda: target.copy_(source))
+    return 2 * source.nbytes / 1e9 / best_of(lambda: target.copy_(source))
 
 
-def _best(function: Callable[[], object]) -> float:
-    return min(_seconds(function, time.perf_counter) for _ in range(7))
+def best_of(function: Callable[[], object], times: int = 7) -> float:
+    """The least of some calls' seconds."""
+    return min(_seconds(function, time.perf_counter) for _ in range(times))
 
 
 def peak_memory(work: Callable[..., object], *arguments: object, device: str = "cpu") -> float:
-    """MiB that a call adds at its peak: on a GPU, or to a fresh process that has made one (Linux)."""
+    """MiB that a call adds at its peak; on the CPU, to a process that has made one call (Linux)."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

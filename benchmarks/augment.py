@@ -4,7 +4,8 @@
 
 One 512×512 uint8 photograph with its mask becomes a normalized float tensor of 384×384, on one
 thread, each library taking its turn; times are of the processor, not of the clock on the wall. A
-peer that is not installed is named on stderr and left out. torchvision has no RGB shift, so it is let off that one.
+peer that is not installed is named on stderr and left out. torchvision has no RGB shift, so it is
+let off that one.
 """
 
 import time

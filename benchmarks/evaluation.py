@@ -25,9 +25,7 @@ def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Logits and masks as the loader gives them."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(SHAPE, generator=generator)
-    target = torch.randint(
-        SHAPE[1], (SHAPE[0], *SHAPE[2:]), generator=generator, dtype=torch.uint8
-    )
+    target = torch.randint(SHAPE[1], (SHAPE[0], *SHAPE[2:]), generator=generator, dtype=torch.uint8)
     return logits.to(device), target.to(device)
 
 

@@ -1,15 +1,14 @@
-"""A training step and an evaluation pass against the libraries whose models these are.
+"""A training step against the libraries whose models these are.
 
     python -m benchmarks.step [--json] [--rounds 10] [--threads 2] [--case NAME ...]
-        [--size 256] [--amp] [--inference] [--memory]
+        [--size 256] [--amp] [--memory]
 
 A step is forward, cross-entropy at the image's size, backward and AdamW, on two images. Both sides
-have the same layers (as many parameters, or the script fails), the same auxiliary heads and the same
-precision; ours is ``segkit.train_step`` in channels_last, as ``train.py`` runs it, theirs is what
-their users write. With ``--inference`` a pass in inference mode, ours as ``infer.py`` makes it: with
-BatchNorm folded into the convolutions. What a side reaches is the multiply-adds of convolutions
-and matrix products (backward twice those of forward), two FLOP each, in its time, beside the
-machine's own rate for large matrix products of that precision.
+have the same layers (as many parameters, or the script fails), the same auxiliary heads and the
+same precision; ours is ``segkit.train_step`` in channels_last, as ``train.py`` runs it, theirs is
+what their users write. What a side reaches is the multiply-adds of convolutions and matrix products
+(backward twice those of forward), two FLOP each, in its time, beside the machine's own rate for
+large matrix products of that precision.
 
 ``--memory`` measures the peak of two steps in a fresh process, weights, gradients and the
 optimizer's moments included.
@@ -26,10 +25,18 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import segmentation
 
-from benchmarks import Figure, arguments, matmul_rate, peak_memory, show, take_turns, version_of
+from benchmarks import (
+    Figure,
+    Turns,
+    arguments,
+    matmul_rate,
+    peak_memory,
+    show,
+    take_turns,
+    version_of,
+)
 from segkit.config import Component
 from segkit.engine import train_step
-from segkit.fold import fold_batch_norm
 from segkit.losses import build_loss
 from segkit.model import build_model
 from segkit.optim import build_optimizer
@@ -184,27 +191,6 @@ def their_loss(case: Case, model: nn.Module, images: Tensor, masks: Tensor) -> T
     return F.cross_entropy(outputs, masks)
 
 
-def our_pass(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
-    """This library's side of inference."""
-    model = fold_batch_norm(ours(case, device).eval())
-    images = batch(size, device)[0].contiguous(memory_format=torch.channels_last)
-    return _inference(model, images, amp)
-
-
-def their_pass(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
-    """The peer's side of inference."""
-    return _inference(case.theirs().to(device).eval(), batch(size, device)[0], amp)
-
-
-def _inference(model: nn.Module, images: Tensor, amp: torch.dtype | None) -> Callable[[], object]:
-    @torch.inference_mode()
-    def run() -> object:
-        with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
-            return model(images)
-
-    return run
-
-
 def memory(side: Callable[..., Callable[[], object]], threads: int, *rest: Any) -> None:
     """What a fresh process measures the memory of."""
     torch.set_num_threads(threads)
@@ -223,6 +209,15 @@ def flops(case: Case, size: int, *, training: bool) -> float:
     return counter.get_total_flops() / 1e9
 
 
+def rates(
+    work: float, turns: Turns, limit: float, device: str
+) -> tuple[float, float, float | None, str]:
+    """What both sides reach, the machine's limit, and the unit: images a second on a GPU."""
+    if device == "cuda":
+        return BATCH / turns.ours, BATCH / turns.theirs, None, "images/s"
+    return work / turns.ours, work / turns.theirs, limit, "GFLOP/s"
+
+
 def count(model: nn.Module) -> int:
     """Parameters that learn."""
     return sum(one.numel() for one in model.parameters() if one.requires_grad)
@@ -235,22 +230,20 @@ def figures(
     names: Sequence[str] = tuple(CASES),
     size: int = 256,
     amp: torch.dtype | None = None,
-    inference: bool = False,
     measure_memory: bool = False,
     device: str = "cpu",
 ) -> Iterator[Figure]:
     """Each model against the library it is compared with."""
     torch.set_num_threads(threads)
     rate = matmul_rate(amp or torch.float32, device)
-    sides = (our_pass, their_pass) if inference else (our_step, their_step)
-    what = "inference" if inference else "step"
+    sides = our_step, their_step
     for name in names:
         case = CASES[name]
         if not (version := version_of(case.package)):
             continue
         model = build_model(case.backbone, case.decoder, num_classes=CLASSES)
         assert count(model) == count(case.theirs()), f"{name}: not the same network"
-        about = f"{what}, {name}, {size}, {'bf16' if amp else 'fp32'}"
+        about = f"step, {name}, {size}, {'bf16' if amp else 'fp32'}"
         if measure_memory:
             used = [
                 peak_memory(memory, side, threads, case, size, amp, device, device=device)
@@ -264,9 +257,9 @@ def figures(
             continue
         mine, theirs = (side(case, size, amp, device) for side in sides)
         turns = take_turns(mine, theirs, rounds=rounds, warm_up=2)
-        work = flops(case, size, training=not inference) * (1 if inference else 3)
-        reached = work / turns.ours, work / turns.theirs, rate
-        yield Figure(about, case.package, version, *turns[:2], threads, *reached, "GFLOP/s")
+        work = 3 * flops(case, size, training=True)
+        reached = rates(work, turns, rate, device)
+        yield Figure(about, case.package, version, *turns[:2], threads, *reached)
 
 
 if __name__ == "__main__":
@@ -274,7 +267,6 @@ if __name__ == "__main__":
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--amp", action="store_true", help="both sides under bf16 autocast")
-    parser.add_argument("--inference", action="store_true", help="passes in place of steps")
     parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
     options = parser.parse_args()
     show(
@@ -284,7 +276,6 @@ if __name__ == "__main__":
             names=options.case,
             size=options.size,
             amp=torch.bfloat16 if options.amp else None,
-            inference=options.inference,
             measure_memory=options.memory,
         ),
         as_json=options.json,

@@ -22,6 +22,7 @@ from segkit.data.source import Source, positions
 from segkit.engine import Evaluation, build_pipeline, load_model, precision, predictions, tally
 from segkit.ensemble import HardVote, SoftVote
 from segkit.errors import SegkitError
+from segkit.fold import fold_batch_norm
 from segkit.metrics import bootstrap_interval, paired_difference, scores
 from segkit.predict import Predictor
 from segkit.run import Run
@@ -185,7 +186,7 @@ class Combiner:
         if distributed.broadcast(known) == origin:
             return path  # an earlier inference made it of the same ingredients
 
-        predict = self.predictor(paths[0])
+        predict = self.predictor(paths[0], fold=False)
         model = predict.model
 
         def settle(weights: dict[str, Tensor]) -> None:
@@ -193,6 +194,7 @@ class Combiner:
             soup.reestimate_batchnorm(model, self._training_images(run))
 
         def count(images: Images) -> Evaluation:
+            predict.model = fold_batch_norm(model)  # to the bit as every checkpoint is scored
             predicted = self._predictions(predict.mask, images, labels=True)
             return tally(predicted, images.source, images.indices, device=self.device)
 
@@ -277,15 +279,24 @@ class Combiner:
         return self._digests[path]
 
     def predictor(
-        self, path: Path, views: tuple[View, ...] = (), *, weighed: bool = False
+        self,
+        path: Path,
+        views: tuple[View, ...] = (),
+        *,
+        weighed: bool = False,
+        fold: bool = True,
     ) -> Predictor:
-        """A checkpoint ready to predict, the way its own configuration says."""
+        """A checkpoint ready to predict, the way its own configuration says.
+
+        Without ``fold`` it keeps its BatchNorm, and so takes other weights.
+        """
         self.digest(path)
         model, trained, _ = load_model(path, verify=False)
         cfg = config.override(trained, self._overrides)
         layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
+        model.to(self.device).to(memory_format=layout)
         return Predictor(
-            model.to(self.device).to(memory_format=layout),
+            fold_batch_norm(model) if fold else model,
             mean=cfg.data.mean,
             std=cfg.data.std,
             size=cfg.infer.size,

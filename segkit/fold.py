@@ -19,10 +19,11 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     tensor that a convolution returned.
 
     Args:
-        model: Maps images to anything, in evaluation mode; for prediction only from here on.
+        model: Maps images to anything.
 
     Returns:
-        The copy. Its outputs are the model's up to rounding.
+        The copy, in evaluation mode and for prediction only. Its outputs are the model's up to
+        rounding.
     """
     model = copy.deepcopy(model).eval()
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}

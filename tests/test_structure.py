@@ -13,7 +13,7 @@ PACKAGE = ROOT / "segkit"
 LAYERS = [
     {"errors", "files", "labels"},
     {"config", "distributed", "command"},
-    {"augment", "losses", "metrics", "backbones", "decoders", "checkpoint"},
+    {"augment", "losses", "metrics", "backbones", "decoders", "checkpoint", "fold"},
     {"weights", "export", "data", "optim"},
     {"model", "run"},
     {"tta", "ensemble"},

@@ -1,0 +1,115 @@
+"""Two ranks of one thread against one rank of one thread, with the same batch a rank.
+
+    python -m benchmarks.scaling [--json] [--rounds 10] [--sync-batch-norm]
+
+UPerNet on ResNet-18, 256 x 256, two images a rank, gloo. Two processes take turns at three things:
+rank 0 steps alone, both step with no exchange, and both step with DistributedDataParallel as
+``train.py`` wraps it. The ratio is images a second of two ranks over those of one; that of the two
+without exchange is what the machine allows. The last figure is how much of the time in which
+gradients are exchanged lies inside backward, where it costs nothing (from a profile of one step).
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import profile
+
+from benchmarks import Figure, arguments, show
+from segkit.distributed import convert_sync_batch_norm
+from segkit.engine import train_step
+from segkit.losses import build_loss
+from segkit.model import build_model
+from segkit.optim import build_optimizer
+
+RANKS, BATCH, SIZE, CLASSES = 2, 2, 256, 11
+
+
+def stepper(*, exchange: bool, sync_batch_norm: bool = False) -> Callable[[], object]:
+    """A training step of this rank, with the others' gradients or without."""
+    model = build_model("resnet18", {"name": "upernet", "width": 256}, num_classes=CLASSES)
+    model = model.to(memory_format=torch.channels_last).train()
+    if sync_batch_norm:
+        convert_sync_batch_norm(model, torch.device("cpu"))
+    criterion = build_loss(["cross_entropy"], num_classes=CLASSES)
+    if not exchange:
+        criterion.eval()  # in training a loss sums over the ranks
+    optimizer = build_optimizer(model, "adamw", lr=1e-4)
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if exchange else model
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    images = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
+    images = images.contiguous(memory_format=torch.channels_last)
+    masks = torch.randint(CLASSES, (BATCH, SIZE, SIZE), generator=generator)
+    return lambda: train_step(
+        net, criterion, optimizer, [(images, masks)], amp=None, scaler=scaler, clip_norm=None
+    )
+
+
+def rank(number: int, store: str, result: str, rounds: int, sync_batch_norm: bool) -> None:
+    """One of the two processes; the first writes what was found."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=number, world_size=RANKS)
+    alone = stepper(exchange=False)
+    together = stepper(exchange=True, sync_batch_norm=sync_batch_norm)
+    found = []
+    for turn in range(-1, rounds):
+        seconds = []
+        for step, ranks in ((alone, 1), (alone, RANKS), (together, RANKS)):
+            dist.barrier()
+            start = time.perf_counter()
+            if number < ranks:
+                step()
+            dist.barrier()
+            seconds.append(time.perf_counter() - start)
+        if turn >= 0:
+            found.append(seconds)
+    with profile() as trace:
+        together()
+    if number == 0:
+        torch.save({"seconds": found, "hidden": hidden(trace)}, result)
+    dist.destroy_process_group()
+
+
+def hidden(trace: profile) -> float:
+    """The share of the exchanges' time before backward's last operation ends."""
+    spans = [(one.name, one.time_range.start, one.time_range.end) for one in trace.events()]
+    exchanges = [(start, end) for name, start, end in spans if name == "gloo:all_reduce"]
+    last = max(end for name, _, end in spans if name.endswith("Backward0") or "Backward" in name)
+    inside = sum(max(0, min(end, last) - start) for start, end in exchanges)
+    return inside / sum(end - start for start, end in exchanges)
+
+
+def figures(rounds: int, sync_batch_norm: bool) -> Iterator[Figure]:
+    """Throughput, the machine's own, and the overlap."""
+    with tempfile.TemporaryDirectory() as folder:
+        store, result = f"{folder}/store", Path(folder, "result.pt")
+        torch.multiprocessing.spawn(
+            rank, (store, str(result), rounds, sync_batch_norm), nprocs=RANKS
+        )
+        found = torch.load(result)
+    peer = "one rank"
+    limits = [RANKS * one / both for one, both, _ in found["seconds"]]
+    ratios = [RANKS * one / joined for one, _, joined in found["seconds"]]
+    limit = statistics.median(limits)
+    for name, values in (("two, no exchange", limits), ("two, DDP", ratios)):
+        low, middle, high = statistics.quantiles(values, n=4)
+        name += ", synchronized BatchNorm" if sync_batch_norm and values is ratios else ""
+        yield Figure(
+            f"images a second: {name}", peer, torch.__version__, middle, (low, high), 1,
+            middle, 1.0, limit, "times",
+        )  # fmt: skip
+    share = found["hidden"]
+    yield Figure("exchange inside backward", "all of it", "", share, (share, share), 1)
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__ or "", rounds=10)
+    parser.add_argument("--sync-batch-norm", action="store_true", help="as train.py's default")
+    options = parser.parse_args()
+    show(figures(options.rounds, options.sync_batch_norm), as_json=options.json)

@@ -1,0 +1,89 @@
+"""Soups against reading their ingredients: time, and memory in state dicts.
+
+    python -m benchmarks.soup [--json] [--rounds 5] [--threads 2]
+
+Ten checkpoints of about a hundred million parameters each, 4 GB in all, which the system has in
+its cache. Peers are reading them as ``segkit.checkpoint.load`` does, with SHA-256 verified, and
+reading by ``torch.load`` alone, which verifies nothing. What a side reaches is bytes in its time,
+beside the rate at which the files are read and their bytes thrown away. The memory's peer is two
+state dicts.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import Figure, arguments, best_of, peak_memory, show, take_turns
+from segkit import checkpoint, soup
+from segkit.model import build_model
+
+INGREDIENTS = 10
+MODEL = "resnet101", {"name": "upernet", "width": 640}
+
+
+def write(folder: Path) -> list[Path]:
+    """Checkpoints that differ."""
+    paths = [folder / f"{seed}.pt" for seed in range(INGREDIENTS)]
+    model = build_model(*MODEL, num_classes=11)
+    for path in paths:
+        for parameter in model.parameters():
+            parameter.data *= 1.001
+        about = {"classes": ["a"], "init": "same", "trained_on": []}
+        checkpoint.save({"model": model.state_dict(), **about}, path)
+    return paths
+
+
+def mix(paths: Sequence[Path]) -> object:
+    """This library's side."""
+    return soup.uniform(paths)
+
+
+def verified(paths: Sequence[Path]) -> None:
+    """Each state dict in memory once, its digest compared."""
+    for path in paths:
+        checkpoint.load(path)
+
+
+def plain(paths: Sequence[Path]) -> None:
+    """Each state dict in memory once."""
+    for path in paths:
+        torch.load(path, weights_only=True)
+
+
+def scan(paths: Sequence[Path]) -> None:
+    """Every byte, and nothing done with it."""
+    block = memoryview(bytearray(1 << 22))
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
+def figures(rounds: int, threads: int) -> Iterator[Figure]:
+    """Time against both ways of reading, then memory."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write(Path(folder))
+        size = sum(path.stat().st_size for path in paths) / 1e9
+        name = f"uniform soup of {INGREDIENTS}"
+        rate = size / best_of(lambda: scan(paths), times=3)
+        for peer, read in {"reading, verified": verified, "reading, torch.load": plain}.items():
+            turns = take_turns(
+                lambda: mix(paths), lambda read=read: read(paths), rounds=rounds, warm_up=1
+            )
+            reached = size / turns.ours, size / turns.theirs, rate
+            yield Figure(name, peer, torch.__version__, *turns[:2], threads, *reached, "GB/s")
+        used = peak_memory(mix, paths)
+        two = 2 * paths[0].stat().st_size / 2**20
+        ratio = two / used
+        yield Figure(
+            f"memory, {name}", "two state dicts", "", ratio, (ratio,) * 2, threads, used, two,
+            unit="MiB",
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    options = arguments(__doc__ or "", rounds=5).parse_args()
+    show(figures(options.rounds, options.threads), as_json=options.json)
