@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.decoders import DECODERS, stlnet
+from segkit.decoders import DECODERS, stlnet, unetplusplus
 from segkit.decoders.layers import (
     ASPP,
     BatchNorm2d,
     ConvNormAct,
     PyramidPooling,
+    conv_doubled,
+    doubles,
     level_at,
     resize,
 )
@@ -225,6 +227,44 @@ def test_resize_leaves_what_fits_and_obeys_the_corners() -> None:
     aligned = resize(x, (1, 4), align_corners=True).flatten()
     torch.testing.assert_close(aligned, torch.tensor([0, 1 / 3, 2 / 3, 1]))
     assert resize(x, (1, 3), mode="nearest", align_corners=True).flatten().tolist() == [0, 0, 1]
+
+
+def test_convolving_a_doubled_map_is_resizing_and_convolving() -> None:
+    rng = torch.Generator().manual_seed(0)
+    shapes = (2, 3, 5, 7), (4, 3, 3, 3), (4,)
+    x, weight, bias = (
+        torch.randn(shape, generator=rng, dtype=torch.float64, requires_grad=True)
+        for shape in shapes
+    )
+    plain = nn.functional.conv2d(resize(x, (10, 14), mode="nearest"), weight, bias, padding=1)
+    found = conv_doubled(x, weight, bias)
+    torch.testing.assert_close(found, plain)
+    ours, theirs = (torch.autograd.grad((y**2).sum(), (x, weight, bias)) for y in (found, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_only_large_maps_that_are_doubled_exactly_are_convolved_so() -> None:
+    large, small = torch.zeros(1, 1, 16, 17), torch.zeros(1, 1, 15, 17)
+    assert doubles(large, (32, 34))
+    assert not doubles(large, (32, 33))
+    assert not doubles(large, (16, 17))
+    assert not doubles(small, (30, 34))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97)])
+@torch.no_grad()
+def test_unetplusplus_is_the_same_where_no_map_is_doubled(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make("unetplusplus").eval()
+    rng = torch.Generator().manual_seed(0)
+    features = [
+        torch.randn(1, channels, *(-(-side // stride) for side in size), generator=rng)
+        for channels, stride in zip(CHANNELS, LAYOUTS["chain"][0], strict=True)
+    ]
+    found = decoder(features)["out"]
+    monkeypatch.setattr(unetplusplus, "doubles", lambda *_: False)
+    torch.testing.assert_close(found, decoder(features)["out"])
 
 
 def test_level_at_finds_the_first_that_is_coarse_enough() -> None:

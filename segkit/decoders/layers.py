@@ -186,6 +186,34 @@ def resize(
     return F.interpolate(x, size=tuple(size), mode=mode, align_corners=corners)
 
 
+def conv_doubled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x`` doubled (nearest) and convolved by 3x3, in under half of the time.
+
+    Of each 3x3 values of a doubled map only 2x2 differ. Weights that meet the same value are added
+    up first, and the rest is a transposed convolution with 4 products a value in place of 9.
+
+    Shape:
+        x: (B, C, h, w)
+        weight: (N, C, 3, 3)
+        out: (B, N, 2h, 2w)
+    """
+    for axis in (2, 3):
+        before, here, after = weight.unbind(axis)
+        weight = torch.stack([after, here + after, before + here, before], axis)
+    return F.conv_transpose2d(x, weight.transpose(0, 1).to(x.dtype), bias, stride=2, padding=1)
+
+
+def doubles(x: Tensor, size: Sequence[int]) -> bool:
+    """Whether :func:`conv_doubled` to ``size`` is possible, and no dearer than to resize first.
+
+    Never while a model is exported, which has all sizes.
+    """
+    if torch.compiler.is_exporting():
+        return False
+    height, width = x.shape[-2:]
+    return tuple(size) == (2 * height, 2 * width) and height * width >= 256
+
+
 def average_pool(x: Tensor, bins: int) -> Tensor:
     """Averages over a grid of ``bins`` x ``bins`` parts of a map: (B, C, bins, bins).
 

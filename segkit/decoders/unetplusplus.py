@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from segkit.decoders.layers import Classifier, ConvNormAct, resize
+from segkit.decoders.layers import Classifier, ConvNormAct, conv_doubled, doubles, resize
 from segkit.errors import ConfigError
 
 
@@ -91,13 +92,13 @@ class UNetPlusPlus(nn.Module):
             skips = [maps[column + 1]]
             for d in reversed(range(last, column + 1)):
                 deeper = maps[column] if d == column else row[d]
-                row[d] = self.blocks[f"x_{d}_{column}"](deeper, skips)
+                row[d] = self.blocks[f"x_{d}_{column}"](deeper, skips, skips[0].shape[-2:])
                 skips.insert(0, row[d])
         if self.pruned and not self.training:
             return {"out": self.heads[self.pruned - 1](row[last])}
         height, width = row[0].shape[-2:]
-        x = resize(row[0], (height * self.scale, width * self.scale), mode="nearest")
-        outputs = {"out": self.classifier(self.blocks[f"x_0_{self.depth}"](x, []))}
+        size = height * self.scale, width * self.scale
+        outputs = {"out": self.classifier(self.blocks[f"x_0_{self.depth}"](row[0], [], size))}
         if self.heads and (self.training or self.average):
             finest = [row[d] for d in reversed(range(self.depth))]
             logits = [head(node) for head, node in zip(self.heads, finest, strict=True)]
@@ -118,8 +119,13 @@ class Block(nn.Module):
         self.conv1 = ConvNormAct(inputs, outputs)
         self.conv2 = ConvNormAct(outputs, outputs)
 
-    def forward(self, deeper: Tensor, skips: Sequence[Tensor]) -> Tensor:
-        if skips:
-            deeper = resize(deeper, skips[0].shape[-2:], mode="nearest")
-            deeper = torch.cat([deeper, *skips], 1)
-        return self.conv2(self.conv1(deeper))
+    def forward(self, deeper: Tensor, skips: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        conv, norm, activation = self.conv1
+        if doubles(deeper, size):
+            inputs = deeper.shape[1]
+            x = conv_doubled(deeper, conv.weight[:, :inputs], conv.bias)
+            if skips:
+                x += F.conv2d(torch.cat(skips, 1), conv.weight[:, inputs:], padding=1)
+        else:
+            x = conv(torch.cat([resize(deeper, size, mode="nearest"), *skips], 1))
+        return self.conv2(activation(norm(x)))
