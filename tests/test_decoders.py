@@ -14,6 +14,7 @@ from segkit.decoders.layers import (
     ConvNormAct,
     PyramidPooling,
     conv_doubled,
+    conv_resized,
     doubles,
     level_at,
     resize,
@@ -240,6 +241,20 @@ def test_convolving_a_doubled_map_is_resizing_and_convolving() -> None:
     found = conv_doubled(x, weight, bias)
     torch.testing.assert_close(found, plain)
     ours, theirs = (torch.autograd.grad((y**2).sum(), (x, weight, bias)) for y in (found, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [(10, 14), (33, 49), (17, 25), (6, 8), (5, 7)])
+def test_convolving_a_resized_map_is_resizing_and_convolving(size: tuple[int, int]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(shape, generator=rng, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 5, 7), (4, 3, 3, 3))
+    )
+    plain = nn.functional.conv2d(resize(x, size), weight, padding=1)
+    found = conv_resized(x, size, weight)
+    torch.testing.assert_close(found, plain)
+    ours, theirs = (torch.autograd.grad((y**2).sum(), (x, weight)) for y in (found, plain))
     torch.testing.assert_close(ours, theirs)
 
 

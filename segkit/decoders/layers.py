@@ -214,6 +214,38 @@ def doubles(x: Tensor, size: Sequence[int]) -> bool:
     return tuple(size) == (2 * height, 2 * width) and height * width >= 256
 
 
+def conv_resized(x: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
+    """``x`` resized (bilinear) and convolved by 3x3, at little more than the smaller map's cost.
+
+    Mixing channels and interpolating may change places: the nine products are made on the map as it
+    is, and two matrix products interpolate, shift and add them up. The resized map is never there.
+
+    Shape:
+        x: (B, C, h, w)
+        weight: (N, C, 3, 3)
+        out: (B, N, *size)
+    """
+    (height, width), pixels = x.shape[-2:], size[0] * size[1]
+    if torch.compiler.is_exporting() or 2 * height * width > pixels:
+        return F.conv2d(resize(x, size), weight, padding=1)
+    products = F.linear(x.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1).flatten(0, 2))
+    products = products.unflatten(3, (3, 3, len(weight))).permute(0, 3, 1, 4, 2, 5)
+    down, across = (
+        _shifted(length, to, products) for length, to in zip((height, width), size, strict=True)
+    )
+    rows = down @ products.reshape(len(x), 3 * height, -1)
+    rows = rows.view(len(x), size[0], 3 * width, len(weight))
+    return (across @ rows).permute(0, 3, 1, 2)
+
+
+def _shifted(length: int, to: int, like: Tensor) -> Tensor:
+    """What interpolates a line and shifts it by 1, 0 and -1: a matrix (to, 3 length)."""
+    exact = torch.promote_types(like.dtype, torch.float32)
+    line = torch.eye(length, dtype=exact, device=like.device)[None]
+    resized = F.pad(F.interpolate(line, to, mode="linear")[0], (1, 1))
+    return torch.cat([resized[:, at : at + to] for at in range(3)]).T.to(like.dtype)
+
+
 def average_pool(x: Tensor, bins: int) -> Tensor:
     """Averages over a grid of ``bins`` x ``bins`` parts of a map: (B, C, bins, bins).
 

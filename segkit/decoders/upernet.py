@@ -2,10 +2,17 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from segkit.decoders.layers import Classifier, ConvNormAct, PyramidPooling, fcn_head, resize
+from segkit.decoders.layers import (
+    Classifier,
+    ConvNormAct,
+    PyramidPooling,
+    conv_resized,
+    fcn_head,
+    resize,
+)
 
 
 class UPerNet(nn.Module):
@@ -57,9 +64,14 @@ class UPerNet(nn.Module):
             pyramid[i] = pyramid[i] + resize(pyramid[i + 1], pyramid[i].shape[-2:])
         for i, smooth in enumerate(self.smooth):
             pyramid[i] = smooth(pyramid[i])
-        size = pyramid[0].shape[-2:]
-        x = self.fuse(torch.cat([resize(level, size) for level in pyramid], 1))
-        outputs = {"out": self.classifier(self.dropout(x))}
+        # The convolution of all levels side by side, each as large as the finest.
+        conv, norm, activation = self.fuse
+        finest, *coarser = pyramid
+        own, *others = conv.weight.split(finest.shape[1], 1)
+        x = F.conv2d(finest, own, conv.bias, padding=1)
+        for level, weight in zip(coarser, others, strict=True):
+            x = x + conv_resized(level, finest.shape[-2:], weight)
+        outputs = {"out": self.classifier(self.dropout(activation(norm(x))))}
         if self.training and self.aux is not None:
             outputs["aux"] = self.aux(features[-2])
         return outputs
