@@ -65,8 +65,8 @@ def take_turns(
     """The median of peer's time over ours, and its quartiles, a ratio a round.
 
     Who is first changes with each round, so that what else the machine does falls on both alike.
-    For work of one thread, ``time.process_time`` as the clock leaves out waiting for a core. What
-    a side leaves to a GPU is waited for.
+    For work of one thread, ``time.process_time`` as the clock leaves out waiting for a core (see
+    :func:`clock_for`). What a side leaves to a GPU is waited for.
     """
     seconds: dict[Callable[[], object], list[float]] = {ours: [], peer: []}
     for turn in range(-warm_up, rounds):
@@ -79,6 +79,11 @@ def take_turns(
     return Turns(
         middle, (low, high), statistics.median(seconds[ours]), statistics.median(seconds[peer])
     )
+
+
+def clock_for(threads: int, device: str = "cpu") -> Callable[[], float]:
+    """The processor's time where one thread of it does all of the work, else the wall clock's."""
+    return time.process_time if threads == 1 and device == "cpu" else time.perf_counter
 
 
 def _seconds(function: Callable[[], object], clock: Callable[[], float]) -> float:
@@ -114,7 +119,8 @@ def copy_rate(device: str = "cpu") -> float:
 
 def best_of(function: Callable[[], object], times: int = 7) -> float:
     """The least of some calls' seconds."""
-    return min(_seconds(function, time.perf_counter) for _ in range(times))
+    clock = clock_for(torch.get_num_threads(), "cuda" if torch.cuda.is_available() else "cpu")
+    return min(_seconds(function, clock) for _ in range(times))
 
 
 def peak_memory(work: Callable[..., object], *arguments: object, device: str = "cpu") -> float:

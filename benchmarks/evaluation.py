@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks import Figure, arguments, copy_rate, peak_memory, show, take_turns, version_of
+from benchmarks import (
+    Figure,
+    arguments,
+    clock_for,
+    copy_rate,
+    peak_memory,
+    show,
+    take_turns,
+    version_of,
+)
 from segkit.metrics import confusion_matrix
 
 SHAPE = (8, 11, 512, 512)
@@ -74,6 +83,7 @@ def figures(rounds: int, threads: int, device: str = "cpu") -> Iterator[Figure]:
             lambda: segkit(logits, target),
             lambda peer=peer: peer(logits, target),
             rounds=rounds,
+            clock=clock_for(threads, device),
         )
         reached = size / turns.ours, size / turns.theirs, rate
         task = "logits to confusion matrix"

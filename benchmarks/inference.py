@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks import Figure, arguments, matmul_rate, show, take_turns, version_of
+from benchmarks import Figure, arguments, clock_for, matmul_rate, show, take_turns, version_of
 from benchmarks.step import CASES, Case, batch, flops, ours, rates
 from segkit.fold import fold_batch_norm
 
@@ -55,7 +55,10 @@ def figures(
         if not (version := version_of(case.package)):
             continue
         turns = take_turns(
-            our_pass(case, size, amp, device), their_pass(case, size, amp, device), rounds=rounds
+            our_pass(case, size, amp, device),
+            their_pass(case, size, amp, device),
+            rounds=rounds,
+            clock=clock_for(threads, device),
         )
         work = flops(case, size, training=False)
         reached = rates(work, turns, rate, device)

@@ -14,7 +14,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks import Figure, arguments, copy_rate, peak_memory, show, take_turns, version_of
+from benchmarks import (
+    Figure,
+    arguments,
+    clock_for,
+    copy_rate,
+    peak_memory,
+    show,
+    take_turns,
+    version_of,
+)
 from segkit.losses import build_loss
 
 SHAPE = (4, 11, 512, 512)
@@ -87,6 +96,7 @@ def figures(rounds: int, threads: int, device: str = "cpu") -> Iterator[Figure]:
             lambda side=ours: forward_and_backward(side, logits, target),
             lambda side=theirs: forward_and_backward(side, logits, target),
             rounds=rounds,
+            clock=clock_for(threads, device),
         )
         reached = size / turns.ours, size / turns.theirs, rate
         yield Figure(task, package, version, *turns[:2], threads, *reached, "GB/s")

@@ -29,6 +29,7 @@ from benchmarks import (
     Figure,
     Turns,
     arguments,
+    clock_for,
     matmul_rate,
     peak_memory,
     show,
@@ -256,7 +257,7 @@ def figures(
             )
             continue
         mine, theirs = (side(case, size, amp, device) for side in sides)
-        turns = take_turns(mine, theirs, rounds=rounds, warm_up=2)
+        turns = take_turns(mine, theirs, rounds=rounds, warm_up=2, clock=clock_for(threads, device))
         work = 3 * flops(case, size, training=True)
         reached = rates(work, turns, rate, device)
         yield Figure(about, case.package, version, *turns[:2], threads, *reached)
