@@ -4,11 +4,11 @@
         [--size 256] [--amp] [--memory]
 
 A step is forward, cross-entropy at the image's size, backward and AdamW, on two images. Both sides
-have the same layers (as many parameters, or the script fails), the same auxiliary heads and the
-same precision; ours is ``segkit.train_step`` in channels_last, as ``train.py`` runs it, theirs is
-what their users write. What a side reaches is the multiply-adds of convolutions and matrix products
-(backward twice those of forward), two FLOP each, in its time, beside the machine's own rate for
-large matrix products of that precision.
+are the same network (``tests/test_parity.py`` compares outputs) with the same auxiliary heads, loss
+and precision; ours is ``segkit.train_step`` in channels_last, as ``train.py`` runs it, theirs is
+what their users write. What a side reaches is the multiply-adds of the peer's convolutions and
+matrix products (backward twice those of forward), two FLOP each, in its time, beside the machine's
+own rate for large matrix products of that precision. Ours makes do with fewer of them in places.
 
 ``--memory`` measures the peak of two steps in a fresh process, weights, gradients and the
 optimizer's moments included.
@@ -201,10 +201,8 @@ def memory(side: Callable[..., Callable[[], object]], threads: int, *rest: Any) 
 
 
 def flops(case: Case, size: int, *, training: bool) -> float:
-    """GFLOP of one forward pass."""
-    with torch.device("meta"):
-        model = build_model(case.backbone, case.decoder, num_classes=CLASSES).train(training)
-        images = torch.empty(BATCH, 3, size, size)
+    """GFLOP of one forward pass of the peer's."""
+    model, images = case.theirs().train(training), batch(size, "cpu")[0]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops() / 1e9
@@ -217,11 +215,6 @@ def rates(
     if device == "cuda":
         return BATCH / turns.ours, BATCH / turns.theirs, None, "images/s"
     return work / turns.ours, work / turns.theirs, limit, "GFLOP/s"
-
-
-def count(model: nn.Module) -> int:
-    """Parameters that learn."""
-    return sum(one.numel() for one in model.parameters() if one.requires_grad)
 
 
 def figures(
@@ -242,8 +235,6 @@ def figures(
         case = CASES[name]
         if not (version := version_of(case.package)):
             continue
-        model = build_model(case.backbone, case.decoder, num_classes=CLASSES)
-        assert count(model) == count(case.theirs()), f"{name}: not the same network"
         about = f"step, {name}, {size}, {'bf16' if amp else 'fp32'}"
         if measure_memory:
             used = [
@@ -257,7 +248,7 @@ def figures(
             )
             continue
         mine, theirs = (side(case, size, amp, device) for side in sides)
-        turns = take_turns(mine, theirs, rounds=rounds, warm_up=2, clock=clock_for(threads, device))
+        turns = take_turns(mine, theirs, rounds=rounds, warm_up=1, clock=clock_for(threads, device))
         work = 3 * flops(case, size, training=True)
         reached = rates(work, turns, rate, device)
         yield Figure(about, case.package, version, *turns[:2], threads, *reached)
