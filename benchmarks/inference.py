@@ -58,6 +58,7 @@ def figures(
             our_pass(case, size, amp, device),
             their_pass(case, size, amp, device),
             rounds=rounds,
+            warm_up=1,
             clock=clock_for(threads, device),
         )
         work = flops(case, size, training=False)
