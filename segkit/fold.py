@@ -1,6 +1,8 @@
 """BatchNorm folded into the convolutions before it, for models that only predict."""
 
 import copy
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +17,20 @@ SIDE = 64
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy whose convolutions do the work of the BatchNorm that follows them in evaluation.
 
-    Which one follows which is seen by a pass of a small image: a BatchNorm that is given the very
-    tensor that a convolution returned.
+    It follows one if it does so in an ``nn.Sequential``, or if in a pass of a small image it is
+    given the very tensor that the convolution returned.
 
     Args:
         model: Maps images to anything.
 
     Returns:
-        The copy, in evaluation mode and for prediction only. Its outputs are the model's up to
-        rounding.
+        The copy, in evaluation mode and for prediction only; what is not folded it shares with the
+        model. Its outputs are the model's up to rounding.
     """
-    model = copy.deepcopy(model).eval()
+    shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared).eval()
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    pairs: list[tuple[nn.Conv2d, _BatchNorm]] = []
+    before: dict[_BatchNorm, nn.Conv2d] = {}
 
     def convolved(conv: nn.Module, _: object, output: Tensor) -> None:
         assert isinstance(conv, nn.Conv2d)
@@ -36,8 +39,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     def normalizes(norm: nn.Module, inputs: tuple[Tensor]) -> None:
         assert isinstance(norm, _BatchNorm)
         conv, _ = made.get(id(inputs[0]), (None, None))
-        if conv is not None and norm.running_mean is not None:
-            pairs.append((conv, norm))
+        if conv is not None:
+            before[norm] = conv
 
     hooks = [
         module.register_forward_hook(convolved)
@@ -53,7 +56,12 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         for hook in hooks:
             hook.remove()
     names = {module: name for name, module in model.named_modules()}
-    for conv, norm in pairs:
+    for sequence in model.modules():
+        if isinstance(sequence, nn.Sequential):
+            for conv, norm in pairwise(sequence):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
+                    before[norm] = conv
+    for norm, conv in before.items():
         folded = fuse_conv_bn_eval(conv, norm)
         conv.weight, conv.bias = folded.weight, folded.bias
         model.set_submodule(names[norm], nn.Identity())
