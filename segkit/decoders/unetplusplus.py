@@ -121,11 +121,12 @@ class Block(nn.Module):
 
     def forward(self, deeper: Tensor, skips: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         conv, norm, activation = self.conv1
+        assert isinstance(conv, nn.Conv2d)
         if doubles(deeper, size):
             inputs = deeper.shape[1]
             x = conv_doubled(deeper, conv.weight[:, :inputs], conv.bias)
             if skips:
-                x += F.conv2d(torch.cat(skips, 1), conv.weight[:, inputs:], padding=1)
+                x += F.conv2d(torch.cat(list(skips), 1), conv.weight[:, inputs:], padding=1)
         else:
             x = conv(torch.cat([resize(deeper, size, mode="nearest"), *skips], 1))
         return self.conv2(activation(norm(x)))

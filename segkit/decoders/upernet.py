@@ -66,6 +66,7 @@ class UPerNet(nn.Module):
             pyramid[i] = smooth(pyramid[i])
         # The convolution of all levels side by side, each as large as the finest.
         conv, norm, activation = self.fuse
+        assert isinstance(conv, nn.Conv2d)
         finest, *coarser = pyramid
         own, *others = conv.weight.split(finest.shape[1], 1)
         x = F.conv2d(finest, own, conv.bias, padding=1)
