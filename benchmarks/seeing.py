@@ -57,14 +57,12 @@ def figures(rounds: int) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as root:
         ours = seen(Path(root, "seen"), f"track.trackers={TRACKERS}")
         peer = unseen(seen(Path(root, "unseen"), "track.images=0"))
-        ratio, spread = take_turns(ours, peer, rounds=rounds, warm_up=1, clock=processors)
+        ratio, spread, *_ = take_turns(ours, peer, rounds=rounds, warm_up=1, clock=processors)
         yield Figure(
             "a training that is seen", "unseen", "", ratio, spread, torch.get_num_threads()
         )
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__ or "")
-    parser.set_defaults(rounds=5)
-    options = parser.parse_args()
+    options = arguments(__doc__ or "", rounds=5).parse_args()
     show(figures(options.rounds), as_json=options.json)
