@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks import Figure, arguments, clock_for, matmul_rate, show, take_turns, version_of
-from benchmarks.step import CASES, Case, batch, flops, ours, rates
+from benchmarks import Figure, clock_for, matmul_rate, show, take_turns, version_of
+from benchmarks.step import CASES, Case, batch, chosen, flops, model_arguments, ours, rates
 from segkit.fold import fold_batch_norm
 
 
@@ -68,18 +68,5 @@ def figures(
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__ or "", rounds=10)
-    parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--size", type=int, default=256, help="side of the images")
-    parser.add_argument("--amp", action="store_true", help="both sides under bf16 autocast")
-    options = parser.parse_args()
-    show(
-        figures(
-            options.rounds,
-            options.threads,
-            names=options.case,
-            size=options.size,
-            amp=torch.bfloat16 if options.amp else None,
-        ),
-        as_json=options.json,
-    )
+    options = model_arguments(__doc__ or "").parse_args()
+    show(figures(options.rounds, options.threads, **chosen(options)), as_json=options.json)

@@ -14,6 +14,7 @@ own rate for large matrix products of that precision. Ours makes do with fewer o
 optimizer's moments included.
 """
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -254,21 +255,26 @@ def figures(
         yield Figure(about, case.package, version, *turns[:2], threads, *reached)
 
 
-if __name__ == "__main__":
-    parser = arguments(__doc__ or "", rounds=10)
+def model_arguments(description: str) -> argparse.ArgumentParser:
+    """The parser of benchmarks that run the cases."""
+    parser = arguments(description, rounds=10)
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--amp", action="store_true", help="both sides under bf16 autocast")
+    return parser
+
+
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """Those options, as ``figures`` takes them."""
+    amp = torch.bfloat16 if options.amp else None
+    return {"names": options.case, "size": options.size, "amp": amp}
+
+
+if __name__ == "__main__":
+    parser = model_arguments(__doc__ or "")
     parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
     options = parser.parse_args()
     show(
-        figures(
-            options.rounds,
-            options.threads,
-            names=options.case,
-            size=options.size,
-            amp=torch.bfloat16 if options.amp else None,
-            measure_memory=options.memory,
-        ),
+        figures(options.rounds, options.threads, measure_memory=options.memory, **chosen(options)),
         as_json=options.json,
     )
