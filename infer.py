@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from segkit import checkpoint, command, distributed
-from segkit.combine import SOUPS, VOTES, Candidate, Combiner, Images, load_state, share
+from segkit.combine import SOUPS, VOTES, Candidate, Combiner, Images, load_state, resolve, share
 from segkit.config import Config
 from segkit.data import open_source
 from segkit.data.loader import digests
@@ -37,20 +37,18 @@ from segkit.tta import parse_views
 def main(argv: Sequence[str]) -> None:
     args = parse_arguments(argv)
     runs = [Run.open(name) for name in args.run_dir or [None]]
+    cfg = resolve(runs[0], args.set)
+    views = parse_views(args.tta or cfg.infer.tta) if args.tta is not None else ()
     say = command.voice(quiet=args.quiet, verbose=args.verbose)
+    if args.weigh_views and cfg.infer.merge != "mean":
+        raise ConfigError("infer.merge: --weigh-views weighs the mean of probabilities; use 'mean'")
     with distributed.session(args.device) as device:
+        photos = open_photos(args, cfg)
         out = args.out or runs[0].folder / "infer"
         votes = VOTES if args.compare else (args.vote,)
         combiner = Combiner(
             runs, out, device, overrides=args.set, votes=votes, allow_leak=args.allow_leak
         )
-        cfg = combiner.config(runs[0])
-        views = parse_views(args.tta or cfg.infer.tta) if args.tta is not None else ()
-        if args.weigh_views and cfg.infer.merge != "mean":
-            raise ConfigError(
-                "infer.merge: --weigh-views weighs the mean of probabilities; use 'mean'"
-            )
-        photos = open_photos(args, cfg)
         final = combiner.candidate(
             kind=args.soup, views=views, weighed=args.weigh_views, vote=args.vote
         )

@@ -93,6 +93,7 @@ class Combiner:
     ) -> None:
         self.runs, self.out, self.device = runs, out, device
         self._overrides, self._votes, self._allow_leak = overrides, votes, allow_leak
+        self._configs: dict[Path, Config] = {}
         self._digests: dict[Path, str] = {}
         self._sources: dict[tuple[Path, str], Source] = {}
         self._soups: dict[tuple[Path, str], Path] = {}
@@ -102,9 +103,10 @@ class Combiner:
         out.mkdir(parents=True, exist_ok=True)
 
     def config(self, run: Run) -> Config:
-        """A run's configuration with the overrides."""
-        parsed = config.parse(run.read("config.json"), str(run.folder))
-        return config.override(parsed, self._overrides)
+        """A run's configuration with the overrides, read once."""
+        if run.folder not in self._configs:
+            self._configs[run.folder] = resolve(run, self._overrides)
+        return self._configs[run.folder]
 
     # ---- candidates
 
@@ -155,9 +157,10 @@ class Combiner:
 
     def votes(self, paths: Sequence[Path]) -> list[str]:
         """The kinds of vote these checkpoints can take part in; a single one is not questioned."""
+        if len(self._votes) == 1:
+            return list(self._votes)
         weighable = all("iou" in load_state(path) for path in paths)
-        able = [vote for vote in self._votes if vote != "weighted" or weighable]
-        return able or list(self._votes)
+        return [vote for vote in self._votes if vote != "weighted" or weighable]
 
     # ---- soups
 
@@ -504,6 +507,11 @@ class Combiner:
                     "interval": interval,
                 }
         return row
+
+
+def resolve(run: Run, overrides: Sequence[str]) -> Config:
+    """A run's configuration with settings in place of its own."""
+    return config.override(config.parse(run.read("config.json"), str(run.folder)), overrides)
 
 
 def share(images: Images) -> list[int]:
