@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     say = command.voice(quiet=args.quiet, verbose=args.verbose)
     if args.weigh_views and cfg.infer.merge != "mean":
         raise ConfigError("infer.merge: --weigh-views weighs the mean of probabilities; use 'mean'")
-    with distributed.session(args.device) as device:
+    with distributed.session(args.device, cfg.train.timeout) as device:
         photos = open_photos(args, cfg)
         out = args.out or runs[0].folder / "infer"
         votes = VOTES if args.compare else (args.vote,)

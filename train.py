@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse_arguments(argv)
     cfg = config.load(args.cfg, args.set)
     check(cfg)
-    with distributed.session(args.device) as device:
+    with distributed.session(args.device, cfg.train.timeout) as device:
         torch.use_deterministic_algorithms(cfg.train.deterministic)
         torch.backends.cudnn.benchmark = not cfg.train.deterministic
         say = command.voice(quiet=args.quiet, verbose=args.verbose)

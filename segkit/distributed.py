@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from segkit.errors import SegkitError
 
 
 def rank() -> int:
@@ -32,11 +35,14 @@ def is_main() -> bool:
 
 
 @contextmanager
-def session(device: str | None = None) -> Iterator[torch.device]:
+def session(device: str | None = None, timeout: float = 30.0) -> Iterator[torch.device]:
     """The process group torchrun asked for (NCCL on CUDA, else gloo), and this rank's device.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``; default CUDA where there is one.
+        timeout: Minutes a rank waits for the others in one exchange before it ends with an error.
+            A lost rank is mostly noticed at once, but gloo may miss one that dies amid a large
+            transfer.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -49,9 +55,10 @@ def session(device: str | None = None) -> Iterator[torch.device]:
     store, rank, world_size = next(dist.rendezvous("env://"))
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
-        store=_meet(store, rank, world_size),
+        store=_meet(store, rank, world_size, timeout),
         rank=rank,
         world_size=world_size,
+        timeout=timedelta(minutes=timeout),
     )
     try:
         yield here
@@ -59,7 +66,7 @@ def session(device: str | None = None) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
     """A part of torchrun's store that no earlier start of these ranks has written to.
 
     torchrun keeps its store when it starts ranks again, and they would look for each other at the
@@ -67,9 +74,11 @@ def _meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
     the words it finds, until every rank has heard its own.
     """
     store = dist.PrefixStore("segkit", store)
+    store.set_timeout(timedelta(minutes=timeout))
     word, heard = uuid4().hex, set[str]()
     store.set(f"rank {rank}", word)
-    while True:
+    deadline = time.monotonic() + 60 * timeout
+    while time.monotonic() < deadline:
         if rank == 0:
             words = [store.get(f"rank {one}").decode() for one in range(world_size)]
             store.set("words", " ".join(words))
@@ -81,6 +90,7 @@ def _meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
         if meeting in heard and store.add(meeting, 0) == world_size:
             return dist.PrefixStore(meeting, store)
         time.sleep(0.01)
+    raise SegkitError(f"not all {world_size} ranks met within {timeout:g} minutes (train.timeout)")
 
 
 def barrier() -> None:

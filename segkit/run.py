@@ -21,7 +21,7 @@ RUNS = Path("runs")
 
 FREE = {
     *("data.workers", "data.cache", "data.cache_gb"),
-    *("train.save_every", "train.log_every"),
+    *("train.save_every", "train.log_every", "train.timeout"),
 }
 """Settings that a resumed run may change: no weight depends on them."""
 

@@ -3,12 +3,15 @@
 import copy
 
 import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from segkit import distributed
+from segkit.errors import SegkitError
 
 
 def network() -> nn.Module:
@@ -91,3 +94,10 @@ def reductions() -> tuple[float, float, str]:
 
 def test_reductions() -> None:
     assert run_ranks(reductions, 3) == [(6.0, 3.0, "from 0")] * 3
+
+
+def test_a_rank_that_died_as_it_started_is_not_waited_for_without_end() -> None:
+    store = dist.HashStore()
+    store.set("segkit/rank 1", "a word, and then nothing")
+    with pytest.raises(SegkitError, match="not all 2 ranks met"):
+        distributed._meet(store, rank=0, world_size=2, timeout=0.001)
