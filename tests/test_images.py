@@ -190,11 +190,13 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_decompression_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
-    """8193 × 8192 zeros: 4 kB in the file; the pixels would be 200 MB."""
-    bomb = png(tmp_path / "a.png", width=8193, height=8192, depth=8, color=2)
+    """One column more than is taken: 1.2 GB of pixels."""
+    bomb = png(tmp_path / "a.png", width=20_001, height=20_000, depth=8, color=2)
     for function in (read_image, image_size):
-        with pytest.raises(DataError, match=r"a\.png has 8193 × 8192 pixels"):
+        with pytest.raises(DataError, match=r"a\.png has 20001 × 20000 pixels"):
             function(bomb)
+    largest = png(tmp_path / "largest.png", width=20_000, height=20_000, depth=8, color=2)
+    assert image_size(largest) == (20_000, 20_000)
     png(tmp_path / "b.png", width=2**31 - 1, height=2**31 - 1, depth=8, color=2)
     with pytest.raises(DataError, match=r"b\.png"):
         read_image(tmp_path / "b.png")

@@ -16,8 +16,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
-MAX_PIXELS = 1 << 26
-"""Largest image decoded, as its header has it: 8192 × 8192, 192 MiB of RGB."""
+MAX_PIXELS = 20_000**2
+"""Largest image decoded, as its header has it: 20,000 × 20,000, 1.1 GiB of RGB."""
+
+if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, above ours so that ours speaks first
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 2 * MAX_PIXELS)
 
 _ORIENTATION = 0x0112
 
