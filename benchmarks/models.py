@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from segkit import config
+from segkit import config, recompute
 from segkit.model import build_model
 
 NAMES = (
@@ -84,13 +84,13 @@ def kept_for_backward(model: nn.Module, image: Tensor) -> int:
     own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     kept: dict[int, Any] = {}
 
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
+    def pack(x: Tensor) -> Any:
+        packed = recompute.pack(x)
+        if isinstance(packed, Tensor) and (storage := x.untyped_storage())._cdata not in own:
             kept[storage._cdata] = storage
-        return x
+        return packed
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(pack, recompute.unpack):
         outputs = model(image)
     del outputs
     return sum(storage.nbytes() for storage in kept.values())

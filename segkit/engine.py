@@ -20,6 +20,7 @@ from segkit.distributed import all_reduce, progress, rank, world_size
 from segkit.losses import Criterion
 from segkit.metrics import counts_of, image_matrices
 from segkit.model import Segmenter, build_model
+from segkit.recompute import forgetting
 
 Watch = Callable[[int, Tensor, Tensor, Tensor], None]
 """Who looks on during an evaluation: index, predicted mask, true mask, counts (C, 3)."""
@@ -75,7 +76,7 @@ def train_step(
         if isinstance(model, DistributedDataParallel) and number < len(batches):
             alone = model.no_sync()
         with alone:
-            with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+            with forgetting(), torch.autocast(images.device.type, amp, enabled=amp is not None):
                 outputs = model(images)
             loss, parts = criterion(outputs, masks)
             scaler.scale(loss / len(batches)).backward()

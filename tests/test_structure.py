@@ -13,7 +13,7 @@ PACKAGE = ROOT / "segkit"
 LAYERS = [
     {"errors", "files", "labels"},
     {"config", "distributed", "command"},
-    {"augment", "losses", "metrics", "backbones", "decoders", "checkpoint", "fold"},
+    {"augment", "losses", "metrics", "backbones", "decoders", "checkpoint", "fold", "recompute"},
     {"weights", "export", "data", "optim"},
     {"model", "run"},
     {"tta", "ensemble"},
