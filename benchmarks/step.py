@@ -1,7 +1,7 @@
 """A training step against the libraries whose models these are.
 
     python -m benchmarks.step [--json] [--rounds 10] [--threads 2] [--case NAME ...]
-        [--size 256] [--amp] [--memory]
+        [--size 256] [--amp] [--memory] [--keep]
 
 A step is forward, cross-entropy at the image's size, backward and AdamW, on two images. Both sides
 are the same network (``tests/test_parity.py`` compares outputs) with the same auxiliary heads, loss
@@ -11,14 +11,16 @@ matrix products (backward twice those of forward), two FLOP each, in its time, b
 own rate for large matrix products of that precision. Ours makes do with fewer of them in places.
 
 ``--memory`` measures the peak of two steps in a fresh process, weights, gradients and the
-optimizer's moments included.
+optimizer's moments included. ``--keep`` takes for the peer our own step with all activations kept.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +184,19 @@ def their_step(case: Case, size: int, amp: torch.dtype | None, device: str) -> C
     return step
 
 
+def keeping_step(
+    case: Case, size: int, amp: torch.dtype | None, device: str
+) -> Callable[[], object]:
+    """This library's step, which computes nothing again."""
+    step = our_step(case, size, amp, device)
+
+    def kept() -> None:
+        with mock.patch("segkit.engine.forgetting", nullcontext):
+            step()
+
+    return kept
+
+
 def their_loss(case: Case, model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     """Cross-entropy as each library's users have it."""
     if case.package == "transformers":  # it computes the loss, auxiliary head included
@@ -226,15 +241,17 @@ def figures(
     size: int = 256,
     amp: torch.dtype | None = None,
     measure_memory: bool = False,
+    keep: bool = False,
     device: str = "cpu",
 ) -> Iterator[Figure]:
     """Each model against the library it is compared with."""
     torch.set_num_threads(threads)
     rate = matmul_rate(amp or torch.float32, device)
-    sides = our_step, their_step
+    sides = our_step, keeping_step if keep else their_step
     for name in names:
         case = CASES[name]
-        if not (version := version_of(case.package)):
+        package = "segkit" if keep else case.package
+        if not (version := version_of(package)):
             continue
         about = f"step, {name}, {size}, {'bf16' if amp else 'fp32'}"
         if measure_memory:
@@ -244,15 +261,13 @@ def figures(
             ]
             ratio = used[1] / used[0]
             about = f"memory, {about}"
-            yield Figure(
-                about, case.package, version, ratio, (ratio, ratio), threads, *used, unit="MiB"
-            )
+            yield Figure(about, package, version, ratio, (ratio, ratio), threads, *used, unit="MiB")
             continue
         mine, theirs = (side(case, size, amp, device) for side in sides)
         turns = take_turns(mine, theirs, rounds=rounds, warm_up=1, clock=clock_for(threads, device))
         work = 3 * flops(case, size, training=True)
         reached = rates(work, turns, rate, device)
-        yield Figure(about, case.package, version, *turns[:2], threads, *reached)
+        yield Figure(about, package, version, *turns[:2], threads, *reached)
 
 
 def model_arguments(description: str) -> argparse.ArgumentParser:
@@ -273,8 +288,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = model_arguments(__doc__ or "")
     parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
+    parser.add_argument("--keep", action="store_true", help="against our step that forgets nothing")
     options = parser.parse_args()
-    show(
-        figures(options.rounds, options.threads, measure_memory=options.memory, **chosen(options)),
-        as_json=options.json,
-    )
+    what = {**chosen(options), "measure_memory": options.memory, "keep": options.keep}
+    show(figures(options.rounds, options.threads, **what), as_json=options.json)
