@@ -205,7 +205,7 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[Images]) -> str:
             found = row[one.title]
             low, high = found["interval"]
             cells.append(f"{found['miou']:.3f} [{low:.3f}, {high:.3f}] {_sign(found)}".rjust(26))
-        lines.append(row["name"][:28].ljust(28) + "".join(cells))
+        lines.append(_fit(row["name"], 28).ljust(28) + "".join(cells))
     notes = ["> better, < worse, = not told apart from the last line (paired bootstrap, 95 %)"]
     for one in columns:
         if trained := max(row[one.title]["trained_on"] for row in rows):
@@ -214,6 +214,11 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[Images]) -> str:
     return "\n".join(
         [*lines[:-1], "-" * width, command.bold(lines[-1]), *(notes if rows[1:] else notes[1:])]
     )
+
+
+def _fit(name: str, width: int) -> str:
+    """A long name without its middle: its run is told by the start, what was done by the end."""
+    return name if len(name) <= width else f"{name[: width - 19]}…{name[-18:]}"
 
 
 def _sign(found: dict[str, Any]) -> str:

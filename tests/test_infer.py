@@ -103,6 +103,12 @@ def test_everything_is_compared(compared: tuple[list[dict[str, Any]], str]) -> N
             assert row[column]["trained_on"] == 0
 
 
+def test_a_long_name_keeps_its_run_and_what_was_done() -> None:
+    names = ("bags greedy soup, views", "bags-with-pseudo-labels greedy soup, views")
+    assert infer._fit(names[0], 28) == names[0]
+    assert infer._fit(names[1], 28) == "bags-with…greedy soup, views"
+
+
 def test_differences_are_paired_with_the_last_line(
     compared: tuple[list[dict[str, Any]], str],
 ) -> None:
