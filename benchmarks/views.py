@@ -11,6 +11,7 @@ the time in which five checkpoints are read and verified over that in which they
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,24 +87,16 @@ def mixing(folder: Path, rounds: int) -> Figure:
 def figures(rounds: int) -> Iterator[Figure]:
     """Each set of views, then a soup."""
     torch.set_num_threads(1)
-    clock = time.process_time  # which leaves out waiting for a core
+    compare = partial(take_turns, rounds=rounds, warm_up=1, clock=time.process_time)
     model = build_model("resnet18", "upernet", num_classes=11).eval()
     model = model.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (1, 3, *SIZE), dtype=torch.uint8, generator=generator)
     for views in VIEWS:
-        ratio, spread, *_ = take_turns(
-            ours(model, views, image),
-            plain(model, views, image),
-            rounds=rounds,
-            warm_up=1,
-            clock=clock,
-        )
+        ratio, spread, *_ = compare(ours(model, views, image), plain(model, views, image))
         yield Figure(f"views: {views}", "plain passes", "", ratio, spread, threads=1)
     if version := version_of("ttach"):
-        ratio, spread, *_ = take_turns(
-            ours(model, "square", image), ttach(model, image), rounds=rounds, warm_up=1, clock=clock
-        )
+        ratio, spread, *_ = compare(ours(model, "square", image), ttach(model, image))
         yield Figure("views: square", "ttach", version, ratio, spread, threads=1)
     with tempfile.TemporaryDirectory() as folder:
         yield mixing(Path(folder), rounds)

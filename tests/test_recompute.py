@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models import kept_for_backward
 from segkit import engine, recompute
 from segkit.losses import build_loss
 from segkit.model import build_model
@@ -87,29 +88,12 @@ def test_frozen_norms_are_left_alone(again: list[Tensor]) -> None:
     torch.testing.assert_close(forgotten, kept, rtol=0, atol=0)
 
 
-def kept_bytes(model: nn.Module, x: Tensor, pack: Callable[[Tensor], object]) -> int:
-    """Of the tensors that a forward pass keeps, parameters aside; each storage once."""
-    own = {one.data_ptr() for one in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(x: Tensor) -> object:
-        packed = pack(x)
-        if isinstance(packed, Tensor) and x.data_ptr() not in own:
-            kept[x.data_ptr()] = x.untyped_storage().nbytes()
-        return packed
-
-    with torch.autograd.graph.saved_tensors_hooks(count, recompute.unpack):
-        outputs = model(x)
-    del outputs
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize(("backbone", "share"), [("resnet18_half", 0.75), ("efficientnet_b0", 0.5)])
 def test_less_is_kept(backbone: str, share: float) -> None:
     model = build_model(backbone, "unet", num_classes=3).train()
     x = torch.randn(2, 3, 64, 64)
-    everything = kept_bytes(model, x, lambda x: x)
-    assert kept_bytes(model, x, recompute.pack) < share * everything
+    everything = kept_for_backward(model, x, pack=lambda x: x)
+    assert kept_for_backward(model, x) < share * everything
 
 
 def test_a_training_step_forgets(again: list[Tensor]) -> None:
