@@ -174,7 +174,7 @@ def show(figures: Iterable[Figure], *, as_json: bool) -> None:
             if figure.limit is not None:
                 reached += f" of {figure.limit:.4g}"
             print(
-                f"{figure.name:<44}{peer:<34}{figure.ratio:6.2f}x  ({low:.2f} to {high:.2f})"
+                f"{figure.name:<56} {peer:<38}{figure.ratio:6.2f}x  ({low:.2f} to {high:.2f})"
                 f"{reached} {figure.unit}".rstrip(),
                 flush=True,
             )

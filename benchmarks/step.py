@@ -1,7 +1,7 @@
 """A training step against the libraries whose models these are.
 
     python -m benchmarks.step [--json] [--rounds 10] [--threads 2] [--case NAME ...]
-        [--size 256] [--amp] [--memory] [--keep]
+        [--size 256] [--amp] [--memory] [--versus peer]
 
 A step is forward, cross-entropy at the image's size, backward and AdamW, on two images. Both sides
 are the same network (``tests/test_parity.py`` compares outputs) with the same auxiliary heads, loss
@@ -11,7 +11,8 @@ matrix products (backward twice those of forward), two FLOP each, in its time, b
 own rate for large matrix products of that precision. Ours makes do with fewer of them in places.
 
 ``--memory`` measures the peak of two steps in a fresh process, weights, gradients and the
-optimizer's moments included. ``--keep`` takes for the peer our own step with all activations kept.
+optimizer's moments included. ``--versus keeping`` compares our step with one that keeps all
+activations, ``--versus eager`` a compiled model's (``train.compile``) with one that is not.
 """
 
 import argparse
@@ -154,9 +155,13 @@ def ours(case: Case, device: str) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last)
 
 
-def our_step(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
+def our_step(
+    case: Case, size: int, amp: torch.dtype | None, device: str, *, compiled: bool = False
+) -> Callable[[], object]:
     """This library's side of a step."""
     model = ours(case, device).train()
+    if compiled:
+        model.compile()
     criterion = build_loss(["cross_entropy"], num_classes=CLASSES, aux_weight=case.aux_weight)
     optimizer = build_optimizer(model, "adamw", lr=1e-4)
     scaler = torch.amp.GradScaler(device, enabled=False)
@@ -208,6 +213,14 @@ def their_loss(case: Case, model: nn.Module, images: Tensor, masks: Tensor) -> T
     return F.cross_entropy(outputs, masks)
 
 
+SIDES = {
+    "peer": (our_step, their_step),
+    "keeping": (our_step, keeping_step),
+    "eager": (partial(our_step, compiled=True), our_step),
+}
+"""Who steps, by what they are compared with."""
+
+
 def memory(side: Callable[..., Callable[[], object]], threads: int, *rest: Any) -> None:
     """What a fresh process measures the memory of."""
     torch.set_num_threads(threads)
@@ -241,29 +254,28 @@ def figures(
     size: int = 256,
     amp: torch.dtype | None = None,
     measure_memory: bool = False,
-    keep: bool = False,
+    versus: str = "peer",
     device: str = "cpu",
 ) -> Iterator[Figure]:
     """Each model against the library it is compared with."""
     torch.set_num_threads(threads)
     rate = matmul_rate(amp or torch.float32, device)
-    sides = our_step, keeping_step if keep else their_step
     for name in names:
         case = CASES[name]
-        package = "segkit" if keep else case.package
+        package = case.package if versus == "peer" else "segkit"
         if not (version := version_of(package)):
             continue
         about = f"step, {name}, {size}, {'bf16' if amp else 'fp32'}"
         if measure_memory:
             used = [
                 peak_memory(memory, side, threads, case, size, amp, device, device=device)
-                for side in sides
+                for side in SIDES[versus]
             ]
             ratio = used[1] / used[0]
             about = f"memory, {about}"
             yield Figure(about, package, version, ratio, (ratio, ratio), threads, *used, unit="MiB")
             continue
-        mine, theirs = (side(case, size, amp, device) for side in sides)
+        mine, theirs = (side(case, size, amp, device) for side in SIDES[versus])
         turns = take_turns(mine, theirs, rounds=rounds, warm_up=1, clock=clock_for(threads, device))
         work = 3 * flops(case, size, training=True)
         reached = rates(work, turns, rate, device)
@@ -288,7 +300,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = model_arguments(__doc__ or "")
     parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
-    parser.add_argument("--keep", action="store_true", help="against our step that forgets nothing")
+    parser.add_argument("--versus", choices=SIDES, default="peer", help="whom to compare with")
     options = parser.parse_args()
-    what = {**chosen(options), "measure_memory": options.memory, "keep": options.keep}
+    what = {**chosen(options), "measure_memory": options.memory, "versus": options.versus}
     show(figures(options.rounds, options.threads, **what), as_json=options.json)

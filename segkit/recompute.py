@@ -7,21 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "ReluBackward0": torch.relu,
-    "SiluBackward0": F.silu,
-    "HardswishBackward0": F.hardswish,
-}
-EPSILON = {"NativeBatchNormBackward0": "_saved_eps", "CudnnBatchNormBackward0": "_saved_epsilon"}
-"""PyTorch's BatchNorms by the name of their backward, and what it calls its epsilon."""
-
 
 def forgetting() -> torch.autograd.graph.saved_tensors_hooks:
-    """A context for a forward pass that keeps BatchNorm's inputs, and nothing that follows them.
+    """A context for a forward pass that keeps what norms and activations take, not what they give.
 
-    What comes out of BatchNorm, and of a ReLU or SiLU after it, is needed again in backward, by the
-    activation and the next convolution. There it is computed again from BatchNorm's input, which
-    BatchNorm's own backward needs in any case. Gradients are the same up to rounding.
+    Backward needs what they give for the next convolution or matrix product; it is computed again
+    there from what they took, which their own backward needs in any case. What BatchNorm gives to a
+    SiLU is itself computed again, and so nothing is kept of a block but what BatchNorm took.
+    Gradients are the same up to rounding.
 
     Chen et al. 2016, https://arxiv.org/abs/1604.06174; of BatchNorm and its activation, Bulò et al.
     2018, https://arxiv.org/abs/1712.02616, figure 2. BatchNorm over several ranks is another
@@ -31,27 +24,70 @@ def forgetting() -> torch.autograd.graph.saved_tensors_hooks:
 
 
 def pack(x: Tensor) -> Any:
-    """``x`` itself, or BatchNorm's node in the graph, its bias, and the activation after it."""
-    node: Any = x.grad_fn
-    activation = ACTIVATIONS.get(node.name()) if node is not None else None
-    if activation is not None:
-        node = node.next_functions[0][0]
-    if node is not None and node.name() == "CloneBackward0":  # what an activation in place took
-        node = node.next_functions[0][0]
-    if node is None or node.name() not in EPSILON or not node._saved_training:
-        return x
-    bias, _ = node.next_functions[2]
-    return x if bias is None else (node, bias.variable, activation)
+    """``x`` itself, or how it is made again."""
+    again = None if x.grad_fn is None else _again(x.grad_fn)
+    return x if again is None else (again, x.dtype, x.shape)
 
 
 def unpack(packed: Any) -> Tensor:
     """The tensor that was packed."""
     if isinstance(packed, Tensor):
         return packed
-    node, bias, activation = packed
-    eps = getattr(node, EPSILON[node.name()])
-    mean, rstd = node._saved_result1, node._saved_result2
-    x = F.batch_norm(
-        node._saved_input, mean, rstd**-2 - eps, node._saved_weight, bias, training=False, eps=eps
-    )
-    return x if activation is None else activation(x)
+    again, dtype, shape = packed
+    return again().to(dtype).reshape(shape)
+
+
+def _again(node: Any) -> Callable[[], Tensor] | None:
+    """How an operation's result is made again, from its node in the graph."""
+    while node is not None and node.name() in SAME:
+        node = node.next_functions[0][0]
+    make = None if node is None else OPERATIONS.get(node.name())
+    return None if make is None else make(node)
+
+
+def _batch_norm(node: Any) -> Callable[[], Tensor] | None:
+    bias, _ = node.next_functions[2]
+    if bias is None or not node._saved_training:
+        return None
+
+    def again() -> Tensor:
+        eps = getattr(node, "_saved_eps" if hasattr(node, "_saved_eps") else "_saved_epsilon")
+        mean, rstd = node._saved_result1, node._saved_result2
+        x, weight = node._saved_input, node._saved_weight
+        return F.batch_norm(x, mean, rstd**-2 - eps, weight, bias.variable, False, eps=eps)
+
+    return again
+
+
+def _layer_norm(node: Any) -> Callable[[], Tensor] | None:
+    if node._saved_weight is None or node._saved_bias is None:
+        return None
+
+    def again() -> Tensor:
+        x = (node._saved_input - node._saved_result1).mul_(node._saved_result2)
+        return torch.addcmul(node._saved_bias, x, node._saved_weight)
+
+    return again
+
+
+def _relu(node: Any) -> Callable[[], Tensor] | None:
+    """It keeps what it gives, so what it took must be made again."""
+    before = _again(node.next_functions[0][0])
+    return None if before is None else lambda: before().relu_()
+
+
+SAME = ("CloneBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0")
+"""What changes at most shape and precision: an activation in place, a Linear, autocast."""
+
+OPERATIONS: dict[str, Callable[[Any], Callable[[], Tensor] | None]] = {
+    "NativeBatchNormBackward0": _batch_norm,
+    "CudnnBatchNormBackward0": _batch_norm,
+    "NativeLayerNormBackward0": _layer_norm,
+    "ReluBackward0": _relu,
+    "SiluBackward0": lambda node: lambda: F.silu(node._saved_self),
+    "HardswishBackward0": lambda node: lambda: F.hardswish(node._saved_self),
+    "GeluBackward0": lambda node: (
+        lambda: F.gelu(node._saved_self, approximate=node._saved_approximate)
+    ),
+}
+"""By the name of the node: how its result is made again, if it can be."""

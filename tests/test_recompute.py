@@ -57,13 +57,14 @@ def again(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("activation", "times"),
     [
-        (nn.ReLU, 2),  # what it returned, for itself and for the convolution
-        (lambda: nn.ReLU(inplace=True), 2),
-        (nn.SiLU, 2),
-        (lambda: nn.SiLU(inplace=True), 2),
-        (nn.Hardswish, 2),
         (nn.Identity, 1),
-        (nn.GELU, 1),  # what it took; nothing knows how to make what it returned
+        (nn.ReLU, 2),  # what it gave, for itself and for the convolution
+        (lambda: nn.ReLU(inplace=True), 2),
+        (nn.SiLU, 3),  # what it took for itself, and what it gave, from what it took
+        (lambda: nn.SiLU(inplace=True), 3),
+        (nn.Hardswish, 3),
+        (nn.GELU, 3),
+        (nn.Sigmoid, 0),  # not among the activations; it keeps what it gave
     ],
 )
 def test_gradients_are_the_same(
@@ -73,13 +74,42 @@ def test_gradients_are_the_same(
     kept = gradients(model, images(), forget=False)
     assert not again
     forgotten = gradients(model, images(), forget=True)
-    assert len(again) == times + 1  # and what the second BatchNorm returned
+    assert len(again) == times + 1  # and what the second BatchNorm gave
     for name, gradient in kept.items():
         torch.testing.assert_close(forgotten[name], gradient, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gradients_of_a_transformer_are_the_same(again: list[Tensor], approximate: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(approximate=approximate), nn.Linear(8, 2)]
+    nn.init.normal_(layers[0].weight)
+    nn.init.normal_(layers[0].bias)
+    model, x = nn.Sequential(*layers).double(), images()[..., :6].contiguous()
+    kept = gradients(model, x, forget=False)
+    forgotten = gradients(model, x, forget=True)
+    assert len(again) == 2  # what the norm gave, and what the activation gave
+    for name, gradient in kept.items():
+        torch.testing.assert_close(forgotten[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_but_inputs_is_kept_under_autocast(again: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 2))
+    x = images()[..., :6].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = gradients(model, x, forget=False)
+        forgotten = gradients(model, x, forget=True)
+    assert [(one.dtype, one.shape) for one in again] == [
+        (torch.bfloat16, (54, 8)),
+        (torch.bfloat16, (54, 6)),
+    ]
+    for name, gradient in kept.items():
+        torch.testing.assert_close(forgotten[name], gradient, rtol=0.02, atol=0.02)
+
+
 def test_frozen_norms_are_left_alone(again: list[Tensor]) -> None:
-    model = block(nn.SiLU)
+    model = block(nn.ReLU)
     model[1].eval()
     model[4].bias.requires_grad_(False)
     kept = gradients(model, images(), forget=False)
