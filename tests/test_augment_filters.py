@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 
 from segkit.augment.filters import FILTERS
+from segkit.augment.median import network
 from segkit.errors import ConfigError
 
 
@@ -34,7 +35,7 @@ def test_blur_equals_pillow(size: int) -> None:
     assert np.abs(result.numpy() - expected).max() <= 1
 
 
-@pytest.mark.parametrize("size", [1, 3, 5, 7])
+@pytest.mark.parametrize("size", [1, 3, 5, 7, 9])
 def test_median_blur_equals_pillow(size: int) -> None:
     result, _ = filtered("median_blur", image(), sizes=(size,))
     inside = slice(size // 2, -(size // 2) or None)
@@ -48,6 +49,31 @@ def test_median_blur_at_the_border_and_on_tiny_images() -> None:
     windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5), axis=(1, 2))
     result, _ = filtered("median_blur", pixels, sizes=(5,))
     assert np.array_equal(result.numpy(), np.median(windows, axis=(-2, -1)))
+
+
+@pytest.mark.parametrize(("size", "steps"), [(3, 20), (5, 116)])
+def test_the_median_of_every_square_of_zeros_and_ones(size: int, steps: int) -> None:
+    """Minima and maxima that find these find the median of any numbers (the zero-one principle)."""
+    count = size * size
+    squares = np.arange(2**count // 8, dtype=np.uint32)  # eight to a byte, numbered by their pixels
+    pixels = [np.full(len(squares), low, np.uint8) for low in (0b10101010, 0b11001100, 0b11110000)]
+    pixels += [((squares >> pixel) & 1).astype(np.uint8) * 255 for pixel in range(count - 3)]
+    ones = sum(np.unpackbits(pixel) for pixel in pixels)
+    steps_by_number = {step.number: step for step in network(size)}
+
+    @functools.cache
+    def found(number: int, down: int, right: int) -> np.ndarray:
+        if not number:
+            return pixels[down * size + right]
+        step = steps_by_number[number]
+        function = {torch.minimum: np.bitwise_and, torch.maximum: np.bitwise_or}[step.function]
+        return function(
+            *(found(at.number, at.down + down, at.right + right) for at in (step.one, step.other))
+        )
+
+    last = network(size)[-1].number
+    assert np.array_equal(found(last, 0, 0), np.packbits(ones > count // 2))
+    assert len(steps_by_number) == steps
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.7])

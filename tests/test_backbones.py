@@ -16,6 +16,7 @@ from torchvision.models.swin_transformer import (
     ShiftedWindowAttentionV2,
     SwinTransformer,
 )
+from torchvision.ops import SqueezeExcitation
 
 from segkit.backbones import BACKBONES
 from segkit.backbones.hrnet import HRNet
@@ -535,3 +536,16 @@ def test_an_efficientnet_like_others() -> None:
     ]
     with pytest.raises(ConfigError, match="like: EfficientNet V2 is like torchvision's only"):
         BACKBONES["efficientnet_v2_s"](like="smp")
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "se_resnet50", "regnet_y_400mf"])
+def test_the_gradient_of_an_average_has_the_layout_of_its_map(name: str) -> None:
+    squeezes = [one for one in BACKBONES[name]().modules() if isinstance(one, SqueezeExcitation)]
+    assert squeezes
+    channels = squeezes[0].fc1.in_channels
+    x = torch.randn(2, channels, 6, 5).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    average = squeezes[0].avgpool(x)
+    torch.testing.assert_close(average, F.adaptive_avg_pool2d(x, 1))
+    (gradient,) = torch.autograd.grad(average.square().sum(), x)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from segkit.augment.median import median
 from segkit.augment.ranges import check, draw
 from segkit.errors import ConfigError
 from segkit.labels import IGNORE
@@ -184,14 +185,18 @@ class Opening(_Morphology):
         return functools.partial(_open_classes, size=size, classes=self.classes)
 
 
-def _moved(image: Tensor, size: int, dim: int) -> list[Tensor]:
-    """Views of the image moved by each step of a window along one dimension, border continued."""
-    length, reach = image.shape[dim], size // 2
+def _continued(image: Tensor, reach: int, dim: int) -> Tensor:
+    """The image with its border continued outwards on both sides of one dimension."""
     shape = [*image.shape]
     shape[dim] = reach
-    before, after = image.narrow(dim, 0, 1), image.narrow(dim, length - 1, 1)
-    padded = torch.cat([before.expand(shape), image, after.expand(shape)], dim)
-    return [padded.narrow(dim, start, length) for start in range(size)]
+    before, after = image.narrow(dim, 0, 1), image.narrow(dim, image.shape[dim] - 1, 1)
+    return torch.cat([before.expand(shape), image, after.expand(shape)], dim)
+
+
+def _moved(image: Tensor, size: int, dim: int) -> list[Tensor]:
+    """Views of the image moved by each step of a window along one dimension, border continued."""
+    padded = _continued(image, size // 2, dim)
+    return [padded.narrow(dim, start, image.shape[dim]) for start in range(size)]
 
 
 def _convolve(
@@ -207,54 +212,11 @@ def _convolve(
 
 
 def _median(image: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
-    """Minima and maxima of whole images, fast on bytes, in place of a sort for each pixel.
-
-    Windows share their columns, so these are sorted first, and then the row of each rank. What has
-    more than half of the window at or below it, or at or above it, is not the median then: as much
-    goes on either side, and the median of the rest is that of the window.
-    """
     if image.is_floating_point():
         image = image.round().clamp_(0, 255).to(torch.uint8)
-    image = image.contiguous()
-    half, rest = size * size // 2 + 1, []
-    for low, column in enumerate(_sorted(_moved(image, size, -2)), 1):
-        row = _sorted(_moved(column, size, -1))
-        for left, values in enumerate(row, 1):
-            if low * left <= half and (size + 1 - low) * (size + 1 - left) <= half:
-                rest.append(values)
-    return _middle(rest), mask
-
-
-def _sorted(values: list[Tensor]) -> list[Tensor]:
-    """Images from least to most, pixel by pixel."""
-    for end in range(len(values) - 1, 0, -1):
-        for place in range(end):
-            values[place : place + 2] = _ordered(*values[place : place + 2])
-    return values
-
-
-def _ordered(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.minimum(one, other), torch.maximum(one, other)
-
-
-def _middle(values: list[Tensor]) -> Tensor:
-    """The median of an odd number of images, pixel by pixel.
-
-    Of just over half of the values, the least and the most cannot be the median: they are found,
-    forgotten, and one more value is looked at, until one is left.
-    """
-    start = len(values) // 2 + 2
-    held, waiting = list(values[:start]), list(values[start:])
-    while len(held) > 1:
-        last = len(held) - 1
-        pairs = [(place, last - place) for place in range(len(held) // 2)]
-        pairs += [(0, place) for place in range(1, (last + 2) // 2)]
-        pairs += [(place, last) for place in range(len(held) // 2, last)]
-        for low, high in pairs:
-            held[low], held[high] = _ordered(held[low], held[high])
-        held = held[1:-1] + waiting[:1]
-        waiting = waiting[1:]
-    return held[0]
+    for dim in (-2, -1):
+        image = _continued(image, size // 2, dim)
+    return median(image, size), mask
 
 
 def _sharpen(image: Tensor, mask: Tensor | None, factor: float) -> tuple[Tensor, Tensor | None]:

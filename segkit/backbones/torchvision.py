@@ -10,6 +10,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
 from segkit.backbones.stages import Stages, refuse_dilation
+from segkit.depthwise import DepthwiseConv2d
 from segkit.errors import ConfigError
 
 Builder = Callable[..., nn.Module]
@@ -136,7 +137,7 @@ def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Calla
     return build
 
 
-class SameConv2d(nn.Conv2d):
+class SameConv2d(DepthwiseConv2d):
     """A strided convolution padded as TensorFlow's SAME pads: what is odd at the right and bottom.
 
     Once dilation has taken the stride away, it pads as others do.

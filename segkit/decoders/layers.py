@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkit.depthwise import DepthwiseConv2d
+
 
 class BatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that also trains where a channel has one value: a batch of 1, pooled to a point.
@@ -55,7 +57,7 @@ class ConvNormAct(nn.Sequential):
         padding = dilation * (kernel // 2)
         conv: nn.Module
         if separable:
-            depthwise = nn.Conv2d(
+            depthwise = DepthwiseConv2d(
                 inputs,
                 inputs,
                 kernel,
