@@ -1,8 +1,8 @@
 """Two ranks of one thread against one rank of one thread, with the same batch a rank.
 
-    python -m benchmarks.scaling [--json] [--rounds 10] [--sync-batch-norm]
+    python -m benchmarks.scaling [--json] [--rounds 10] [--size 256] [--sync-batch-norm]
 
-UPerNet on ResNet-18, 256 x 256, two images a rank, gloo. Two processes take turns at three things:
+UPerNet on ResNet-18, two images a rank, gloo. Two processes take turns at three things:
 rank 0 steps alone, both step with no exchange, and both step with DistributedDataParallel as
 ``train.py`` wraps it. The ratio is images a second of two ranks over those of one; that of the two
 without exchange is what the machine allows. The last figure is how much of the time in which
@@ -27,10 +27,10 @@ from segkit.losses import build_loss
 from segkit.model import build_model
 from segkit.optim import build_optimizer
 
-RANKS, BATCH, SIZE, CLASSES = 2, 2, 256, 11
+RANKS, BATCH, CLASSES = 2, 2, 11
 
 
-def stepper(*, exchange: bool, sync_batch_norm: bool = False) -> Callable[[], object]:
+def stepper(size: int, *, exchange: bool, sync_batch_norm: bool = False) -> Callable[[], object]:
     """A training step of this rank, with the others' gradients or without."""
     model = build_model("resnet18", {"name": "upernet", "width": 256}, num_classes=CLASSES)
     model = model.to(memory_format=torch.channels_last).train()
@@ -43,20 +43,22 @@ def stepper(*, exchange: bool, sync_batch_norm: bool = False) -> Callable[[], ob
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if exchange else model
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     generator = torch.Generator().manual_seed(dist.get_rank())
-    images = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
+    images = torch.randn(BATCH, 3, size, size, generator=generator)
     images = images.contiguous(memory_format=torch.channels_last)
-    masks = torch.randint(CLASSES, (BATCH, SIZE, SIZE), generator=generator)
+    masks = torch.randint(CLASSES, (BATCH, size, size), generator=generator)
     return lambda: train_step(
         net, criterion, optimizer, [(images, masks)], amp=None, scaler=scaler, clip_norm=None
     )
 
 
-def rank(number: int, store: str, result: str, rounds: int, sync_batch_norm: bool) -> None:
+def rank(
+    number: int, store: str, result: str, rounds: int, size: int, sync_batch_norm: bool
+) -> None:
     """One of the two processes; the first writes what was found."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=number, world_size=RANKS)
-    alone = stepper(exchange=False)
-    together = stepper(exchange=True, sync_batch_norm=sync_batch_norm)
+    alone = stepper(size, exchange=False)
+    together = stepper(size, exchange=True, sync_batch_norm=sync_batch_norm)
     found = []
     for turn in range(-1, rounds):
         seconds = []
@@ -85,12 +87,12 @@ def hidden(trace: profile) -> float:
     return inside / sum(end - start for start, end in exchanges)
 
 
-def figures(rounds: int, sync_batch_norm: bool) -> Iterator[Figure]:
+def figures(rounds: int, size: int, sync_batch_norm: bool) -> Iterator[Figure]:
     """Throughput, the machine's own, and the overlap."""
     with tempfile.TemporaryDirectory() as folder:
         store, result = f"{folder}/store", Path(folder, "result.pt")
         torch.multiprocessing.spawn(
-            rank, (store, str(result), rounds, sync_batch_norm), nprocs=RANKS
+            rank, (store, str(result), rounds, size, sync_batch_norm), nprocs=RANKS
         )
         found = torch.load(result)
     peer = "one rank"
@@ -101,7 +103,7 @@ def figures(rounds: int, sync_batch_norm: bool) -> Iterator[Figure]:
         low, middle, high = statistics.quantiles(values, n=4)
         name += ", synchronized BatchNorm" if sync_batch_norm and values is ratios else ""
         yield Figure(
-            f"images a second: {name}", peer, torch.__version__, middle, (low, high), 1,
+            f"images a second, {size}: {name}", peer, torch.__version__, middle, (low, high), 1,
             middle, 1.0, limit, "times",
         )  # fmt: skip
     share = found["hidden"]
@@ -111,5 +113,6 @@ def figures(rounds: int, sync_batch_norm: bool) -> Iterator[Figure]:
 if __name__ == "__main__":
     parser = arguments(__doc__ or "", rounds=10)
     parser.add_argument("--sync-batch-norm", action="store_true", help="as train.py's default")
+    parser.add_argument("--size", type=int, default=256, help="side of the images")
     options = parser.parse_args()
-    show(figures(options.rounds, options.sync_batch_norm), as_json=options.json)
+    show(figures(options.rounds, options.size, options.sync_batch_norm), as_json=options.json)

@@ -409,11 +409,18 @@ def _weights(path: Path) -> State:
     }
 
 
+_PIECE = 2**20
+"""Numbers that are mixed at a time: the largest weights would be a quarter of a state dict more."""
+
+
 def _mix(soup: State, other: State, share: float, *, into: State) -> None:
     """``(1 - share) * soup + share * other``, written over one of the two."""
     for key, mine in soup.items():
         if mine.is_floating_point():
-            # In this form a difference of zero changes nothing, not even the sign of a zero.
-            torch.sub(mine, mine - other[key], alpha=share, out=into[key])
+            rows = max(1, _PIECE // max(1, math.prod(mine.shape[1:])))
+            parts = (torch.atleast_1d(one).split(rows) for one in (mine, other[key], into[key]))
+            for own, another, result in zip(*parts, strict=True):
+                # In this form a difference of zero changes nothing, not even the sign of a zero.
+                torch.sub(own, own - another, alpha=share, out=result)
         else:
             into[key] = mine
