@@ -409,7 +409,7 @@ def _weights(path: Path) -> State:
     }
 
 
-_PIECE = 2**20
+_PIECE = 2**18
 """Numbers that are mixed at a time: the largest weights would be a quarter of a state dict more."""
 
 
