@@ -50,18 +50,17 @@ def resized(x: Tensor, weight: Tensor) -> Tensor:
 
 
 CASES = {
-    "depthwise 5 x 5": (depthwise, DepthwiseConv2d, nn.Conv2d),
-    "squeeze and excitation": (squeeze, GlobalAverage(), nn.AdaptiveAvgPool2d(1)),
-    "3 x 3 of a doubled map": (doubled, conv_doubled, resized),
+    "depthwise 5 x 5": (
+        *(depthwise, DepthwiseConv2d, nn.Conv2d),
+        [(1824, 8), (1056, 16), (384, 32)],
+    ),
+    "squeeze and excitation": (
+        *(squeeze, GlobalAverage(), nn.AdaptiveAvgPool2d(1)),
+        [(1024, 16), (240, 64)],
+    ),
+    "3 x 3 of a doubled map": (*(doubled, conv_doubled, resized), [(64, 64), (256, 16)]),
 }
-"""What builds a layer, of what is ours, and of what is PyTorch's."""
-
-SHAPES = {
-    "depthwise 5 x 5": ((1824, 8), (1056, 16), (384, 32)),
-    "squeeze and excitation": ((1024, 16), (240, 64)),
-    "3 x 3 of a doubled map": ((64, 64), (256, 16)),
-}
-"""Channels, and the side of a map."""
+"""What builds a layer, of what is ours, and of what is PyTorch's; channels and sides of maps."""
 
 
 def passes(layer: Layer, channels: int, size: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -80,8 +79,8 @@ def passes(layer: Layer, channels: int, size: int, dtype: torch.dtype) -> Callab
 def figures(rounds: int, threads: int) -> Iterator[Figure]:
     """Each layer in each size and precision."""
     torch.set_num_threads(threads)
-    for name, (build, ours, theirs) in CASES.items():
-        for channels, size in SHAPES[name]:
+    for name, (build, ours, theirs, shapes) in CASES.items():
+        for channels, size in shapes:
             for dtype in (torch.float32, torch.bfloat16):
                 sides = (
                     passes(build(how, channels, dtype), channels, size, dtype)

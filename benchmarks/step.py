@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import segmentation
 
+import segkit
 from benchmarks import (
     Figure,
     Turns,
@@ -262,9 +263,11 @@ def figures(
     rate = matmul_rate(amp or torch.float32, device)
     for name in names:
         case = CASES[name]
-        package = case.package if versus == "peer" else "segkit"
+        package = case.package
         if not (version := version_of(package)):
             continue
+        if versus != "peer":  # which counted the multiply-adds none the less
+            package, version = "segkit", segkit.__version__
         about = f"step, {name}, {size}, {'bf16' if amp else 'fp32'}"
         if measure_memory:
             used = [

@@ -11,9 +11,9 @@ class DepthwiseConv2d(nn.Conv2d):
     """``Conv2d`` that finds the gradient of wide depthwise weights a square of them at a time.
 
     PyTorch's (oneDNN's) kernel for depthwise weights knows 3 × 3 in channels_last; for 5 × 5, 7 × 7
-    and with dilation it takes each channel for a group of sixteen, which is 2 to 30 times as slow.
-    The gradient of each 3 × 3 of them is that of a 3 × 3 convolution of the image moved there; with
-    dilation, that of each one.
+    and with dilation it takes each channel for a group of sixteen, which is slow, most of all in
+    bf16 (``python -m benchmarks.layers``). The gradient of each 3 × 3 of them is that of a 3 × 3
+    convolution of the image moved there; with dilation, that of each one.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ def forgetting() -> torch.autograd.graph.saved_tensors_hooks:
 
 def pack(x: Tensor) -> Any:
     """``x`` itself, or how it is made again."""
-    again = None if x.grad_fn is None else _again(x.grad_fn)
+    again = _again(x.grad_fn)
     return x if again is None else (again, x.dtype, x.shape)
 
 
