@@ -13,7 +13,7 @@ so the largest takes seconds and no memory. All numbers are fp32.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,26 +79,25 @@ def cost(model: nn.Module, name: str, size: int) -> Cost:
     )
 
 
-def kept_for_backward(
-    model: nn.Module, image: Tensor, pack: Callable[[Tensor], Any] = recompute.pack
-) -> int:
+def kept_for_backward(model: nn.Module, image: Tensor, *, forget: bool = True) -> int:
     """Bytes that a forward pass leaves behind for backward, besides the model's own.
 
     Args:
         model: In training.
         image: Its input.
-        pack: What becomes of a tensor that is to be kept; default as in a training step.
+        forget: As a training step does.
     """
+    hooks = recompute.Forgetting()
     own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     kept: dict[int, Any] = {}
 
     def count(x: Tensor) -> Any:
-        packed = pack(x)
+        packed = hooks.pack(x) if forget else x
         if isinstance(packed, Tensor) and (storage := x.untyped_storage())._cdata not in own:
             kept[storage._cdata] = storage
         return packed
 
-    with torch.autograd.graph.saved_tensors_hooks(count, recompute.unpack):
+    with torch.autograd.graph.saved_tensors_hooks(count, hooks.unpack):
         outputs = model(image)
     del outputs
     return sum(storage.nbytes() for storage in kept.values())

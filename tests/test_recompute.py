@@ -1,10 +1,14 @@
 """What backward computes again is what forward computed."""
 
+import functools
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.models import kept_for_backward
 from segkit import engine, recompute
@@ -42,15 +46,15 @@ def images() -> Tensor:
 def again(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The tensors that were computed again."""
     found: list[Tensor] = []
-    unpack = recompute.unpack
+    unpack = recompute.Forgetting.unpack
 
-    def watched(packed: object) -> Tensor:
-        x = unpack(packed)
+    def watched(self: recompute.Forgetting, packed: Tensor | recompute.Packed) -> Tensor:
+        x = unpack(self, packed)
         if not isinstance(packed, Tensor):
             found.append(x)
         return x
 
-    monkeypatch.setattr(recompute, "unpack", watched)
+    monkeypatch.setattr(recompute.Forgetting, "unpack", watched)
     return found
 
 
@@ -115,11 +119,136 @@ def test_frozen_norms_are_left_alone(again: list[Tensor]) -> None:
     torch.testing.assert_close(forgotten, kept, rtol=0, atol=0)
 
 
+class Residual(nn.Module):
+    """A block of a ResNet, with a gate as squeeze and excitation has."""
+
+    def __init__(self, gate: bool) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.gate = nn.Conv2d(6, 6, 1) if gate else None
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        if self.gate is not None:
+            y = y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid()
+        return self.relu(y + x)
+
+
+def residual_blocks(gate: bool, count: int = 5) -> nn.Sequential:
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()]
+    blocks = [Residual(gate) for _ in range(count)]
+    return nn.Sequential(*stem, *blocks, nn.Conv2d(6, 1, 1)).double()
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_every_other_sum_of_a_row_of_residual_blocks_is_made_again(
+    again: list[Tensor], gate: bool
+) -> None:
+    model = residual_blocks(gate)
+    kept = gradients(model, images(), forget=False)
+    forgotten = gradients(model, images(), forget=True)
+    torch.testing.assert_close(forgotten, kept, rtol=1e-10, atol=1e-12)
+    # What the stem gave and the second and fourth sum, each for itself and for a convolution; of
+    # each gated block what BatchNorm gave, for the product, and in two of them for the sum as well.
+    assert len(again) == 3 * 2 + (7 if gate else 0)
+
+
+def test_a_sum_with_a_factor_is_not_taken_for_a_plain_one(again: list[Tensor]) -> None:
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)]).double()
+    with recompute.forgetting():
+        norms[0](x).add(norms[1](x), alpha=2).relu().sum().backward()
+    assert not again
+    with recompute.forgetting():
+        norms[0](x).add(norms[1](x)).relu().sum().backward()
+    assert len(again) == 1
+
+
+@pytest.mark.parametrize("side", [4, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_other_shapes_and_precisions(
+    again: list[Tensor], side: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    relu, norm = nn.ReLU(), nn.BatchNorm2d(3)
+    x = torch.randn(2, 3, 4, 4).to(dtype).requires_grad_()
+    y = torch.randn(2, 3, side, side)
+    found = []
+    for context in (nullcontext(), recompute.forgetting()):
+        with context:
+            (found_now,) = torch.autograd.grad(relu(relu(x) + norm(y)).square().sum(), x)
+        found.append(found_now)
+    assert len(again) == 2  # for the ReLU and for the square
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+def test_neighbors_share_what_is_made(
+    monkeypatch: pytest.MonkeyPatch, activation: Callable[[], nn.Module]
+) -> None:
+    made = 0
+    addcmul = torch.addcmul
+
+    def counted(*operands: Tensor) -> Tensor:
+        nonlocal made
+        made += 1
+        return addcmul(*operands)
+
+    monkeypatch.setattr(torch, "addcmul", counted)
+    gradients(block(activation), images(), forget=True)
+    assert made == 2  # each norm once
+
+
+def test_little_is_held_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack = recompute.Forgetting.unpack
+    held: list[int] = []
+
+    def watched(self: recompute.Forgetting, packed: Tensor | recompute.Packed) -> Tensor:
+        x = unpack(self, packed)
+        held.append(len(self._held))
+        return x
+
+    monkeypatch.setattr(recompute.Forgetting, "unpack", watched)
+    model = residual_blocks(gate=False, count=8)
+    with recompute.forgetting():
+        stem = model[:3](images())
+        loss = (model[3:](stem) + model[-1](stem)).square().sum()
+    loss.backward()
+    # What the stem gave is asked for by the last convolution first; not held for the first block.
+    assert max(held) == 1
+    assert held[-1] == 0
+
+
+def test_nothing_stays_alive() -> None:
+    model = residual_blocks(gate=True)
+    hooks = recompute.Forgetting()
+    with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
+        y = model(images())
+    alive = weakref.ref(hooks)
+    del hooks
+    y.sum().backward()
+    del y
+    assert alive() is None
+
+
+def test_what_lies_in_a_checkpoint_is_left_to_it(again: list[Tensor]) -> None:
+    model = residual_blocks(gate=False)
+    kept = gradients(model, images(), forget=False)
+    forward = Residual.forward
+    for module in model[3:8]:
+        module.forward = functools.partial(checkpoint, forward, module, use_reentrant=False)
+    forgotten = gradients(model, images(), forget=True)
+    torch.testing.assert_close(forgotten, kept, rtol=1e-10, atol=1e-12)
+    assert len(again) == 2  # what the stem gave
+
+
 @pytest.mark.parametrize(("backbone", "share"), [("resnet18_half", 0.75), ("efficientnet_b0", 0.5)])
 def test_less_is_kept(backbone: str, share: float) -> None:
     model = build_model(backbone, "unet", num_classes=3).train()
     x = torch.randn(2, 3, 64, 64)
-    everything = kept_for_backward(model, x, pack=lambda x: x)
+    everything = kept_for_backward(model, x, forget=False)
     assert kept_for_backward(model, x) < share * everything
 
 
