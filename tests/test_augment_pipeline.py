@@ -146,15 +146,29 @@ def test_filters_stand_where_they_are() -> None:
         {"name": "brightness", "range": [1.1, 1.1]},
         {"name": "gamma", "range": [2, 2]},
         {"name": "hflip", "p": 1},
-        {"name": "blur"},
+        {"name": "contrast", "range": [1.1, 1.1]},
+        {"name": "median_blur"},
         {"name": "contrast", "range": [1.1, 1.1]},
         {"name": "rotate", "degrees": [5, 5]},
         {"name": "cutmix"},
     ]
     plan = pipeline(operations).plan(SIZE, generator(0, 0, 0), others=others)
     kinds = [type(step) for step in plan.steps]
-    assert kinds == [Warp, Recolor, Curve, Filter, Warp, Recolor, Mix]
+    assert kinds == [Warp, Recolor, Curve, Recolor, Filter, Warp, Recolor, Mix]
     assert np.array_equal(plan.color, np.eye(4))
+
+
+@pytest.mark.parametrize("blur", [{"sizes": [5]}, {"sigma": [1.5, 1.5]}])
+def test_colors_pass_a_blur_and_come_to_the_same(blur: dict) -> None:
+    name = "blur" if "sizes" in blur else "gaussian_blur"
+    colors = [{"name": "contrast", "range": [0.6, 0.6]}, {"name": "hue", "degrees": [20, 20]}]
+    run = pipeline([*colors, {"name": name, **blur}])
+    assert [type(step) for step in run.plan(SIZE, generator(0, 0, 0)).steps] == [Filter]
+    image, _ = sample()
+    result, _ = run(image, None, generator(0, 0, 0))
+    colored, _ = levels(colors)(image, None, generator(0, 0, 0))
+    expected, _ = pipeline([{"name": name, **blur}])(colored, None, generator(0, 0, 0))
+    torch.testing.assert_close(result, expected)
 
 
 def test_order_of_color_and_curve_matters() -> None:

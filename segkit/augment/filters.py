@@ -1,7 +1,8 @@
 """Filters: operations that read a pixel's neighbors, or noise; each touches the pixels on its own.
 
 An operation draws its numbers and gives a :data:`Run`, a function of the image, in levels from 0 to
-255 of any number type, and of the mask. At the border, the outermost pixels go on.
+255 of any number type, and of the mask. At the border, the outermost pixels go on. A filter is
+``linear`` if a matrix of colors may as well be applied after it as before.
 """
 
 import functools
@@ -9,7 +10,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class Blur:
     """
 
     sizes: tuple[int, ...] = (3, 5)
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_sizes("sizes", self.sizes)
@@ -56,6 +58,7 @@ class GaussianBlur:
     """
 
     sigma: tuple[float, float] = (0.5, 2.0)
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("sigma", self.sigma, low=0, high=100, above=True)

@@ -92,7 +92,8 @@ class Pipeline:
     Geometry multiplies to one matrix and color to one, so a list of both is one reading of the
     image, one of the mask, and one product of colors that ends normalized. Both are pointwise in
     their own way and change places freely; operations on neighborhoods, curves and mixtures stand
-    where they are in the list, and what is before them is carried out first.
+    where they are in the list, and what is before them is carried out first, but for colors before
+    a blur, which come to the same after it.
 
     Args:
         operations: ``{"name": ..., "p": ..., arguments}`` in order. ``p`` is the chance that it is
@@ -147,8 +148,11 @@ class Pipeline:
             elif name in CURVES:
                 draft.curve(operation(rng))
             elif name in FILTERS:
+                if not getattr(operation, "linear", False):
+                    draft.settle_color()
                 draft.stand(Filter(operation(rng)))
             else:
+                draft.settle_color()
                 draft.stand(Mix(operation(draft.canvas.size, rng, others)))
         if self.size is not None and draft.canvas.size != self.size:
             draft.canvas = Resize(size=self.size)(draft.canvas, rng)
@@ -226,7 +230,7 @@ class _Draft:
     """A plan in the making: joins what can be one step.
 
     A part of the list ends at each filter and each mixture. Its geometry is one step, before its
-    colors and curves.
+    colors and curves. Colors pass a linear filter, and are one step with those after it.
     """
 
     def __init__(self, canvas: Canvas) -> None:
@@ -239,11 +243,10 @@ class _Draft:
         self.color = matrix @ self.color
 
     def curve(self, table: np.ndarray) -> None:
-        self._settle_color()
+        self.settle_color()
         self._pointwise.append(Curve(table))
 
     def stand(self, step: Filter | Mix) -> None:
-        self._settle_color()
         self._done = [*self._all(), step]
         self._pointwise = []
         self.canvas = self.canvas.rendered()
@@ -251,7 +254,7 @@ class _Draft:
     def plan(self) -> Plan:
         return Plan(tuple(self._all()), self.color, self.canvas.size)
 
-    def _settle_color(self) -> None:
+    def settle_color(self) -> None:
         if self.color is not NO_CHANGE:
             self._pointwise.append(Recolor(self.color))
             self.color = NO_CHANGE
