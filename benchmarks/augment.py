@@ -1,13 +1,17 @@
 """Augmentation against albumentations, torchvision's transforms.v2 and kornia.
 
-    python -m benchmarks.augment [--json] [--rounds 25]
+    python -m benchmarks.augment [--json] [--rounds 25] [--parts]
 
 One 512×512 uint8 photograph with its mask becomes a normalized float tensor of 384×384, on one
 thread, each library taking its turn; times are of the processor, not of the clock on the wall. A
 peer that is not installed is named on stderr and left out. torchvision has no RGB shift, so it is
 let off that one.
+
+``--parts`` compares the dearest functions alone with OpenCV's, on an image of the result's size:
+reading through a rotation (``grid_sample``), and the median of 5×5.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks import Figure, arguments, peak_memory, show, take_turns, version_of
 from segkit.augment import Pipeline, generator
+from segkit.augment.filters import _median
+from segkit.augment.geometry import Canvas, Rotate, _grid, shifting
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SOURCE, RESULT = (512, 512), (384, 384)
@@ -30,7 +37,7 @@ def photograph() -> tuple[Tensor, Tensor]:
     """Smooth colors with fine texture, laid out as ``read_image`` does; a mask in patches."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 16, 16))).float()
-    image = torch.nn.functional.interpolate(coarse, SOURCE, mode="bicubic")[0]
+    image = F.interpolate(coarse, SOURCE, mode="bicubic")[0]
     image += torch.from_numpy(rng.normal(0, 12, (3, *SOURCE))).float()
     patches = torch.from_numpy(rng.integers(0, 11, (16, 16), dtype=np.uint8))
     mask = patches.repeat_interleave(32, 0).repeat_interleave(32, 1)
@@ -174,6 +181,44 @@ def figures(rounds: int) -> Iterator[Figure]:
         yield Figure("memory, every operation applied", name, version, used, (used, used), 1)
 
 
+def parts(rounds: int) -> Iterator[Figure]:
+    """Single functions and what OpenCV has for them, in milliseconds."""
+    import cv2
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    image, mask = photograph()
+    pixels, version = image.permute(1, 2, 0).contiguous().numpy(), cv2.__version__
+    turn = Rotate(degrees=(20, 20))(Canvas(SOURCE), generator(0, 0, 0)).then(shifting(64, 64))
+    matrix = shifting(-0.5, -0.5) @ turn.matrix @ shifting(0.5, 0.5)  # OpenCV's pixels are points
+    warp = functools.partial(cv2.warpAffine, M=matrix[:2], dsize=RESULT[::-1])
+    grid, levels = _grid(turn.matrix, RESULT, image), image.float()
+    labels = mask[None].float()
+    small = image[:, : RESULT[0], : RESULT[1]]
+    small_pixels = small.permute(1, 2, 0).contiguous().numpy()
+    sides: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "reading, bilinear": (
+            lambda: F.grid_sample(levels[None], grid, align_corners=False),
+            lambda: warp(pixels, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP),
+        ),
+        "reading a mask, nearest": (
+            lambda: F.grid_sample(labels[None], grid, mode="nearest", align_corners=False),
+            lambda: warp(mask.numpy(), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP),
+        ),
+        "median of 5 × 5": (
+            lambda: _median(small, None, 5),
+            lambda: cv2.medianBlur(small_pixels, 5),
+        ),
+    }
+    for name, (ours, theirs) in sides.items():
+        turns = take_turns(ours, theirs, rounds=rounds, clock=time.process_time)
+        took = turns.ours * 1e3, turns.theirs * 1e3
+        yield Figure(name, "opencv", version, *turns[:2], 1, *took, unit="ms")
+
+
 if __name__ == "__main__":
-    options = arguments(__doc__ or "").parse_args()
-    show(figures(options.rounds), as_json=options.json)
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--parts", action="store_true", help="single functions")
+    options = parser.parse_args()
+    found = parts(options.rounds) if options.parts else figures(options.rounds)
+    show(found, as_json=options.json)

@@ -157,12 +157,13 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return _SumForGlobalLoss.apply(x) if world_size() > 1 else x
 
 
-class _Normalize(torch.autograd.Function):
+class NormalizeOverRanks(torch.autograd.Function):
     """BatchNorm's forward and backward over all ranks, by PyTorch's own fused kernels.
 
     Given statistics, those kernels yield the normalized input, and in the backward pass the sums
     over this rank and the part of the gradient that does not flow through the statistics; the rest
-    is one exchange of two sums a channel and one affine pass.
+    is one exchange of two sums a channel and one affine pass. What is saved is what PyTorch's own
+    ``SyncBatchNorm`` saves, in the same order, for ``segkit.recompute``.
     """
 
     @staticmethod
@@ -174,20 +175,18 @@ class _Normalize(torch.autograd.Function):
         total = counts.sum(0)
         mean = (counts * means).sum(0) / total
         variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total
-        ctx.save_for_backward(x, weight, mean, variance, total)
-        ctx.eps = eps
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), total)
         ctx.mark_non_differentiable(mean, variance, total)
         y = nn.functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
         return y, mean, variance, total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
-        x, weight, mean, variance, total = ctx.saved_tensors
+        x, weight, mean, rstd, total = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            gradient, x, weight, mean, rstd**-2, None, None, False, 0.0, [True, True, True]
         )
         dweights, dbiases = all_reduce(torch.stack([dweight, dbias]))
-        rstd = (variance + ctx.eps).rsqrt()
         slope = -weight * rstd**2 * dweights / total
         shift = -weight * rstd * dbiases / total - slope * mean
         shape = [1, -1] + [1] * (x.dim() - 2)
@@ -212,7 +211,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = input if input.dtype == torch.float64 else input.float()
         weight = x.new_ones(self.num_features) if self.weight is None else self.weight
         bias = x.new_zeros(self.num_features) if self.bias is None else self.bias
-        y, mean, variance, total = _Normalize.apply(x, weight, bias, self.eps)
+        y, mean, variance, total = NormalizeOverRanks.apply(x, weight, bias, self.eps)
         if self.track_running_stats:
             self._track(mean, variance * total / (total - 1).clamp_min(1))
         return y.to(input.dtype)

@@ -24,9 +24,8 @@ def forgetting() -> torch.autograd.graph.saved_tensors_hooks:
     other one. Gradients are the same up to rounding.
 
     Chen et al. 2016, https://arxiv.org/abs/1604.06174; of BatchNorm and its activation, Bulò et al.
-    2018, https://arxiv.org/abs/1712.02616, figure 2. BatchNorm over several ranks is another
-    operation, and is left as it is; so are BatchNorm whose statistics or bias are frozen, and what
-    lies within torch's ``checkpoint``.
+    2018, https://arxiv.org/abs/1712.02616, figure 2. Left alone are BatchNorm whose statistics or
+    bias are frozen, and what lies within torch's ``checkpoint``.
     """
     hooks = Forgetting()
     return torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack)
@@ -113,7 +112,8 @@ def _make(node: Any) -> Make | None:
 def _readable(node: Any) -> bool:
     """Whether others than the node may read what it keeps: of a checkpoint only once, and by it."""
     kept, _ = OPERATIONS[node.name()]
-    hook = getattr(node, f"_raw_saved_{kept}").unpack_hook
+    raw = getattr(node, f"_raw_saved_{kept}")
+    hook = (raw[0] if isinstance(raw, tuple) else raw).unpack_hook
     return hook is None or getattr(hook, "__func__", None) is Forgetting.unpack
 
 
@@ -121,19 +121,34 @@ def _batch_norm(node: Any) -> Make | None:
     bias, _ = node.next_functions[2]
     if bias is None or not node._saved_training:
         return None
+    return lambda: _normalized(
+        node._saved_input,
+        node._saved_weight,
+        bias.variable,
+        node._saved_result1,
+        node._saved_result2,
+    )
+
+
+def _batch_norm_of_ranks(node: Any) -> Make | None:
+    bias, _ = node.next_functions[2]
+    if bias is None:
+        return None
 
     def make() -> Tensor:
-        x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
-        weight = node._saved_weight
-        if x.dtype != weight.dtype:  # autocast
-            eps = getattr(node, "_saved_eps" if hasattr(node, "_saved_eps") else "_saved_epsilon")
-            return F.batch_norm(x, mean, rstd**-2 - eps, weight, bias.variable, False, eps=eps)
-        factor = weight * rstd
-        offset = bias.variable - mean * factor
-        shape = 1, -1, *[1] * (x.ndim - 2)
-        return torch.addcmul(offset.view(shape), x, factor.view(shape))  # takes half of the time
+        x, weight, mean, rstd, *_ = node.saved_tensors
+        return _normalized(x, weight, bias.variable, mean, rstd)
 
     return make
+
+
+def _normalized(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    if x.dtype != weight.dtype:  # autocast
+        return F.batch_norm(x, mean, rstd**-2, weight, bias, eps=0.0)
+    factor = weight * rstd
+    offset = bias - mean * factor
+    shape = 1, -1, *[1] * (x.ndim - 2)
+    return torch.addcmul(offset.view(shape), x, factor.view(shape))  # takes half of the time
 
 
 def _layer_norm(node: Any) -> Make | None:
@@ -210,6 +225,8 @@ SAME = ("CloneBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackwar
 OPERATIONS: dict[str, tuple[str, Callable[[Any], Make | None]]] = {
     "NativeBatchNormBackward0": ("input", _batch_norm),
     "CudnnBatchNormBackward0": ("input", _batch_norm),
+    "SyncBatchNormBackward": ("tensors", _batch_norm_of_ranks),  # PyTorch's, on CUDA
+    "NormalizeOverRanksBackward": ("tensors", _batch_norm_of_ranks),  # segkit.distributed's
     "NativeLayerNormBackward0": ("input", _layer_norm),
     "MulBackward0": ("self", _product),
     "ReluBackward0": ("result", _relu),

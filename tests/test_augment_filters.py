@@ -66,7 +66,7 @@ def test_the_median_of_every_square_of_zeros_and_ones(size: int, steps: int) -> 
         if not number:
             return pixels[down * size + right]
         step = steps_by_number[number]
-        function = {torch.minimum: np.bitwise_and, torch.maximum: np.bitwise_or}[step.function]
+        function = {"minimum": np.bitwise_and, "maximum": np.bitwise_or}[step.function]
         return function(
             *(found(at.number, at.down + down, at.right + right) for at in (step.one, step.other))
         )

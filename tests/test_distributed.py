@@ -1,6 +1,7 @@
 """Ranks that train together compute what one process computes."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.models import kept_for_backward
 from segkit import distributed
 from segkit.errors import SegkitError
+from segkit.recompute import forgetting
 
 
 def network() -> nn.Module:
@@ -34,7 +37,7 @@ def global_loss(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return distributed.sum_over_ranks(top) / distributed.sum_over_ranks(bottom)
 
 
-def train_rank(shares: list[slice]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def train_rank(shares: list[slice], forget: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
     model = network()
     distributed.convert_sync_batch_norm(model, torch.device("cpu"))
     net = DistributedDataParallel(model) if distributed.world_size() > 1 else model
@@ -43,19 +46,34 @@ def train_rank(shares: list[slice]) -> tuple[list[np.ndarray], list[np.ndarray]]
     mine = shares[distributed.rank()]
     for _ in range(5):
         optimizer.zero_grad()
-        global_loss(net(images[mine]), weights[mine]).backward()
+        with forgetting() if forget else nullcontext():
+            outputs = net(images[mine])
+        global_loss(outputs, weights[mine]).backward()
         optimizer.step()
     buffers = [one.numpy() for one in model.buffers()]
     return [one.detach().numpy() for one in model.parameters()], buffers
 
 
-def test_uneven_ranks_with_sync_batch_norm_equal_one_process() -> None:
-    one_weights, one_buffers = train_rank([slice(0, 6)])
-    for weights, buffers in run_ranks(train_rank, 2, [slice(0, 4), slice(4, 6)]):
+@pytest.mark.parametrize("forget", [False, True])
+def test_uneven_ranks_with_sync_batch_norm_equal_one_process(forget: bool) -> None:
+    one_weights, one_buffers = train_rank([slice(0, 6)], False)
+    for weights, buffers in run_ranks(train_rank, 2, [slice(0, 4), slice(4, 6)], forget):
         for mine, theirs in zip(weights, one_weights, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-10)
         for mine, theirs in zip(buffers, one_buffers, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-10)
+
+
+def kept_by_rank() -> list[int]:
+    model = network()
+    distributed.convert_sync_batch_norm(model, torch.device("cpu"))
+    return [kept_for_backward(model, batch()[0], forget=forget) for forget in (False, True)]
+
+
+def test_what_sync_batch_norm_gives_is_computed_again() -> None:
+    for everything, inputs in run_ranks(kept_by_rank, 2):
+        given = 6 * 4 * 7 * 5 * 8  # by the ReLU: images, channels, height, width, bytes
+        assert everything - inputs == given
 
 
 def converted_keys() -> tuple[list[str], list[str], bool, bool]:

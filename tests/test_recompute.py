@@ -4,6 +4,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -242,6 +243,30 @@ def test_what_lies_in_a_checkpoint_is_left_to_it(again: list[Tensor]) -> None:
     forgotten = gradients(model, images(), forget=True)
     torch.testing.assert_close(forgotten, kept, rtol=1e-10, atol=1e-12)
     assert len(again) == 2  # what the stem gave
+
+
+class SyncBatchNorm(torch.autograd.Function):
+    """Saves what ``torch.nn.modules._functions.SyncBatchNorm`` does, which needs CUDA."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        ctx.save_for_backward(x, weight, mean, variance.rsqrt(), torch.ones(1))
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, 0.0, False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, gradient.sum((0, 2, 3)), gradient.sum((0, 2, 3))
+
+
+def test_batch_norm_over_ranks_by_pytorch(again: list[Tensor]) -> None:
+    x, weight, bias = images(), torch.rand(3).double(), torch.rand(3).double()
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    with recompute.forgetting():
+        y = SyncBatchNorm.apply(x, *parameters)
+        torch.autograd.grad(y.relu().sum(), parameters)
+    (made,) = again
+    torch.testing.assert_close(made, y.detach().relu())
 
 
 @pytest.mark.parametrize(("backbone", "share"), [("resnet18_half", 0.75), ("efficientnet_b0", 0.5)])
