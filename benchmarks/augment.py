@@ -175,8 +175,9 @@ def figures(rounds: int) -> Iterator[Figure]:
             continue
         for task, (p, blur) in TASKS.items():
             ours, theirs = several(segkit(p, blur)), several(peer(p, blur))
-            ratio, spread, *_ = take_turns(ours, theirs, rounds=rounds, clock=time.process_time)
-            yield Figure(task, name, version, ratio, spread, threads=1)
+            turns = take_turns(ours, theirs, rounds=rounds, clock=time.process_time)
+            took = turns.ours / SAMPLES * 1e3, turns.theirs / SAMPLES * 1e3
+            yield Figure(task, name, version, *turns[:2], 1, *took, unit="ms")
         used = peak_memory(memory, peer, 1.0, False) / peak_memory(memory, segkit, 1.0, False)
         yield Figure("memory, every operation applied", name, version, used, (used, used), 1)
 
