@@ -1,6 +1,7 @@
 """Views: the way back undoes the way there, and merging is the arithmetic it says it is."""
 
 import math
+import weakref
 from itertools import product
 
 import pytest
@@ -167,6 +168,23 @@ def test_merging_leaves_the_models_output_alone() -> None:
     for merge in ("mean", "logits", "max"):
         merge_views(lambda x: x, image, views=parse_views("flips"), merge=merge)
         assert torch.equal(image, kept)
+
+
+@pytest.mark.parametrize("merge", ["mean", "logits", "max"])
+def test_one_view_is_in_memory_at_a_time(merge: str) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def model(x: Tensor) -> Tensor:
+        alive.append(sum(one() is not None for one in made))
+        logits = x.clone()
+        made.append(weakref.ref(logits))
+        return logits
+
+    views = parse_views("square*scale1.5")
+    merge_views(model, _noise((8, 12)), views=views, merge=merge)
+    assert len(alive) == len(views) >= 8
+    assert max(alive) <= 1  # the last one, until its successor takes its name
 
 
 def test_sets() -> None:
