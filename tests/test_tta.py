@@ -181,7 +181,7 @@ def test_one_view_is_in_memory_at_a_time(merge: str) -> None:
         made.append(weakref.ref(logits))
         return logits
 
-    views = parse_views("square*scale1.5")
+    views = parse_views("square,hflip*scale1.5")
     merge_views(model, _noise((8, 12)), views=views, merge=merge)
     assert len(alive) == len(views) >= 8
     assert max(alive) <= 1  # the last one, until its successor takes its name
@@ -204,7 +204,7 @@ def test_sets() -> None:
         ("scale1e3", "unknown view"),
         ("", "unknown view ''"),
         ("hflip*", "unknown view ''"),
-        ("hflip*flips", "unknown view 'flips'"),
+        ("hflip*flips", "a set cannot be multiplied"),
     ],
 )
 def test_bad_views(spec: str, message: str) -> None:
