@@ -190,7 +190,7 @@ def _sum(node: Any) -> Make | None:
     Not of another sum, or of a row of residual blocks the last would be made from the first: so it
     is every other one.
     """
-    one, other = (_source(term) for term, _ in node.next_functions)
+    one, other = (term for term, _ in node.next_functions)  # as they are: shapes must fit
     if _is_relu(one):
         one, other = other, one
     if _is_relu(one) or (make := _make(one)) is None or node._saved_alpha != 1:

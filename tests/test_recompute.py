@@ -167,6 +167,14 @@ def test_a_sum_with_a_factor_is_not_taken_for_a_plain_one(again: list[Tensor]) -
     assert len(again) == 1
 
 
+def test_a_term_that_changed_its_shape_is_left_alone(again: list[Tensor]) -> None:
+    x, norm = torch.randn(2, 3, 4, 4), nn.BatchNorm2d(3)
+    with recompute.forgetting():
+        (norm(x).view(2, 48) + norm(x).view(2, 48)).relu().sum().backward()
+        (norm(x).view(6, 16).relu()).sum().backward()
+    assert [one.shape for one in again] == [(6, 16)]
+
+
 @pytest.mark.parametrize("side", [4, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_of_other_shapes_and_precisions(
