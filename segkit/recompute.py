@@ -113,7 +113,8 @@ def _readable(node: Any) -> bool:
     """Whether others than the node may read what it keeps: of a checkpoint only once, and by it."""
     kept, _ = OPERATIONS[node.name()]
     raw = getattr(node, f"_raw_saved_{kept}")
-    hook = (raw[0] if isinstance(raw, tuple) else raw).unpack_hook
+    # torch 2.9 does not tell: what a checkpoint gives must then not end in an operation of ours.
+    hook = getattr(raw[0] if isinstance(raw, tuple) else raw, "unpack_hook", None)
     return hook is None or getattr(hook, "__func__", None) is Forgetting.unpack
 
 

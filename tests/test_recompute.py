@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.models import kept_for_backward
 from segkit import engine, recompute
+from segkit.backbones.hrnet import HRNet
 from segkit.losses import build_loss
 from segkit.model import build_model
 from segkit.optim import build_optimizer
@@ -242,6 +243,9 @@ def test_nothing_stays_alive() -> None:
     assert alive() is None
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"), reason="needs a newer torch"
+)
 def test_what_lies_in_a_checkpoint_is_left_to_it(again: list[Tensor]) -> None:
     model = residual_blocks(gate=False)
     kept = gradients(model, images(), forget=False)
@@ -275,6 +279,15 @@ def test_batch_norm_over_ranks_by_pytorch(again: list[Tensor]) -> None:
         torch.autograd.grad(y.relu().sum(), parameters)
     (made,) = again
     torch.testing.assert_close(made, y.detach().relu())
+
+
+def test_a_checkpointed_backbone_trains() -> None:
+    torch.manual_seed(0)
+    backbone = HRNet(width=4, checkpointing=True)
+    with recompute.forgetting():
+        loss = sum(one.square().mean() for one in backbone(torch.randn(2, 3, 64, 64)))
+    loss.backward()
+    assert all(one.grad is not None for one in backbone.parameters())
 
 
 @pytest.mark.parametrize(("backbone", "share"), [("resnet18_half", 0.75), ("efficientnet_b0", 0.5)])

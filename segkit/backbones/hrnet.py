@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -94,7 +95,8 @@ class HRNet(nn.Module):
     def _run(self, stage: nn.Sequential, branches: list[Tensor]) -> list[Tensor]:
         for module in stage:
             if self.checkpointing and self.training:
-                branches = checkpoint(module, branches, use_reentrant=False)
+                given = checkpoint(module, branches, use_reentrant=False)
+                branches = [torch.ops.aten.alias(x) for x in given]  # see segkit.recompute
             else:
                 branches = module(branches)
         return branches
