@@ -111,7 +111,9 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
         return torch.float16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    # torch 2.9 does not say what a CPU can do, and so computes in full precision there.
+    known = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")
+    cpu = torch.cpu.get_capabilities() if known else {}
     fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16")
     return torch.bfloat16 if fast else None
 
