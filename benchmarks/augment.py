@@ -184,12 +184,14 @@ def figures(rounds: int) -> Iterator[Figure]:
 
 def parts(rounds: int) -> Iterator[Figure]:
     """Single functions and what OpenCV has for them, in milliseconds."""
+    if not (version := version_of("opencv-python-headless")):
+        return
     import cv2
 
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     image, mask = photograph()
-    pixels, version = image.permute(1, 2, 0).contiguous().numpy(), cv2.__version__
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
     turn = Rotate(degrees=(20, 20))(Canvas(SOURCE), generator(0, 0, 0)).then(shifting(64, 64))
     matrix = shifting(-0.5, -0.5) @ turn.matrix @ shifting(0.5, 0.5)  # OpenCV's pixels are points
     warp = functools.partial(cv2.warpAffine, M=matrix[:2], dsize=RESULT[::-1])

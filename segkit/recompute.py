@@ -39,7 +39,7 @@ class Packed(NamedTuple):
         shape: Of the tensor.
         dtype: Of the tensor.
         operation: The number of the operation it is the result of.
-        number: How many were packed before it.
+        number: Its place among all that were packed.
         near: Whether that result was packed a moment before, too.
     """
 

@@ -140,9 +140,9 @@ def _parse_product(product: str) -> View:
 def _parse_factor(name: str) -> View:
     if name in SYMMETRIES:
         return SYMMETRIES[name]
-    number = re.fullmatch(r"(scale|rotate)(-?\d+(?:\.\d+)?)", name)
     if name in SETS:
         raise ConfigError(f"view '{name}': a set cannot be multiplied; name its views one by one")
+    number = re.fullmatch(r"(scale|rotate)(-?\d+(?:\.\d+)?)", name)
     if number is None:
         words = [*SYMMETRIES, *SETS, "scale1.5", "rotate5"]
         raise ConfigError(f"unknown view '{name}'{closest(name, words)}")

@@ -23,10 +23,7 @@ Gradients = dict[str, Tensor]
 
 def gradients(model: nn.Module, x: Tensor, *, forget: bool) -> Gradients:
     model.zero_grad()
-    if forget:
-        with recompute.forgetting():
-            y = model(x)
-    else:
+    with recompute.forgetting() if forget else nullcontext():
         y = model(x)
     y.square().sum().backward()
     return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}

@@ -57,11 +57,9 @@ def median(image: Tensor, size: int) -> Tensor:
         image: (C, H + size - 1, W + size - 1), of any number type -> (C, H, W)
     """
     _, height, width = image.shape
-    if image.device.type == "cpu":
-        # The planes of a channel fit the cache, and a call of NumPy costs a fifth of PyTorch's.
-        flat = [torch.from_numpy(_run(np, one.flatten().numpy(), size, width)) for one in image]
-    else:
-        flat = [_run(torch, one.flatten(), size, width) for one in image]
+    # The planes of a channel fit the cache, and a call of NumPy costs a fraction of PyTorch's.
+    library, channels = (np, image.numpy()) if image.device.type == "cpu" else (torch, image)
+    flat = [torch.as_tensor(_run(library, one.reshape(-1), size, width)) for one in channels]
     shape = height - size + 1, width - size + 1
     return torch.stack([plane.as_strided(shape, (width, 1)) for plane in flat])
 

@@ -96,7 +96,8 @@ class HRNet(nn.Module):
         for module in stage:
             if self.checkpointing and self.training:
                 given = checkpoint(module, branches, use_reentrant=False)
-                branches = [torch.ops.aten.alias(x) for x in given]  # see segkit.recompute
+                # Under another name, as segkit.recompute must not look into a checkpoint.
+                branches = [torch.ops.aten.alias(x) for x in given]
             else:
                 branches = module(branches)
         return branches
