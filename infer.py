@@ -72,7 +72,8 @@ def main(argv: Sequence[str]) -> None:
         rows = [combiner.row(one, final, columns) for one in [*rivals, final] if columns]
         if distributed.is_main():
             write_json(out / "scores.json", rows)
-            write_run_page(runs[0])
+            if out.resolve() == (runs[0].folder / "infer").resolve():
+                write_run_page(runs[0])  # results elsewhere change nothing on the run's page
             if rows:
                 say(table(rows, columns))
             say(f"written: {out}")

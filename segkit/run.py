@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -154,10 +155,13 @@ class Run:
         return load_latest(self.fold(fold) / "last.pt")
 
 
-def newest(name: str = "*") -> Path | None:
+def newest(name: str | None = None) -> Path | None:
     """The run in ``runs/`` started last, of all or of those of configuration ``name``."""
-    found = RUNS.glob(f"{name}-*/config.json" if name != "*" else "*/config.json")
-    return max((path.parent for path in found), key=_started, default=None)
+    folders = [path.parent for path in RUNS.glob("*/config.json")]
+    if name is not None:
+        own = re.compile(re.escape(name) + r"-\d{8}-\d{6}")  # as new_folder names them
+        folders = [folder for folder in folders if own.fullmatch(folder.name)]
+    return max(folders, key=_started, default=None)
 
 
 def _started(folder: Path) -> float:

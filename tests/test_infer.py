@@ -350,3 +350,13 @@ def test_memory_is_flat_from_50_to_500_images(home: Path) -> None:
         )  # fmt: skip
         peaks.append(int(done.stdout.splitlines()[-1]))
     assert peaks[1] - peaks[0] < 24 * 1024
+
+
+def test_results_elsewhere_leave_the_run_as_it_is(home: Path) -> None:
+    def state() -> dict[Path, tuple[int, int]]:
+        files = (home / "runs/b").rglob("*")
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+    before = state()
+    run("--run-dir", "runs/b", "--brief", "--out", "elsewhere")
+    assert state() == before
