@@ -174,6 +174,18 @@ def test_two_processes_fill_one_folder(tmp_path: Path) -> None:
     assert [file.stat().st_size for file in files(tmp_path)] == [BYTES] * 12
 
 
+def test_files_of_others_are_neither_deleted_nor_counted(folder: Path) -> None:
+    names = ["project/.env", "ab/.gitignore", "ab/.note.writing", "ab/large.bin", ".hidden"]
+    for name in names:
+        path = folder / "cache" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(BYTES))
+        os.utime(path, (0, time.time() - 7200))
+    assert_equal(cached(folder, limit=5 * BYTES), source(folder))  # a warning is an error
+    assert all((folder / "cache" / name).exists() for name in names)
+    assert len(files(folder)) == 5 + len(names)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process by a signal")
 def test_a_kill_half_way_leaves_whole_files(folder: Path) -> None:
     """The process dies in the middle of the third file, its draft half written."""

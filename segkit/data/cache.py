@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,9 @@ from segkit.files import replacing
 _FORMAT = 1  # of the files, and of what read_image and the sources make of theirs
 _HEAD = 8  # bytes: height and width, four each
 _STALE = 3600  # seconds after which a draft's process is gone
+_ENTRY = re.compile(r"[0-9a-f]{30}")  # an image's file, in a folder named by _FOLDER
+_DRAFT = re.compile(r"\.[0-9a-f]{30}\.[0-9a-f]{32}writing")  # an entry before it is complete
+_FOLDER = "[0-9a-f]" * 2
 
 
 class CachedSource:
@@ -33,8 +37,8 @@ class CachedSource:
     Args:
         source: Where images and masks come from. It must stay: what does not fit is read from it.
         folder: Of the cache.
-        limit: Most bytes of files in the folder. The first images are kept, the rest is read from
-            the source each time; a warning says so.
+        limit: Most bytes of the cache's files in the folder. The first images are kept, the rest
+            is read from the source each time; a warning says so.
 
     Raises:
         DataError: An image or a mask cannot be read.
@@ -66,7 +70,7 @@ class CachedSource:
         if left:
             warnings.warn(
                 f"{folder}: is full, so {left} of {len(source)} images are decoded each time; "
-                f"raise data.cache_gb (now {limit / 1e9:g}), or delete what else is in the folder",
+                f"raise data.cache_gb (now {limit / 1e9:g}), or delete the folder with its old entries",
                 stacklevel=2,
             )
         self._kept = [self._read_size(i) for i in range(len(source))]
@@ -130,12 +134,18 @@ class CachedSource:
 
 
 def _tidy(folder: Path) -> int:
-    """Bytes of all files of a cache, after what killed processes left half-written is gone."""
+    """Remove the drafts that killed processes left; return the bytes of the entries and drafts.
+
+    Files with other names are not the cache's: they are neither removed nor counted.
+    """
     used = 0
-    for file in folder.glob("*/*"):
+    for file in folder.glob(f"{_FOLDER}/*"):
+        is_draft = _DRAFT.fullmatch(file.name)
+        if not is_draft and not _ENTRY.fullmatch(file.name):
+            continue
         try:
             about = file.stat()
-            if file.name.startswith(".") and time.time() - about.st_mtime > _STALE:
+            if is_draft and time.time() - about.st_mtime > _STALE:
                 file.unlink()
             else:
                 used += about.st_size
