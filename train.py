@@ -54,10 +54,7 @@ def main(argv: Sequence[str]) -> None:
         pseudo = add_pseudo(cfg, train_source, val_source, split, run, say)
         if cfg.model.weights is None:
             say("model.weights is null: the model starts from random weights")
-        for fault in (*(pseudo or train_source).faults, *val_source.faults):
-            say(f"left out: {fault.sentence}")
-            if distributed.is_main():
-                run.log(event="fault", file=fault.file, sentence=fault.sentence)
+        tell_faults((pseudo or train_source, val_source), run, say)
         before = run.read("summary.json") if (run.folder / "summary.json").exists() else {}
         summary = {}
         with track.following(run, cfg.track.trackers) as trackers:
@@ -407,6 +404,15 @@ def add_pseudo(
     if distributed.is_main():
         run.log(event="pseudo", round=joined.round, images=len(joined.extra))
     return joined
+
+
+def tell_faults(sources: Sequence[Source], run: Run, say: Callable[[str], None]) -> None:
+    """Say what was left out of the data, and log what no earlier start has logged."""
+    logged = {event["sentence"] for event in run.events() if event["event"] == "fault"}
+    for fault in dict.fromkeys(fault for source in sources for fault in source.faults):
+        say(f"left out: {fault.sentence}")
+        if distributed.is_main() and fault.sentence not in logged:
+            run.log(event="fault", file=fault.file, sentence=fault.sentence)
 
 
 def chosen_folds(text: str, count: int) -> list[int]:

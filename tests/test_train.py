@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_run import Drawn
 from PIL import Image
 
 from segkit import checkpoint
 from segkit.data.demo import draw_demo
+from segkit.data.source import Fault
 from segkit.errors import DataError, SegkitError
 from segkit.model import build_model
 from segkit.run import Run
 from train import main as train_main
+from train import tell_faults
 
 ROOT = Path(__file__).parents[1]
 DRAWN = {"train": 20, "test": 5, "size": 64}
@@ -337,6 +340,17 @@ def test_a_run_starts_from_another_runs_best_and_says_what_it_took(
     assert re.search(r"best\.pt: segkit's checkpoint; \d+ entries loaded\n", out)
     init = last(folder, "runs/next", 1)["init"]
     assert init == checkpoint.digest_tensors(checkpoint.load(best)["model"])
+
+
+def test_each_fault_is_told_once(tmp_path: Path) -> None:
+    data = Drawn(4)
+    data.faults = tuple(Fault(f"{name}.jpg is empty", file=f"{name}.jpg") for name in "ab")
+    run = Run(tmp_path)
+    for _ in range(2):  # a start, and a resumed one: training and validation share the source
+        said: list[str] = []
+        tell_faults((data, data), run, said.append)
+        assert said == ["left out: a.jpg is empty", "left out: b.jpg is empty"]
+        assert [event["file"] for event in run.events()] == ["a.jpg", "b.jpg"]
 
 
 def test_a_run_is_not_overwritten(folder: Path, trained: Path) -> None:
