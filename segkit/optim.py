@@ -13,8 +13,12 @@ from torch.optim import SGD, AdamW, Optimizer
 from segkit.config import Component, bind, build
 from segkit.errors import ConfigError
 
-NO_DECAY = ("relative_position_bias_table", "layer_scale", "logit_scale")
-"""Parameters of more than one axis that weight decay would pull towards a meaningless 0."""
+NO_DECAY = ("relative_position_bias_table", "layer_scale", "logit_scale", "cpb_mlp")
+"""Parts of the names of parameters of more than one axis that have no weight decay.
+
+It would pull them towards a meaningless 0; Swin's authors exempt theirs, the network that computes
+position biases (``cpb_mlp``) included.
+"""
 
 
 def adamw(
@@ -78,7 +82,7 @@ def build_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = "backbone" if name.startswith("backbone.") else "decoder"
-            decays = parameter.dim() > 1 and not name.endswith(NO_DECAY)
+            decays = parameter.dim() > 1 and not any(part in name for part in NO_DECAY)
             groups.setdefault((part, decays), []).append(parameter)
     described = []
     for (part, decays), parameters in sorted(groups.items()):
