@@ -6,7 +6,8 @@ import shutil
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from segkit.errors import CheckpointError
-from segkit.files import replacing
+from segkit.files import regular, replacing
 
 FORMAT = 1
 _COMMENT = b"sha256:"
@@ -65,8 +66,8 @@ def load(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[str, An
     """
     if verify:
         digest(path)
-    elif not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+    with _readable(path):
+        regular(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what a forged file makes of the unpickler is of any type
@@ -88,7 +89,7 @@ def load_latest(path: Path) -> dict[str, Any] | None:
     Returns:
         ``None`` where neither was ever written.
     """
-    candidates = [one for one in (path, previous(path)) if one.exists()]
+    candidates = [file for file in (path, previous(path)) if os.path.lexists(file)]
     failures: list[CheckpointError] = []
     for candidate in candidates:
         try:
@@ -137,7 +138,7 @@ def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def stored_digest(path: Path) -> str | None:
     """The SHA-256 that a file ends with where :func:`save` wrote it; ``None`` in other files."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL))
         end = file.read()
@@ -152,19 +153,29 @@ def digest(path: Path) -> str:
     Raises:
         CheckpointError: The file is missing or damaged, or carries none.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    expected = stored_digest(path)
-    if expected is None:
-        if zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path}: carries no digest; segkit did not write it")
-        raise CheckpointError(f"{path}: is damaged or not a checkpoint")
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        _feed(found, file, path.stat().st_size - _TAIL)
+    with _readable(path):
+        expected = stored_digest(path)
+        if expected is None:
+            if zipfile.is_zipfile(path):
+                raise CheckpointError(f"{path}: carries no digest; segkit did not write it")
+            raise CheckpointError(f"{path}: is damaged or not a checkpoint")
+        found = hashlib.sha256()
+        with path.open("rb") as file:
+            _feed(found, file, path.stat().st_size - _TAIL)
     if found.hexdigest() != expected:
         raise CheckpointError(f"{path}: is damaged (its bytes do not match its digest)")
     return expected
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn an OSError of the file system into a CheckpointError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _feed(digest: Any, file: Any, length: int) -> None:

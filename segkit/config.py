@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from segkit.errors import ConfigError, closest
+from segkit.files import regular
 
 Component = Mapping[str, Any]
 """``{"name": ..., other arguments}``, or the name alone: a class or function of a registry."""
@@ -213,7 +214,7 @@ def find(name: str | Path) -> Path:
     folders = [Path("configs"), Path(__file__).resolve().parents[1] / "configs"]
     named = [folder / f"{name}{end}" for folder in folders for end in ("", ".json")]
     for path in (Path(name), *named):
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             return path
     known = {path.stem for folder in folders for path in folder.glob("*.json")}
     raise ConfigError(f"no configuration file '{name}'{closest(Path(name).stem, known)}")
@@ -222,7 +223,7 @@ def find(name: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file: UTF-8, no repeated key, no NaN or infinity."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -1,12 +1,40 @@
-"""Files written whole: whoever reads finds the old one or the new one, never a part."""
+"""Files written whole, of which a reader sees the old or the new one; only regular ones read."""
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def regular(path: Path | str) -> Path:
+    """Return ``path`` if it is a regular file, to be opened next.
+
+    Every file that segkit did not just write is opened through this function: to open or read a
+    named pipe, a device or a socket can wait for ever.
+
+    Raises:
+        OSError: There is no such file, or it is a folder or of another kind.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
+        raise OSError(errno.EINVAL, f"it is {kind}; expected a regular file", str(path))
+    return Path(path)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from segkit.data.files import inside
 from segkit.errors import DataError
-from segkit.files import replacing
+from segkit.files import regular, replacing
 from segkit.labels import IGNORE
 
 Color = tuple[int, int, int]
@@ -271,7 +271,7 @@ def read_submission(path: Path, *, size: int = 256) -> Iterator[tuple[str, Tenso
         DataError: The file is not a submission of masks of this size.
     """
     csv.field_size_limit(max(csv.field_size_limit(), 4 * size * size))
-    with path.open(encoding="utf-8", newline="") as file:
+    with regular(path).open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
         if next(rows, None) != list(SUBMISSION_HEADER):
             raise DataError(f"{path}: expected the header {','.join(SUBMISSION_HEADER)}")

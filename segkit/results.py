@@ -15,7 +15,7 @@ from torch import Tensor
 from segkit import distributed
 from segkit.data.loader import digests
 from segkit.data.source import Source
-from segkit.files import write_json
+from segkit.files import regular, write_json
 from segkit.output import (
     SAFE,
     Color,
@@ -71,7 +71,7 @@ class Results:
             images = hashlib.sha256(" ".join(digests(self.source, everything)).encode())
             wanted = json.loads(json.dumps({**origin, "images": images.hexdigest()}))
             path = self.folder / "origin.json"
-            if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != wanted:
+            if not path.exists() or json.loads(regular(path).read_text(encoding="utf-8")) != wanted:
                 for index in everything:
                     for kind in SUFFIXES:
                         self._file(kind, index).unlink(missing_ok=True)
@@ -101,7 +101,7 @@ class Results:
 
     def mask(self, name: str) -> Tensor:
         """The mask in the file of the image of this name."""
-        with Image.open((self.folder / "masks" / name).with_suffix(".png")) as image:
+        with Image.open(regular((self.folder / "masks" / name).with_suffix(".png"))) as image:
             return torch.from_numpy(np.array(image))
 
     def finish(self, *, category_ids: Mapping[int, int] | None) -> None:

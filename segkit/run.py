@@ -16,7 +16,7 @@ import torchvision
 import segkit
 from segkit.checkpoint import load_latest
 from segkit.errors import SegkitError, closest
-from segkit.files import naming, write_json, write_text
+from segkit.files import naming, regular, write_json, write_text
 
 RUNS = Path("runs")
 
@@ -113,7 +113,7 @@ class Run:
         """A JSON file of the run."""
         path = self.folder / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(regular(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise SegkitError(f"{path}: cannot be read ({error.strerror})") from error
         except ValueError as error:
@@ -136,7 +136,7 @@ class Run:
         """The events of ``log.jsonl``; a last line cut by a kill is left out."""
         path = self.folder / "log.jsonl"
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            for line in regular(path).read_text(encoding="utf-8").splitlines(keepends=True):
                 if line.endswith("\n"):
                     yield json.loads(line)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from segkit.config import Component, bind
 from segkit.errors import ConfigError
-from segkit.files import write_text
+from segkit.files import regular, write_text
 from segkit.run import Run
 
 Event = Mapping[str, Any]
@@ -55,7 +55,7 @@ class CSVTracker:
                 self._rewind(path, step)
 
     def _rewind(self, path: Path, step: int) -> None:
-        with path.open(encoding="utf-8", newline="") as file:
+        with regular(path).open(encoding="utf-8", newline="") as file:
             header, *rows = csv.reader(file)
         at = header.index("step")
         kept = io.StringIO(newline="")

@@ -16,7 +16,7 @@ from torch import Tensor
 from segkit.data.loader import digests
 from segkit.data.source import Source
 from segkit.distributed import progress
-from segkit.files import replacing
+from segkit.files import regular, replacing
 
 _FORMAT = 1  # of the files, and of what read_image and the sources make of theirs
 _HEAD = 8  # bytes: height and width, four each
@@ -130,7 +130,7 @@ class CachedSource:
     def _map(self, i: int, start: int, length: int) -> Tensor:
         # Private pages: whoever writes into the tensor does not write into the cache.
         file = self._folder / self._keys[i]
-        return torch.from_numpy(np.memmap(file, np.uint8, mode="c", offset=start, shape=length))
+        return torch.from_numpy(np.memmap(regular(file), np.uint8, mode="c", offset=start, shape=length))
 
 
 def _tidy(folder: Path) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from segkit.errors import DataError
+from segkit.files import regular
 
 MAX_BYTES = 1 << 31
 """Largest text or JSON file read (COCO's own largest has 0.45 GB, LVIS's 1.1 GB)."""
@@ -38,7 +39,11 @@ def inside(root: Path | str, name: str) -> Path:
     """
     check_name(name)
     path = Path(root, name)
-    if not path.resolve().is_relative_to(Path(root).resolve()):
+    try:
+        within = path.resolve().is_relative_to(Path(root).resolve())
+    except (OSError, RuntimeError):  # RuntimeError: of Python before 3.13
+        raise DataError(f"{path} is a symbolic link to itself; put the file there") from None
+    if not within:
         raise DataError(
             f"{path} is a symbolic link out of the data folder; put a copy of the file there"
         )
@@ -53,7 +58,7 @@ def read_text(path: Path | str) -> str:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         if size > MAX_BYTES:
             raise DataError(f"{path} has {size:,} bytes; expected at most {MAX_BYTES:,}: divide it")
         return path.read_text(encoding="utf-8-sig")

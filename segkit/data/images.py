@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from segkit.errors import DataError
+from segkit.files import regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """The formats tried, by Pillow's names. None of them starts another program, as EPS would."""
@@ -60,7 +61,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
 def open_image(path: Path | str) -> Iterator[Image.Image]:
     """A file opened by Pillow, its header checked; what goes wrong inside becomes a DataError."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(regular(path), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(
@@ -76,7 +77,8 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
         known = ", ".join(FORMATS)
         raise DataError(f"{path} is empty or no image; expected one of {known}") from None
     except Exception as error:  # decoders raise errors of any type on damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = reason.splitlines()[0]
         raise DataError(f"{path} cannot be decoded ({reason}); replace the file") from error
 
 

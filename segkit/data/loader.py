@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from segkit.augment import Pipeline, Plan, generator
 from segkit.distributed import rank, world_size
 from segkit.errors import ConfigError, DataError
+from segkit.files import regular
 
 _ORDER = 2**32 - 1  # in place of a sample's index: no image's augmentation draws these numbers
 
@@ -220,7 +221,7 @@ def digests(source: Any, indices: Sequence[int]) -> list[str]:
     for index in indices:
         path = source.path(index)
         try:
-            about = path.stat()
+            about = regular(path).stat()
             found.append(_digest(path.resolve(), about.st_mtime_ns, about.st_size))
         except OSError as error:
             raise DataError(

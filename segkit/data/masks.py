@@ -13,6 +13,7 @@ from segkit.data.files import check_name, inside, read_text
 from segkit.data.images import SUFFIXES, image_size, open_image, read_image
 from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
 from segkit.errors import ConfigError, DataError
+from segkit.files import regular
 from segkit.labels import IGNORE
 
 
@@ -116,7 +117,11 @@ class MaskSource:
     def label_digest(self, i: int) -> str:
         digest = hashlib.sha256(f"{self.classes} {self._table.tolist()}".encode())
         if self._masks is not None:
-            digest.update(inside(self._masks, _mask_name(self.names[i])).read_bytes())
+            path = inside(self._masks, _mask_name(self.names[i]))
+            try:
+                digest.update(regular(path).read_bytes())
+            except OSError as error:
+                raise DataError(f"{path} cannot be read ({error.strerror})") from error
         return digest.hexdigest()
 
     def _sound(self, names: Iterable[str], faults: list[Fault]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from segkit import checkpoint
 from segkit.errors import CheckpointError
+from segkit.files import regular
 from segkit.weights.safetensors import read_safetensors
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -60,7 +61,7 @@ def _load(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch tells of ancient types that it converts
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            return torch.load(regular(path), map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: is not a file of weights alone (a state dict saved by torch): it is damaged, "

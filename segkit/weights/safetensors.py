@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from segkit.errors import CheckpointError
+from segkit.files import regular
 
 _LONGEST_HEADER = 100_000_000
 """The format's own bound, in bytes: a damaged length must not ask for the machine's memory."""
@@ -40,7 +41,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: The header or one of its places cannot be right.
         OSError: The file cannot be opened.
     """
-    size = path.stat().st_size
+    size = regular(path).stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size

@@ -16,6 +16,7 @@ from segkit.data.demo.scene import Scene, draw_scene
 from segkit.data.demo.shapes import polygon_area
 from segkit.distributed import progress
 from segkit.errors import DataError
+from segkit.files import regular
 
 CLASSES = ("Background", *(kind.name for kind in LITTER))
 VERSION = 3  # of the drawing: a folder drawn by another version is another data set
@@ -96,7 +97,7 @@ def _holds(folder: Path, recipe: dict[str, int]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads((folder / "demo.json").read_text())
+        found = json.loads(regular(folder / "demo.json").read_text())
     except (OSError, ValueError):
         raise DataError(f"{folder} is in use and holds no demo set; name a new folder") from None
     if found != recipe:
