@@ -28,7 +28,7 @@ from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
 from segkit.data.pseudo import PseudoLabelled
 from segkit.data.source import Source, positions
 from segkit.engine import build_pipeline, evaluate, precision, train_step
-from segkit.errors import ConfigError, DataError, SegkitError
+from segkit.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.losses import build_loss
 from segkit.metrics import bootstrap_interval, scores
 from segkit.model import build_model
@@ -419,9 +419,12 @@ def chosen_folds(text: str, count: int) -> list[int]:
     """Fold numbers from ``--folds``."""
     if text == "all":
         return list(range(count))
-    numbers = [int(part) if part.isdigit() else -1 for part in text.split(",")]
-    if any(not 0 <= number < count for number in numbers):
-        raise SegkitError(f"--folds {text}: expected all, or numbers from 0 to {count - 1}")
+    known = {str(number): number for number in range(count)}
+    numbers = [known.get(part.strip(), -1) for part in text.split(",")]
+    if -1 in numbers:
+        raise SegkitError(
+            f"--folds {shorten(text)}: expected all, or numbers from 0 to {count - 1}"
+        )
     return numbers
 
 

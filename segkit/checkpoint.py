@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segkit.errors import CheckpointError
+from segkit.errors import CheckpointError, reason
 from segkit.files import regular, replacing
 
 FORMAT = 1
@@ -175,7 +175,7 @@ def _readable(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
 
 
 def _feed(digest: Any, file: Any, length: int) -> None:

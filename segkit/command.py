@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from segkit.errors import SegkitError
+from segkit.errors import LONGEST, SegkitError, reason, shorten
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -90,7 +90,7 @@ def _show(message: Warning | str, *_: object, **__: object) -> None:
 
 def _sentence(error: SegkitError | OSError) -> str:
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}"
+        return f"{shorten(str(error.filename), LONGEST)}: {reason(error)}"
     return str(error)
 
 

@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from segkit.errors import ConfigError, closest
+from segkit.errors import ConfigError, closest, quoted, reason, shorten
 from segkit.files import regular
 
 Component = Mapping[str, Any]
@@ -214,10 +215,11 @@ def find(name: str | Path) -> Path:
     folders = [Path("configs"), Path(__file__).resolve().parents[1] / "configs"]
     named = [folder / f"{name}{end}" for folder in folders for end in ("", ".json")]
     for path in (Path(name), *named):
-        if path.exists() and not path.is_dir():
+        # os.path's tests are False also for a name longer than a file may have
+        if os.path.exists(path) and not os.path.isdir(path):
             return path
     known = {path.stem for folder in folders for path in folder.glob("*.json")}
-    raise ConfigError(f"no configuration file '{name}'{closest(Path(name).stem, known)}")
+    raise ConfigError(f"no configuration file {quoted(name)}{closest(Path(name).stem, known)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         text = regular(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     if not text.strip():
@@ -289,7 +291,7 @@ def bind(
     if not isinstance(name, str):
         raise ConfigError(f"{path}.name: is missing{closest('', registry)}")
     if name not in registry:
-        raise ConfigError(f"{path}.name: unknown '{name}'{closest(name, registry)}")
+        raise ConfigError(f"{path}.name: unknown {quoted(name)}{closest(name, registry)}")
     target = registry[name]
     hints = _hints(target)
     parameters = {
@@ -301,7 +303,7 @@ def bind(
     for key in arguments:
         if key not in settable:
             raise ConfigError(
-                f"{path}.{key}: '{name}' has no such argument{closest(key, settable)}"
+                f"{path}.{shorten(key)}: '{name}' has no such argument{closest(key, settable)}"
             )
     for key in settable:
         if parameters[key].default is inspect.Parameter.empty and key not in arguments:
@@ -332,7 +334,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     repeated = {key for key in keys if keys.count(key) > 1}
     if repeated:
-        raise ValueError(f"the key '{min(repeated)}' stands twice in one object")
+        raise ValueError(f"the key {quoted(min(repeated))} stands twice in one object")
     return dict(pairs)
 
 
@@ -344,7 +346,7 @@ def _apply(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"--set {text}: expected section.key=value")
+        raise ConfigError(f"--set {shorten(text)}: expected section.key=value")
     try:
         parsed = json.loads(value, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -355,13 +357,19 @@ def _apply(raw: dict[str, Any], text: str) -> None:
         last = depth == len(parts) - 1
         step: int | str = part
         if isinstance(at, list):
-            if not part.isdigit() or int(part) >= len(at):
-                raise ConfigError(f"--set {text}: {here} has {len(at)} items, no item '{part}'")
+            if part not in map(str, range(len(at))):
+                raise ConfigError(
+                    f"--set {shorten(text)}: {here} has {len(at)} items, no item {quoted(part)}"
+                )
             step = int(part)
         elif not isinstance(at, dict):
-            raise ConfigError(f"--set {text}: {here} holds {_kind(at)}, so it has no '{part}'")
+            raise ConfigError(
+                f"--set {shorten(text)}: {here} holds {_kind(at)}, so it has no {quoted(part)}"
+            )
         elif not last and part not in at:
-            raise ConfigError(f"--set {text}: unknown key '{part}'{closest(part, at)}")
+            raise ConfigError(
+                f"--set {shorten(text)}: unknown key {quoted(part)}{closest(part, at)}"
+            )
         if last:
             at[step] = parsed
         else:
@@ -378,7 +386,7 @@ def _convert_dataclass(raw: Any, cls: Any, path: str) -> Any:
     known = {one.name: one for one in _fields(cls)}
     values = {}
     for key, value in raw.items():
-        here = f"{path}.{key}" if path else str(key)
+        here = f"{path}.{shorten(str(key))}" if path else shorten(str(key))
         if key not in known:
             raise ConfigError(f"{here}: unknown key{closest(str(key), known)}")
         one = known[key]

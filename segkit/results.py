@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from segkit import distributed
+from segkit.data.images import open_image
 from segkit.data.loader import digests
 from segkit.data.source import Source
 from segkit.files import regular, write_json
@@ -101,7 +101,7 @@ class Results:
 
     def mask(self, name: str) -> Tensor:
         """The mask in the file of the image of this name."""
-        with Image.open(regular((self.folder / "masks" / name).with_suffix(".png"))) as image:
+        with open_image((self.folder / "masks" / name).with_suffix(".png")) as image:
             return torch.from_numpy(np.array(image))
 
     def finish(self, *, category_ids: Mapping[int, int] | None) -> None:

@@ -15,7 +15,7 @@ import torchvision
 
 import segkit
 from segkit.checkpoint import load_latest
-from segkit.errors import SegkitError, closest
+from segkit.errors import SegkitError, closest, reason, shorten
 from segkit.files import naming, regular, write_json, write_text
 
 RUNS = Path("runs")
@@ -81,10 +81,12 @@ class Run:
                 raise SegkitError(f"no run in {RUNS.resolve()}; train one, or name it by --run-dir")
             return cls(found)
         for path in (Path(folder), RUNS / folder):
-            if (path / "config.json").is_file():
+            if os.path.isfile(path / "config.json"):  # False also for too long a name
                 return cls(path)
         known = [path.parent.name for path in RUNS.glob("*/config.json")]
-        raise SegkitError(f"{folder}: is not a run folder{closest(str(folder), known)}")
+        raise SegkitError(
+            f"{shorten(str(folder), 300)}: is not a run folder{closest(str(folder), known)}"
+        )
 
     def interrupted_here(self) -> bool:
         """Whether torchrun starts again the job that began this run and has not finished it.
@@ -115,7 +117,7 @@ class Run:
         try:
             return json.loads(regular(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise SegkitError(f"{path}: cannot be read ({error.strerror})") from error
+            raise SegkitError(f"{path}: cannot be read ({reason(error)})") from error
         except ValueError as error:
             raise SegkitError(f"{path}: is not valid JSON ({error})") from error
 

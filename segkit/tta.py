@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segkit.errors import ConfigError, closest
+from segkit.errors import ConfigError, closest, quoted
 from segkit.labels import IGNORE
 
 Merge = Literal["mean", "logits", "geometric", "max"]
@@ -141,18 +141,22 @@ def _parse_factor(name: str) -> View:
     if name in SYMMETRIES:
         return SYMMETRIES[name]
     if name in SETS:
-        raise ConfigError(f"view '{name}': a set cannot be multiplied; name its views one by one")
+        raise ConfigError(
+            f"view {quoted(name)}: a set cannot be multiplied; name its views one by one"
+        )
     number = re.fullmatch(r"(scale|rotate)(-?\d+(?:\.\d+)?)", name)
     if number is None:
         words = [*SYMMETRIES, *SETS, "scale1.5", "rotate5"]
-        raise ConfigError(f"unknown view '{name}'{closest(name, words)}")
+        raise ConfigError(f"unknown view {quoted(name)}{closest(name, words)}")
     value = float(number[2])
     if number[1] == "scale":
         if not 0.05 <= value <= 20:
-            raise ConfigError(f"view '{name}': expected a scale from 0.05 to 20")
+            raise ConfigError(f"view {quoted(name)}: expected a scale from 0.05 to 20")
         return View(scale=value)
     if not -45 <= value <= 45:
-        raise ConfigError(f"view '{name}': expected an angle from -45 to 45; multiply by rot90")
+        raise ConfigError(
+            f"view {quoted(name)}: expected an angle from -45 to 45; multiply by rot90"
+        )
     return View(angle=value)
 
 

@@ -130,7 +130,9 @@ class CachedSource:
     def _map(self, i: int, start: int, length: int) -> Tensor:
         # Private pages: whoever writes into the tensor does not write into the cache.
         file = self._folder / self._keys[i]
-        return torch.from_numpy(np.memmap(regular(file), np.uint8, mode="c", offset=start, shape=length))
+        return torch.from_numpy(
+            np.memmap(regular(file), np.uint8, mode="c", offset=start, shape=length)
+        )
 
 
 def _tidy(folder: Path) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from segkit.data.files import check_name, inside, read_json
 from segkit.data.images import MAX_PIXELS, read_image
 from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
-from segkit.errors import DataError
+from segkit.errors import DataError, quoted
 from segkit.labels import IGNORE
 
 MAX_OUTLINE = 1 << 22
@@ -197,7 +197,7 @@ class CocoSource:
                 if image.id in ids:
                     raise DataError(f"two images have id {image.id}; give each its own")
                 if image.name in names:
-                    raise DataError(f"two images are named '{image.name}'; remove one")
+                    raise DataError(f"two images are named {quoted(image.name)}; remove one")
             except DataError as error:
                 name = record.get("file_name")
                 file = name if isinstance(name, str) else self._file
@@ -268,12 +268,12 @@ def _image_record(record: dict[str, Any]) -> ImageRecord:
     height, width = record.get("height"), record.get("width")
     if not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):
         raise DataError(
-            f"image '{name}' has height {_short(height)} and width {_short(width)}; "
+            f"image {quoted(name)} has height {_short(height)} and width {_short(width)}; "
             "expected numbers of pixels"
         )
     if height * width > MAX_PIXELS:
         raise DataError(
-            f"image '{name}' has {_short(width)} × {_short(height)} pixels; "
+            f"image {quoted(name)} has {_short(width)} × {_short(height)} pixels; "
             f"expected at most {MAX_PIXELS:,}: scale it down or cut it into parts"
         )
     return ImageRecord(key, name, (height, width))

@@ -5,7 +5,7 @@ import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from segkit.errors import DataError
+from segkit.errors import DataError, reason
 from segkit.files import regular
 
 MAX_BYTES = 1 << 31
@@ -65,7 +65,7 @@ def read_text(path: Path | str) -> str:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; check the path in the configuration") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from error
+        raise DataError(f"{path} cannot be read ({reason(error)}); check the path") from error
     except ValueError as error:  # a NUL in the path, or bytes that are not UTF-8
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
 

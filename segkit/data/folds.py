@@ -13,7 +13,7 @@ import numpy as np
 from segkit import distributed
 from segkit.data.files import read_json
 from segkit.data.source import Source
-from segkit.errors import ConfigError, DataError
+from segkit.errors import ConfigError, DataError, quoted
 from segkit.files import write_json
 
 SHARE_BINS = 3
@@ -183,7 +183,8 @@ def read_groups(
             group = content.get(name)
             if isinstance(group, bool) or not isinstance(group, str | int):
                 raise DataError(
-                    f"{file} gives '{name}' no group; expected a string or an integer each image"
+                    f"{file} gives {quoted(name)} no group; "
+                    "expected a string or an integer each image"
                 )
         return {name: str(content[name]) for name in names}
     if pattern is None:
@@ -191,15 +192,20 @@ def read_groups(
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"data.group_pattern: '{pattern}' is malformed ({error})") from error
+        raise ConfigError(
+            f"data.group_pattern: {quoted(pattern)} is malformed ({error})"
+        ) from error
     if expression.groups != 1:
         raise ConfigError(
-            f"data.group_pattern: '{pattern}' has {expression.groups} parentheses; expected one"
+            f"data.group_pattern: {quoted(pattern)} has {expression.groups} parentheses; "
+            "expected one"
         )
     found = {name: expression.search(name) for name in names}
     for name, match in found.items():
         if match is None or match[1] is None:
-            raise DataError(f"'{name}' does not match data.group_pattern '{pattern}'; correct it")
+            raise DataError(
+                f"{quoted(name)} does not match data.group_pattern {quoted(pattern)}; correct it"
+            )
     return {name: match[1] for name, match in found.items() if match}
 
 

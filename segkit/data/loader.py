@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from segkit.augment import Pipeline, Plan, generator
 from segkit.distributed import rank, world_size
-from segkit.errors import ConfigError, DataError
+from segkit.errors import ConfigError, DataError, reason
 from segkit.files import regular
 
 _ORDER = 2**32 - 1  # in place of a sample's index: no image's augmentation draws these numbers
@@ -225,7 +225,7 @@ def digests(source: Any, indices: Sequence[int]) -> list[str]:
             found.append(_digest(path.resolve(), about.st_mtime_ns, about.st_size))
         except OSError as error:
             raise DataError(
-                f"{path} cannot be read ({error.strerror}); add the image or remove its entry"
+                f"{path} cannot be read ({reason(error)}); add the image or remove its entry"
             ) from error
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from segkit.data.files import check_name, inside, read_text
 from segkit.data.images import SUFFIXES, image_size, open_image, read_image
 from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
-from segkit.errors import ConfigError, DataError
+from segkit.errors import ConfigError, DataError, quoted, reason
 from segkit.files import regular
 from segkit.labels import IGNORE
 
@@ -121,7 +121,7 @@ class MaskSource:
             try:
                 digest.update(regular(path).read_bytes())
             except OSError as error:
-                raise DataError(f"{path} cannot be read ({error.strerror})") from error
+                raise DataError(f"{path} cannot be read ({reason(error)})") from error
         return digest.hexdigest()
 
     def _sound(self, names: Iterable[str], faults: list[Fault]) -> Iterator[str]:
@@ -133,15 +133,15 @@ class MaskSource:
                 stem = str(PurePosixPath(name).with_suffix(""))
                 if stem in owners:
                     raise DataError(
-                        f"{self._images}: '{owners[stem]}' and '{name}' differ in their suffix "
-                        "only, so they share one mask; rename or remove one"
+                        f"{self._images}: {quoted(owners[stem])} and {quoted(name)} differ in "
+                        "their suffix only, so they share one mask; rename or remove one"
                     )
                 owners[stem] = name
                 mask = None if self._masks is None else self._masks / _mask_name(name)
                 if mask is not None and not mask.is_file():
                     raise DataError(
-                        f"{mask} does not exist; add the mask of '{name}', or leave the image "
-                        "out by a split list"
+                        f"{mask} does not exist; add the mask of {quoted(name)}, or leave the "
+                        "image out by a split list"
                     )
             except DataError as error:
                 faults.append(Fault(str(error), file=name))
@@ -180,9 +180,9 @@ def _choose(names: Iterable[str], split: str, faults: list[Fault]) -> list[str]:
             continue
         named = known.get(line.strip())
         if named is None:
-            sentence = f"'{line.strip():.200}' has no image; add the image or remove the line"
+            sentence = f"{quoted(line.strip())} has no image; add the image or remove the line"
         elif named in chosen:
-            sentence = f"'{named}' stands in the list already; remove the line"
+            sentence = f"{quoted(named)} stands in the list already; remove the line"
         else:
             chosen[named] = None
             continue

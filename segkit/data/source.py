@@ -11,7 +11,7 @@ from torch import Tensor
 
 from segkit import distributed
 from segkit.data.files import NO_TEXT
-from segkit.errors import DataError
+from segkit.errors import DataError, quoted
 from segkit.labels import IGNORE
 
 OnError = Literal["raise", "skip"]
@@ -63,8 +63,8 @@ def positions(source: Source, names: Sequence[str]) -> list[int]:
     missing = [name for name in names if name not in place]
     if missing:
         raise DataError(
-            f"the image '{missing[0]}' is not in the data any more ({len(missing)} in all are "
-            "not); bring it back, or start a new run"
+            f"the image {quoted(missing[0])} is not in the data any more ({len(missing)} in all "
+            "are not); bring it back, or start a new run"
         )
     return [place[name] for name in names]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from segkit import checkpoint
-from segkit.errors import CheckpointError
+from segkit.errors import CheckpointError, quoted, reason
 from segkit.files import regular
 from segkit.weights.safetensors import read_safetensors
 
@@ -39,7 +39,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         else:
             found = _load(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
     while isinstance(found, dict):
         inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), dict)]
         if not inner:
@@ -49,10 +49,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected a state dict, names to tensors")
     other = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if other or not found:
-        what = f"'{other[0]}' is none" if other else "it is empty"
+        what = f"{quoted(other[0])} is none" if other else "it is empty"
         raise CheckpointError(f"{path}: expected a state dict, names to tensors, but {what}")
     if odd := [name for name in found if not name.isprintable()]:
-        raise CheckpointError(f"{path}: '{odd[0]}' is no name of weights")
+        raise CheckpointError(f"{path}: {quoted(odd[0])} is no name of weights")
     return {_COMPILED_OR_PARALLEL.sub("", name): value for name, value in found.items()}
 
 
