@@ -116,7 +116,7 @@ def write_results(combiner: Combiner, candidate: Candidate, photos: Images) -> R
     soft = "soft" in infer.outputs
     found = (combiner.probabilities if soft else combiner.masks)(candidate, missing)
     total = len(share(missing))
-    for index, one, _ in distributed.progress(found, "predict", total=total, unit="image"):
+    for index, one, _ in distributed.Progress(found, "predict", total=total, unit="image", delay=0):
         mask = one.max(0).indices.to(torch.uint8) if soft else one
         results.write(index, mask, one if soft else None)
     distributed.barrier()

@@ -210,9 +210,13 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
             checkpoint.save(last, folder / "last.pt", keep_previous=True)
 
     # ---- steps
-    bar = distributed.progress(
+    def note() -> str:
+        epochs = f"epoch {step / order.steps_per_epoch:.3g} of {cfg.train.epochs}"
+        return f"{epochs}, loss {float(result.loss):.4g}, lr {cfg.optim.lr * factor:.3g}"
+
+    progress = distributed.Progress(
         None, f"fold {fold}", total=order.steps * cfg.train.batch_size,
-        initial=step * cfg.train.batch_size, unit="image",
+        initial=step * cfg.train.batch_size, unit="image", parts=cfg.train.epochs, delay=0,
     )  # fmt: skip
     started = since = time.perf_counter()
     since_step = step
@@ -228,7 +232,8 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         )  # fmt: skip
         step += 1
         epoch = step // order.steps_per_epoch
-        bar.update(cfg.train.batch_size)
+        ends_epoch = step % order.steps_per_epoch == 0
+        progress.update(cfg.train.batch_size, note)
         if result.finite:
             bad_in_row = 0
             if ema is not None:
@@ -243,7 +248,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
                     f"fold {fold}: loss or gradient was not finite in {bad_in_row} steps in a row, "
                     f"the last on {', '.join(names[:4])}; lower optim.lr, or set optim.clip_norm"
                 )
-        if distributed.is_main() and step % cfg.train.log_every == 0:
+        if distributed.is_main() and (step % cfg.train.log_every == 0 or ends_epoch):
             now = time.perf_counter()
             rate = (step - since_step) * cfg.train.batch_size / (now - since)
             since, since_step = now, step
@@ -254,11 +259,9 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
                 lr=cfg.optim.lr * factor,
                 gradient_norm=float(result.gradient_norm), images_per_s=round(rate, 2),
             )  # fmt: skip
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{cfg.optim.lr * factor:.1e}")
 
         # ---- evaluations
         last_step = step == order.steps
-        ends_epoch = step % order.steps_per_epoch == 0
         if last_step or (ends_epoch and epoch % cfg.train.evaluate_every == 0):
             predict.model.eval()
             distributed.share_buffers(predict.model)
@@ -294,7 +297,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
             save_last()
         if job.stop.signal:
             break
-    bar.close()
+    progress.close()
     seconds += time.perf_counter() - started
     best_score, best_epoch = top[0] if top else (None, None)
     return {

@@ -254,7 +254,7 @@ class Combiner:
         order = TrainOrder(indices, epochs=1, batch_size=size, accumulate=1, seed=cfg.train.seed)
         batches = train_batches(images, order, workers=cfg.data.workers, device=self.device)
         count = max(1, cfg.infer.batch_norm_images // size)
-        shown = distributed.progress(islice(batches, count), "BatchNorm", total=count, unit="batch")
+        shown = distributed.Progress(islice(batches, count), "BatchNorm", total=count, unit="batch")
         return (image for image, _ in shown)
 
     # ---- predictions

@@ -65,7 +65,7 @@ def voice(*, quiet: bool = False, verbose: bool = False) -> Callable[[str], None
     """
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     logging.getLogger("segkit").setLevel(level)
-    return _silent if quiet or os.environ.get("RANK", "0") != "0" else print
+    return _silent if quiet or os.environ.get("RANK", "0") != "0" else _say
 
 
 def is_verbose() -> bool:
@@ -77,6 +77,11 @@ def bold(text: str) -> str:
     """Text that stands out on a terminal, unless NO_COLOR is set (https://no-color.org)."""
     plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
     return text if plain else f"\033[1m{text}\033[0m"
+
+
+def _say(text: str) -> None:
+    """Print a line at once: in a file it would come minutes after the lines on stderr."""
+    print(text, flush=True)
 
 
 def _silent(_: str) -> None:

@@ -133,7 +133,9 @@ class Train:
         0, "steps between saves of last.pt besides each epoch; 0: none", low=0
     )
     keep: int = _setting(3, "best checkpoints kept of each fold", low=1)
-    log_every: int = _setting(20, "steps between lines of the log", low=1)
+    log_every: int = _setting(
+        20, "steps between lines of the log; the last step of an epoch has one too", low=1
+    )
     max_bad_steps: int = _setting(20, "non-finite steps in a row that end the run", low=1)
     timeout: float = _setting(
         30.0, "minutes ranks wait for each other before one counts as lost", low=0.1, high=1440.0

@@ -1,11 +1,11 @@
-"""Processes that train together: the process group, reductions, rank 0's progress bar."""
+"""Processes that train together: the process group, reductions, rank 0's progress."""
 
 import hashlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -252,28 +252,94 @@ def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> None:
             convert_sync_batch_norm(child, device)
 
 
-def progress(
-    iterable: Iterable | None,
-    description: str,
-    *,
-    total: int | None = None,
-    initial: int = 0,
-    unit: str = "it",
-) -> tqdm:
-    """A progress bar with rate and time left, after two seconds.
+class Progress:
+    """How far a loop is, told on rank 0: a bar on a terminal, elsewhere a line now and then.
 
-    It is shown on rank 0 and on a terminal only, and not by a command that was told to be quiet.
+    A line follows each part of the loop, and each minute within a long one. A command that was
+    told to be quiet shows neither.
+
+    Args:
+        iterable: What is looped over; ``None`` where :meth:`update` is called.
+        description: Of the loop.
+        total: Items of the whole loop; default the length of ``iterable``, if it has one.
+        initial: Items that an earlier start has done.
+        unit: An item, in the singular.
+        parts: Equal parts of the loop that are followed by a line.
+        delay: Seconds without lines at the beginning: a short loop needs none.
+        clock: Gives the time in seconds.
     """
-    quiet = logging.getLogger("segkit").level > logging.INFO
-    hidden = quiet or not is_main() or not sys.stderr.isatty()
-    return tqdm(
-        iterable,
-        desc=description,
-        total=total,
-        initial=initial,
-        unit=unit,
-        disable=hidden,
-        delay=2,
-        dynamic_ncols=True,
-        leave=False,
-    )
+
+    def __init__(
+        self,
+        iterable: Iterable | None,
+        description: str,
+        *,
+        total: int | None = None,
+        initial: int = 0,
+        unit: str = "item",
+        parts: int = 10,
+        delay: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._iterable, self._description, self._unit = iterable, description, unit
+        self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+        self._initial, self._parts = initial, parts
+        self._delay, self._clock = delay, clock
+        self._done = initial
+        self._start = self._told = clock()
+        self._bar: tqdm | None = None
+        self._hidden = logging.getLogger("segkit").level > logging.INFO or not is_main()
+        if not self._hidden and sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=description, total=self._total, initial=initial, unit=unit, delay=2,
+                dynamic_ncols=True, leave=False,
+            )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Any]:
+        assert self._iterable is not None
+        try:
+            for item in self._iterable:
+                yield item
+                self.update()
+        finally:
+            self.close()
+
+    def update(self, count: int = 1, note: Callable[[], str] | None = None) -> None:
+        """Count items as done.
+
+        Args:
+            count: How many.
+            note: What a bar or a line ends with; called only when one is shown.
+        """
+        before, self._done = self._done, self._done + count
+        if self._hidden:
+            return
+        if self._bar is not None:
+            if self._bar.update(count) and note:
+                self._bar.set_postfix_str(note(), refresh=False)
+            return
+        now = self._clock()
+        ends_part = self._total and self._part(before) < self._part(self._done)
+        if now - self._start >= self._delay and (ends_part or now - self._told >= 60):
+            self._told = now
+            print(self._line(now - self._start, note), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _part(self, done: int) -> int:
+        return self._parts * done // (self._total or 1)
+
+    def _line(self, seconds: float, note: Callable[[], str] | None) -> str:
+        rate = (self._done - self._initial) / max(seconds, 1e-9)
+        of = f" of {self._total:,}" if self._total else ""
+        fields = [f"{self._description}: {self._done:,}{of} {self._unit}s"]
+        fields.append(f"{rate:{'.1f' if rate >= 10 else '.2g'}} {self._unit}s/s")
+        if self._total:
+            left = timedelta(seconds=round((self._total - self._done) / rate))
+            fields.append(
+                f"{left} left" if left else f"done in {timedelta(seconds=round(seconds))}"
+            )
+        return ", ".join([*fields, note()] if note else fields)

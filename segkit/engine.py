@@ -16,7 +16,7 @@ from segkit.augment import Pipeline
 from segkit.config import Config, parse
 from segkit.data.loader import eval_batches
 from segkit.data.source import Source
-from segkit.distributed import all_reduce, progress, rank, world_size
+from segkit.distributed import Progress, all_reduce, rank, world_size
 from segkit.losses import Criterion
 from segkit.metrics import counts_of, image_matrices
 from segkit.model import Segmenter, build_model
@@ -182,7 +182,7 @@ def tally(
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     row = {index: number for number, index in enumerate(indices)}
     share = len(indices[rank() :: world_size()])
-    for index, mask, truth in progress(predicted, description, total=share, unit="image"):
+    for index, mask, truth in Progress(predicted, description, total=share, unit="image"):
         mask = mask.cpu()
         [found] = image_matrices(mask[None], truth[None], classes)
         counts[row[index]] = counts_of(found)

@@ -125,7 +125,7 @@ class Results:
                     background=self.background,
                 )
                 writers.append(files.enter_context(writer))
-            for name in distributed.progress(source.names, "write", unit="image"):
+            for name in distributed.Progress(source.names, "write", unit="image"):
                 mask = self.mask(name)
                 for write in writers:
                     write(name, mask)

@@ -13,6 +13,7 @@ import torch
 from made_run import CLASSES, NASTY, Drawn, evaluated, made_run
 from PIL import Image
 from ranks import run_ranks
+from tqdm import tqdm
 
 from segkit import command, distributed
 from segkit.data.photos import PhotoSource
@@ -205,20 +206,82 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_bars_show_on_a_terminal_unless_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+class Clock:
+    """A clock that is set."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_bars_show_on_a_terminal_unless_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    say = command.voice()
-    assert say is print
-    assert not distributed.progress(range(2), "counting").disable
-    assert not command.is_verbose()
+    command.voice()("hello")
+    assert capsys.readouterr().out == "hello\n"
+    assert list(distributed.Progress("abc", "counting")) == list("abc")
+    assert terminal.getvalue() == ""  # nothing took two seconds
+    at_once = {"delay": 0, "mininterval": 0}
+    monkeypatch.setattr(distributed, "tqdm", lambda **options: tqdm(**{**options, **at_once}))
+    progress = distributed.Progress(None, "counting", total=4)
+    for _ in range(2):
+        progress.update(1, lambda: "loss 0.5")
+    progress.close()
+    assert "counting:  50%" in terminal.getvalue()
+    assert "loss 0.5" in terminal.getvalue()
     command.voice(verbose=True)
     assert command.is_verbose()
-    assert command.voice(quiet=True) is not print
-    assert distributed.progress(range(2), "counting").disable
-    monkeypatch.setattr("sys.stderr", io.StringIO())
+
+
+def test_quiet_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    command.voice(quiet=True)("hello")
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stderr", stream)
+        assert list(distributed.Progress("abc", "counting", delay=0)) == list("abc")
+        assert stream.getvalue() == capsys.readouterr().out == ""
     command.voice()
-    assert distributed.progress(range(2), "counting").disable
-    assert terminal.getvalue() == ""  # nothing took two seconds
+
+
+def test_lines_tell_the_progress_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    clock = Clock()
+    images = distributed.Progress(range(200), "predict", unit="image", delay=0, clock=clock)
+    for _ in images:
+        clock.now += 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10  # a tenth takes 20 seconds
+    assert lines[0] == "predict: 20 of 200 images, 1 images/s, 0:03:00 left"
+    assert lines[-1] == "predict: 200 of 200 images, 1 images/s, done in 0:03:20"
+    for _ in distributed.Progress(range(30), "evaluate", unit="image", clock=clock):
+        clock.now += 45
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 + 10  # and one a minute between the tenths
+    for _ in distributed.Progress(range(30), "write", unit="image", clock=clock):
+        clock.now += 0.3
+    for _ in distributed.Progress(iter(range(20)), "search", clock=clock):
+        clock.now += 5
+    assert capsys.readouterr().err == "search: 12 items, 0.2 items/s\n"
+
+
+def test_each_epoch_has_a_line_with_loss_and_learning_rate(capsys: pytest.CaptureFixture) -> None:
+    clock = Clock()
+    progress = distributed.Progress(
+        None, "fold 1", total=1200, initial=600, unit="image", parts=4, delay=0, clock=clock
+    )
+    for step in range(51, 101):
+        clock.now += 3
+        progress.update(12, lambda: f"step {step}, loss 0.5")  # noqa: B023
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "fold 1: 840 of 1,200 images, 4 images/s, 0:01:30 left, step 70, loss 0.5"
+    assert [line.split(",")[-2] for line in lines] == [
+        " step 70",
+        " step 75",
+        " step 95",
+        " step 100",
+    ]
 
 
 def test_other_ranks_say_nothing(

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +340,34 @@ def test_a_run_starts_from_another_runs_best_and_says_what_it_took(
     assert re.search(r"best\.pt: segkit's checkpoint; \d+ entries loaded\n", out)
     init = last(folder, "runs/next", 1)["init"]
     assert init == checkpoint.digest_tensors(checkpoint.load(best)["model"])
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Takes back what a training in this process does to signals."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_an_epoch_of_few_steps_has_its_loss_told_and_logged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(folder)
+    arguments = ["--cfg", "tiny.json", "--run-dir", "runs/few", "--folds", "0"]
+    train_main([*arguments, *sets({"train.log_every": 20, "track.trackers": []})])
+    steps = [event for event in Run(folder / "runs/few").events() if event["event"] == "step"]
+    assert [event["step"] for event in steps] == [2, 4]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fold 0: ")]
+    assert [line.split(",")[0] for line in lines] == [
+        "fold 0: 8 of 16 images",
+        "fold 0: 16 of 16 images",
+    ]
+    for line, event in zip(lines, steps, strict=True):
+        assert f", epoch {event['epoch']} of 2, loss {event['loss']:.4g}, lr " in line
 
 
 def test_each_fault_is_told_once(tmp_path: Path) -> None:

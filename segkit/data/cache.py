@@ -15,7 +15,7 @@ from torch import Tensor
 
 from segkit.data.loader import digests
 from segkit.data.source import Source
-from segkit.distributed import progress
+from segkit.distributed import Progress
 from segkit.files import regular, replacing
 
 _FORMAT = 1  # of the files, and of what read_image and the sources make of theirs
@@ -64,13 +64,14 @@ class CachedSource:
                     break
                 chosen.append(i)
             made = pool.map(self._make, chosen)
-            for _ in progress(made, f"filling {folder}", total=len(chosen), unit="image"):
+            for _ in Progress(made, f"filling {folder}", total=len(chosen), unit="image"):
                 pass
         left = len(missing) - len(chosen)
         if left:
             warnings.warn(
                 f"{folder}: is full, so {left} of {len(source)} images are decoded each time; "
-                f"raise data.cache_gb (now {limit / 1e9:g}), or delete the folder with its old entries",
+                f"raise data.cache_gb (now {limit / 1e9:g}), or delete the folder with its old "
+                "entries",
                 stacklevel=2,
             )
         self._kept = [self._read_size(i) for i in range(len(source))]

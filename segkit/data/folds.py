@@ -85,7 +85,7 @@ def class_pixels(source: Source, workers: int = 0) -> np.ndarray:
         return np.bincount(values, minlength=256)[: len(source.classes)]
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        counts = distributed.progress(
+        counts = distributed.Progress(
             pool.map(count, range(len(source))), "counting", total=len(source), unit="image"
         )
         return np.stack(list(counts)).astype(np.int64)

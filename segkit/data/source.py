@@ -127,7 +127,7 @@ def unreadable(source: Source) -> dict[int, Fault]:
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sentences = distributed.progress(
+        sentences = distributed.Progress(
             pool.map(read, range(len(source))), "reading images", total=len(source), unit="image"
         )
         return {

@@ -75,7 +75,7 @@ def survey(source: Source, description: str) -> list[Photo]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         photos = pool.map(read, range(len(source)))
-        return list(distributed.progress(photos, description, total=len(source), unit="image"))
+        return list(distributed.Progress(photos, description, total=len(source), unit="image"))
 
 
 def look(source: Source, i: int) -> Photo:

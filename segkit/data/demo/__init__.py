@@ -14,7 +14,7 @@ from segkit.data.coco import CocoSource
 from segkit.data.demo.litter import LITTER
 from segkit.data.demo.scene import Scene, draw_scene
 from segkit.data.demo.shapes import polygon_area
-from segkit.distributed import progress
+from segkit.distributed import Progress
 from segkit.errors import DataError
 from segkit.files import regular
 
@@ -114,7 +114,7 @@ def _write_part(
     """Draw one part's photographs, and return its COCO content."""
     (folder / batch).mkdir()
     scenes = {}
-    hands = progress(_deal(images, np.random.default_rng((seed, number))), f"drawing {batch}")
+    hands = Progress(_deal(images, np.random.default_rng((seed, number))), f"drawing {batch}")
     for i, classes in enumerate(hands):
         rng = np.random.default_rng((seed, number, i))
         scenes[f"{batch}/{i:04d}.jpg"] = scene = draw_scene(rng, size=size, classes=classes)
