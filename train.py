@@ -6,6 +6,7 @@ torchrun --nproc-per-node 4 train.py --cfg swin.json --folds 0
 """
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -31,7 +32,7 @@ from segkit.engine import build_pipeline, evaluate, precision, train_step
 from segkit.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.losses import build_loss
 from segkit.metrics import bootstrap_interval, scores
-from segkit.model import build_model
+from segkit.model import build_model, check_weights
 from segkit.optim import EMA, build_optimizer, build_schedule, set_lr
 from segkit.predict import Predictor
 from segkit.report import Gallery, class_table, record, score_table, write_run_page
@@ -338,6 +339,8 @@ def check(cfg: Config) -> None:
     build_pipeline(cfg)
     with torch.device("meta"):
         model = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=2)
+    if cfg.model.weights is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        check_weights(model, cfg.model.backbone, cfg.model.weights)
     build_optimizer(model, cfg.optim.optimizer, lr=cfg.optim.lr)
     build_schedule(cfg.optim.schedule, total=100, warmup=min(99, cfg.optim.warmup_steps))
     build_loss(cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=None)

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision import models
 
 from segkit.backbones import BACKBONES
 from segkit.config import Component, build
 from segkit.decoders import DECODERS
 from segkit.decoders.layers import resize
-from segkit.errors import ConfigError
 from segkit.export import export
-from segkit.weights import Report, load_file, load_state
+from segkit.weights import Report, load_state
+from segkit.weights.loading import fit
+from segkit.weights.published import locate
+from segkit.weights.reading import read_file
+from segkit.weights.recognition import recognize
 
 
 class Segmenter(nn.Module):
@@ -128,19 +130,22 @@ def build_model(
         )
     model = Segmenter(encoder, head, freeze_batch_norm=freeze_batch_norm)
     if weights is not None:
-        name = backbone if isinstance(backbone, str) else backbone["name"]
-        model.report = _load(model, name, weights)
+        path, source = locate(_name(backbone), weights)
+        model.report = load_state(model, read_file(path), source=source)
     return model
 
 
-def _load(model: Segmenter, name: str, weights: str) -> Report:
-    published: Any = models.get_model_weights(name) if name in models.list_models() else None
-    names = published.__members__ if published else {}
-    if weights == "imagenet" or weights in names:
-        if not published:
-            raise ConfigError(
-                f"model.weights: torchvision has no weights for '{name}'; give a file, or null"
-            )
-        entry = published.DEFAULT if weights == "imagenet" else published[weights]
-        return load_state(model, entry.get_state_dict(check_hash=True), source=str(entry))
-    return load_file(model, weights)
+def check_weights(model: Segmenter, backbone: Component | str, weights: str) -> None:
+    """Raise what :func:`build_model` with ``weights`` would raise; torchvision's are downloaded.
+
+    Args:
+        model: Built without weights; it is not touched, and may be on the device ``meta``.
+        backbone: The one it was built with.
+        weights: As in :func:`build_model`.
+    """
+    path, source = locate(_name(backbone), weights)
+    fit(model, recognize(read_file(path), source=source), source=source)
+
+
+def _name(component: Component | str) -> str:
+    return component if isinstance(component, str) else component["name"]

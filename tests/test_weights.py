@@ -275,17 +275,20 @@ def resnet18() -> State:
 
 @pytest.mark.parametrize("weights", ["imagenet", "IMAGENET1K_V1"])
 def test_torchvisions_weights_load_by_name(
-    weights: str, resnet18: State, monkeypatch: pytest.MonkeyPatch
+    weights: str, resnet18: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
-    def download(entry: Any, **options: Any) -> State:
-        asked.append(entry)
-        return resnet18
+    def download(url: str, path: str, digest: str) -> None:
+        asked.append((url, digest))
+        torch.save(resnet18, path)
 
-    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", download)
-    model = build_model("resnet18", "fcn", num_classes=3, weights=weights)
-    assert asked == [models.ResNet18_Weights.IMAGENET1K_V1]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        model = build_model("resnet18", "fcn", num_classes=3, weights=weights)
+    assert asked == [(models.ResNet18_Weights.IMAGENET1K_V1.url, "f37072fd")]
+    assert (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").exists()
     assert torch.equal(model.backbone.state_dict()["conv1.weight"], resnet18["conv1.weight"])
     assert model.report is not None
     assert set(model.report.skipped) == {"fc.weight", "fc.bias"}
