@@ -6,9 +6,10 @@ Writers of many images take one at a time and keep none.
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 import numpy as np
@@ -60,6 +61,32 @@ def color_table(colors: Sequence[Color]) -> np.ndarray:
     return table
 
 
+def result_names(names: Sequence[str]) -> list[str]:
+    """Return the name of each image's results, to which every kind of result adds its suffix.
+
+    It is the image's file name without its suffix where no other image's is the same, letter case
+    aside, and else the whole file name: ``a`` for ``a.jpg`` alone, ``a.jpg`` and ``a.png`` for the
+    two. Of whole names that differ in letter case only, the later ones get a number: ``A.jpg-2``.
+    """
+    chosen = [str(PurePosixPath(name).with_suffix("")) for name in names]
+    while True:
+        count = Counter(map(str.casefold, chosen))
+        # A whole name may equal another's name without suffix, so that becomes whole in turn.
+        clashing = [i for i, n in enumerate(chosen) if count[n.casefold()] > 1 and n != names[i]]
+        if not clashing:
+            break
+        for i in clashing:
+            chosen[i] = names[i]
+    taken: set[str] = set()
+    for i, name in enumerate(chosen):
+        number = 1
+        while chosen[i].casefold() in taken or (number > 1 and chosen[i].casefold() in count):
+            number += 1
+            chosen[i] = f"{name}-{number}"
+        taken.add(chosen[i].casefold())
+    return chosen
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[TextIO]:
     with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
@@ -71,7 +98,7 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
 
     Args:
         folder: Where the masks go.
-        name: The image's file name; the mask's is the same, ending in ``.png``.
+        name: Of the image's results; see :func:`result_names`. The mask's ends in ``.png``.
         mask: Integers of 0 to 255.
         colors: Of the classes.
 
@@ -81,7 +108,7 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
     Raises:
         DataError: The name leads out of the folder.
     """
-    path = inside(folder, str(Path(name).with_suffix(".png")))
+    path = inside(folder, f"{name}.png")
     image = Image.fromarray(_pixels(mask))
     image.putpalette(color_table(colors).tobytes())  # makes it a palette image
     with replacing(path) as draft:
@@ -96,7 +123,7 @@ def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
 
     Args:
         folder: Where the maps go.
-        name: The image's file name; the map's is the same, ending in ``.npy``.
+        name: Of the image's results; see :func:`result_names`. The map's ends in ``.npy``.
         probabilities: Of every class.
 
     Shape:
@@ -105,7 +132,7 @@ def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
     Raises:
         DataError: The name leads out of the folder.
     """
-    path = inside(folder, str(Path(name).with_suffix(".npy")))
+    path = inside(folder, f"{name}.npy")
     with replacing(path) as draft:
         planes = np.lib.format.open_memmap(draft, "w+", np.float16, tuple(probabilities.shape))
         for plane, one in zip(planes, probabilities, strict=True):
@@ -225,8 +252,8 @@ def _with_legend(
 
 
 def save_jpeg(image: Image.Image, folder: Path, name: str) -> None:
-    """Save a picture under an image's file name, ending in ``.jpg``."""
-    with replacing(inside(folder, str(Path(name).with_suffix(".jpg")))) as draft:
+    """Save a picture of an image's results; its file's name ends in ``.jpg``."""
+    with replacing(inside(folder, f"{name}.jpg")) as draft:
         image.save(draft, format="JPEG", quality=90)
 
 

@@ -21,6 +21,7 @@ from segkit.output import (
     Color,
     coco_results,
     overlay,
+    result_names,
     save_jpeg,
     sheet,
     submission,
@@ -55,6 +56,7 @@ class Results:
     ) -> None:
         self.folder, self.source, self.classes, self.outputs = folder, source, classes, outputs
         self.background, self.colors = background, colors
+        self._names = dict(zip(source.names, result_names(source.names), strict=True))
 
     def start(self, origin: Mapping[str, Any]) -> list[int]:
         """The images that have yet to be predicted; every rank calls it and gets the same.
@@ -86,7 +88,7 @@ class Results:
 
     def write(self, index: int, mask: Tensor, probabilities: Tensor | None = None) -> None:
         """Write an image's results; ``probabilities`` are needed for ``soft`` only."""
-        name = self.source.names[index]
+        name = self._names[self.source.names[index]]
         if probabilities is not None and "soft" in self.outputs:
             write_soft(self.folder / "soft", name, probabilities)
         look: dict[str, Any] = {"colors": self.colors, "background": self.background}
@@ -101,7 +103,7 @@ class Results:
 
     def mask(self, name: str) -> Tensor:
         """The mask in the file of the image of this name."""
-        with open_image((self.folder / "masks" / name).with_suffix(".png")) as image:
+        with open_image(self.folder / "masks" / f"{self._names[name]}.png") as image:
             return torch.from_numpy(np.array(image))
 
     def finish(self, *, category_ids: Mapping[int, int] | None) -> None:
@@ -131,4 +133,5 @@ class Results:
                     write(name, mask)
 
     def _file(self, kind: str, index: int) -> Path:
-        return (self.folder / kind / self.source.names[index]).with_suffix(SUFFIXES[kind])
+        name = self._names[self.source.names[index]]
+        return self.folder / kind / f"{name}{SUFFIXES[kind]}"

@@ -16,6 +16,7 @@ import infer
 from segkit import checkpoint, soup
 from segkit.data.coco import CocoSource
 from segkit.data.loader import digests
+from segkit.data.photos import PhotoSource
 from segkit.errors import CheckpointError, ConfigError, DataError, SegkitError
 from segkit.results import Results
 from segkit.run import Run
@@ -324,6 +325,39 @@ def test_labelled_images_get_no_pseudo_labels(home: Path, labels: Path) -> None:
     shutil.copy(photo, copied / "images" / read(copied / "pseudo.json")["images"][0]["file_name"])
     with pytest.raises(DataError, match="1 of its images are labelled already"):
         train(["--cfg", "tiny.json", "--run-dir", "runs/again", "--set", _spec(copied)])
+
+
+def paint(path: Path, color: int, size: tuple[int, int] = (40, 32)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (color, 0, 0)).save(path)
+    return path
+
+
+def relative(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_images_with_equal_names_keep_results_of_their_own(tmp_path: Path) -> None:
+    for number, name in enumerate(["p/a.jpg", "p/a.png", "p/b.png", "q/b.png", "q/sub/B.jpg"]):
+        paint(tmp_path / name, 50 * number, size=(40 + number, 32))
+    files = [tmp_path / "p", tmp_path / "p/a.jpg", tmp_path / "q/b.png", tmp_path / "q/sub/B.jpg"]
+    outputs = ("--set", 'infer.outputs=["overlays","sheets","soft","coco"]')
+    out = run("--images", *map(str, files), "--brief", "--out", "equal-names", *outputs)
+    names = {"a.jpg": 40, "a.png": 41, "p/b": 42, "q/b": 43, "B": 44}
+    for kind, suffix in (("masks", "png"), ("overlays", "jpg"), ("sheets", "jpg"), ("soft", "npy")):
+        assert relative(out / kind) == {f"{name}.{suffix}" for name in names}
+    for name, width in names.items():
+        with Image.open(out / "masks" / f"{name}.png") as mask:
+            assert mask.width == width
+
+
+def test_names_of_photographs(tmp_path: Path) -> None:
+    files = [paint(tmp_path / name, 0) for name in ("x/r/a.jpg", "y/r/a.jpg", "r/a.jpg", "b.jpg")]
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    given = (tmp_path / "x", *files, tmp_path / "link/r/a.jpg", tmp_path / "x/../b.jpg")
+    source = PhotoSource(paths=tuple(map(str, given)))
+    assert source.names == ("x/r/a.jpg", "y/r/a.jpg", f"{tmp_path.name}/r/a.jpg", "b.jpg")
+    assert [source.path(i) for i in range(4)] == files
 
 
 _PEAK = """

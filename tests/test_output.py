@@ -23,7 +23,7 @@ def a_mask(height: int = 65, width: int = 97, classes: int = 5) -> torch.Tensor:
 def test_mask_png_round_trip(tmp_path: Path) -> None:
     mask = a_mask()
     mask[0, :3] = 255
-    path = output.write_mask(tmp_path, "batch_01/0007.jpg", mask, colors=output.CONTEST)
+    path = output.write_mask(tmp_path, "batch_01/0007", mask, colors=output.CONTEST)
     assert path == tmp_path / "batch_01" / "0007.png"
     with Image.open(path) as image:
         assert image.mode == "P"
@@ -36,15 +36,23 @@ def test_mask_png_round_trip(tmp_path: Path) -> None:
 
 def test_mask_of_int64_and_of_a_view(tmp_path: Path) -> None:
     mask = a_mask()
-    path = output.write_mask(tmp_path, "a.jpg", mask.long().T)
+    path = output.write_mask(tmp_path, "a", mask.long().T)
     with Image.open(path) as image:
         assert torch.equal(torch.from_numpy(np.array(image)), mask.T)
 
 
 def test_mask_never_leaves_its_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="leads out"):
-        output.write_mask(tmp_path / "masks", "../a.jpg", a_mask())
+        output.write_mask(tmp_path / "masks", "../a", a_mask())
     assert not list(tmp_path.iterdir())
+
+
+def test_results_of_no_two_images_share_a_name() -> None:
+    names = ["a/b.jpg", "a/b.png", "a/b.jpg.png", "A/c.jpg", "a/C.png", "c.jpg", "d.v2.jpg"]
+    expected = ["a/b.jpg", "a/b.png", "a/b.jpg.png", "A/c.jpg", "a/C.png", "c", "d.v2"]
+    assert output.result_names(names) == expected
+    assert output.result_names(["e.jpg", "E.jpg", "e.jpg-2"]) == ["e.jpg", "E.jpg-3", "e.jpg-2"]
+    assert output.result_names(["plain", "f.jpg"]) == ["plain", "f"]
 
 
 # ------------------------------------------------------------------------------- soft maps
@@ -52,7 +60,7 @@ def test_mask_never_leaves_its_folder(tmp_path: Path) -> None:
 
 def test_soft_map_is_mapped_half_precision(tmp_path: Path) -> None:
     probabilities = torch.rand(5, 65, 97, generator=torch.Generator().manual_seed(0)).softmax(0)
-    path = output.write_soft(tmp_path, "batch_01/0007.jpg", probabilities)
+    path = output.write_soft(tmp_path, "batch_01/0007", probabilities)
     assert path == tmp_path / "batch_01" / "0007.npy"
     planes = np.load(path, mmap_mode="r")
     assert isinstance(planes, np.memmap)
@@ -60,7 +68,7 @@ def test_soft_map_is_mapped_half_precision(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(np.array(planes)), probabilities.half())
     assert [p.name for p in path.parent.iterdir()] == ["0007.npy"]
     with pytest.raises(DataError, match="leads out"):
-        output.write_soft(tmp_path / "soft", "../a.jpg", probabilities)
+        output.write_soft(tmp_path / "soft", "../a", probabilities)
 
 
 # -------------------------------------------------------------------------------- overlays

@@ -1,7 +1,8 @@
 """Plain photographs without labels: files and folders, as a source."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
@@ -14,7 +15,12 @@ class PhotoSource:
     """Images named on a command line or in a configuration.
 
     Args:
-        paths: Image files, and folders of which every image below is taken.
+        paths: Image files, and folders of which every image below is taken. A file that is named
+            twice is taken once.
+
+    Attributes:
+        names: The path below the folder that was given, or the file's name; of equal ones, as many
+            folders above it come before it as tell them apart.
 
     Raises:
         DataError: A path does not exist, or there is no image in a folder.
@@ -25,14 +31,12 @@ class PhotoSource:
     faults: tuple[Fault, ...] = ()
 
     def __init__(self, *, paths: tuple[str, ...]) -> None:
-        files: dict[str, Path] = {}
+        files: dict[Path, int] = {}  # and how many of its last parts are its name
         for path in map(Path, paths):
             for name, file in _files(path):
-                if name in files and files[name] != file:
-                    raise DataError(f"{file} and {files[name]} have one name; predict them apart")
-                files[name] = file
-        self.names = tuple(files)
-        self._paths = tuple(files.values())
+                files.setdefault(file, len(PurePosixPath(name).parts))
+        self._paths = tuple(files)
+        self.names = _names(files)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,10 +60,28 @@ class PhotoSource:
 def _files(path: Path) -> Sequence[tuple[str, Path]]:
     """(name, file) of an image, or of every image in a folder, by the path below it."""
     if path.is_file():
-        return [(path.name, path)]
+        return [(path.name, path.parent.resolve() / path.name)]
     if not path.is_dir():
         raise DataError(f"{path} does not exist; expected an image or a folder of images")
-    found = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES)
-    if not found:
+    files = sorted(
+        file
+        for file in path.resolve().rglob("*")
+        if file.suffix.lower() in SUFFIXES and not file.is_dir()
+    )
+    if not files:
         raise DataError(f"{path} holds no image; expected {', '.join(sorted(SUFFIXES))}")
-    return [(one.relative_to(path).as_posix(), one) for one in found]
+    return [(file.relative_to(path.resolve()).as_posix(), file) for file in files]
+
+
+def _names(files: Mapping[Path, int]) -> tuple[str, ...]:
+    """Return a name for each file, of the last parts of its path, so many at first."""
+    parts = [[*filter(None, [file.drive.strip(":")]), *file.parts[1:]] for file in files]
+    counts = list(files.values())
+    while True:
+        names = ["/".join(part[-count:]) for part, count in zip(parts, counts, strict=True)]
+        times = Counter(names)
+        equal = [i for i, name in enumerate(names) if times[name] > 1]
+        if not equal:
+            return tuple(names)
+        for i in equal:
+            counts[i] += 1
