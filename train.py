@@ -28,7 +28,7 @@ from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shar
 from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
 from segkit.data.pseudo import PseudoLabelled
 from segkit.data.source import Source, positions
-from segkit.engine import build_pipeline, evaluate, precision, train_step
+from segkit.engine import build_pipeline, evaluate, precision, recomputes, train_step
 from segkit.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.losses import build_loss
 from segkit.metrics import bootstrap_interval, scores
@@ -230,6 +230,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         result = train_step(
             net, criterion, optimizer, parts,
             amp=amp, scaler=scaler, clip_norm=cfg.optim.clip_norm,
+            recompute=recomputes(cfg.train.recompute, device),
         )  # fmt: skip
         step += 1
         epoch = step // order.steps_per_epoch
@@ -474,7 +475,7 @@ def epoch_file(folder: Path, epoch: int) -> Path:
 
 def mix(*numbers: int) -> int:
     """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Stop:

@@ -83,7 +83,10 @@ def trainer() -> Callable[[tuple[Tensor, Tensor]], None]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step(batch: tuple[Tensor, Tensor]) -> None:
-        train_step(model, criterion, optimizer, [batch], amp=None, scaler=scaler, clip_norm=None)
+        train_step(
+            model, criterion, optimizer, [batch], amp=None, scaler=scaler, clip_norm=None,
+            recompute=True,
+        )  # fmt: skip
 
     return step
 

@@ -40,7 +40,7 @@ NAMES = (
 """The configurations of the field's table."""
 
 CHECKPOINTED = ("swin", "swin_b", "ocrnet_w48")
-"""Those whose backbone can forget activations, measured so too."""
+"""Those whose backbone has ``checkpointing``, measured so too."""
 
 BATCH = 2
 
@@ -79,21 +79,22 @@ def cost(model: nn.Module, name: str, size: int) -> Cost:
     )
 
 
-def kept_for_backward(model: nn.Module, image: Tensor, *, forget: bool = True) -> int:
+def kept_for_backward(model: nn.Module, image: Tensor, *, recomputed: bool = True) -> int:
     """Bytes that a forward pass leaves behind for backward, besides the model's own.
 
     Args:
         model: In training.
         image: Its input.
-        forget: As a training step does.
+        recomputed: With ``recompute_activations``, as in a training step on the CPU.
     """
-    hooks = recompute.Forgetting()
+    hooks = recompute.Hooks()
     own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     kept: dict[int, Any] = {}
 
     def count(x: Tensor) -> Any:
-        packed = hooks.pack(x) if forget else x
-        if isinstance(packed, Tensor) and (storage := x.untyped_storage())._cdata not in own:
+        packed = hooks.pack(x) if recomputed else recompute.Kept(x)
+        storage = x.untyped_storage()
+        if isinstance(packed, recompute.Kept) and storage._cdata not in own:
             kept[storage._cdata] = storage
         return packed
 

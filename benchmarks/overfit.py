@@ -103,8 +103,9 @@ def overfit(
     for step in range(1, steps + 1):
         set_lr(optimizer, schedule(step - 1))
         train_step(
-            model, criterion, optimizer, [(images, masks)], amp=None, scaler=scaler, clip_norm=5.0
-        )
+            model, criterion, optimizer, [(images, masks)], amp=None, scaler=scaler, clip_norm=5.0,
+            recompute=True,
+        )  # fmt: skip
         if step % every == 0 or step == steps:
             miou = score(model, images, masks, num_classes)
             print(f"{name}: step {step}, mIoU {miou:.3f}", file=sys.stderr, flush=True)

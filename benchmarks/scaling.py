@@ -47,8 +47,9 @@ def stepper(size: int, *, exchange: bool, sync_batch_norm: bool = False) -> Call
     images = images.contiguous(memory_format=torch.channels_last)
     masks = torch.randint(CLASSES, (BATCH, size, size), generator=generator)
     return lambda: train_step(
-        net, criterion, optimizer, [(images, masks)], amp=None, scaler=scaler, clip_norm=None
-    )
+        net, criterion, optimizer, [(images, masks)], amp=None, scaler=scaler, clip_norm=None,
+        recompute=True,
+    )  # fmt: skip
 
 
 def rank(

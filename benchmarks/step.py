@@ -11,17 +11,16 @@ matrix products (backward twice those of forward), two FLOP each, in its time, b
 own rate for large matrix products of that precision. Ours makes do with fewer of them in places.
 
 ``--memory`` measures the peak of two steps in a fresh process, weights, gradients and the
-optimizer's moments included. ``--versus keeping`` compares our step with one that keeps all
-activations, ``--versus eager`` a compiled model's (``train.compile``) with one that is not.
+optimizer's moments included. ``--versus keeping`` compares our step that recomputes activations
+with one that keeps them, ``--versus eager`` a compiled model's (``train.compile``) with one that
+is not.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ from benchmarks import (
     version_of,
 )
 from segkit.config import Component
-from segkit.engine import train_step
+from segkit.engine import recomputes, train_step
 from segkit.losses import build_loss
 from segkit.model import build_model
 from segkit.optim import build_optimizer
@@ -157,7 +156,13 @@ def ours(case: Case, device: str) -> nn.Module:
 
 
 def our_step(
-    case: Case, size: int, amp: torch.dtype | None, device: str, *, compiled: bool = False
+    case: Case,
+    size: int,
+    amp: torch.dtype | None,
+    device: str,
+    *,
+    compiled: bool = False,
+    recompute: str = "auto",
 ) -> Callable[[], object]:
     """This library's side of a step."""
     model = ours(case, device).train()
@@ -170,8 +175,9 @@ def our_step(
     images = images.contiguous(memory_format=torch.channels_last)
     masks = masks.to(torch.uint8)
     return lambda: train_step(
-        model, criterion, optimizer, [(images, masks)], amp=amp, scaler=scaler, clip_norm=None
-    )
+        model, criterion, optimizer, [(images, masks)], amp=amp, scaler=scaler, clip_norm=None,
+        recompute=recomputes(recompute, torch.device(device)),
+    )  # fmt: skip
 
 
 def their_step(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
@@ -190,19 +196,6 @@ def their_step(case: Case, size: int, amp: torch.dtype | None, device: str) -> C
     return step
 
 
-def keeping_step(
-    case: Case, size: int, amp: torch.dtype | None, device: str
-) -> Callable[[], object]:
-    """This library's step, which computes nothing again."""
-    step = our_step(case, size, amp, device)
-
-    def kept() -> None:
-        with mock.patch("segkit.engine.forgetting", nullcontext):
-            step()
-
-    return kept
-
-
 def their_loss(case: Case, model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     """Cross-entropy as each library's users have it."""
     if case.package == "transformers":  # it computes the loss, auxiliary head included
@@ -216,7 +209,7 @@ def their_loss(case: Case, model: nn.Module, images: Tensor, masks: Tensor) -> T
 
 SIDES = {
     "peer": (our_step, their_step),
-    "keeping": (our_step, keeping_step),
+    "keeping": (partial(our_step, recompute="on"), partial(our_step, recompute="off")),
     "eager": (partial(our_step, compiled=True), our_step),
 }
 """Who steps, by what they are compared with."""

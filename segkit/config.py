@@ -123,6 +123,11 @@ class Train:
     amp: Literal["auto", "off", "bf16", "fp16"] = _setting(
         "auto", "automatic mixed precision; auto picks what the hardware is fast at"
     )
+    recompute: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "save memory by computing outputs of norms and activations again in backward; auto does so "
+        "on the CPU only, as it slows a GPU down",
+    )
     channels_last: bool = _setting(True, "memory format of images and weights")
     compile: bool = _setting(False, "torch.compile the model")
     sync_batch_norm: bool = _setting(True, "BatchNorm over all ranks when there are several")

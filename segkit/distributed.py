@@ -162,8 +162,8 @@ class NormalizeOverRanks(torch.autograd.Function):
 
     Given statistics, those kernels yield the normalized input, and in the backward pass the sums
     over this rank and the part of the gradient that does not flow through the statistics; the rest
-    is one exchange of two sums a channel and one affine pass. What is saved is what PyTorch's own
-    ``SyncBatchNorm`` saves, in the same order, for ``segkit.recompute``.
+    is one exchange of two sums a channel and one affine pass. It saves what PyTorch's own
+    ``SyncBatchNorm`` saves, in the same order.
     """
 
     @staticmethod

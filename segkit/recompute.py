@@ -1,4 +1,19 @@
-"""Activations that a training step computes again in its backward pass, to save memory."""
+"""Save memory in training: drop the outputs of norms and activations, recompute them in backward.
+
+Autograd builds a graph of nodes, one for each operation of the forward pass. A node saves the
+tensors that its gradient needs. A convolution saves its input, which is often the output of
+``relu(batch_norm(x))``; the BatchNorm saves ``x``. Both are kept, though the first follows from the
+second. ``torch.autograd.graph.saved_tensors_hooks`` lets us change what is saved:
+
+- ``pack(tensor)`` is called when a node saves a tensor. If the operation that made the tensor (its
+  ``grad_fn``) is listed in ``OPERATIONS``, a :class:`Recomputed` is saved: a function that computes
+  the tensor from what that operation's own node has saved. Every other tensor is :class:`Kept`.
+- ``unpack`` is called when backward needs the tensor. It may call itself: the function reads saved
+  tensors of other nodes (``node._saved_input``), which may be recomputed too.
+
+With hooks, autograd no longer checks that saved tensors are unchanged. :class:`Kept` does that for
+every tensor, and for the bias of BatchNorm, which no node saves: a change raises an error.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,43 +22,66 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Make = Callable[[], Tensor]
-"""Makes a tensor, a new one each time."""
+Compute = Callable[[], Tensor]
+"""Returns a new tensor."""
 
 _NEAR = 8
-"""What was packed within as many others is asked for within as many, and worth holding for it."""
+"""A recomputed tensor is cached for its next use if that was saved within so many saves."""
 
 
-def forgetting() -> torch.autograd.graph.saved_tensors_hooks:
-    """A context for a forward pass that keeps what norms and activations take, not what they give.
+def recompute_activations() -> torch.autograd.graph.saved_tensors_hooks:
+    """A context for a forward pass whose backward pass recomputes outputs of norms and activations.
 
-    Backward needs what they give for the next convolution or matrix product; it is computed again
-    there from what they took, which their own backward needs in any case. What BatchNorm gives to a
-    SiLU is itself computed again, and so nothing is kept of a block but what BatchNorm took. Nor is
-    a product of maps kept, as in squeeze and excitation, and of a ResNet's residual sums every
-    other one. Gradients are the same up to rounding.
+    Of a block of BatchNorm and SiLU nothing is kept but the input of BatchNorm. Not kept either are
+    products of maps, as in squeeze and excitation, and every other residual sum of a ResNet.
+    Gradients are the same up to rounding.
 
     Chen et al. 2016, https://arxiv.org/abs/1604.06174; of BatchNorm and its activation, Bulò et al.
-    2018, https://arxiv.org/abs/1712.02616, figure 2. Left alone are BatchNorm whose statistics or
-    bias are frozen, and what lies within torch's ``checkpoint``.
+    2018, https://arxiv.org/abs/1712.02616, figure 2. Not recomputed are BatchNorm with frozen
+    statistics or bias, and whatever runs within torch's ``checkpoint``.
+
+    Raises:
+        RuntimeError: In backward, if a tensor it needs was changed in place after it was saved.
     """
-    hooks = Forgetting()
+    hooks = Hooks()
     return torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack)
 
 
-class Packed(NamedTuple):
-    """What stands for a tensor that was not kept.
+class Kept:
+    """A tensor as it is, with its version, which every change in place counts up."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.tensor = x.detach()  # not x: the node that saves its own output would be a cycle
+        self.version = x._version
+
+    def read(self) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            RuntimeError: If it was changed in place since.
+        """
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor {tuple(self.tensor.shape)} that backward needs was changed in place "
+                f"after the forward pass (version {self.tensor._version}, expected {self.version});"
+                " call backward before weights or activations change"
+            )
+        return self.tensor
+
+
+class Recomputed(NamedTuple):
+    """A tensor that is not kept.
 
     Args:
-        make: Makes it again, but for shape and precision.
+        compute: Computes it, but for shape and precision.
         shape: Of the tensor.
         dtype: Of the tensor.
-        operation: The number of the operation it is the result of.
-        number: Its place among all that were packed.
-        near: Whether that result was packed a moment before, too.
+        operation: Sequence number of the node whose output it is.
+        number: Position among all tensors that were saved as ``Recomputed``.
+        near: True if the same output was saved within the ``_NEAR`` tensors before.
     """
 
-    make: Make
+    compute: Compute
     shape: torch.Size
     dtype: torch.dtype
     operation: int
@@ -51,191 +89,198 @@ class Packed(NamedTuple):
     near: bool
 
 
-class Forgetting:
-    """What :func:`forgetting` does in one forward pass and its backward pass.
+class Hooks:
+    """Pack and unpack for one forward pass and its backward pass.
 
-    Several operations need one result, most of them neighbors: once made, it is held for the next
-    to ask. Backward asks in reverse order, so the next is the one before.
+    Several nodes save the same output, most of them neighbors (an activation and the convolution
+    after it). Backward asks in reverse order: the first that asks computes, and the result is
+    cached until the next one asks.
     """
 
     def __init__(self) -> None:
         self._count = 0
-        self._latest: dict[int, int] = {}  # by operation, not by node: those keep this object alive
-        self._held: dict[int, Tensor] = {}
-        self._asking: Packed | None = None
+        self._latest: dict[int, int] = {}  # by sequence number: a node would keep this object alive
+        self._cache: dict[int, Tensor] = {}
+        self._asking: Recomputed | None = None
+        self._ours: set[int] = set()
+        self._kept: set[int] = set()
 
-    def pack(self, x: Tensor) -> Tensor | Packed:
-        """``x`` itself, or how it is made again."""
-        if x.grad_fn is None:
-            return x
+    def pack(self, x: Tensor) -> Kept | Recomputed:
+        """Return what is saved in place of ``x``."""
+        self._ours.add(_saving_node(x))
         node = _source(x.grad_fn)
-        make = _make(node)
-        if make is None:
-            return x
+        compute = self.recipe(node)
+        if compute is None:
+            if node is not None:
+                self._kept.add(node._sequence_nr())
+            return Kept(x)
         operation = node._sequence_nr()
         self._count += 1
         near = self._count - self._latest.get(operation, -_NEAR) < _NEAR
         self._latest[operation] = self._count
-        return Packed(make, x.shape, x.dtype, operation, self._count, near)
+        return Recomputed(compute, x.shape, x.dtype, operation, self._count, near)
 
-    def unpack(self, packed: Tensor | Packed) -> Tensor:
-        """The tensor that was packed."""
-        if isinstance(packed, Tensor):
-            return packed
+    def unpack(self, packed: Kept | Recomputed) -> Tensor:
+        """Return the tensor that was packed."""
+        if isinstance(packed, Kept):
+            return packed.read()
         asking, self._asking = self._asking, packed
-        result = self._held.pop(packed.operation, None)
+        result = self._cache.pop(packed.operation, None)
         if result is None:
-            result = packed.make()
+            result = packed.compute()
         self._asking = asking
-        # Asked for to make another, it will be asked for again by whoever packed it.
+        # Asked for to compute another tensor, it will be asked for again by the node that saved it.
         if packed.near if asking is None else asking.number - packed.number < _NEAR:
-            self._held[packed.operation] = result
+            self._cache[packed.operation] = result
         return result.to(packed.dtype).reshape(packed.shape)
+
+    def recipe(self, node: Any) -> Compute | None:
+        """Return how a node's output is computed from what it saved, None if it cannot be."""
+        if node is None or node.name() not in OPERATIONS or not self._saved_here(node):
+            return None
+        return OPERATIONS[node.name()](self, node)
+
+    def keeps_output(self, node: Any) -> bool:
+        """True if ``node`` is a ReLU that saved its output as it is."""
+        return _is_relu(node) and self._saved_here(node) and node._sequence_nr() in self._kept
+
+    def _saved_here(self, node: Any) -> bool:
+        """False within a checkpoint, whose own hooks let each tensor be read once, by its node."""
+        return node._sequence_nr() in self._ours
+
+
+def _saving_node(x: Tensor) -> int:
+    """Return the sequence number of the node that saves ``x`` right now: the latest node."""
+    latest = torch.autograd._get_sequence_nr() - 1
+    # An operation in place saves a clone of its input, which it makes after its own node.
+    node: Any = x.grad_fn
+    cloned = node is not None and node.name() == "CloneBackward0" and node._sequence_nr() == latest
+    return latest - 1 if cloned else latest
 
 
 def _source(node: Any) -> Any:
-    """The operation that a tensor is the result of, but for shape and precision."""
+    """Return the node whose output a tensor is, but for shape and precision."""
     while node is not None and node.name() in SAME:
         node = node.next_functions[0][0]
     return node
 
 
-def _make(node: Any) -> Make | None:
-    """How an operation's result is made again, from its node in the graph."""
-    if node is None or node.name() not in OPERATIONS or not _readable(node):
-        return None
-    _, make = OPERATIONS[node.name()]
-    result: Make | None = make(node)
-    return result
-
-
-def _readable(node: Any) -> bool:
-    """Whether others than the node may read what it keeps: of a checkpoint only once, and by it."""
-    kept, _ = OPERATIONS[node.name()]
-    raw = getattr(node, f"_raw_saved_{kept}")
-    # torch 2.9 does not tell: what a checkpoint gives must then not end in an operation of ours.
-    hook = getattr(raw[0] if isinstance(raw, tuple) else raw, "unpack_hook", None)
-    return hook is None or getattr(hook, "__func__", None) is Forgetting.unpack
-
-
-def _batch_norm(node: Any) -> Make | None:
-    bias, _ = node.next_functions[2]
+def _batch_norm(hooks: Hooks, node: Any) -> Compute | None:
+    bias = _leaf(node.next_functions[2][0])
     if bias is None or not node._saved_training:
         return None
     return lambda: _normalized(
         node._saved_input,
         node._saved_weight,
-        bias.variable,
+        bias.read(),
         node._saved_result1,
         node._saved_result2,
     )
 
 
-def _batch_norm_of_ranks(node: Any) -> Make | None:
-    bias, _ = node.next_functions[2]
+def _sync_batch_norm(hooks: Hooks, node: Any) -> Compute | None:
+    bias = _leaf(node.next_functions[2][0])
     if bias is None:
         return None
 
-    def make() -> Tensor:
+    def compute() -> Tensor:
         x, weight, mean, rstd, *_ = node.saved_tensors
-        return _normalized(x, weight, bias.variable, mean, rstd)
+        return _normalized(x, weight, bias.read(), mean, rstd)
 
-    return make
+    return compute
+
+
+def _leaf(node: Any) -> Kept | None:
+    """Return the parameter whose gradient a node adds up."""
+    return Kept(node.variable) if hasattr(node, "variable") else None
 
 
 def _normalized(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     if x.dtype != weight.dtype:  # autocast
-        return F.batch_norm(x, mean, rstd**-2, weight, bias, eps=0.0)
+        # rstd includes eps already, but torch 2.11 refuses 0: the least number adds nothing.
+        eps = torch.finfo(weight.dtype).tiny
+        return F.batch_norm(x, mean, rstd**-2, weight, bias, eps=eps)
     factor = weight * rstd
     offset = bias - mean * factor
     shape = 1, -1, *[1] * (x.ndim - 2)
-    return torch.addcmul(offset.view(shape), x, factor.view(shape))  # takes half of the time
+    return torch.addcmul(offset.view(shape), x, factor.view(shape))  # half the time of batch_norm
 
 
-def _layer_norm(node: Any) -> Make | None:
+def _layer_norm(hooks: Hooks, node: Any) -> Compute | None:
     if node._saved_weight is None or node._saved_bias is None:
         return None
 
-    def make() -> Tensor:
+    def compute() -> Tensor:
         x = (node._saved_input - node._saved_result1).mul_(node._saved_result2)
         return torch.addcmul(node._saved_bias, x, node._saved_weight)
 
-    return make
+    return compute
 
 
-def _product(node: Any) -> Make | None:
+def _product(hooks: Hooks, node: Any) -> Compute | None:
     if any(factor is None for factor, _ in node.next_functions):
-        return None  # of a factor without a gradient, the other one is not kept
+        return None  # of a factor without a gradient, the other one is not saved
     return lambda: node._saved_self * node._saved_other
 
 
-def _relu(node: Any) -> Make | None:
-    """It keeps what it gives, so what it took must be made again."""
+def _relu(hooks: Hooks, node: Any) -> Compute | None:
+    """A ReLU saves its output, so its input must be recomputed."""
     before = _source(node.next_functions[0][0])
-    took = _sum(before) if before.name() == "AddBackward0" else _make(before)
-    if took is None:
+    is_sum = before.name() == "AddBackward0"
+    compute_input = _sum(hooks, before) if is_sum else hooks.recipe(before)
+    if compute_input is None:
         return None
 
-    def make() -> Tensor:
-        x = took()
+    def compute() -> Tensor:
+        x = compute_input()
         # Sixteen bits that are negative as a float are so as an integer, and compared much faster.
         (x.view(torch.int16) if x.dtype.itemsize == 2 else x).clamp_(min=0)
         return x
 
-    return make
+    return compute
 
 
-def _sum(node: Any) -> Make | None:
-    """Of what is made again, and what is made again too or is the result of a ReLU that keeps it.
+def _sum(hooks: Hooks, node: Any) -> Compute | None:
+    """Return how to recompute a sum: of two recomputed terms, or of one and a ReLU that is kept.
 
-    Not of another sum, or of a row of residual blocks the last would be made from the first: so it
-    is every other one.
+    A sum is never computed from another: the last residual block of a row would need all blocks
+    before it. So every other sum of a row is kept.
     """
-    one, other = (term for term, _ in node.next_functions)  # as they are: shapes must fit
-    if _is_relu(one):
-        one, other = other, one
-    if _is_relu(one) or (make := _make(one)) is None or node._saved_alpha != 1:
+    first, second = (term for term, _ in node.next_functions)  # as they are: shapes must fit
+    if _is_relu(first):
+        first, second = second, first
+    if _is_relu(first) or (compute := hooks.recipe(first)) is None or node._saved_alpha != 1:
         return None
-    if _keeps(other):
-        return lambda: _add(make(), other._saved_result)
-    again = None if _is_relu(other) else _make(other)
-    return None if again is None else lambda: _add(make(), again())
+    if hooks.keeps_output(second):
+        return lambda: _add(compute(), second._saved_result)
+    other = None if _is_relu(second) else hooks.recipe(second)
+    return None if other is None else lambda: _add(compute(), other())
 
 
 def _add(own: Tensor, other: Tensor) -> Tensor:
-    alike = own.shape == other.shape and own.dtype == other.dtype
-    return own.add_(other) if alike else own + other
+    equal = own.shape == other.shape and own.dtype == other.dtype
+    return own.add_(other) if equal else own + other
 
 
 def _is_relu(node: Any) -> bool:
     return node is not None and node.name() == "ReluBackward0"
 
 
-def _keeps(node: Any) -> bool:
-    """Whether it is a ReLU whose result is there to be read."""
-    if not _is_relu(node):
-        return False
-    if "kept" not in node.metadata:
-        node.metadata["kept"] = _readable(node) and _make(node) is None
-    return bool(node.metadata["kept"])
-
-
 SAME = ("CloneBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0")
-"""What changes at most shape and precision: an activation in place, a Linear, autocast."""
+"""Nodes that change at most shape and precision: in-place activations, Linear, autocast."""
 
-OPERATIONS: dict[str, tuple[str, Callable[[Any], Make | None]]] = {
-    "NativeBatchNormBackward0": ("input", _batch_norm),
-    "CudnnBatchNormBackward0": ("input", _batch_norm),
-    "SyncBatchNormBackward": ("tensors", _batch_norm_of_ranks),  # PyTorch's, on CUDA
-    "NormalizeOverRanksBackward": ("tensors", _batch_norm_of_ranks),  # segkit.distributed's
-    "NativeLayerNormBackward0": ("input", _layer_norm),
-    "MulBackward0": ("self", _product),
-    "ReluBackward0": ("result", _relu),
-    "SiluBackward0": ("self", lambda node: lambda: F.silu(node._saved_self)),
-    "HardswishBackward0": ("self", lambda node: lambda: F.hardswish(node._saved_self)),
-    "GeluBackward0": (
-        "self",
-        lambda node: lambda: F.gelu(node._saved_self, approximate=node._saved_approximate),
+OPERATIONS: dict[str, Callable[[Hooks, Any], Compute | None]] = {
+    "NativeBatchNormBackward0": _batch_norm,
+    "CudnnBatchNormBackward0": _batch_norm,
+    "SyncBatchNormBackward": _sync_batch_norm,  # torch.nn.SyncBatchNorm
+    "NormalizeOverRanksBackward": _sync_batch_norm,  # segkit.distributed.SyncBatchNorm
+    "NativeLayerNormBackward0": _layer_norm,
+    "MulBackward0": _product,
+    "ReluBackward0": _relu,
+    "SiluBackward0": lambda hooks, node: lambda: F.silu(node._saved_self),
+    "HardswishBackward0": lambda hooks, node: lambda: F.hardswish(node._saved_self),
+    "GeluBackward0": lambda hooks, node: (
+        lambda: F.gelu(node._saved_self, approximate=node._saved_approximate)
     ),
 }
-"""By the name of a node: something that it keeps, and how its result is made again."""
+"""By the name of a node: how its output is recomputed."""

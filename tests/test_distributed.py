@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.models import kept_for_backward
 from segkit import distributed
 from segkit.errors import SegkitError
-from segkit.recompute import forgetting
+from segkit.recompute import recompute_activations
 
 
 def network() -> nn.Module:
@@ -37,7 +37,7 @@ def global_loss(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return distributed.sum_over_ranks(top) / distributed.sum_over_ranks(bottom)
 
 
-def train_rank(shares: list[slice], forget: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def train_rank(shares: list[slice], recomputed: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
     model = network()
     distributed.convert_sync_batch_norm(model, torch.device("cpu"))
     net = DistributedDataParallel(model) if distributed.world_size() > 1 else model
@@ -46,7 +46,7 @@ def train_rank(shares: list[slice], forget: bool) -> tuple[list[np.ndarray], lis
     mine = shares[distributed.rank()]
     for _ in range(5):
         optimizer.zero_grad()
-        with forgetting() if forget else nullcontext():
+        with recompute_activations() if recomputed else nullcontext():
             outputs = net(images[mine])
         global_loss(outputs, weights[mine]).backward()
         optimizer.step()
@@ -54,10 +54,10 @@ def train_rank(shares: list[slice], forget: bool) -> tuple[list[np.ndarray], lis
     return [one.detach().numpy() for one in model.parameters()], buffers
 
 
-@pytest.mark.parametrize("forget", [False, True])
-def test_uneven_ranks_with_sync_batch_norm_equal_one_process(forget: bool) -> None:
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_uneven_ranks_with_sync_batch_norm_equal_one_process(recomputed: bool) -> None:
     one_weights, one_buffers = train_rank([slice(0, 6)], False)
-    for weights, buffers in run_ranks(train_rank, 2, [slice(0, 4), slice(4, 6)], forget):
+    for weights, buffers in run_ranks(train_rank, 2, [slice(0, 4), slice(4, 6)], recomputed):
         for mine, theirs in zip(weights, one_weights, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-10)
         for mine, theirs in zip(buffers, one_buffers, strict=True):
@@ -67,7 +67,8 @@ def test_uneven_ranks_with_sync_batch_norm_equal_one_process(forget: bool) -> No
 def kept_by_rank() -> list[int]:
     model = network()
     distributed.convert_sync_batch_norm(model, torch.device("cpu"))
-    return [kept_for_backward(model, batch()[0], forget=forget) for forget in (False, True)]
+    image, _ = batch()
+    return [kept_for_backward(model, image, recomputed=recomputed) for recomputed in (False, True)]
 
 
 def test_what_sync_batch_norm_gives_is_computed_again() -> None:

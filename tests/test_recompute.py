@@ -1,4 +1,4 @@
-"""What backward computes again is what forward computed."""
+"""Gradients with recomputed activations equal those without, or an error is raised."""
 
 import functools
 import weakref
@@ -21,9 +21,9 @@ from segkit.optim import build_optimizer
 Gradients = dict[str, Tensor]
 
 
-def gradients(model: nn.Module, x: Tensor, *, forget: bool) -> Gradients:
+def gradients(model: nn.Module, x: Tensor, *, recomputed: bool) -> Gradients:
     model.zero_grad()
-    with recompute.forgetting() if forget else nullcontext():
+    with recompute.recompute_activations() if recomputed else nullcontext():
         y = model(x)
     y.square().sum().backward()
     return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
@@ -44,17 +44,17 @@ def images() -> Tensor:
 @pytest.fixture
 def again(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The tensors that were computed again."""
-    found: list[Tensor] = []
-    unpack = recompute.Forgetting.unpack
+    recomputed: list[Tensor] = []
+    unpack = recompute.Hooks.unpack
 
-    def watched(self: recompute.Forgetting, packed: Tensor | recompute.Packed) -> Tensor:
+    def watched(self: recompute.Hooks, packed: recompute.Kept | recompute.Recomputed) -> Tensor:
         x = unpack(self, packed)
-        if not isinstance(packed, Tensor):
-            found.append(x)
+        if isinstance(packed, recompute.Recomputed):
+            recomputed.append(x)
         return x
 
-    monkeypatch.setattr(recompute.Forgetting, "unpack", watched)
-    return found
+    monkeypatch.setattr(recompute.Hooks, "unpack", watched)
+    return recomputed
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_gradients_are_the_same(
     again: list[Tensor], activation: Callable[[], nn.Module], times: int
 ) -> None:
     model = block(activation)
-    kept = gradients(model, images(), forget=False)
+    kept = gradients(model, images(), recomputed=False)
     assert not again
-    forgotten = gradients(model, images(), forget=True)
+    recomputed = gradients(model, images(), recomputed=True)
     assert len(again) == times + 1  # and what the second BatchNorm gave
-    torch.testing.assert_close(forgotten, kept, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(recomputed, kept, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -88,10 +88,10 @@ def test_gradients_of_a_transformer_are_the_same(again: list[Tensor], approximat
     nn.init.normal_(layers[0].weight)
     nn.init.normal_(layers[0].bias)
     model, x = nn.Sequential(*layers).double(), images()[..., :6].contiguous()
-    kept = gradients(model, x, forget=False)
-    forgotten = gradients(model, x, forget=True)
+    kept = gradients(model, x, recomputed=False)
+    recomputed = gradients(model, x, recomputed=True)
     assert len(again) == 2  # what the norm gave, and what the activation gave
-    torch.testing.assert_close(forgotten, kept, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(recomputed, kept, rtol=1e-10, atol=1e-12)
 
 
 def test_nothing_but_inputs_is_kept_under_autocast(again: list[Tensor]) -> None:
@@ -99,23 +99,23 @@ def test_nothing_but_inputs_is_kept_under_autocast(again: list[Tensor]) -> None:
     model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 2))
     x = images()[..., :6].float()
     with torch.autocast("cpu", torch.bfloat16):
-        kept = gradients(model, x, forget=False)
-        forgotten = gradients(model, x, forget=True)
+        kept = gradients(model, x, recomputed=False)
+        recomputed = gradients(model, x, recomputed=True)
     assert [(one.dtype, one.shape) for one in again] == [
         (torch.bfloat16, (54, 8)),
         (torch.bfloat16, (54, 6)),
     ]
-    torch.testing.assert_close(forgotten, kept, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(recomputed, kept, rtol=0.02, atol=0.02)
 
 
 def test_frozen_norms_are_left_alone(again: list[Tensor]) -> None:
     model = block(nn.ReLU)
     model[1].eval()
     model[4].bias.requires_grad_(False)
-    kept = gradients(model, images(), forget=False)
-    forgotten = gradients(model, images(), forget=True)
+    kept = gradients(model, images(), recomputed=False)
+    recomputed = gradients(model, images(), recomputed=True)
     assert not again
-    torch.testing.assert_close(forgotten, kept, rtol=0, atol=0)
+    torch.testing.assert_close(recomputed, kept, rtol=0, atol=0)
 
 
 class Residual(nn.Module):
@@ -146,9 +146,9 @@ def test_every_other_sum_of_a_row_of_residual_blocks_is_made_again(
     again: list[Tensor], gate: bool
 ) -> None:
     model = residual_blocks(gate)
-    kept = gradients(model, images(), forget=False)
-    forgotten = gradients(model, images(), forget=True)
-    torch.testing.assert_close(forgotten, kept, rtol=1e-10, atol=1e-12)
+    kept = gradients(model, images(), recomputed=False)
+    recomputed = gradients(model, images(), recomputed=True)
+    torch.testing.assert_close(recomputed, kept, rtol=1e-10, atol=1e-12)
     # What the stem gave and the second and fourth sum, each for itself and for a convolution; of
     # each gated block what BatchNorm gave, for the product, and in two of them for the sum as well.
     assert len(again) == 3 * 2 + (7 if gate else 0)
@@ -157,17 +157,17 @@ def test_every_other_sum_of_a_row_of_residual_blocks_is_made_again(
 def test_a_sum_with_a_factor_is_not_taken_for_a_plain_one(again: list[Tensor]) -> None:
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)]).double()
-    with recompute.forgetting():
+    with recompute.recompute_activations():
         norms[0](x).add(norms[1](x), alpha=2).relu().sum().backward()
     assert not again
-    with recompute.forgetting():
+    with recompute.recompute_activations():
         norms[0](x).add(norms[1](x)).relu().sum().backward()
     assert len(again) == 1
 
 
 def test_a_term_that_changed_its_shape_is_left_alone(again: list[Tensor]) -> None:
     x, norm = torch.randn(2, 3, 4, 4), nn.BatchNorm2d(3)
-    with recompute.forgetting():
+    with recompute.recompute_activations():
         (norm(x).view(2, 48) + norm(x).view(2, 48)).relu().sum().backward()
         (norm(x).view(6, 16).relu()).sum().backward()
     assert [one.shape for one in again] == [(6, 16)]
@@ -183,7 +183,7 @@ def test_sums_of_other_shapes_and_precisions(
     x = torch.randn(2, 3, 4, 4).to(dtype).requires_grad_()
     y = torch.randn(2, 3, side, side)
     found = []
-    for context in (nullcontext(), recompute.forgetting()):
+    for context in (nullcontext(), recompute.recompute_activations()):
         with context:
             (found_now,) = torch.autograd.grad(relu(relu(x) + norm(y)).square().sum(), x)
         found.append(found_now)
@@ -204,22 +204,22 @@ def test_neighbors_share_what_is_made(
         return addcmul(*operands)
 
     monkeypatch.setattr(torch, "addcmul", counted)
-    gradients(block(activation), images(), forget=True)
+    gradients(block(activation), images(), recomputed=True)
     assert made == 2  # each norm once
 
 
 def test_little_is_held_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    unpack = recompute.Forgetting.unpack
+    unpack = recompute.Hooks.unpack
     held: list[int] = []
 
-    def watched(self: recompute.Forgetting, packed: Tensor | recompute.Packed) -> Tensor:
+    def watched(self: recompute.Hooks, packed: recompute.Kept | recompute.Recomputed) -> Tensor:
         x = unpack(self, packed)
-        held.append(len(self._held))
+        held.append(len(self._cache))
         return x
 
-    monkeypatch.setattr(recompute.Forgetting, "unpack", watched)
+    monkeypatch.setattr(recompute.Hooks, "unpack", watched)
     model = residual_blocks(gate=False, count=8)
-    with recompute.forgetting():
+    with recompute.recompute_activations():
         stem = model[:3](images())
         loss = (model[3:](stem) + model[-1](stem)).square().sum()
     loss.backward()
@@ -230,7 +230,7 @@ def test_little_is_held_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_nothing_stays_alive() -> None:
     model = residual_blocks(gate=True)
-    hooks = recompute.Forgetting()
+    hooks = recompute.Hooks()
     with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
         y = model(images())
     alive = weakref.ref(hooks)
@@ -240,17 +240,14 @@ def test_nothing_stays_alive() -> None:
     assert alive() is None
 
 
-@pytest.mark.skipif(
-    not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"), reason="needs a newer torch"
-)
 def test_what_lies_in_a_checkpoint_is_left_to_it(again: list[Tensor]) -> None:
     model = residual_blocks(gate=False)
-    kept = gradients(model, images(), forget=False)
+    kept = gradients(model, images(), recomputed=False)
     forward = Residual.forward
     for module in model[3:8]:
         module.forward = functools.partial(checkpoint, forward, module, use_reentrant=False)
-    forgotten = gradients(model, images(), forget=True)
-    torch.testing.assert_close(forgotten, kept, rtol=1e-10, atol=1e-12)
+    recomputed = gradients(model, images(), recomputed=True)
+    torch.testing.assert_close(recomputed, kept, rtol=1e-10, atol=1e-12)
     assert len(again) == 2  # what the stem gave
 
 
@@ -261,7 +258,7 @@ class SyncBatchNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         ctx.save_for_backward(x, weight, mean, variance.rsqrt(), torch.ones(1))
-        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, 0.0, False)
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, 1e-30, False)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -271,7 +268,7 @@ class SyncBatchNorm(torch.autograd.Function):
 def test_batch_norm_over_ranks_by_pytorch(again: list[Tensor]) -> None:
     x, weight, bias = images(), torch.rand(3).double(), torch.rand(3).double()
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    with recompute.forgetting():
+    with recompute.recompute_activations():
         y = SyncBatchNorm.apply(x, *parameters)
         torch.autograd.grad(y.relu().sum(), parameters)
     (made,) = again
@@ -281,7 +278,7 @@ def test_batch_norm_over_ranks_by_pytorch(again: list[Tensor]) -> None:
 def test_a_checkpointed_backbone_trains() -> None:
     torch.manual_seed(0)
     backbone = HRNet(width=4, checkpointing=True)
-    with recompute.forgetting():
+    with recompute.recompute_activations():
         loss = sum(one.square().mean() for one in backbone(torch.randn(2, 3, 64, 64)))
     loss.backward()
     assert all(one.grad is not None for one in backbone.parameters())
@@ -291,11 +288,71 @@ def test_a_checkpointed_backbone_trains() -> None:
 def test_less_is_kept(backbone: str, share: float) -> None:
     model = build_model(backbone, "unet", num_classes=3).train()
     x = torch.randn(2, 3, 64, 64)
-    everything = kept_for_backward(model, x, forget=False)
+    everything = kept_for_backward(model, x, recomputed=False)
     assert kept_for_backward(model, x) < share * everything
 
 
-def test_a_training_step_forgets(again: list[Tensor]) -> None:
+@pytest.mark.parametrize("changed", ["weight", "bias", "input", "kernel", "statistics"])
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_change_before_backward_is_an_error(changed: str, sync: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.rand(3).double().requires_grad_() for _ in range(2))
+    kernel = torch.randn(2, 3, 1, 1, dtype=torch.float64, requires_grad=True)
+    mean, variance = torch.zeros(3).double(), torch.ones(3).double()
+    given = x * 1
+    with recompute.recompute_activations():
+        if sync:
+            y = SyncBatchNorm.apply(given, weight, bias)
+        else:
+            y = nn.functional.batch_norm(given, mean, variance, weight, bias, training=True)
+        loss = nn.functional.conv2d(y.relu(), kernel).sum()
+    tensors = {"weight": weight, "bias": bias, "input": given, "kernel": kernel, "statistics": mean}
+    with torch.no_grad():
+        tensors[changed].mul_(2)
+    if sync and changed == "statistics":
+        loss.backward()  # it does not read the running statistics
+        return
+    with pytest.raises(RuntimeError, match="changed in place after the forward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(4), nn.Linear(4, 4), nn.SiLU(), nn.GELU()])
+def test_a_change_of_an_activation_before_backward_is_an_error(layer: nn.Module) -> None:
+    x = torch.randn(2, 4, requires_grad=True) * 1
+    with recompute.recompute_activations():
+        loss = (layer(x) * torch.ones(4, requires_grad=True)).sum()
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place after the forward pass"):
+        loss.backward()
+
+
+def test_batch_norm_with_a_computed_bias_is_left_alone(again: list[Tensor]) -> None:
+    weight, bias = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
+    with recompute.recompute_activations():
+        y = nn.functional.batch_norm(
+            torch.randn(2, 3, 4, 4), None, None, weight, bias * 2, training=True
+        )
+        y.relu().sum().backward()
+    assert bias.grad is not None
+    assert not again
+
+
+def test_the_setting() -> None:
+    settings = [("auto", "cpu"), ("auto", "cuda"), ("on", "cuda"), ("off", "cpu")]
+    chosen = [engine.recomputes(setting, torch.device(device)) for setting, device in settings]
+    assert chosen == [True, False, True, False]
+
+
+def test_a_training_step_recomputes_where_it_is_asked_to(again: list[Tensor]) -> None:
+    for recomputed in (False, True):
+        assert not again
+        take_a_step(recomputed)
+    assert len(again) > 20
+
+
+def take_a_step(recomputed: bool) -> None:
     model = build_model("resnet18_half", "unet", num_classes=3).train()
     engine.train_step(
         model,
@@ -305,5 +362,5 @@ def test_a_training_step_forgets(again: list[Tensor]) -> None:
         amp=torch.bfloat16,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         clip_norm=None,
+        recompute=recomputed,
     )
-    assert len(again) > 20

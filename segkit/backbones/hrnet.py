@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +21,7 @@ class HRNet(nn.Module):
         upsampling: How a coarse branch reaches a finer one: ``nearest`` in the ImageNet
             classifier, ``bilinear`` in the authors' segmentation code.
         align_corners: Of the bilinear kind: true in the authors' code, false in mmsegmentation.
-        checkpointing: Forget the activations inside modules and compute them again backwards.
+        checkpointing: Drop the activations inside modules and recompute them in backward.
 
     Shape:
         image: (B, 3, H, W)
@@ -95,9 +94,7 @@ class HRNet(nn.Module):
     def _run(self, stage: nn.Sequential, branches: list[Tensor]) -> list[Tensor]:
         for module in stage:
             if self.checkpointing and self.training:
-                given = checkpoint(module, branches, use_reentrant=False)
-                # Under another name, as segkit.recompute must not look into a checkpoint.
-                branches = [torch.ops.aten.alias(x) for x in given]
+                branches = checkpoint(module, branches, use_reentrant=False)
             else:
                 branches = module(branches)
         return branches

@@ -26,7 +26,7 @@ class Stages(nn.Module):
             https://arxiv.org/abs/1706.05587): every value of the strided map stays where it was,
             with new ones in between.
         contract_dilation: Leave the strided convolutions of a stage at the dilation that comes in.
-        checkpointing: Forget the activations inside blocks and compute them again backwards.
+        checkpointing: Drop the activations inside blocks and recompute them in backward.
 
     Shape:
         image: (B, 3, H, W)

@@ -26,7 +26,7 @@ class Swin(nn.Module):
         version: The paper: 2 normalizes after attention, which compares by cosine.
         window: Side of the attention windows, in patches of 4 pixels.
         drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
-        checkpointing: Forget the activations inside blocks and compute them again backwards.
+        checkpointing: Drop the activations inside blocks and recompute them in backward.
 
     Shape:
         image: (B, 3, H, W)
