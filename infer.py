@@ -26,6 +26,7 @@ from segkit.data.source import Source, background_of, positions
 from segkit.errors import ConfigError, SegkitError
 from segkit.files import write_json
 from segkit.labels import IGNORE
+from segkit.metrics import FEW_IMAGES
 from segkit.output import PALETTES
 from segkit.pseudo import Confidence, confident, pseudo_file
 from segkit.report import write_run_page
@@ -209,6 +210,8 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[Images]) -> str:
         lines.append(_fit(row["name"], 28).ljust(28) + "".join(cells))
     notes = ["> better, < worse, = not told apart from the last line (paired bootstrap, 95 %)"]
     for one in columns:
+        if len(one.indices) < FEW_IMAGES:
+            notes.append(f"few {one.title} images ({len(one.indices)}): its intervals are rough")
         if trained := max(row[one.title]["trained_on"] for row in rows):
             notes.append(f"up to {trained} of the {one.title} images were trained on")
     width = len(lines[0].rstrip())

@@ -4,6 +4,8 @@ Counts are int64 and add up, so shards of a data set sum to the whole. Ratios ar
 """
 
 from dataclasses import asdict, dataclass
+from math import sqrt
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor
 
 from segkit.labels import IGNORE
+
+FEW_IMAGES = 30
+"""Below this number of images, tables say that an interval of the mean IoU may miss too often."""
 
 
 def classes_of(logits: Tensor) -> Tensor:
@@ -157,21 +162,30 @@ def bootstrap_interval(
     seed: int = 0,
     include_background: bool = True,
 ) -> tuple[float, float]:
-    """Interval of the set's mean IoU, were its images drawn anew (percentile bootstrap).
+    """Interval of the mean IoU over all images like these, from redrawn sets (bootstrap).
 
     Efron 1979, https://doi.org/10.1214/aos/1176344552
+    Hesterberg 2015, https://doi.org/10.1080/00031305.2015.1089789
 
     Args:
-        level: Share of the redrawn scores inside the interval.
+        level: How often such an interval is meant to hold the mean IoU.
         rounds: Number of redrawn sets.
         seed: Of the draws.
         include_background: Whether class 0 takes part in the mean.
 
     Shape:
         counts: (N, C, 3), from :func:`image_counts`
+
+    Departs from the plain percentile interval, which lies too low where a class is in few images: a
+    redrawn set without any image of such a class leaves it out of its mean (false predictions alone
+    would count as IoU 0), and the quantiles are Hesterberg's expanded ones. Bias-corrected
+    quantiles (BC, BCa) hold the mean IoU less often than these.
     """
-    weights = _resamples(len(counts), rounds, seed)
-    return _interval(_resampled_miou(weights, counts, include_background), level)
+    redrawn = _resampled(_resamples(len(counts), rounds, seed), counts)
+    labelled = redrawn[..., 1] > 0
+    redrawn[~labelled & counts[..., 1].any(0).cpu()] = 0  # neither true nor predicted: no IoU
+    values = per_image_miou(redrawn, include_background=include_background)
+    return _interval(values, _expanded(level, len(counts)))
 
 
 def paired_difference(
@@ -196,8 +210,8 @@ def paired_difference(
     weights = _resamples(len(counts_a), rounds, seed)
     whole = torch.ones(1, len(counts_a), dtype=torch.float64)
     difference, redrawn = (
-        _resampled_miou(w, counts_b, include_background)
-        - _resampled_miou(w, counts_a, include_background)
+        per_image_miou(_resampled(w, counts_b), include_background=include_background)
+        - per_image_miou(_resampled(w, counts_a), include_background=include_background)
         for w in (whole, weights)
     )
     return (float(difference), *_interval(redrawn, level))
@@ -224,9 +238,24 @@ def _resamples(images: int, rounds: int, seed: int) -> Tensor:
     return torch.from_numpy(rng.multinomial(images, [1 / images] * images, rounds)).double()
 
 
-def _resampled_miou(weights: Tensor, counts: Tensor, include_background: bool) -> Tensor:
-    sums = (weights @ counts.cpu().flatten(1).double()).view(len(weights), *counts.shape[1:])
-    return per_image_miou(sums, include_background=include_background)
+def _resampled(weights: Tensor, counts: Tensor) -> Tensor:
+    """Counts of redrawn sets, (rounds, C, 3)."""
+    return (weights @ counts.cpu().flatten(1).double()).view(len(weights), *counts.shape[1:])
+
+
+def _expanded(level: float, images: int) -> float:
+    """The level whose percentile interval is as wide as that of Student's t is at ``level``.
+
+    Redrawn sets vary less than new ones by ``(N - 1) / N``, and the normal quantile is too small
+    where the variance is estimated from few images (Hesterberg 2015, section 3.2).
+    """
+    if images == 1:
+        return level
+    normal, others = NormalDist(), images - 1
+    z = normal.inv_cdf((1 + level) / 2)
+    # Abramowitz and Stegun 1964, 26.7.5
+    t = z + (z**3 + z) / (4 * others) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * others**2)
+    return 2 * normal.cdf(t * sqrt(images / others)) - 1
 
 
 def _interval(values: Tensor, level: float) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -192,15 +193,65 @@ def test_bootstrap_of_one_image_is_its_score() -> None:
     assert bootstrap_interval(counts) == (pytest.approx(score), pytest.approx(score))
 
 
-def test_bootstrap_interval_covers_as_often_as_it_says() -> None:
-    """The score of a large set lies in the 80 % interval of most of its small samples."""
-    counts = noisy_counts(0.6, images=4000)
-    score = per_image_miou(counts.sum(0)).item()
-    covered = 0
-    for part in counts.split(40):
-        low, high = bootstrap_interval(part, level=0.8, rounds=200)
-        covered += low <= score <= high
-    assert 68 <= covered <= 90
+def test_a_redrawn_set_without_a_class_leaves_it_out_of_its_mean() -> None:
+    """The second class is in the first image only, and wrongly predicted in the others."""
+    first = [[4, 5, 6], [2, 3, 4], [0, 0, 0], [0, 0, 1]]
+    others = [[[3 + i, 9, 5 + i], [0, 0, 2], [0, 0, 0], [0, 0, 1]] for i in range(4)]
+    values = []
+    for draws in np.random.default_rng(0).multinomial(5, [0.2] * 5, 1000):
+        sums = (draws[:, None, None] * np.array([first, *others])).sum(0)
+        classes = [0, 1, 3] if draws[0] else [0, 3]  # the fourth is in no image at all: IoU 0
+        iou = [sums[c, 0] / (sums[c, 1] + sums[c, 2] - sums[c, 0]) for c in classes]
+        values.append(sum(iou) / len(iou))
+    low, high = bootstrap_interval(torch.tensor([first, *others]), level=0.5)
+    # Student's t with 4 degrees of freedom is 0.741 at 75 %; the normal distribution of
+    # -0.741 * sqrt(5 / 4) is 0.204.
+    assert np.quantile(values, 0.20) <= low <= np.quantile(values, 0.21)
+    assert np.quantile(values, 0.79) <= high <= np.quantile(values, 0.80)
+
+
+def photographs(count: int) -> Tensor:
+    """Counts of images of eight classes, of which some are in few images, and their confusions."""
+    rng = np.random.default_rng(0)
+    share = np.array([1, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1])
+    quality = np.array([3, 1.8, 1.4, 0.8, 0.4, 1.4, 0.8, 0])
+    area = (rng.random((count, 8)) < share) * np.exp(rng.normal(0, 1, (count, 8))) * 200
+    area[:, 0] *= 20
+    recall = quality + 0.7 * rng.normal(0, 1, (count, 1)) + rng.normal(0, 1.2, (count, 8))
+    right = area / (1 + np.exp(-recall))
+    missed = area - right
+    right[:, 0] += 0.85 * missed[:, 0]
+    missed[:, 0] *= 0.15
+    predicted = right + 0.4 * np.roll(missed, 1, axis=1)
+    predicted[:, 0] = right[:, 0] + 0.6 * missed[:, 1:].sum(1)
+    predicted[np.arange(count), rng.integers(1, 8, count)] += missed[:, 0]
+    return torch.from_numpy(np.stack([right, area, predicted], -1).round()).long()
+
+
+def coverage(everything: Tensor, images: int, trials: int) -> tuple[float, float]:
+    """How often 95 % intervals hold the mean IoU of all images, and how often they lie below it."""
+    score = per_image_miou(everything.sum(0)).item()
+    rng = torch.Generator().manual_seed(0)
+    held = below = 0
+    for _ in range(trials):
+        chosen = torch.randint(len(everything), (images,), generator=rng)
+        low, high = bootstrap_interval(everything[chosen])
+        held += low <= score <= high
+        below += high < score
+    return held / trials, below / trials
+
+
+def test_intervals_of_few_images_hold_the_mean_iou_of_all() -> None:
+    held, below = coverage(photographs(20_000), images=10, trials=200)
+    assert held > 0.87
+    assert below < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("images", "least"), [(10, 0.89), (30, 0.9), (80, 0.9)])
+def test_intervals_hold_the_mean_iou_about_as_often_as_they_say(images: int, least: float) -> None:
+    held, _ = coverage(photographs(200_000), images, trials=1000)
+    assert least < held < 0.98
 
 
 def test_paired_difference() -> None:

@@ -119,6 +119,20 @@ def test_the_mean_of_folds_has_a_narrower_interval(tmp_path: Path) -> None:
     assert before["step"] == 1
 
 
+def test_few_images_are_said_to_be_few(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    few, enough = (made_run(runs / str(images), images=images) for images in (12, 30))
+    assert "few images (a fold validates on 12)" in score_table(RunLog(few))
+    assert "few images" not in score_table(RunLog(enough))
+    page = (few.folder / "report.html").read_text()
+    assert "best epochs, few images (12)" in page
+    assert "test (9 images, few)" in page
+    assert "few images (" not in (enough.folder / "report.html").read_text()
+    main([str(runs)])
+    # Both test sets have 9 images, and one validation set 12.
+    assert (runs / "index.html").read_text().count("few images") == 3
+
+
 # ---------------------------------------------------------------------------- the gallery
 
 
@@ -194,8 +208,8 @@ def test_two_ranks_show_what_one_does() -> None:
 def test_tables_fit_80_columns(tmp_path: Path) -> None:
     log = RunLog(made_run(tmp_path / "run"))
     lines = score_table(log).splitlines()
-    assert len(lines) == 5
-    assert lines[-1].startswith("mean")
+    assert len(lines) == 6
+    assert lines[-2].startswith("mean")
     shown = class_table([*CLASSES, *"abcdefgh"], [0.5, None, *[0.25] * 10]).splitlines()
     assert "–" in shown[0]
     assert all(len(line) <= 80 for line in [*lines, *shown])

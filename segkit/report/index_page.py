@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 
+from segkit.metrics import FEW_IMAGES
 from segkit.page import (
     cell,
     chart,
@@ -60,7 +61,7 @@ def _runs(logs: Sequence[RunLog], links: Mapping[str, str]) -> str:
             cell(escape(model["backbone"]["name"]), style="text"),
             cell(escape(" + ".join(term["name"] for term in terms)), style="text"),
             cell(str(len(log.folds)), len(log.folds)),
-            *_score(log.score),
+            *_score(log.score, few=log.few_images is not None),
             *_test(log),
             cell(duration(log.seconds), log.seconds),
             cell(f"{log.parameters / 1e6:.1f} M" if log.parameters else "–", log.parameters or 0),
@@ -81,17 +82,20 @@ def _day(times: Sequence[float]) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(min(times))) if times else "–"
 
 
-def _score(score: tuple[float, float, float] | None) -> list[str]:
+def _score(score: tuple[float, float, float] | None, *, few: bool = False) -> list[str]:
     if score is None:
         return [cell("–", -1), cell("–", -1)]
     value, low, high = score
-    return [cell(f"<strong>{value:.3f}</strong>", value), cell(f"[{low:.3f}, {high:.3f}]", low)]
+    interval = f"[{low:.3f}, {high:.3f}]" + "<small> few images</small>" * few
+    return [cell(f"<strong>{value:.3f}</strong>", value), cell(interval, low)]
 
 
 def _test(log: RunLog) -> list[str]:
     rows = log.optional("infer/scores.json", [])
     found = rows[-1].get("test") if rows else None
-    return _score((found["miou"], *found["interval"]) if found else None)
+    if not found:
+        return _score(None)
+    return _score((found["miou"], *found["interval"]), few=found["images"] < FEW_IMAGES)
 
 
 def _curves(logs: Sequence[RunLog]) -> str:

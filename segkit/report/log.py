@@ -7,6 +7,7 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
+from segkit.metrics import FEW_IMAGES
 from segkit.run import Run
 
 Event = dict[str, Any]
@@ -89,6 +90,13 @@ class RunLog:
         below = math.hypot(*(one["miou"] - one["interval"][0] for one in best)) / len(best)
         above = math.hypot(*(one["interval"][1] - one["miou"] for one in best)) / len(best)
         return value, value - below, value + above
+
+    @cached_property
+    def few_images(self) -> int | None:
+        """Validation images of the smallest fold, if they are few for an interval."""
+        images = [fold.start.get("validation", FEW_IMAGES) for fold in self.folds.values()]
+        fewest = min(images, default=FEW_IMAGES)
+        return fewest if fewest < FEW_IMAGES else None
 
     @cached_property
     def class_iou(self) -> list[float | None]:

@@ -10,6 +10,7 @@ from PIL import Image
 from segkit import distributed
 from segkit.engine import Evaluation
 from segkit.files import write_json, write_text
+from segkit.metrics import FEW_IMAGES
 from segkit.output import ERROR, PALETTES, Color
 from segkit.page import (
     cell,
@@ -124,7 +125,8 @@ def _score(log: RunLog) -> str:
     folds = sum(fold.best is not None for fold in log.folds.values())
     of = f"mean of {folds} folds" if folds > 1 else "one fold"
     value, low, high = log.score
-    return f"{value:.3f}<small>[{low:.3f}, {high:.3f}], {of}, best epochs</small>"
+    few = f", few images ({log.few_images})" if log.few_images else ""
+    return f"{value:.3f}<small>[{low:.3f}, {high:.3f}], {of}, best epochs{few}</small>"
 
 
 def _curves(log: RunLog) -> str:
@@ -238,7 +240,9 @@ def _combined(rows: Sequence[dict[str, Any]]) -> str:
     low, high = min(v[0] for v in values), max(v[1] for v in values)
     head = ["mean IoU"]
     for title in titles:
-        head += [f"{title} ({rows[0][title]['images']} images)", "95 % interval", ""]
+        images = rows[0][title]["images"]
+        few = ", few" if images < FEW_IMAGES else ""
+        head += [f"{title} ({images} images{few})", "95 % interval", ""]
     lines = []
     for number, row in enumerate(rows):
         name = escape(row["name"])

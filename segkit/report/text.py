@@ -29,6 +29,8 @@ def score_table(log: RunLog) -> str:
     if log.score is not None and len(lines) > 2:
         value, low, high = log.score
         lines += ["-" * 70, line.format("mean", f"{value:.3f}", f"[{low:.3f}, {high:.3f}]", *"   ")]
+    if log.few_images:
+        lines.append(f"few images (a fold validates on {log.few_images}): the intervals are rough")
     return "\n".join(one.rstrip() for one in lines)
 
 
