@@ -69,7 +69,10 @@ def main(argv: Sequence[str]) -> None:
         if distributed.is_main():
             run.write("summary.json", {**before, **summary})
             say(score_table(write_run_page(run)))
-        say(f"done: {run.folder}; predict with: python infer.py --run-dir {run.folder}")
+        say(
+            f"done: {run.folder}; predict with: python infer.py --run-dir {run.folder}; train on "
+            f"with: --run-dir {run.folder} --resume --set train.epochs={2 * cfg.train.epochs}"
+        )
 
 
 @dataclass(frozen=True)
@@ -142,15 +145,6 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         step, init, seconds = state["step"], state["init"], state["seconds"]
         bad_in_row, bad_steps = state["bad_in_row"], state["bad_steps"]
         top = [(score, epoch) for score, epoch in state["top"]]
-        say(f"fold {fold}: going on after step {step}")
-    if distributed.is_main():
-        if job.resume:
-            run.rewind(fold, step if state is not None else -1)
-        run.log(
-            event="start" if state is None else "resume", fold=fold, step=step,
-            parameters=sum(one.numel() for one in model.parameters()),
-            images=len(training), validation=len(validation),
-        )  # fmt: skip
     order = TrainOrder(
         indices=training,
         epochs=cfg.train.epochs,
@@ -161,6 +155,19 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         extra=extra,
         extra_share=cfg.data.pseudo_weight,
     )
+    if state is not None:
+        say(going_on(fold, step, order, state["config"]["train"]["epochs"]))
+    if distributed.is_main():
+        if job.resume:
+            run.rewind(fold, step if state is not None else -1)
+        if step < order.steps:
+            run.reopen(fold)
+        run.log(
+            event="start" if state is None else "resume", fold=fold, step=step,
+            steps_per_epoch=order.steps_per_epoch,
+            parameters=sum(one.numel() for one in model.parameters()),
+            images=len(training), validation=len(validation),
+        )  # fmt: skip
     schedule = build_schedule(cfg.optim.schedule, total=order.steps, warmup=cfg.optim.warmup_steps)
     batches = train_batches(
         TrainImages(
@@ -433,6 +440,22 @@ def chosen_folds(text: str, count: int) -> list[int]:
             f"--folds {shorten(text)}: expected all, or numbers from 0 to {count - 1}"
         )
     return numbers
+
+
+def going_on(fold: int, step: int, order: TrainOrder, epochs: int) -> str:
+    """What a resumed fold does, in a sentence; ``epochs`` are those it was to have before."""
+    if step == order.steps:
+        return (
+            f"fold {fold}: all {order.epochs} epochs are done; "
+            f"to go on, add --set train.epochs={2 * order.epochs}"
+        )
+    sentence = f"fold {fold}: going on after step {step}"
+    if order.epochs != epochs:
+        sentence += (
+            f"; train.epochs is {order.epochs} now and was {epochs}, "
+            f"so the learning rate follows the schedule of {order.epochs} epochs from here"
+        )
+    return sentence
 
 
 def wrap(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:

@@ -1,6 +1,7 @@
 """A run's folder: it explains itself to whoever opens it."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -25,6 +26,9 @@ FREE = {
     *("train.save_every", "train.log_every", "train.timeout"),
 }
 """Settings that a resumed run may change: no weight depends on them."""
+
+GROWS = "train.epochs"
+"""A setting that a resumed run may raise, and lower down to what is done."""
 
 
 class Run:
@@ -58,10 +62,15 @@ class Run:
                 f"{folder}: holds a run already; add --resume or name another --run-dir"
             )
         changed = [] if known is None else _differences(known, config)
-        if differing := [path for path in changed if path not in FREE]:
+        if differing := [path for path in changed if path not in {*FREE, GROWS}]:
             raise SegkitError(
                 f"{folder}: was started with another configuration ({', '.join(differing)}); "
                 "resume with the same one or name another --run-dir"
+            )
+        if GROWS in changed and config["train"]["epochs"] < (begun := run.epochs_begun()):
+            raise SegkitError(
+                f"train.epochs: is {config['train']['epochs']}, but {folder} has begun epoch "
+                f"{begun}; give {begun} or more"
             )
         if known is None and folder.exists() and any(map(_is_foreign, folder.iterdir())):
             raise SegkitError(f"{folder}: is not empty and holds no run; name another --run-dir")
@@ -141,6 +150,29 @@ class Run:
             for line in regular(path).read_text(encoding="utf-8").splitlines(keepends=True):
                 if line.endswith("\n"):
                     yield json.loads(line)
+
+    def epochs_begun(self) -> int:
+        """Epochs that the furthest fold has taken a step of, as the log has it."""
+        steps_per_epoch: dict[int, int] = {}
+        begun = 0
+        for event in self.events():
+            if event["event"] in ("start", "resume"):
+                steps_per_epoch[event["fold"]] = event.get("steps_per_epoch", 0)
+            elif event["event"] == "step":
+                length = steps_per_epoch.get(event["fold"])
+                begun = max(begun, math.ceil(event["step"] / length) if length else event["epoch"])
+        return begun
+
+    def reopen(self, fold: int) -> None:
+        """Remove a fold from ``summary.json``: it is trained further."""
+        path = self.folder / "summary.json"
+        summary = self.read(path.name) if path.exists() else {}
+        if summary.pop(f"fold{fold}", None) is None:
+            return
+        if summary:
+            self.write(path.name, summary)
+        else:
+            path.unlink()
 
     def rewind(self, fold: int, step: int) -> None:
         """Drop events of ``fold`` after ``step``: a resumed run writes them again."""

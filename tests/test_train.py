@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from segkit.data.demo import draw_demo
 from segkit.data.source import Fault
 from segkit.errors import DataError, SegkitError
 from segkit.model import build_model
+from segkit.optim import build_schedule
 from segkit.run import Run
 from train import main as train_main
 from train import tell_faults
@@ -368,6 +370,51 @@ def test_an_epoch_of_few_steps_has_its_loss_told_and_logged(
     ]
     for line, event in zip(lines, steps, strict=True):
         assert f", epoch {event['epoch']} of 2, loss {event['loss']:.4g}, lr " in line
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_finished_run_goes_on_with_more_epochs(
+    folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(folder)
+    shutil.copytree(trained, folder / "runs/longer")
+    run = Run(Path("runs/longer"))
+
+    def resume(epochs: int) -> list[str]:
+        options = ["--folds", "0", "--resume", "--set", f"train.epochs={epochs}"]
+        train_main(["--cfg", "tiny.json", "--run-dir", str(run.folder), *options])
+        return capsys.readouterr().out.splitlines()
+
+    before = run.read("summary.json")
+    said = resume(2)
+    assert "fold 0: all 2 epochs are done; to go on, add --set train.epochs=4" in said
+    assert said[-1].endswith("train on with: --run-dir runs/longer --resume --set train.epochs=4")
+    [line] = [line for line in resume(3) if "going on after step 4" in line]
+    assert "train.epochs is 3 now and was 2, so the learning rate follows" in line
+    steps = [event for event in run.events() if event["event"] == "step" and event["fold"] == 0]
+    schedule = build_schedule("cosine", total=6, warmup=2)
+    assert [event["step"] for event in steps] == [1, 2, 3, 4, 5, 6]
+    assert [event["lr"] for event in steps[4:]] == [0.001 * schedule(4), 0.001 * schedule(5)]
+    after = run.read("summary.json")
+    assert after["fold1"] == before["fold1"]
+    assert after["fold0"]["steps"] == 6
+    assert len(run.last(0)["top"]) == 3
+    best = checkpoint.load(run.fold(0) / "best.pt")
+    assert best["score"] == after["fold0"]["miou"] >= before["fold0"]["miou"]
+    assert run.read("config.json")["train"]["epochs"] == 3
+    with pytest.raises(SegkitError, match=r"train\.epochs: is 2, but .* has begun epoch 3; give 3"):
+        resume(2)
+    assert run.read("config.json")["train"]["epochs"] == 3
+
+
+def test_a_fold_that_is_trained_further_is_not_in_the_summary(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write("summary.json", {"fold0": {"seconds": 1.0}, "fold1": {"seconds": 2.0}})
+    run.reopen(0)
+    assert run.read("summary.json") == {"fold1": {"seconds": 2.0}}
+    run.reopen(1)
+    run.reopen(1)
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_each_fault_is_told_once(tmp_path: Path) -> None:
