@@ -305,12 +305,14 @@ def read_submission(path: Path, *, size: int = 256) -> Iterator[tuple[str, Tenso
         for row in rows:
             try:
                 name, values = row
-                mask = np.array(values.split(), np.uint8).reshape(size, size)
+                mask = np.array(values.split(), np.int64).reshape(size, size)
+                if not (mask.min() >= 0 and mask.max() <= 255):
+                    raise ValueError
             except (ValueError, OverflowError):
                 raise DataError(
                     f"{path}, line {rows.line_num}: expected a file name and {size * size} classes"
                 ) from None
-            yield name, torch.from_numpy(mask)
+            yield name, torch.from_numpy(mask.astype(np.uint8))
 
 
 @contextmanager

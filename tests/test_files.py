@@ -1,4 +1,4 @@
-"""Only regular files are opened: what can wait for ever, or leads nowhere, is told in a sentence."""
+"""Only regular files are opened: a file that can wait for ever is refused in a sentence."""
 
 import os
 import signal

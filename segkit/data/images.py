@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,8 +54,11 @@ def image_size(path: Path | str) -> tuple[int, int]:
         DataError: As :func:`read_image` does, but for damage after the header.
     """
     with open_image(path) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        width, height, orientation = *image.size, _orientation(image)
+        if image.format == "TIFF":  # before its version 11, Pillow turns it only with its pixels
+            tags: Any = image.getexif()
+            width, height, orientation = tags[256], tags[257], tags.get(_ORIENTATION, 1)
+        return (width, height) if orientation >= 5 else (height, width)
 
 
 @contextmanager
