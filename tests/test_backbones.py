@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,14 @@ from torchvision.ops import SqueezeExcitation
 from segkit.backbones import BACKBONES
 from segkit.backbones.hrnet import HRNet
 from segkit.backbones.stages import dilate
-from segkit.backbones.swin import Attention, AttentionV2, Merging, MergingV2, Swin
+from segkit.backbones.swin import (
+    Merging,
+    MergingV2,
+    Swin,
+    WindowAttention,
+    WindowAttentionV2,
+    shift_mask,
+)
 from segkit.backbones.torchvision import SameConv2d, convnext
 from segkit.errors import ConfigError
 
@@ -259,7 +267,7 @@ def test_swin_windows_set_the_bias_tables(window: int, rows: int) -> None:
 
 @pytest.mark.parametrize("window", [7, 12])
 def test_swin_looks_up_the_bias_of_a_distance(window: int) -> None:
-    attention = Attention(2, [window, window], [0, 0], 1)
+    attention = WindowAttention(2, [window, window], [0, 0], 1)
     at = torch.arange(window)
     row, column = at.repeat_interleave(window), at.repeat(window)
     down, across = row[:, None] - row, column[:, None] - column
@@ -273,8 +281,8 @@ def test_swin_looks_up_the_bias_of_a_distance(window: int) -> None:
 @pytest.mark.parametrize("version", [1, 2])
 def test_attention_is_torchvisions(version: int, shift: int, size: tuple[int, int]) -> None:
     own, reference = {
-        1: (Attention, ShiftedWindowAttention),
-        2: (AttentionV2, ShiftedWindowAttentionV2),
+        1: (WindowAttention, ShiftedWindowAttention),
+        2: (WindowAttentionV2, ShiftedWindowAttentionV2),
     }[version]
     torch.manual_seed(0)
     attention = own(8, [7, 7], [shift, shift], 2)
@@ -284,6 +292,41 @@ def test_attention_is_torchvisions(version: int, shift: int, size: tuple[int, in
     theirs.load_state_dict(attention.state_dict())
     x = torch.randn(2, *size, 8)
     torch.testing.assert_close(attention(x), theirs(x), rtol=0, atol=1e-6)
+
+
+def test_attention_is_the_same_by_pytorchs_fused_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices other than the CPU use it."""
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+    swin = small_swin(drop_path=0.0)
+    x, ours, theirs = image(97, 65), {}, {}
+    for gradients in (ours, theirs):
+        sum(features.square().mean() for features in swin(x)).backward()
+        gradients |= {name: p.grad.clone() for name, p in swin.named_parameters()}
+        swin.zero_grad()
+        monkeypatch.setattr("segkit.backbones.swin._attention", fused)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_shift_mask_is_made_once_for_a_stage_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(*arguments: Any) -> Tensor:
+        made.append(arguments[:2])
+        return shift_mask(*arguments)
+
+    monkeypatch.setattr("segkit.backbones.swin.shift_mask", counted)
+    swin = Swin(width=8, depths=(4, 4, 2, 2), heads=(1, 1, 1, 1), drop_path=0.0)
+    with torch.inference_mode():
+        swin(image(128, 128))
+    assert made == [(5, 5), (3, 3), (2, 2)]  # the last stage is one window
+    sum(features.mean() for features in swin(image(128, 128))).backward()  # made in inference mode
+    assert len(made) == 3
+    swin(image(128, 160))
+    assert made[3:] == [(5, 6)]  # 20 x 16 patches and fewer need no other windows
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 2)])
