@@ -27,12 +27,15 @@ from segkit.errors import ConfigError, SegkitError
 from segkit.files import write_json
 from segkit.labels import IGNORE
 from segkit.metrics import FEW_IMAGES
+from segkit.origin import claim
 from segkit.output import PALETTES
 from segkit.pseudo import Confidence, confident, pseudo_file
 from segkit.report import write_run_page
 from segkit.results import Results
 from segkit.run import Run
 from segkit.tta import parse_views
+
+SCORES = "scores.json"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,17 +48,17 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("infer.merge: --weigh-views weighs the mean of probabilities; use 'mean'")
     with distributed.session(args.device, cfg.train.timeout) as device:
         photos = open_photos(args, cfg)
-        out = args.out or runs[0].folder / "infer"
+        out, soups = claim_folders(args, runs[0], photos.source)
         votes = VOTES if args.compare else (args.vote,)
         combiner = Combiner(
-            runs, out, device, overrides=args.set, votes=votes, allow_leak=args.allow_leak
+            runs, soups, device, overrides=args.set, votes=votes, allow_leak=args.allow_leak
         )
         final = combiner.candidate(
             kind=args.soup, views=views, weighed=args.weigh_views, vote=args.vote
         )
 
         # ---- the result, and what it and its rivals are worth where labels can tell
-        results = write_results(combiner, final, photos)
+        results = write_results(combiner, final, photos, out)
         if args.pseudo:
             write_pseudo(args, combiner, final, photos)
         truth = open_truth(args, cfg, photos)
@@ -72,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
             rivals = combiner.rivals(final, kinds, everything=args.compare)
         rows = [combiner.row(one, final, columns) for one in [*rivals, final] if columns]
         if distributed.is_main():
-            write_json(out / "scores.json", rows)
+            write_json(out / SCORES, rows)
             if out.resolve() == (runs[0].folder / "infer").resolve():
                 write_run_page(runs[0])  # results elsewhere change nothing on the run's page
             if rows:
@@ -91,6 +94,19 @@ def open_photos(args: argparse.Namespace, cfg: Config) -> Images:
     return Images("test", source, list(range(len(source))))
 
 
+def claim_folders(args: argparse.Namespace, run: Run, source: Source) -> tuple[Path, Path]:
+    """Return the folders of results and of soups; these and that of --pseudo are now segkit's."""
+    test = args.out or run.folder / "infer"
+    out = run.folder / "infer-images" if args.images and not args.out else test
+    if args.pseudo and args.pseudo.resolve() in (out.resolve(), test.resolve()):
+        raise SegkitError(f"--pseudo {args.pseudo}: is the folder of the results; name another")
+    if distributed.is_main():
+        folders = dict.fromkeys([test, out, *([args.pseudo] if args.pseudo else [])])
+        claim(folders, reads=[source.path(index) for index in range(len(source))])
+    distributed.barrier()
+    return out, test
+
+
 def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images | None:
     """The labels of what was predicted, if they are known."""
     if args.images or (cfg.data.test_labels is None and not photos.source.labelled):
@@ -99,21 +115,22 @@ def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images 
     return Images("test", source, positions(source, photos.source.names))
 
 
-def write_results(combiner: Combiner, candidate: Candidate, photos: Images) -> Results:
+def write_results(combiner: Combiner, candidate: Candidate, photos: Images, out: Path) -> Results:
     """Predict and write the images that are not there yet, every rank its share."""
     run = combiner.runs[0]
     infer = combiner.config(run).infer
     classes = load_state(candidate.paths[0])["classes"]
     known = run.read("classes.json")["category_ids"]
     results = Results(
-        combiner.out,
+        out,
         photos.source,
         classes=classes,
         outputs=infer.outputs,
         background=background_of(classes, known),
         colors=PALETTES[infer.palette],
     )
-    missing = replace(photos, indices=results.start(combiner.origin(candidate)))
+    origin = combiner.origin(candidate)
+    missing = replace(photos, indices=results.start(origin, others=[SCORES]))
     soft = "soft" in infer.outputs
     found = (combiner.probabilities if soft else combiner.masks)(candidate, missing)
     total = len(share(missing))
@@ -138,12 +155,6 @@ def write_pseudo(
     marks = zip(photos.indices, digests(source, photos.indices), strict=True)
     images = replace(photos, indices=[index for index, mark in marks if mark not in known])
     thresholds = find_thresholds(args, combiner, candidate, images)
-    labels = Results(folder, source, classes=classes, outputs=())
-    for index, scored, _ in combiner.probabilities(candidate, images):
-        labels.write(index, confident(scored, thresholds))
-    distributed.barrier()
-    if not distributed.is_main():
-        return
     info = {
         "round": 1 + max(state.get("pseudo_round") or 0 for state in states),
         "candidate": candidate.name,
@@ -151,13 +162,23 @@ def write_pseudo(
         "thresholds": thresholds,
         "trained_on": sorted({one for state in states for one in state["trained_on"]}),
     }
+    labels = Results(folder, source, indices=images.indices, classes=classes, outputs=())
+    links = {index: f"images/{source.names[index]}" for index in images.indices}
+    missing = labels.start(
+        {**combiner.origin(candidate), **info}, others=["pseudo.json", *links.values()]
+    )
+    for index, scored, _ in combiner.probabilities(candidate, replace(images, indices=missing)):
+        labels.write(index, confident(scored, thresholds))
+    distributed.barrier()
+    if not distributed.is_main():
+        return
     kept = 0
     with pseudo_file(folder / "pseudo.json", classes=classes, info=info) as add:
         for index in images.indices:
             name = source.names[index]
             mask = labels.mask(name)
             if (mask != IGNORE).any():
-                checkpoint.link(source.path(index), folder / "images" / name)
+                checkpoint.link(source.path(index), folder / links[index])
                 add(name, mask)
                 kept += 1
     left = len(photos.indices) - len(images.indices)
@@ -254,7 +275,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="photographs or folders, not the test set"
     )
-    parser.add_argument("--out", type=Path, help="folder of the results; default infer in the run")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder of the results, new or of an earlier infer.py, whose results give way to "
+        "others; default infer in the run, and infer-images for --images",
+    )  # fmt: skip
     parser.add_argument(
         "--pseudo",
         type=Path,

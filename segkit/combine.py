@@ -21,7 +21,7 @@ from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
 from segkit.data.source import Source, positions
 from segkit.engine import Evaluation, build_pipeline, load_model, precision, predictions, tally
 from segkit.ensemble import HardVote, SoftVote
-from segkit.errors import SegkitError
+from segkit.errors import CheckpointError, SegkitError
 from segkit.fold import fold_batch_norm
 from segkit.metrics import bootstrap_interval, paired_difference, scores
 from segkit.predict import Predictor
@@ -185,7 +185,7 @@ class Combiner:
             )
         path = self.out / f"{kind}-soup-of-{run.folder.name}.pt"
         origin = self._origin_of_soup(run, kind, paths, selection)
-        known = load_state(path)["soup"].get("origin") if path.exists() else None
+        known = _origin_of(path) if path.exists() else None
         if distributed.broadcast(known) == origin:
             return path  # an earlier inference made it of the same ingredients
 
@@ -547,6 +547,18 @@ def best_first(paths: Sequence[Path]) -> tuple[Path, ...]:
 def load_state(path: Path) -> dict[str, Any]:
     """A checkpoint's entries, its tensors left in the file."""
     return checkpoint.load(path, mmap=True, verify=False)
+
+
+def _origin_of(path: Path) -> str | None:
+    """Return what a soup's file says it was made of.
+
+    Raises:
+        CheckpointError: It is no soup, and so must not be overwritten.
+    """
+    about = load_state(path).get("soup")
+    if about is None:
+        raise CheckpointError(f"{path}: holds no soup, which is to be written here; move the file")
+    return about.get("origin")
 
 
 def miou(found: Evaluation) -> float:

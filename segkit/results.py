@@ -1,7 +1,6 @@
 """The folder of what an inference predicts: filled image by image, taken up again, gathered."""
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,7 @@ from segkit import distributed
 from segkit.data.images import open_image
 from segkit.data.loader import digests
 from segkit.data.source import Source
-from segkit.files import regular, write_json
+from segkit.origin import renew
 from segkit.output import (
     SAFE,
     Color,
@@ -29,6 +28,7 @@ from segkit.output import (
     write_soft,
 )
 
+GATHERED = {"csv": "submission.csv", "coco": "coco.json"}
 SUFFIXES = {"overlays": ".jpg", "sheets": ".jpg", "soft": ".npy", "masks": ".png"}
 
 
@@ -38,6 +38,7 @@ class Results:
     Args:
         folder: ``masks/``, ``overlays/``, ``soft/``, ``coco.json`` and ``submission.csv`` in it.
         source: The images.
+        indices: Those of them that are predicted; default all.
         classes: Class names, for the overlays.
         outputs: Wanted besides masks: ``overlays``, ``sheets``, ``soft``, ``coco``, ``csv``.
         background: The class that is no thing to show, if there is one.
@@ -51,38 +52,40 @@ class Results:
         *,
         classes: Sequence[str],
         outputs: Collection[str],
+        indices: Sequence[int] | None = None,
         background: int | None = 0,
         colors: Sequence[Color] = SAFE,
     ) -> None:
         self.folder, self.source, self.classes, self.outputs = folder, source, classes, outputs
         self.background, self.colors = background, colors
+        self.indices = range(len(source)) if indices is None else indices
         self._names = dict(zip(source.names, result_names(source.names), strict=True))
 
-    def start(self, origin: Mapping[str, Any]) -> list[int]:
+    def start(self, origin: Mapping[str, Any], *, others: Sequence[str] = ()) -> list[int]:
         """The images that have yet to be predicted; every rank calls it and gets the same.
 
         ``origin.json`` keeps what the results come from. Where it says the same of these images,
         an interrupted inference left the results that are there; otherwise they are removed first.
+        The folder must be claimed; see :mod:`segkit.origin`.
 
         Args:
             origin: Everything that predictions depend on besides the images; JSON can hold it.
+            others: Further files that the caller writes into the folder.
         """
         missing: list[int] = []
         if distributed.is_main():
-            everything = range(len(self.source))
-            images = hashlib.sha256(" ".join(digests(self.source, everything)).encode())
-            wanted = json.loads(json.dumps({**origin, "images": images.hexdigest()}))
-            path = self.folder / "origin.json"
-            if not path.exists() or json.loads(regular(path).read_text(encoding="utf-8")) != wanted:
-                for index in everything:
-                    for kind in SUFFIXES:
-                        self._file(kind, index).unlink(missing_ok=True)
-                write_json(path, wanted)
+            about, marks = hashlib.sha256(), digests(self.source, self.indices)
+            for index, digest in zip(self.indices, marks, strict=True):
+                about.update(f"{self.source.names[index]}\0{digest}\n".encode())
             kinds = [kind for kind in SUFFIXES if kind == "masks" or kind in self.outputs]
+            files = {index: [self._path(kind, index) for kind in kinds] for index in self.indices}
+            gathered = [name for kind, name in GATHERED.items() if kind in self.outputs]
+            listed = [*(path for paths in files.values() for path in paths), *gathered, *others]
+            renew(self.folder, {**origin, "images": about.hexdigest()}, listed)
             missing = [
                 index
-                for index in everything
-                if not all(self._file(kind, index).exists() for kind in kinds)
+                for index, paths in files.items()
+                if not all((self.folder / path).exists() for path in paths)
             ]
         return distributed.broadcast(missing)
 
@@ -113,25 +116,26 @@ class Results:
             category_ids: Class index of each category id of the labels that were trained on.
         """
         source = self.source
+        names = [source.names[index] for index in self.indices]
         with ExitStack() as files:
             writers = []
             if "csv" in self.outputs:
-                path = self.folder / "submission.csv"
-                writers.append(files.enter_context(submission(path, names=source.names)))
+                path = self.folder / GATHERED["csv"]
+                writers.append(files.enter_context(submission(path, names=names)))
             if "coco" in self.outputs:
                 ids = getattr(source, "image_ids", range(len(source)))
                 writer = coco_results(
-                    self.folder / "coco.json",
+                    self.folder / GATHERED["coco"],
                     image_ids=dict(zip(source.names, ids, strict=True)),
                     category_ids=category_ids or None,
                     background=self.background,
                 )
                 writers.append(files.enter_context(writer))
-            for name in distributed.Progress(source.names, "write", unit="image"):
+            for name in distributed.Progress(names, "write", unit="image"):
                 mask = self.mask(name)
                 for write in writers:
                     write(name, mask)
 
-    def _file(self, kind: str, index: int) -> Path:
-        name = self._names[self.source.names[index]]
-        return self.folder / kind / f"{name}{SUFFIXES[kind]}"
+    def _path(self, kind: str, index: int) -> str:
+        """Return the path of an image's result of a kind, in the folder."""
+        return f"{kind}/{self._names[self.source.names[index]]}{SUFFIXES[kind]}"

@@ -328,7 +328,7 @@ def test_labelled_images_get_no_pseudo_labels(home: Path, labels: Path) -> None:
     (home / "known").mkdir()
     shutil.copy(photo, home / "known")  # under another name, too
     with pytest.raises(DataError, match="no pixel was labelled"):
-        run("--images", "known", "--pseudo", "none", "--out", "none")
+        run("--images", "known", "--pseudo", "none", "--out", "none-teacher")
     copied = home / "copied"
     shutil.copytree(labels, copied)
     shutil.copy(photo, copied / "images" / read(copied / "pseudo.json")["images"][0]["file_name"])
@@ -367,6 +367,70 @@ def test_names_of_photographs(tmp_path: Path) -> None:
     source = PhotoSource(paths=tuple(map(str, given)))
     assert source.names == ("x/r/a.jpg", "y/r/a.jpg", f"{tmp_path.name}/r/a.jpg", "b.jpg")
     assert [source.path(i) for i in range(4)] == files
+
+
+def test_a_folder_of_others_is_refused_and_left_alone(tmp_path: Path) -> None:
+    for name in read(Path("demo/test.json"))["images"][:2]:
+        paint(tmp_path / "masks" / Path(name["file_name"]).with_suffix(".png"), 3)
+    before = files(tmp_path)
+    for option in ("--out", "--pseudo"):
+        with pytest.raises(SegkitError, match="is not empty and holds no results of segkit"):
+            infer.main(["--run-dir", "a", "--brief", option, str(tmp_path)])
+    assert files(tmp_path) == before
+
+
+def test_results_of_another_command_go_and_other_files_stay(tmp_path: Path) -> None:
+    paint(tmp_path / "photos/a.png", 50)
+    paint(tmp_path / "other/b.png", 90)
+    out = tmp_path / "out"
+    keep = ("--set", 'infer.outputs=["overlays","csv"]', "--brief", "--out", str(out))
+    run("--images", str(tmp_path / "photos"), *keep)
+    (out / "masks/notes.txt").write_text("mine")
+    run("--images", str(tmp_path / "other"), *keep)
+    assert relative(out / "masks") == {"b.png", "notes.txt"}
+    assert relative(out / "overlays") == {"b.jpg"}
+    (tmp_path / "other/b.png").rename(tmp_path / "other/c.png")  # the same bytes
+    run("--images", str(tmp_path / "other"), *keep[2:], "--set", "infer.outputs=[]")
+    assert relative(out) == {"masks/c.png", "masks/notes.txt", "scores.json", "origin.json"}
+    paint(tmp_path / "other/notes.png", 1)
+    mine = paint(out / "masks/notes.png", 9).read_bytes()
+    with pytest.raises(SegkitError, match=r"notes\.png: is in the way of a result"):
+        run("--images", str(tmp_path / "other"), *keep)
+    assert (out / "masks/notes.png").read_bytes() == mine
+    with pytest.raises(SegkitError, match="holds the images to predict"):
+        run("--images", str(out / "masks"), *keep)
+
+
+def test_photographs_leave_the_results_of_the_test_set_alone(tmp_path: Path, home: Path) -> None:
+    infer.main(["--run-dir", "a", "--brief", "--quiet"])
+    before = files(home / "runs/a/infer")
+    assert "submission.csv" in before
+    page = (home / "runs/a/report.html").read_bytes()
+    photo = paint(tmp_path / "photo.png", 70)
+    infer.main(["--run-dir", "a", "--brief", "--quiet", "--images", str(photo)])
+    assert files(home / "runs/a/infer") == before
+    assert (home / "runs/a/report.html").read_bytes() == page
+    assert relative(home / "runs/a/infer-images/masks") == {"photo.png"}
+
+
+def test_what_is_no_soup_is_not_overwritten(home: Path) -> None:
+    out = run("--brief", "--out", "no-soup")
+    shutil.copy(home / "runs/a/fold0/best.pt", out / "greedy-soup-of-a.pt")
+    with pytest.raises(CheckpointError, match=r"greedy-soup-of-a\.pt: holds no soup"):
+        run("--brief", "--soup", "--out", "no-soup")
+
+
+def test_pseudo_labels_of_other_images_leave_no_old_ones(tmp_path: Path, home: Path) -> None:
+    options = ("--brief", "--pseudo", "renewed", "--confidence", "0", "--out", "renewed-teacher")
+    run(*options)
+    assert len(relative(Path("renewed/images"))) == 5
+    for record in read(home / "demo/test.json")["images"][:2]:
+        shutil.copy(home / "demo" / record["file_name"], tmp_path)
+    run(*options, "--images", str(tmp_path))
+    names = [record["file_name"] for record in read(Path("renewed/pseudo.json"))["images"]]
+    assert relative(Path("renewed/images")) == set(names) == relative(tmp_path)
+    with pytest.raises(SegkitError, match="is the folder of the results"):
+        run(*options[:-1], "renewed")
 
 
 _PEAK = """

@@ -18,7 +18,7 @@ LAYERS = [
     {"model", "run"},
     {"tta", "ensemble"},
     {"engine", "predict"},
-    {"soup", "pseudo", "output", "track", "page"},
+    {"soup", "pseudo", "output", "origin", "track", "page"},
     {"explore", "report", "results", "combine"},
 ]
 """From the bottom up; a file imports its own package or lower layers, never a neighbor."""
