@@ -120,13 +120,13 @@ def write_results(combiner: Combiner, candidate: Candidate, photos: Images, out:
     run = combiner.runs[0]
     infer = combiner.config(run).infer
     classes = load_state(candidate.paths[0])["classes"]
-    known = run.read("classes.json")["category_ids"]
+    category_ids = run.category_ids()
     results = Results(
         out,
         photos.source,
         classes=classes,
         outputs=infer.outputs,
-        background=background_of(classes, known),
+        background=background_of(classes, category_ids),
         colors=PALETTES[infer.palette],
     )
     origin = combiner.origin(candidate)
@@ -139,7 +139,6 @@ def write_results(combiner: Combiner, candidate: Candidate, photos: Images, out:
         results.write(index, mask, one if soft else None)
     distributed.barrier()
     if distributed.is_main():
-        category_ids = {int(key): one for key, one in (known or {}).items()}
         results.finish(category_ids=category_ids)
     return results
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
         if cfg.model.weights is None:
             say("model.weights is null: the model starts from random weights")
         tell_faults((pseudo or train_source, val_source), run, say)
-        before = run.read("summary.json") if (run.folder / "summary.json").exists() else {}
+        before = run.optional("summary.json", {})
         summary = {}
         with track.following(run, cfg.track.trackers) as trackers:
             sources = train_source, val_source, pseudo

@@ -90,3 +90,35 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Return True if a JSON value has a shape.
+
+    Args:
+        value: As :func:`json.loads` returns it.
+        shape: A type (an integer is a ``float`` too, a bool is no ``int``); ``None``; ``Any``; a
+            tuple of alternatives; ``[shape]`` for a list of any length, ``[shape, shape, ...]`` for
+            one of that length; ``{str: shape}`` for an object with any keys; ``{"key": shape}`` for
+            one that has at least these keys.
+    """
+    if shape is Any:
+        return True
+    if shape is None:
+        return value is None
+    if isinstance(shape, tuple):
+        return any(fits(value, option) for option in shape)
+    if isinstance(shape, list):
+        shapes = shape * len(value) if isinstance(value, list) and len(shape) == 1 else shape
+        return (
+            isinstance(value, list) and len(value) == len(shapes) and all(map(fits, value, shapes))
+        )
+    if isinstance(shape, dict) and str in shape:
+        return isinstance(value, dict) and all(fits(inner, shape[str]) for inner in value.values())
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            key in value and fits(value[key], inner) for key, inner in shape.items()
+        )
+    if isinstance(value, bool):
+        return shape is bool
+    return isinstance(value, (int, float) if shape is float else shape)

@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torchvision
 import segkit
 from segkit.checkpoint import load_latest
 from segkit.errors import SegkitError, closest, reason, shorten
-from segkit.files import naming, regular, write_json, write_text
+from segkit.files import fits, naming, regular, write_json, write_text
 
 RUNS = Path("runs")
 
@@ -29,6 +30,43 @@ FREE = {
 
 GROWS = "train.epochs"
 """A setting that a resumed run may raise, and lower down to what is done."""
+
+SHAPES: dict[str, Any] = {
+    "config.json": {str: Any},
+    "environment.json": {str: Any},
+    "classes.json": {"classes": [str], "category_ids": ({str: int}, None)},
+    "shares.json": [{"title": str, "images": int, "with_class": [float], "of_pixels": [float]}],
+    "summary.json": {str: {"seconds": float}},
+    "evaluation.json": {
+        "matrix": [[int]],
+        "pictures": [
+            {
+                **{"name": str, "miou": float, "iou": {str: float}, "worst": bool},
+                **{"size": [int, int], "photograph": str, "truth": str},
+                **{"predicted": str, "errors": str},
+            }
+        ],
+    },
+    "scores.json": [{"name": str}],
+    "wandb.json": {"id": str},
+}
+"""What readers of a run's JSON files need of them; see :func:`segkit.files.fits`."""
+
+EVENT = {"event": str, "time": float}
+"""What every line of ``log.jsonl`` has."""
+
+EVENTS: dict[str, Any] = {
+    "start": {"fold": int, "step": int, "parameters": int},
+    "resume": {"fold": int, "step": int},
+    "step": {"fold": int, "step": int, "epoch": int, "images_per_s": float},
+    "evaluate": {
+        **{"fold": int, "step": int, "epoch": int, "miou": float},
+        **{"interval": [float, float], "iou": [(float, None)]},
+    },
+    "non-finite": {"fold": int, "step": int, "images": [str]},
+    "fault": {"file": str, "sentence": str},
+}
+"""What each kind of event has besides."""
 
 
 class Run:
@@ -75,6 +113,7 @@ class Run:
         if known is None and folder.exists() and any(map(_is_foreign, folder.iterdir())):
             raise SegkitError(f"{folder}: is not empty and holds no run; name another --run-dir")
         folder.mkdir(parents=True, exist_ok=True)
+        run._cut_log()
         if known is None:
             run.write("environment.json", environment())
         if known != config:
@@ -109,7 +148,7 @@ class Run:
             return True
         job = _job()
         begun = job is not None and (self.folder / "config.json").exists()
-        return begun and self.read("environment.json").get("job") == job
+        return begun and self.optional("environment.json", {}).get("job") == job
 
     def fold(self, number: int) -> Path:
         """The folder of one fold's checkpoints."""
@@ -118,17 +157,45 @@ class Run:
     def folds(self) -> list[int]:
         """Folds that have a best checkpoint."""
         names = (path.parent.name for path in self.folder.glob("fold*/best.pt"))
-        return sorted(int(name.removeprefix("fold")) for name in names)
+        return sorted(int(name[4:]) for name in names if name[4:].isdecimal())
 
     def read(self, name: str) -> Any:
-        """A JSON file of the run."""
+        """Read a JSON file of the run.
+
+        Raises:
+            SegkitError: It is missing, unreadable, damaged, or not of its shape in :data:`SHAPES`.
+        """
         path = self.folder / name
         try:
-            return json.loads(regular(path).read_text(encoding="utf-8"))
+            value = json.loads(regular(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise SegkitError(f"{path}: cannot be read ({reason(error)})") from error
+        except (ValueError, RecursionError) as error:
+            raise SegkitError(f"{path}: is damaged, it is not valid JSON ({error})") from error
+        if not fits(value, SHAPES.get(path.name, Any)):
+            raise self._damaged(name)
+        return value
+
+    def _damaged(self, name: str) -> SegkitError:
+        return SegkitError(f"{self.folder / name}: is damaged, or of another version of segkit")
+
+    def category_ids(self) -> dict[int, int] | None:
+        """Return the class index of each category id of the labels; ``None`` if they had none."""
+        known = self.read("classes.json")["category_ids"]
+        try:
+            return None if known is None else {int(key): index for key, index in known.items()}
         except ValueError as error:
-            raise SegkitError(f"{path}: is not valid JSON ({error})") from error
+            raise self._damaged("classes.json") from error
+
+    def optional(self, name: str, default: Any) -> Any:
+        """Read a JSON file that the run can do without; one that is damaged is left out."""
+        if not os.path.lexists(self.folder / name):
+            return default
+        try:
+            return self.read(name)
+        except SegkitError as error:
+            warnings.warn(f"{error}; left out", stacklevel=2)
+            return default
 
     def write(self, name: str, value: Any) -> None:
         """Replace a JSON file of the run, whole or not at all."""
@@ -143,21 +210,51 @@ class Run:
         for follow in self.followers:
             follow(event)
 
+    def _cut_log(self) -> None:
+        """Remove a last line of ``log.jsonl`` that a kill or a power cut left without an end."""
+        lines = self._lines()
+        if lines and not lines[-1].endswith(b"\n"):
+            path = self.folder / "log.jsonl"
+            with naming(path):
+                os.truncate(path, sum(map(len, lines[:-1])))
+
     def events(self) -> Iterator[dict[str, Any]]:
-        """The events of ``log.jsonl``; a last line cut by a kill is left out."""
+        """Read the events of ``log.jsonl``.
+
+        A last line cut by a kill is left out; so is one that is damaged or lacks what events of its
+        kind have, with a warning.
+        """
+        strange = []
+        for number, line in enumerate(self._lines(), 1):
+            event = _parse(line)
+            if event is not None and fits(
+                event, {**EVENT, **EVENTS.get(str(event.get("event")), {})}
+            ):
+                yield event
+            elif line.endswith(b"\n"):
+                strange.append(number)
+        if strange:
+            warnings.warn(
+                f"{self.folder / 'log.jsonl'}: {len(strange)} lines are damaged or of another "
+                f"version of segkit, the first is line {strange[0]}; left out",
+                stacklevel=2,
+            )
+
+    def _lines(self) -> list[bytes]:
         path = self.folder / "log.jsonl"
-        if path.exists():
-            for line in regular(path).read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        if not os.path.lexists(path):
+            return []
+        with naming(path), regular(path).open("rb") as file:
+            return file.readlines()
 
     def epochs_begun(self) -> int:
         """Epochs that the furthest fold has taken a step of, as the log has it."""
-        steps_per_epoch: dict[int, int] = {}
+        steps_per_epoch: dict[int, Any] = {}
         begun = 0
         for event in self.events():
             if event["event"] in ("start", "resume"):
-                steps_per_epoch[event["fold"]] = event.get("steps_per_epoch", 0)
+                length = event.get("steps_per_epoch")
+                steps_per_epoch[event["fold"]] = length if fits(length, int) else 0
             elif event["event"] == "step":
                 length = steps_per_epoch.get(event["fold"])
                 begun = max(begun, math.ceil(event["step"] / length) if length else event["epoch"])
@@ -166,7 +263,7 @@ class Run:
     def reopen(self, fold: int) -> None:
         """Remove a fold from ``summary.json``: it is trained further."""
         path = self.folder / "summary.json"
-        summary = self.read(path.name) if path.exists() else {}
+        summary = self.optional(path.name, {})
         if summary.pop(f"fold{fold}", None) is None:
             return
         if summary:
@@ -176,17 +273,27 @@ class Run:
 
     def rewind(self, fold: int, step: int) -> None:
         """Drop events of ``fold`` after ``step``: a resumed run writes them again."""
-        kept = [
-            event
-            for event in self.events()
-            if event.get("fold") != fold or event.get("step", 0) <= step
-        ]
-        text = "".join(json.dumps(event) + "\n" for event in kept)
-        write_text(self.folder / "log.jsonl", text)
+        kept = []
+        for event in map(_parse, self._lines()):
+            if event is None:
+                continue
+            placed = fits(event, {"fold": int, "step": int})
+            if not (placed and event["fold"] == fold and event["step"] > step):
+                kept.append(json.dumps(event) + "\n")
+        write_text(self.folder / "log.jsonl", "".join(kept))
 
     def last(self, fold: int) -> dict[str, Any] | None:
         """The state to resume ``fold`` from, if it was ever saved."""
         return load_latest(self.fold(fold) / "last.pt")
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Read a line of ``log.jsonl``; ``None`` if it is cut or no JSON object."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if line.endswith(b"\n") and isinstance(event, dict) else None
 
 
 def newest(name: str | None = None) -> Path | None:

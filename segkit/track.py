@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from segkit.config import Component, bind
-from segkit.errors import ConfigError
-from segkit.files import regular, write_text
+from segkit.errors import ConfigError, SegkitError
+from segkit.files import naming, regular, write_text
 from segkit.run import Run
 
 Event = Mapping[str, Any]
@@ -55,12 +55,21 @@ class CSVTracker:
                 self._rewind(path, step)
 
     def _rewind(self, path: Path, step: int) -> None:
-        with regular(path).open(encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-        at = header.index("step")
+        with naming(path):
+            text = regular(path).read_text(encoding="utf-8", errors="replace")
+        text = text.replace("\0", "")  # a power cut may leave NULs, or a part of a row
+        if not text.strip():
+            write_text(path, "")
+            return
+        try:
+            header, *rows = csv.reader(io.StringIO(text, newline=""))
+            at = header.index("step")
+        except (csv.Error, ValueError) as error:
+            raise SegkitError(f"{path}: is damaged; move it elsewhere, then resume") from error
+        whole = [row for row in rows if len(row) == len(header) and row[at].isdecimal()]
         kept = io.StringIO(newline="")
         csv.writer(kept, lineterminator="\n").writerows(
-            [header, *(row for row in rows if int(row[at]) <= step)]
+            [header, *(row for row in whole if int(row[at]) <= step)]
         )
         write_text(path, kept.getvalue())
         self._columns[path] = header

@@ -1,12 +1,21 @@
-"""A run's folder: which one is picked."""
+"""A run's folder: which one is picked, and what becomes of damaged files."""
 
 import json
 import os
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from made_run import made_run
 
-from segkit.run import newest
+from segkit.data.folds import Split
+from segkit.errors import SegkitError
+from segkit.report.__main__ import main as report
+from segkit.run import Run, newest
+from segkit.track import CSVTracker
 
 
 def add_run(name: str, started: float) -> Path:
@@ -39,3 +48,97 @@ def test_brackets_in_a_name_are_no_pattern() -> None:
     own = add_run("[ab]-20260101-000000", 1)
     assert newest("[ab]") == own
     assert newest("?") is None
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with every file that is read again."""
+    run = made_run(tmp_path_factory.mktemp("made") / "run", folds=2, steps=20, images=3)
+    Split(folds=(("a",), ("b",)), selection=("c",)).save(run.folder / "folds.json")
+    tracker = CSVTracker(run=run, fold=0, step=0)
+    for event in run.events():
+        if event.get("fold") == 0:
+            tracker.event(event)
+    return run.folder
+
+
+FILES = [
+    *("config.json", "classes.json", "environment.json", "folds.json", "summary.json"),
+    *("shares.json", "infer/scores.json", "fold0/evaluation.json", "log.jsonl", "fold0/steps.csv"),
+]
+SHAPES = [None, 1, "a", [], [1], [[]], {}, {"a": 1}, {"fold0": 1}, {"classes": [1]}]
+SHAPES += [{"classes": ["a"], "category_ids": {"a": 1}}, [{"name": "a", "test": 3}]]
+
+
+def damages(content: bytes) -> list[bytes]:
+    """Contents that a file may have after a power cut, or from another program."""
+    half = len(content) // 2
+    cut = [b"", content[:half], content[:-1], b"\0" * 50, content[:half] + b"\0" * 50, content * 2]
+    text = [b"\xff\xfe{}", b"{", b"[" * 100_000, "text\n".encode("utf-16")]
+    shapes = [json.dumps(value).encode() + b"\n" for value in SHAPES]
+    return [*cut, *text, *shapes]
+
+
+def resume(run: Run, config: dict[str, Any]) -> None:
+    """What a resumed training does with the files of a run."""
+    Run.create(run.folder, config, resume=True)
+    run.log(event="fault", file="a", sentence="a is empty")
+    run.rewind(0, 10)
+    CSVTracker(run=run, fold=0, step=10)
+    Split.load(run.folder / "folds.json")
+
+
+def refusal(read: Callable[[], Any]) -> str:
+    """The sentence that reading ends with, if it does."""
+    try:
+        read()
+    except SegkitError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_a_damaged_file_is_a_sentence_or_repaired(made: Path, name: str) -> None:
+    config = json.loads((made / "config.json").read_bytes())
+    folder, other = Path("runs/run"), Path("runs/other")
+    shutil.copytree(made, other)
+    for damage in damages((made / name).read_bytes()):
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+        (folder / name).write_bytes(damage)
+        run = Run(folder)
+        report(["runs"])  # damage to a run does not keep others from their pages
+        readers = [partial(report, [str(folder)]), run.category_ids, run.interrupted_here]
+        for read in [*readers, partial(resume, run, config)]:
+            sentence = refusal(read)
+            assert not sentence or str(folder) in sentence
+
+
+def test_what_follows_a_cut_line_is_not_lost(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {})
+    run.log(event="pseudo", round=1)
+    with (run.folder / "log.jsonl").open("a") as file:
+        file.write('{"time": 1.5, "event": "st')
+    resumed = Run.create(tmp_path / "run", {}, resume=True)
+    resumed.log(event="fault", file="a.jpg", sentence="a.jpg is empty")
+    assert [event["event"] for event in resumed.events()] == ["pseudo", "fault"]
+
+
+def test_damaged_lines_are_told_once_and_events_of_other_versions_kept(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {})
+    run.log(event="start", fold=0, step=0)  # without parameters
+    with (run.folder / "log.jsonl").open("a") as file:
+        file.write("\0\0\0\n")
+    run.log(event="new kind", fold=0, step=3)
+    with pytest.warns(UserWarning, match="2 lines are damaged .* first is line 1"):
+        assert [event["event"] for event in run.events()] == ["new kind"]
+    run.rewind(0, 5)
+    lines = (run.folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["start", "new kind"]
+
+
+def test_a_list_as_config_is_no_run(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {})
+    (run.folder / "config.json").write_text("[]")
+    with pytest.raises(SegkitError, match=r"config\.json: is damaged"):
+        Run.create(run.folder, {}, resume=True)

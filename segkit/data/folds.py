@@ -58,6 +58,7 @@ class Split:
         folds, selection, train = (content.get(key) for key in ("folds", "selection", "train"))
         if (
             not isinstance(folds, list)
+            or not folds
             or not all(_is_names(one) for one in (*folds, selection))
             or not (train is None or _is_names(train))
         ):

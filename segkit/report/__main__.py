@@ -5,6 +5,7 @@ python -m segkit.report runs/demo-1      # runs/demo-1/report.html
 """
 
 import argparse
+import warnings
 from pathlib import Path
 from urllib.parse import quote
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
             f"{args.runs}: holds no run; expected a run's folder, or a folder of runs"
         )
     found.sort(key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True)
-    logs = [RunLog(Run(folder)) for folder in found]
+    logs = [log for folder in found if (log := open_log(folder, alone=alone)) is not None]
     links = {}
     for log in logs:
         write_text(log.run.folder / "report.html", run_page(log))
@@ -43,6 +44,17 @@ def main(argv: list[str]) -> None:
         title = f"Runs in {args.runs.resolve().name}"
         write_text(args.runs / "index.html", index_page(logs, title=title, links=links))
     print(args.runs / ("report.html" if alone else "index.html"))
+
+
+def open_log(folder: Path, *, alone: bool) -> RunLog | None:
+    """Read a run; among others, one that cannot be read is left out with a warning."""
+    try:
+        return RunLog(Run(folder))
+    except SegkitError as error:
+        if alone:
+            raise
+        warnings.warn(f"{error}; left out", stacklevel=2)
+        return None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 
+from segkit.files import fits
 from segkit.metrics import FEW_IMAGES
 from segkit.page import (
     cell,
@@ -50,16 +51,16 @@ def index_page(logs: Sequence[RunLog], *, title: str, links: Mapping[str, str]) 
 def _runs(logs: Sequence[RunLog], links: Mapping[str, str]) -> str:
     rows = []
     for log in logs:
-        model, terms = log.config["model"], log.config["loss"]["terms"]
+        terms = [t["name"] for t in log.setting("loss.terms", []) if fits(t, {"name": str})]
         name = escape(log.name)
         if log.name in links:
             name = f'<a href="{escape(links[log.name])}">{name}</a>'
         started = [one["time"] for fold in log.folds.values() for one in [fold.start] if one]
         rows.append([
             name,
-            cell(escape(model["decoder"]["name"]), style="text"),
-            cell(escape(model["backbone"]["name"]), style="text"),
-            cell(escape(" + ".join(term["name"] for term in terms)), style="text"),
+            cell(escape(log.setting("model.decoder.name", "–")), style="text"),
+            cell(escape(log.setting("model.backbone.name", "–")), style="text"),
+            cell(escape(" + ".join(terms)), style="text"),
             cell(str(len(log.folds)), len(log.folds)),
             *_score(log.score, few=log.few_images is not None),
             *_test(log),
@@ -91,10 +92,10 @@ def _score(score: tuple[float, float, float] | None, *, few: bool = False) -> li
 
 
 def _test(log: RunLog) -> list[str]:
-    rows = log.optional("infer/scores.json", [])
-    found = rows[-1].get("test") if rows else None
-    if not found:
+    titles, rows = log.combined
+    if "test" not in titles:
         return _score(None)
+    found = rows[-1]["test"]
     return _score((found["miou"], *found["interval"]), few=found["images"] < FEW_IMAGES)
 
 

@@ -7,10 +7,14 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
+from segkit.files import fits
 from segkit.metrics import FEW_IMAGES
-from segkit.run import Run
+from segkit.run import EVENTS, Run
 
 Event = dict[str, Any]
+
+SCORE = {"miou": float, "interval": [float, float], "images": int}
+"""A column of a row of ``scores.json``."""
 
 
 @dataclass
@@ -37,7 +41,7 @@ class Fold:
 
     def curve(self, key: str) -> dict[str, Any]:
         """The series of a chart: ``key`` of every step or evaluation logged, by step."""
-        events = [one for one in [*self.steps, *self.evaluations] if one.get(key) is not None]
+        events = [one for one in [*self.steps, *self.evaluations] if fits(one.get(key), float)]
         points = [(one["step"], float(f"{one[key]:.5g}")) for one in events]
         points = [one for one in points if math.isfinite(one[1])]
         x, y = [x for x, _ in points], [y for _, y in points]
@@ -50,31 +54,68 @@ class RunLog:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.name = run.folder.resolve().name
+        self._logged = list(run.events())
         self.config: dict[str, Any] = run.read("config.json")
+        self.classes = self._classes()
         self.folds: dict[int, Fold] = {}
         self.events: list[Event] = []
-        for event in run.events():
+        for event in self._logged:
             kind = event["event"]
-            if "fold" in event:
+            if kind in EVENTS and "fold" in event:
                 fold = self.folds.setdefault(event["fold"], Fold(event["fold"]))
                 if kind == "start":
                     fold.start = event
                 elif kind == "step":
                     fold.steps.append(event)
-                elif kind == "evaluate":
+                elif kind == "evaluate" and len(event["iou"]) == len(self.classes):
                     fold.evaluations.append(event)
             if kind in ("fault", "non-finite"):
                 self.events.append(event)
         self.folds = dict(sorted(self.folds.items()))
 
-    def optional(self, name: str, default: Any = None) -> Any:
-        """A JSON file of the run, if it is there."""
-        return self.run.read(name) if (self.run.folder / name).is_file() else default
+    def setting(self, path: str, default: Any) -> Any:
+        """Return a value of ``config.json``; ``default`` where another version had none such.
+
+        Args:
+            path: ``section.key``.
+            default: Its type is what is expected.
+        """
+        value: Any = self.config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value if fits(value, type(default)) else default
+
+    def _classes(self) -> list[str]:
+        """Names of the classes; numbers if only their count is known."""
+        known = self.run.optional("classes.json", None)
+        scored = [event["iou"] for event in self._logged if event["event"] == "evaluate"]
+        count = len(scored[0]) if scored else 0
+        return known["classes"] if known else [f"class {number}" for number in range(count)]
+
+    def evaluations(self) -> dict[int, dict[str, Any]]:
+        """Return each fold's ``evaluation.json``; one of other classes is left out."""
+        files = {
+            fold: self.run.optional(f"fold{fold}/evaluation.json", None) for fold in self.folds
+        }
+        return {fold: content for fold, content in files.items() if content and self._fits(content)}
+
+    def _fits(self, evaluation: dict[str, Any]) -> bool:
+        count = len(self.classes)
+        keys = {key for picture in evaluation["pictures"] for key in picture["iou"]}
+        sides = [len(evaluation["matrix"]), *map(len, evaluation["matrix"])]
+        return set(sides) == {count} and keys <= set(map(str, range(count)))
+
+    def shares(self) -> list[dict[str, Any]]:
+        """Return each part's shares of the classes; those of other classes are left out."""
+        parts, count = self.run.optional("shares.json", []), len(self.classes)
+        return [p for p in parts if len(p["with_class"]) == len(p["of_pixels"]) == count]
 
     @cached_property
-    def classes(self) -> list[str]:
-        """The class names."""
-        return list(self.optional("classes.json", {"classes": []})["classes"])
+    def combined(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """What infer.py wrote last: the columns that every row has, and the rows."""
+        rows = self.run.optional("infer/scores.json", [])
+        titles = ("selection", "test") if rows else ()
+        return [t for t in titles if all(fits(row.get(t), SCORE) for row in rows)], rows
 
     @cached_property
     def score(self) -> tuple[float, float, float] | None:
@@ -94,8 +135,8 @@ class RunLog:
     @cached_property
     def few_images(self) -> int | None:
         """Validation images of the smallest fold, if they are few for an interval."""
-        images = [fold.start.get("validation", FEW_IMAGES) for fold in self.folds.values()]
-        fewest = min(images, default=FEW_IMAGES)
+        images = [fold.start.get("validation") for fold in self.folds.values()]
+        fewest = min((count for count in images if isinstance(count, int)), default=FEW_IMAGES)
         return fewest if fewest < FEW_IMAGES else None
 
     @cached_property
@@ -107,7 +148,7 @@ class RunLog:
     @cached_property
     def seconds(self) -> float:
         """Time in training: as the summary has it, or from the first to the last line of a fold."""
-        done = self.optional("summary.json", {})
+        done = self.run.optional("summary.json", {})
         if done:
             return sum(one["seconds"] for one in done.values())
         return sum(_span(fold) for fold in self.folds.values())

@@ -11,7 +11,7 @@ from segkit import distributed
 from segkit.engine import Evaluation
 from segkit.files import write_json, write_text
 from segkit.metrics import FEW_IMAGES
-from segkit.output import ERROR, PALETTES, Color
+from segkit.output import ERROR, PALETTES, SAFE, Color
 from segkit.page import (
     cell,
     chart,
@@ -73,12 +73,8 @@ def write_run_page(run: Run) -> RunLog:
 
 def run_page(log: RunLog) -> str:
     """The page of a run."""
-    colors = PALETTES[log.config.get("infer", {}).get("palette", "safe")]
-    evaluations = {
-        fold: found
-        for fold in log.folds
-        if (found := log.optional(f"fold{fold}/evaluation.json")) is not None
-    }
+    colors = PALETTES.get(log.setting("infer.palette", "safe"), SAFE)
+    evaluations = log.evaluations()
     return document(
         log.name,
         {
@@ -86,7 +82,7 @@ def run_page(log: RunLog) -> str:
             "Pictures": _gallery(log, evaluations, colors),
             "Classes": _classes(log, colors),
             "Confusions": _confusions(log, evaluations),
-            "Models combined": _combined(log.optional("infer/scores.json", [])),
+            "Models combined": _combined(*log.combined),
             "Folds": _shares(log),
             "Notes": _notes(log),
             "Settings": _settings(log),
@@ -98,11 +94,11 @@ def run_page(log: RunLog) -> str:
 
 
 def _header(log: RunLog) -> str:
-    model = log.config["model"]
-    names = f"{model['decoder']['name']} on {model['backbone']['name']}"
-    note = f" · {log.config['note']}" if log.config["note"] else ""
-    done = log.optional("summary.json")
-    total = log.config["train"]["epochs"]
+    decoder, backbone = (log.setting(f"model.{p}.name", "–") for p in ("decoder", "backbone"))
+    names = f"{decoder} on {backbone}"
+    note = f" · {text}" if (text := log.setting("note", "")) else ""
+    done = log.run.optional("summary.json", {})
+    total = log.setting("train.epochs", 0)
     current = [one for fold in log.folds.values() for one in fold.steps[-1:]]
     state = "finished" if done else "starting"
     if not done and current:
@@ -232,10 +228,9 @@ def _confusions(log: RunLog, evaluations: dict[int, Any]) -> str:
     )
 
 
-def _combined(rows: Sequence[dict[str, Any]]) -> str:
-    if not rows:
+def _combined(titles: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    if not titles:
         return ""
-    titles = [title for title in ("selection", "test") if title in rows[0]]
     values = [row[title]["interval"] for row in rows for title in titles]
     low, high = min(v[0] for v in values), max(v[1] for v in values)
     head = ["mean IoU"]
@@ -340,7 +335,7 @@ def _card(fold: int, one: dict[str, Any], classes: Sequence[str], colors: Sequen
 
 
 def _shares(log: RunLog) -> str:
-    parts = log.optional("shares.json", [])
+    parts = log.shares()
     if not parts:
         return ""
     head = ["class", *(f"{part['title']} ({part['images']} images)" for part in parts)]
@@ -382,7 +377,7 @@ def _settings(log: RunLog) -> str:
             for key, value in values.items()
         ]
 
-    environment = log.optional("environment.json", {})
+    environment = log.run.optional("environment.json", {})
     return details(
         "Configuration, resolved", table(["key", "value"], rows(log.settings()))
     ) + details("Environment", table(["", ""], rows(environment)))
