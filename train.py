@@ -30,7 +30,7 @@ from segkit.data.pseudo import PseudoLabelled
 from segkit.data.source import Source, positions
 from segkit.engine import build_pipeline, evaluate, precision, recomputes, train_step
 from segkit.errors import ConfigError, DataError, SegkitError, shorten
-from segkit.losses import build_loss
+from segkit.losses import Criterion, build_loss
 from segkit.metrics import bootstrap_interval, scores
 from segkit.model import build_model, check_weights
 from segkit.optim import EMA, build_optimizer, build_schedule, set_lr
@@ -123,6 +123,11 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     criterion = build_loss(
         cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=len(classes)
     ).to(device)
+    if cfg.train.accumulate > 1 and (apart := per_part(criterion, cfg)):
+        say(
+            f"train.accumulate={cfg.train.accumulate}: {', '.join(apart)}: the mean over the "
+            "parts, not the loss of the whole batch (see docs/training.md)"
+        )
     optimizer = build_optimizer(
         model, cfg.optim.optimizer, lr=cfg.optim.lr, backbone_lr_factor=cfg.optim.backbone_lr_factor
     )
@@ -232,12 +237,11 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     while step < order.steps:
         parts = list(islice(batches, cfg.train.accumulate))
         set_lr(optimizer, factor := schedule(step))
-        # Dropout is a function of (seed, step, rank): there is no random state to save.
-        torch.manual_seed(mix(cfg.train.seed, step, distributed.rank()))
         result = train_step(
             net, criterion, optimizer, parts,
             amp=amp, scaler=scaler, clip_norm=cfg.optim.clip_norm,
             recompute=recomputes(cfg.train.recompute, device),
+            seeds=dropout_seeds(cfg, step), exact=cfg.train.accumulate_exact,
         )  # fmt: skip
         step += 1
         epoch = step // order.steps_per_epoch
@@ -494,6 +498,22 @@ def keep_best(
 
 def epoch_file(folder: Path, epoch: int) -> Path:
     return folder / f"epoch{epoch:04d}.pt"
+
+
+def per_part(criterion: Criterion, cfg: Config) -> list[str]:
+    """Names of the losses that are computed on each part of a step alone."""
+    sums = [] if cfg.train.accumulate_exact else criterion.sharing("sums")
+    return [*sums, *criterion.sharing("nothing")]
+
+
+def dropout_seeds(cfg: Config, step: int) -> list[int]:
+    """A seed for each part of a step on this rank: there is no random state to save.
+
+    Parts are numbered over all ranks, so that 4 parts on one rank draw as 2 on each of two do.
+    """
+    world_size, rank = distributed.world_size(), distributed.rank()
+    parts = range(cfg.train.accumulate)
+    return [mix(cfg.train.seed, step, part * world_size + rank) for part in parts]
 
 
 def mix(*numbers: int) -> int:

@@ -118,7 +118,16 @@ class Train:
 
     epochs: int = _setting(100, "passes over the training images", low=1)
     batch_size: int = _setting(8, "images an optimizer step, over all ranks together", low=1)
-    accumulate: int = _setting(1, "parts a rank's batch is computed in, one after the other", low=1)
+    accumulate: int = _setting(
+        1,
+        "parts a rank's batch is computed in, one after the other; dice, jaccard and tversky are "
+        "then the mean over parts, unless accumulate_exact; ohem_cross_entropy, lovasz, ms_ssim "
+        "and BatchNorm see each part alone",
+        low=1,
+    )
+    accumulate_exact: bool = _setting(
+        False, "dice, jaccard and tversky of all parts together, by a second forward pass of each"
+    )
     seed: int = _setting(0, "of weights, folds, order and augmentation", low=0, high=2**31)
     amp: Literal["auto", "off", "bf16", "fp16"] = _setting(
         "auto", "automatic mixed precision; auto picks what the hardware is fast at"

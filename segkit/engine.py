@@ -1,7 +1,7 @@
 """One training step, one evaluation, and a model from its checkpoint."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from segkit.config import Config, parse
 from segkit.data.loader import eval_batches
 from segkit.data.source import Source
 from segkit.distributed import Progress, all_reduce, rank, world_size
-from segkit.losses import Criterion
+from segkit.losses import Criterion, WholeStep
 from segkit.metrics import counts_of, image_matrices
 from segkit.model import Segmenter, build_model
 from segkit.recompute import recompute_activations
@@ -53,6 +53,8 @@ def train_step(
     scaler: torch.amp.GradScaler,
     clip_norm: float | None,
     recompute: bool = False,
+    seeds: Sequence[int] | None = None,
+    exact: bool = False,
 ) -> Step:
     """Forward, loss and backward over the parts of a batch, then one optimizer step.
 
@@ -63,25 +65,42 @@ def train_step(
         model: Plain or DistributedDataParallel; in training mode.
         criterion: Maps (outputs, masks) to (loss, parts).
         optimizer: Holds the model's parameters.
-        batches: (images, masks) on the model's device; gradients are averaged over them.
+        batches: (images, masks) of each part, on the model's device; see :attr:`Loss.shares` for
+            which losses are those of the whole batch.
         amp: Precision of autocast; ``None`` for none.
         scaler: Enabled for fp16 only.
         clip_norm: Largest norm of the gradient.
         recompute: Compute outputs of norms and activations again in backward, to save memory.
+        seeds: Of each part's dropout; default: from torch's own generator.
+        exact: Pass over the parts twice where a loss needs sums over all of them (Dice and its
+            like), so that it is the loss of the whole batch, too.
     """
     saving = recompute_activations if recompute else nullcontext
     statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
     optimizer.zero_grad(set_to_none=True)
     total: Tensor | float = 0.0
     sums: dict[str, Tensor] = {}
-    for number, (images, masks) in enumerate(batches, 1):
-        alone: AbstractContextManager = nullcontext()
-        if isinstance(model, DistributedDataParallel) and number < len(batches):
-            alone = model.no_sync()
-        with alone:
-            with saving(), torch.autocast(images.device.type, amp, enabled=amp is not None):
-                outputs = model(images)
-            loss, parts = criterion(outputs, masks)
+    whole = WholeStep([masks for _, masks in batches]) if len(batches) > 1 else None
+
+    def forward(number: int) -> Any:
+        if seeds is not None:
+            torch.manual_seed(seeds[number])
+        images = batches[number][0]
+        with saving(), torch.autocast(images.device.type, amp, enabled=amp is not None):
+            return model(images)
+
+    alone = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
+    if whole is not None and exact and criterion.sharing("sums"):
+        seeds = seeds or torch.randint(2**62, (len(batches),)).tolist()
+        # Not under no_grad, where attention may take other kernels, which draw another dropout.
+        for number, (_, masks) in enumerate(batches):
+            with alone():
+                criterion.collect(forward(number), masks, whole)
+        for buffer, before in statistics:
+            buffer.copy_(before)
+    for number, (_, masks) in enumerate(batches):
+        with alone() if number < len(batches) - 1 else nullcontext():
+            loss, parts = criterion(forward(number), masks, whole)
             scaler.scale(loss / len(batches)).backward()
         total = total + loss.detach() / len(batches)
         for name, part in parts.items():

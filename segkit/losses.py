@@ -4,6 +4,9 @@ Most of them are functions of a few sums over pixels, so those sums are what is 
 :class:`Pixels`), what is shared between the terms of a :class:`Criterion`, and what is summed over
 the ranks: the loss, and its gradient, are those of the global batch. OHEM, Lovász and MS-SSIM are
 no functions of sums; they are computed on each rank's own batch.
+
+A batch may come in several parts (``train.accumulate``). Then the loss of the step is the mean of
+its parts' losses, each of them scored against the :class:`WholeStep`: see :attr:`Loss.shares`.
 """
 
 import math
@@ -17,9 +20,31 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from segkit.config import Component, build
-from segkit.distributed import sum_over_ranks
+from segkit.distributed import sum_over_ranks, world_size
 from segkit.errors import ConfigError
 from segkit.labels import IGNORE
+
+
+class WholeStep:
+    """What the parts of one step share: counts of classes, and sums where they were collected.
+
+    Args:
+        targets: Of all parts of this rank.
+
+    Attributes:
+        parts: How many.
+        count: (images, 256), valid and ignored pixels of each class in the images of all parts.
+        sums: :attr:`Pixels.sums` of each output over all parts and ranks, from
+            :meth:`Criterion.collect`.
+
+    Shape:
+        targets: (B, H, W) each
+    """
+
+    def __init__(self, targets: Sequence[Tensor]) -> None:
+        self.parts = len(targets)
+        self.count = torch.cat([_count(target) for target in targets])
+        self.sums: dict[str, Tensor] = {}
 
 
 class Pixels:
@@ -29,13 +54,23 @@ class Pixels:
         logits: Any floating type; everything below is at least fp32.
         target: Class indices, ``IGNORE`` where there is none.
         across_ranks: Whether :meth:`total` sums over the ranks of a distributed run.
+        step: The step of which these pixels are a part; none: they are all of it.
+        output: Name of the decoder's output.
 
     Shape:
         logits: (B, C, H, W)
         target: (B, H, W), uint8 or int64
     """
 
-    def __init__(self, logits: Tensor, target: Tensor, *, across_ranks: bool = False) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        across_ranks: bool = False,
+        step: WholeStep | None = None,
+        output: str = "out",
+    ) -> None:
         if logits.dim() != 4 or target.shape != logits.shape[:1] + logits.shape[2:]:
             raise ValueError(
                 f"expected logits (B, C, H, W) and target (B, H, W), "
@@ -44,6 +79,8 @@ class Pixels:
         self.logits = logits
         self.target = target
         self.across_ranks = across_ranks
+        self.step = step
+        self.output = output
 
     @cached_property
     def valid(self) -> Tensor:
@@ -85,6 +122,28 @@ class Pixels:
         return self.by_class(self.log_true.exp())
 
     @cached_property
+    def sums(self) -> Tensor:
+        """(3, 1, C): intersection, area and count of the batch; of the step where collected."""
+        sums = torch.stack([self.intersection, self.area, self.count]).sum(1, keepdim=True)
+        if self.step is None or self.output not in self.step.sums:
+            return self.total(sums)
+        # The step's value, and this part's gradient. Gradients are averaged over parts and ranks.
+        averaged = self.step.parts * (world_size() if self.across_ranks else 1)
+        return self.step.sums[self.output] + averaged * (sums - sums.detach())
+
+    @property
+    def step_count(self) -> Tensor:
+        """(images, C): :attr:`count` of all images of the step."""
+        if self.step is None:
+            return self.count
+        return self.step.count[:, : self.logits.shape[1]].to(_at_least_fp32(self.logits))
+
+    @property
+    def step_valid(self) -> Tensor:
+        """(): valid pixels of the step."""
+        return self.valid.sum() if self.step is None else self.step.count[:, :IGNORE].sum()
+
+    @cached_property
     def probabilities(self) -> Tensor:
         """(B, C, H, W): for the losses that need all of them."""
         return self.logits.to(_at_least_fp32(self.logits)).softmax(1)
@@ -104,15 +163,29 @@ class Pixels:
         total, count = self.total(torch.stack([total, count.to(total)])).unbind()
         return total / torch.where(count > 0, count, 1)
 
+    def step_mean(self, total: Tensor, step_count: Tensor) -> Tensor:
+        """``total`` by the average count of the step's parts, over the ranks.
+
+        The mean of this over the parts is the mean over the whole step.
+        """
+        return self.mean(total, step_count if self.step is None else step_count / self.step.parts)
+
 
 class Loss(nn.Module):
     """A loss of :class:`Pixels`: callable alone, or as a term of a :class:`Criterion`.
+
+    Attributes:
+        shares: By what the mean over the parts of a step is the loss of the whole step: by counts,
+            which the masks tell; by sums, which a first pass over the parts must collect; or by
+            nothing, so that it is the mean of separate losses.
 
     Shape:
         logits: (B, C, H, W)
         target: (B, H, W), uint8 or int64, ``IGNORE`` where there is none
         loss: (), fp32 (float64 for float64 logits)
     """
+
+    shares: Literal["counts", "sums", "nothing"] = "counts"
 
     def of(self, pixels: Pixels) -> Tensor:
         """The loss of pixels that other losses may share."""
@@ -151,7 +224,7 @@ class CrossEntropy(Loss):
         if self.label_smoothing:
             spread = -(pixels.log_area * weights).mean(1).sum()
             loss = torch.lerp(loss, spread, self.label_smoothing)
-        return pixels.mean(loss, (pixels.count * weights).sum())
+        return pixels.step_mean(loss, (pixels.step_count * weights).sum())
 
 
 class Focal(Loss):
@@ -178,7 +251,7 @@ class Focal(Loss):
         # The floor keeps the derivative of the power finite at p = 1 for any gamma.
         doubt = (-pixels.log_true.expm1()).clamp_min(torch.finfo(pixels.log_true.dtype).eps)
         losses = pixels.by_class(-pixels.log_true * doubt**self.gamma)
-        return pixels.mean((losses * _ones_or(self.alpha, losses)).sum(), pixels.count.sum())
+        return pixels.step_mean((losses * _ones_or(self.alpha, losses)).sum(), pixels.step_valid)
 
 
 class SigmoidFocal(Loss):
@@ -203,7 +276,7 @@ class SigmoidFocal(Loss):
         true, others = _SigmoidFocalSums.apply(pixels.logits, pixels.target, self.gamma)
         right, wrong = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
         loss = right * true + wrong * others
-        return pixels.mean(loss, pixels.valid.sum() * pixels.logits.shape[1])
+        return pixels.step_mean(loss, pixels.step_valid * pixels.logits.shape[1])
 
 
 class Tversky(Loss):
@@ -236,22 +309,28 @@ class Tversky(Loss):
         self.smooth = smooth
         self.per_image = per_image
         self.classes = classes
+        self.shares = "counts" if per_image else "sums"
 
     def of(self, pixels: Pixels) -> Tensor:
-        sums = torch.stack([pixels.intersection, pixels.area, pixels.count])
-        if not self.per_image:
-            sums = pixels.total(sums.sum(1, keepdim=True))
+        sums = pixels.sums
+        if self.per_image:
+            sums = torch.stack([pixels.intersection, pixels.area, pixels.count])
         true_positive, predicted, truth = sums
         errors = self.alpha * (predicted - true_positive) + self.beta * (truth - true_positive)
         below = (true_positive + errors + self.smooth).clamp_min(1e-7)
         index = (true_positive + self.smooth) / below
-        counted = truth > 0
-        if self.classes == "all":
-            counted = counted.any(1, keepdim=True).expand_as(truth)
-        loss, number = ((1 - index) * counted).sum(), counted.sum()
+        counted = self._counted(truth)
+        loss = ((1 - index) * counted).sum()
         if self.per_image:
-            return pixels.mean(loss, number)
-        return loss / number.clamp_min(1)
+            return pixels.step_mean(loss, self._counted(pixels.step_count).sum())
+        return loss / counted.sum().clamp_min(1)
+
+    def _counted(self, truth: Tensor) -> Tensor:
+        """Which classes of each image the mean is over."""
+        present = truth > 0
+        if self.classes == "all":
+            return present.any(1, keepdim=True).expand_as(truth)
+        return present
 
 
 class Dice(Tversky):
@@ -313,6 +392,8 @@ class OHEMCrossEntropy(Loss):
     at the limit are all kept, so the selection is never empty by a tie.
     """
 
+    shares = "nothing"
+
     def __init__(self, *, threshold: float = 0.7, min_kept: int = 100_000) -> None:
         super().__init__()
         _check_share("threshold", threshold)
@@ -339,6 +420,8 @@ class Lovasz(Loss):
 
     The mean is over classes present in the target.
     """
+
+    shares = "nothing"
 
     def __init__(self, *, per_image: bool = False) -> None:
         super().__init__()
@@ -379,6 +462,7 @@ class MSSSIM(Loss):
     power of a negative number is NaN.
     """
 
+    shares = "nothing"
     scale_weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
     window = 11
     sigma = 1.5
@@ -421,7 +505,7 @@ class Presence(nn.Module):
         super().__init__()
         self.background = background
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, step: WholeStep | None = None) -> Tensor:
         with _no_autocast(logits):
             logits = logits.to(_at_least_fp32(logits))
             seen = logits.new_zeros(len(target), IGNORE + 1)
@@ -430,7 +514,11 @@ class Presence(nn.Module):
             truth = seen[:, first : logits.shape[1]]
             losses = F.binary_cross_entropy_with_logits(logits[:, first:], truth, reduction="none")
             known = seen[:, :IGNORE].any(1, keepdim=True).expand_as(losses)
-            sums = torch.stack([(losses * known).sum(), known.sum().to(losses)])
+            count = known.sum()
+            if step is not None:
+                images = step.count[:, :IGNORE].any(1).sum()
+                count = images * losses.shape[1] / step.parts
+            sums = torch.stack([(losses * known).sum(), count.to(losses)])
             total, count = sum_over_ranks(sums) if self.training else sums
             return total / torch.where(count > 0, count, 1)
 
@@ -462,20 +550,39 @@ class Criterion(nn.Module):
             self.losses["presence"] = Presence()
         self.aux_weight = aux_weight
 
+    def sharing(self, what: str) -> list[str]:
+        """Names of the terms that share ``what`` between the parts of a step."""
+        return [name for name, loss in self.losses.items() if getattr(loss, "shares", None) == what]
+
+    @torch.no_grad()
+    def collect(self, outputs: Mapping[str, Tensor], target: Tensor, step: WholeStep) -> None:
+        """Add a part's sums to those of its step, before the parts are scored."""
+        for name, logits in outputs.items():
+            if logits.dim() == 4:
+                with _no_autocast(logits):
+                    sums = Pixels(logits, target, across_ranks=self.training).sums
+                step.sums[name] = step.sums.get(name, 0) + sums
+
     def forward(
-        self, outputs: Mapping[str, Tensor], target: Tensor
+        self, outputs: Mapping[str, Tensor], target: Tensor, step: WholeStep | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its parts before weighting: each term on ``out``, each auxiliary output.
+
+        Args:
+            outputs: Of the decoder.
+            target: Class indices.
+            step: The step that this batch is a part of; none: it is all of it. The mean over the
+                parts is the loss of the step.
 
         Raises:
             ConfigError: The decoder's outputs are not those that the configuration is made for.
         """
         others = [name for name in outputs if name != "out"]
-        terms = self._terms(outputs["out"], target)
+        terms = self._terms("out", outputs["out"], target, step)
         parts = {name: value.detach() for name, value in terms.items()}
         loss = self._weigh(terms)
         for name, weight in zip(others, self._aux_weights(len(others)), strict=True):
-            value = self._weigh(self._terms(outputs[name], target))
+            value = self._weigh(self._terms(name, outputs[name], target, step))
             parts[name] = value.detach()
             loss = loss + weight * value
         if self.training and self.needs_presence and all(x.dim() > 2 for x in outputs.values()):
@@ -485,11 +592,13 @@ class Criterion(nn.Module):
             )
         return loss, parts
 
-    def _terms(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def _terms(
+        self, output: str, logits: Tensor, target: Tensor, step: WholeStep | None
+    ) -> dict[str, Tensor]:
         if logits.dim() == 2:
-            return {"presence": self.losses["presence"](logits, target)}
+            return {"presence": self.losses["presence"](logits, target, step)}
         with _no_autocast(logits):
-            pixels = Pixels(logits, target, across_ranks=self.training)
+            pixels = Pixels(logits, target, across_ranks=self.training, step=step, output=output)
             return {
                 name: loss.of(pixels)
                 for name, loss in self.losses.items()
@@ -681,6 +790,13 @@ def _pieces(x: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 _PIECE = 1 << 18  # numbers, so 1 MiB of fp32
+
+
+def _count(target: Tensor) -> Tensor:
+    """(B, H, W) to (B, 256): pixels of each value, counted without waiting for the device."""
+    rows = torch.zeros(*target.shape[:2], IGNORE + 1, device=target.device)
+    ones = torch.ones(target.shape, device=target.device)
+    return rows.scatter_add_(2, target.long(), ones).sum(1)
 
 
 def _split(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -145,6 +145,24 @@ def test_deterministic_runs_are_equal_to_the_bit(tiny: list[str]) -> None:
     torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=0, atol=0)
 
 
+def test_a_run_says_which_losses_are_computed_on_each_part(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds: list[list[int]] = []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        assert options["exact"]
+        seeds.append(options["seeds"])
+        return train_step(*args, **options)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    settings = ["accumulate=2", "accumulate_exact=true", "epochs=1", "batch_size=4"]
+    words = [word for one in settings for word in ("--set", f"train.{one}")]
+    train.main([*tiny, *words, "--set", 'loss.terms=["dice","lovasz"]'])
+    assert "train.accumulate=2: lovasz: the mean over the parts" in capsys.readouterr().out
+    assert len({seed for step in seeds for seed in step}) == 2 * len(seeds) > 0
+
+
 def test_a_model_comes_back_from_its_checkpoint_alone(tiny: list[str]) -> None:
     train.main(tiny)
     model, config, rest = load_model(Path("run/fold0/best.pt"))

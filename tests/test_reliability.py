@@ -232,7 +232,8 @@ def test_fifty_kills_change_no_bit_of_the_weights(folder: Path) -> None:
     assert counts[0]["miou"] == counts[1]["miou"]
 
 
-# No dropout, which differs by rank; no BatchNorm, which sees each part of a batch alone.
+# No dropout, which differs with the number of parts over all ranks; no BatchNorm, which sees each
+# part of a batch alone.
 SMOOTH = {
     "augment.train": ["hflip", {"name": "resize", "size": [64, 64]}],
     "model.backbone": {"name": "convnext_tiny", "drop_path": 0.0},
