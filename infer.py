@@ -46,7 +46,11 @@ def main(argv: Sequence[str]) -> None:
     say = command.voice(quiet=args.quiet, verbose=args.verbose)
     if args.weigh_views and cfg.infer.merge != "mean":
         raise ConfigError("infer.merge: --weigh-views weighs the mean of probabilities; use 'mean'")
-    with distributed.session(args.device, cfg.train.timeout) as device:
+    lost = command.end_without_peer
+    with (
+        distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device,
+        command.memory_advice(command.MEMORY_TO_PREDICT),
+    ):
         photos = open_photos(args, cfg)
         out, soups = claim_folders(args, runs[0], photos.source)
         votes = VOTES if args.compare else (args.vote,)

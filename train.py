@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,12 +40,24 @@ from segkit.report import Gallery, class_table, record, score_table, write_run_p
 from segkit.run import Run, new_folder, newest
 from segkit.tta import parse_views
 
+MEMORY_TO_TRAIN = (
+    "set train.recompute=on or the backbone's checkpointing=true, raise train.accumulate, or lower "
+    "train.batch_size or the crop (augment.size), in a new run; with the same settings, what was "
+    "saved goes on with --run-dir {run} --resume"
+)
+MEMORY_TO_EVALUATE = (
+    "in an evaluation; lower infer.batch_size and go on with --run-dir {run} --resume, or set "
+    "infer.tile in a new run"
+)
+"""What to do where the device's memory is too small."""
+
 
 def main(argv: Sequence[str]) -> None:
     args = parse_arguments(argv)
     cfg = config.load(args.cfg, args.set)
     check(cfg)
-    with distributed.session(args.device, cfg.train.timeout) as device:
+    lost = command.end_without_peer
+    with distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device:
         torch.use_deterministic_algorithms(cfg.train.deterministic)
         torch.backends.cudnn.benchmark = not cfg.train.deterministic
         say = command.voice(quiet=args.quiet, verbose=args.verbose)
@@ -58,11 +71,12 @@ def main(argv: Sequence[str]) -> None:
         tell_faults((pseudo or train_source, val_source), run, say)
         before = run.optional("summary.json", {})
         summary = {}
-        with track.following(run, cfg.track.trackers) as trackers:
+        with track.following(run, cfg.track.trackers) as trackers, Stop() as stop:
             sources = train_source, val_source, pseudo
-            job = Job(cfg, run, split, *sources, device, resume, Stop(), say, trackers)
+            job = Job(cfg, run, split, *sources, device, resume, stop, say, trackers)
             for fold in chosen_folds(args.folds, len(split.folds)):
-                summary[f"fold{fold}"] = train_fold(job, fold)
+                with command.memory_advice(MEMORY_TO_TRAIN.format(run=run.folder)):
+                    summary[f"fold{fold}"] = train_fold(job, fold)
                 if job.stop.signal:
                     say(f"stopped by {job.stop.name}; go on with: --run-dir {run.folder} --resume")
                     sys.exit(130 if job.stop.signal == signal.SIGINT else 0)
@@ -279,10 +293,11 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
             predict.model.eval()
             distributed.share_buffers(predict.model)
             gallery = Gallery(val_source, validation, size=cfg.track.images)
-            evaluation = evaluate(
-                predict.mask, val_source, validation, device=device, watch=gallery.add,
-                batch_size=cfg.infer.batch_size, workers=cfg.data.workers,
-            )  # fmt: skip
+            with command.memory_advice(MEMORY_TO_EVALUATE.format(run=run.folder)):
+                evaluation = evaluate(
+                    predict.mask, val_source, validation, device=device, watch=gallery.add,
+                    batch_size=cfg.infer.batch_size, workers=cfg.data.workers,
+                )  # fmt: skip
             found = scores(evaluation.matrix)
             if found.miou is None:
                 raise DataError(f"fold {fold}: no validation image has a labelled pixel")
@@ -522,18 +537,33 @@ def mix(*numbers: int) -> int:
 
 
 class Stop:
-    """SIGTERM or SIGINT ends the run, saved, after the step under way; a second one at once."""
+    """Within its block, SIGTERM or SIGINT ends the run, saved, after the step under way.
+
+    A second one ends it at once. torchrun passes on what it gets, so a rank that is in a process
+    group with it gets each signal twice: within two seconds they count once.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
         self.pending = 0
-        for one in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(one, self._receive)
+        self._time = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _: Any) -> None:
-        if self.pending:
-            raise KeyboardInterrupt
-        self.pending = number
+        now = time.monotonic()
+        if not self.pending:
+            self.pending, self._time = number, now
+        elif not dist.is_torchelastic_launched() or now - self._time > 2:
+            command.end("interrupted", 130)
 
     @property
     def name(self) -> str:

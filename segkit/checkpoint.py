@@ -38,8 +38,9 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
             try:
                 torch.save({"format": FORMAT, **state}, file)
             except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # a full disk, which torch only hints at
-                    raise error.__context__ from None
+                cause = error.__context__
+                if isinstance(cause, OSError):  # a full disk, which torch only hints at
+                    raise OSError(cause.errno, cause.strerror, str(path)) from None
                 raise
         found = hashlib.sha256()
         with draft.open("r+b") as file:

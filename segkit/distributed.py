@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from segkit.errors import SegkitError
+from segkit.peers import watch_ranks
 
 
 def rank() -> int:
@@ -35,35 +36,79 @@ def is_main() -> bool:
 
 
 @contextmanager
-def session(device: str | None = None, timeout: float = 30.0) -> Iterator[torch.device]:
+def session(
+    device: str | None = None, timeout: float = 30.0, *, on_lost: Callable[[], None] | None = None
+) -> Iterator[torch.device]:
     """The process group torchrun asked for (NCCL on CUDA, else gloo), and this rank's device.
 
     Args:
-        device: ``"cpu"`` or ``"cuda"``; default CUDA where there is one.
+        device: As torch names it, such as ``"cpu"``, ``"cuda:1"`` or ``"mps"``; default CUDA where
+            there is one. Without a number, each rank of a machine gets its own; with one, they
+            share it (by gloo, as NCCL cannot).
         timeout: Minutes a rank waits for the others in one exchange before it ends with an error.
-            A lost rank is mostly noticed at once, but gloo may miss one that dies amid a large
-            transfer.
+        on_lost: Called from a thread when the process of another rank ends before its session
+            does; see :func:`segkit.peers.watch_ranks`.
+
+    Raises:
+        SegkitError: There is no such device here, or not all ranks met.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    here = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(here)
+    here = _choose_device(device)
+    if here.type != "cpu":
+        torch.accelerator.set_device_index(here.index)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield here
         return
+    shared = device is not None and ":" in device and int(os.environ["LOCAL_WORLD_SIZE"]) > 1
     store, rank, world_size = next(dist.rendezvous("env://"))
+    store = _meet(store, rank, world_size, timeout)
     dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
-        store=_meet(store, rank, world_size, timeout),
+        "gloo" if shared else dist.get_default_backend_for_device(here),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(minutes=timeout),
     )
+    announce_end = None if on_lost is None else watch_ranks(store, rank, world_size, on_lost)
     try:
         yield here
-    finally:
-        dist.destroy_process_group()
+    except SystemExit:  # all ranks have agreed to stop
+        _leave(announce_end)
+        raise
+    _leave(announce_end)  # not after an error: that would wait for the other ranks
+
+
+def _leave(announce_end: Callable[[], None] | None) -> None:
+    if announce_end is not None:
+        announce_end()
+    dist.destroy_process_group()
+
+
+def _choose_device(name: str | None) -> torch.device:
+    """This rank's device."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if accelerator is None else accelerator.type
+    count = 1 if accelerator is None else torch.accelerator.device_count()
+    known = "cpu" if kind == "cpu" else f"cpu, {kind}, {kind}:0 to {kind}:{count - 1}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # torch knows no such word
+        device = torch.device("meta")
+    if device.type not in ("cpu", kind):
+        raise SegkitError(
+            f"device {name}: does not exist here, with torch {torch.__version__}; "
+            f"expected one of: {known}"
+        )
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    if index >= count:
+        raise SegkitError(
+            f"device {kind}:{index}: does not exist here; expected one of: {known}, and with "
+            f"torchrun at most {count} ranks on this machine"
+        )
+    return torch.device(kind, index)
 
 
 def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:

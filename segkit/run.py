@@ -25,6 +25,7 @@ RUNS = Path("runs")
 FREE = {
     *("data.workers", "data.cache", "data.cache_gb"),
     *("train.save_every", "train.log_every", "train.timeout"),
+    "infer.batch_size",
 }
 """Settings that a resumed run may change: no weight depends on them."""
 

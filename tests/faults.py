@@ -1,6 +1,7 @@
 """train.py with a fault planted: ``faults.py KIND PHASE RANK MARKER [arguments of train.py]``.
 
-KIND is ``kill`` or ``raise``. The fault strikes once: MARKER is a file that says it has.
+KIND is ``kill`` or ``stop`` (a signal), or one of ERRORS. The fault strikes once: MARKER is a file
+that says it has.
 """
 
 import os
@@ -12,23 +13,43 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
+
 import train
-from segkit import command, files
-from segkit.errors import SegkitError
+from segkit import command, files, track
+from segkit.data.loader import EvalImages, TrainImages
+from segkit.errors import DataError, SegkitError
 
 PHASES: dict[str, tuple[Any, str, int]] = {
     "start": (train, "build_model", 2),  # the first call only checks the configuration
     "step": (train, "train_step", 3),
     "evaluation": (train, "evaluate", 1),
     "save": (files, "flush", 2),  # of the first epoch's last.pt: rank 0 has written its draft
+    "page": (train, "write_run_page", 1),
+    "tracker": (track.CSVTracker, "event", 2),
+    "worker": (TrainImages, "__getitem__", 2),
+    "image": (EvalImages, "__getitem__", 1),
 }
 """Where each phase is met, and at which call of it the fault strikes."""
+
+ERRORS: dict[str, Exception] = {
+    "damage": DataError("planted.png is damaged"),
+    "bug": KeyError("planted"),
+    "memory": torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
+    ),
+    "host memory": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 1099511627776 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+}
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 def plant(kind: str, phase: str, marker: Path) -> None:
     """Make a function fail at one of its calls, unless it has before."""
     owner, name, at = PHASES[phase]
-    if phase == "save" and os.environ["RANK"] != "0":
+    if phase == "save" and os.environ.get("RANK", "0") != "0":
         owner, name, at = train.Stop, "asked", 2  # the others wait there meanwhile
     whole: Callable[..., Any] = getattr(owner, name)
     calls = 0
@@ -38,9 +59,11 @@ def plant(kind: str, phase: str, marker: Path) -> None:
         calls += 1
         if calls == at and not marker.exists():
             marker.touch()
-            if kind == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise SegkitError(f"planted in {phase}")
+            if kind in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[kind])
+            if kind == "damage":
+                return ERRORS[kind]  # as a worker returns it
+            raise SegkitError(f"planted in {phase}") if kind == "raise" else ERRORS[kind]
         return whole(*args, **options)
 
     setattr(owner, name, faulty)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "segkit"
 
 LAYERS = [
-    {"errors", "files", "labels"},
+    {"errors", "files", "labels", "peers"},
     {"config", "depthwise", "distributed", "command"},
     {"augment", "losses", "metrics", "backbones", "decoders", "checkpoint", "fold", "recompute"},
     {"weights", "export", "data", "optim"},

@@ -1,8 +1,13 @@
 """Batches: which image, in which order, on which rank; all of it a function of seed and step."""
 
+import atexit
 import functools
 import hashlib
+import os
 import signal
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +192,7 @@ def train_batches(
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_stack_pairs if images.render else _list_samples,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
@@ -210,7 +215,7 @@ def eval_batches(
         batch_sampler=_same_size(source, indices[rank() :: world_size()], batch_size),
         num_workers=workers,
         collate_fn=_stack_eval,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_start_worker,
     )
     return _checked(loader)
 
@@ -247,10 +252,31 @@ def _same_size(source: Any, indices: Sequence[int], batch_size: int) -> list[lis
     return batches
 
 
-def _leave_signals(worker: int) -> None:
-    """Signals are for the process that trains; its workers end with it."""
+def _start_worker(worker: int) -> None:
+    """Let a worker end when its parent does, and by no signal that a whole process group gets.
+
+    A training that gets SIGTERM still needs its workers for the step under way.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+_started: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The workers of this process."""
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Kill what is left of the workers: Python sends them SIGTERM at exit, and waits for ever."""
+    for worker in _started:
+        worker.kill()
 
 
 def _list_samples(samples: list[Sample | DataError]) -> list[tuple] | DataError:
@@ -286,9 +312,13 @@ def _stack_eval(samples: list) -> EvalBatch | DataError:
 
 
 def _checked(loader: DataLoader) -> Iterator[Any]:
-    for batch in loader:
+    iterator = iter(loader)
+    _started.update(getattr(iterator, "_workers", ()))
+    for batch in iterator:
         if isinstance(batch, DataError):
-            raise batch
+            # A new one: raising what a variable of this frame holds makes a cycle, which would keep
+            # the loader and its workers after the error was dealt with.
+            raise DataError(*batch.args)
         yield batch
 
 
