@@ -7,6 +7,7 @@ threads and ranks that wait in a collective are left, and the message is the las
 import argparse
 import errno
 import io
+import json
 import logging
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -40,19 +42,16 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     sys.stdout, sys.stderr = _open_output(sys.stdout), _open_output(sys.stderr)
     try:
         main(arguments)
-    except SystemExit:
-        _kill_workers()
-        raise
     except KeyboardInterrupt:
         end("interrupted", 130)
-    except BaseException as error:
+    except Exception as error:
         sentence = _explain(error)
         if sentence is None or "--debug" in arguments:
             traceback.print_exc()
         if sentence is None:
             sentence = f"this is a bug, of segkit or of a package: {_summary(error)}"
+        _report_to_torchrun(sentence)
         end(sentence, 1)
-    _kill_workers()
     sys.exit(0)
 
 
@@ -191,6 +190,14 @@ def _explain(error: BaseException) -> str | None:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             return f"{_LOST} ({_summary(error)})"
     return None
+
+
+def _report_to_torchrun(sentence: str) -> None:
+    """Give torchrun the sentence for its own report, which comes after it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not sentence.startswith(_LOST):  # the report begins with the first cause
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -275,6 +275,8 @@ _started: weakref.WeakSet[Any] = weakref.WeakSet()
 @atexit.register
 def _kill_workers() -> None:
     """Kill what is left of the workers: Python sends them SIGTERM at exit, and waits for ever."""
+    if _started:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the kills
     for worker in _started:
         worker.kill()
 
