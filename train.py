@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from segkit import checkpoint, command, config, distributed, track
+from segkit import backend, checkpoint, command, config, distributed, track
 from segkit.config import Config
 from segkit.data import SOURCES, open_source
 from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shares, table
@@ -57,9 +57,8 @@ def main(argv: Sequence[str]) -> None:
     cfg = config.load(args.cfg, args.set)
     check(cfg)
     lost = command.end_without_peer
+    backend.set_deterministic(cfg.train.deterministic)
     with distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device:
-        torch.use_deterministic_algorithms(cfg.train.deterministic)
-        torch.backends.cudnn.benchmark = not cfg.train.deterministic
         say = command.voice(quiet=args.quiet, verbose=args.verbose)
         train_source = open_source(cfg, "train")
         val_source = open_source(cfg, "val") if cfg.data.val else train_source
@@ -247,16 +246,19 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     )  # fmt: skip
     started = since = time.perf_counter()
     since_step = step
+    shapes: list[torch.Size] = []
     net.train()
     while step < order.steps:
         parts = list(islice(batches, cfg.train.accumulate))
         set_lr(optimizer, factor := schedule(step))
-        result = train_step(
-            net, criterion, optimizer, parts,
-            amp=amp, scaler=scaler, clip_norm=cfg.optim.clip_norm,
-            recompute=recomputes(cfg.train.recompute, device),
-            seeds=dropout_seeds(cfg, step), exact=cfg.train.accumulate_exact,
-        )  # fmt: skip
+        shapes, last_shapes = [images.shape for images, _ in parts], shapes
+        with backend.cudnn_autotuning(shapes == last_shapes):
+            result = train_step(
+                net, criterion, optimizer, parts,
+                amp=amp, scaler=scaler, clip_norm=cfg.optim.clip_norm,
+                recompute=recomputes(cfg.train.recompute, device),
+                seeds=dropout_seeds(cfg, step), exact=cfg.train.accumulate_exact,
+            )  # fmt: skip
         step += 1
         epoch = step // order.steps_per_epoch
         ends_epoch = step % order.steps_per_epoch == 0

@@ -133,10 +133,13 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
         return torch.float16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    # torch 2.9 does not say what a CPU can do, and so computes in full precision there.
-    known = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")
-    cpu = torch.cpu.get_capabilities() if known else {}
-    fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16")
+    if device.type != "cpu":
+        return None
+    if hasattr(torch.cpu, "get_capabilities"):
+        cpu = torch.cpu.get_capabilities()
+        fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16")
+    else:  # torch 2.9
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else None
 
 

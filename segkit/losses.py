@@ -404,7 +404,12 @@ class OHEMCrossEntropy(Loss):
     def of(self, pixels: Pixels) -> Tensor:
         surety = pixels.log_true.detach().masked_fill(~pixels.valid, math.inf).flatten()
         kept = min(self.min_kept, surety.numel())
-        limit = surety.kthvalue(kept).values if kept else surety.new_tensor(-math.inf)
+        if not kept:
+            limit = surety.new_tensor(-math.inf)
+        elif torch.are_deterministic_algorithms_enabled():  # torch 2.9 refuses kthvalue on CUDA
+            limit = surety.sort().values[kept - 1]
+        else:
+            limit = surety.kthvalue(kept).values
         threshold = math.log(self.threshold) if self.threshold else -math.inf
         hard = ((surety < threshold) | (surety <= limit)) & pixels.valid.flatten()
         return pixels.mean(-(pixels.log_true.flatten() * hard).sum(), hard.sum())

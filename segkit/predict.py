@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segkit.backend import cudnn_autotuning
 from segkit.tta import Merge, View, merge_views
 
 # The deepest stride of any backbone. Tiles start at its multiples, so that a model whose layers
@@ -160,7 +161,8 @@ class Predictor:
             missing = (0, max(0, STRIDE - width), 0, max(0, STRIDE - height))
             image = F.pad(image, missing, mode="replicate")
         image = image.contiguous(memory_format=self.memory_format)
-        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+        precision = torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+        with precision, cudnn_autotuning(False):
             return self.model(image)["out"][..., :height, :width]
 
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "segkit"
 
 LAYERS = [
     {"errors", "files", "labels", "peers"},
-    {"config", "depthwise", "distributed", "command"},
+    {"backend", "config", "depthwise", "distributed", "command"},
     {"augment", "losses", "metrics", "backbones", "decoders", "checkpoint", "fold", "recompute"},
     {"weights", "export", "data", "optim"},
     {"model", "run"},

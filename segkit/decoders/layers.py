@@ -149,7 +149,7 @@ class ASPP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        average = self.average(F.adaptive_avg_pool2d(x, 1)).expand(-1, -1, *x.shape[-2:])
+        average = self.average(average_pool(x, 1)).expand(-1, -1, *x.shape[-2:])
         views = [*(branch(x) for branch in self.branches), average]
         return self.dropout(self.project(torch.cat(views, 1)))
 
@@ -251,13 +251,17 @@ def _shifted(length: int, to: int, like: Tensor) -> Tensor:
 def average_pool(x: Tensor, bins: int) -> Tensor:
     """Averages over a grid of ``bins`` x ``bins`` parts of a map: (B, C, bins, bins).
 
-    While a model is exported the same averages are two products with matrices, which any size
-    has: torch's own operation takes but sizes that ``bins`` divides, or a single one.
+    The same averages are two products with matrices where torch's own operation falls short: while
+    a model is exported (it takes only sizes that ``bins`` divides) and with deterministic
+    algorithms (it has no deterministic gradient on CUDA).
     """
-    if bins == 1 or not torch.compiler.is_exporting():
+    if bins == 1 or not (
+        torch.compiler.is_exporting() or torch.are_deterministic_algorithms_enabled()
+    ):
         return F.adaptive_avg_pool2d(x, bins)
-    rows, columns = (_averages(length, bins, x) for length in x.shape[-2:])
-    return rows @ x @ columns.T
+    with exactly(x) as (exact,):
+        rows, columns = (_averages(length, bins, exact) for length in x.shape[-2:])
+        return (rows @ exact @ columns.T).to(x.dtype)
 
 
 def _averages(length: int, bins: int, like: Tensor) -> Tensor:
