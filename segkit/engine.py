@@ -31,7 +31,7 @@ class Step:
     """What a training step has to tell; tensors, so that asking for them is what waits.
 
     Args:
-        loss: Of the step's batch.
+        loss: Of the step's batch, over all ranks.
         parts: The loss by its terms.
         gradient_norm: Before clipping.
         finite: Whether the weights moved.
@@ -78,8 +78,6 @@ def train_step(
     saving = recompute_activations if recompute else nullcontext
     statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
     optimizer.zero_grad(set_to_none=True)
-    total: Tensor | float = 0.0
-    sums: dict[str, Tensor] = {}
     whole = WholeStep([masks for _, masks in batches]) if len(batches) > 1 else None
 
     def forward(number: int) -> Any:
@@ -98,13 +96,15 @@ def train_step(
                 criterion.collect(forward(number), masks, whole)
         for buffer, before in statistics:
             buffer.copy_(before)
+    values: list[Tensor] = []
     for number, (_, masks) in enumerate(batches):
         with alone() if number < len(batches) - 1 else nullcontext():
             loss, parts = criterion(forward(number), masks, whole)
             scaler.scale(loss / len(batches)).backward()
-        total = total + loss.detach() / len(batches)
-        for name, part in parts.items():
-            sums[name] = sums.get(name, 0.0) + part / len(batches)
+        values.append(torch.stack([loss.detach(), *parts.values()]))
+    value = torch.stack(values).mean(0)
+    if criterion.sharing("nothing"):  # each rank has a value of its own
+        value = all_reduce(value) / world_size()
     scaler.unscale_(optimizer)
     learning = [one for one in model.parameters() if one.grad is not None]
     norm = get_total_norm([one.grad for one in learning if one.grad is not None], foreach=True)
@@ -117,7 +117,7 @@ def train_step(
         for buffer, before in statistics:
             buffer.copy_(before)
     scaler.update()
-    return Step(torch.as_tensor(total), sums, norm.detach(), finite)
+    return Step(value[0], dict(zip(parts, value[1:], strict=True)), norm.detach(), finite)
 
 
 def precision(amp: str, device: torch.device) -> torch.dtype | None:

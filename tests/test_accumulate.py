@@ -125,12 +125,17 @@ def test_without_a_second_pass_what_masks_tell_is_exact(parts: int) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_losses_that_share_nothing_are_the_mean_over_parts(name: str) -> None:
+    done = step(Network(), build_loss([name], num_classes=3), parts_of_rank(4), exact=True)
+    torch.testing.assert_close(done.parts[name], mean_of_four(name))
+
+
+def mean_of_four(name: str) -> Tensor:
+    """The mean of the losses of four parts, each computed alone."""
     loss = LOSSES[name]()
     assert isinstance(loss, Loss)
-    done = step(Network(), build_loss([name], num_classes=3), parts_of_rank(4), exact=True)
     with torch.no_grad():
         each = [loss(Network()(images)["out"], masks) for images, masks in parts_of_rank(4)]
-    torch.testing.assert_close(done.parts[name], torch.stack(each).mean())
+    return torch.stack(each).mean()
 
 
 def of_rank() -> Any:
@@ -142,21 +147,26 @@ def of_rank() -> Any:
         seeds=seeds, exact=True,
     )  # fmt: skip
     shared["dropout"] = gradients(model), done.loss, done.parts
-    return [
+    alone = step(
+        DistributedDataParallel(Network()), build_loss(["lovasz"], num_classes=3), parts_of_rank(2)
+    )
+    assert alone.parts.keys() == {"lovasz", "aux", "aux_presence"}
+    return float(alone.parts["lovasz"]), [
         (name, gradient.numpy(), float(loss), {key: float(part) for key, part in terms.items()})
         for name, (gradient, loss, terms) in shared.items()
     ]
 
 
 def test_two_parts_on_two_ranks_are_the_whole_batch() -> None:
-    """With dropout, as many parts over all ranks draw the same."""
+    """With dropout, as many parts over all ranks draw the same; what is logged is of all ranks."""
     model = Network(dropout=0.5)
     seeds = train.dropout_seeds(config.override(config.Config(), ["train.accumulate=4"]), 3)
     done = step(model, criterion_of("dice"), parts_of_rank(4), seeds=seeds, exact=True)
     expected = {name: results(name, 1) for name in SHARED}
     expected["dropout"] = gradients(model), done.loss, done.parts
-    for rank in run_ranks(of_rank, 2):
-        for name, gradient, loss, terms in rank:
+    for lovasz, steps in run_ranks(of_rank, 2):
+        assert lovasz == pytest.approx(float(mean_of_four("lovasz")), rel=1e-12)
+        for name, gradient, loss, terms in steps:
             wide = {key: torch.tensor(part, dtype=torch.float64) for key, part in terms.items()}
             ours = torch.from_numpy(gradient), torch.tensor(loss, dtype=torch.float64), wide
             assert_equal(ours, expected[name])
