@@ -13,11 +13,10 @@ from segkit.config import Component, build
 from segkit.decoders import DECODERS
 from segkit.decoders.layers import resize
 from segkit.export import export
-from segkit.weights import Report, load_state
-from segkit.weights.loading import fit
+from segkit.weights import Report, load_file
+from segkit.weights.loading import fit, identify
 from segkit.weights.published import locate
 from segkit.weights.reading import read_file
-from segkit.weights.recognition import recognize
 
 
 class Segmenter(nn.Module):
@@ -131,7 +130,7 @@ def build_model(
     model = Segmenter(encoder, head, freeze_batch_norm=freeze_batch_norm)
     if weights is not None:
         path, source = locate(_name(backbone), weights)
-        model.report = load_state(model, read_file(path), source=source)
+        model.report = load_file(model, path, source=source)
     return model
 
 
@@ -144,7 +143,7 @@ def check_weights(model: Segmenter, backbone: Component | str, weights: str) -> 
         weights: As in :func:`build_model`.
     """
     path, source = locate(_name(backbone), weights)
-    fit(model, recognize(read_file(path), source=source), source=source)
+    fit(model, identify(read_file(path), path, source=source), source=source)
 
 
 def _name(component: Component | str) -> str:

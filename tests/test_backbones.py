@@ -20,7 +20,7 @@ from torchvision.models.swin_transformer import (
 from torchvision.ops import SqueezeExcitation
 
 from segkit.backbones import BACKBONES
-from segkit.backbones.hrnet import HRNet
+from segkit.backbones.hrnet import Exchange, HRNet
 from segkit.backbones.stages import dilate
 from segkit.backbones.swin import (
     Merging,
@@ -32,6 +32,7 @@ from segkit.backbones.swin import (
 )
 from segkit.backbones.torchvision import SameConv2d, convnext
 from segkit.errors import ConfigError
+from segkit.model import build_model
 
 FAMILIES = (
     "resnet18",
@@ -399,6 +400,46 @@ def test_hrnet_upsamples_as_asked() -> None:
     assert not torch.allclose(centered, nearest)
 
 
+def openmmlab(branches: list[Tensor], exchange: Exchange) -> list[Tensor]:
+    """mmsegmentation's forward of one exchange: twice bilinear, by a factor and to the size."""
+    seen = [blocks(x) for blocks, x in zip(exchange.branches, branches, strict=True)]
+    out = []
+    for i, paths in enumerate(exchange.fuse_layers):
+        total = torch.zeros(())
+        for j, x in enumerate(seen):
+            y = paths[j](x)
+            if j > i:
+                y = F.interpolate(y, scale_factor=2 ** (j - i), mode="bilinear")
+                y = F.interpolate(y, seen[i].shape[2:], mode="bilinear")
+            total = total + y
+        out.append(total.relu())
+    return out
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (90, 40)])
+def test_hrnet_upsamples_as_mmsegmentation(size: tuple[int, int]) -> None:
+    """By a factor, then to the size: the same as at once only where 32 divides the sides."""
+    options: Any = {"width": 4, "align_corners": False}
+    torch.manual_seed(0)
+    hrnet = HRNet(upsampling="bilinear_by_factor", **options).double().eval()
+    at_once = HRNet(**options).double().eval()
+    at_once.load_state_dict(hrnet.state_dict())
+    with torch.no_grad():
+        x = hrnet.relu(hrnet.bn1(hrnet.conv1(image(*size).double())))
+        x = hrnet.layer1(hrnet.relu(hrnet.bn2(hrnet.conv2(x))))
+        expected = [move(x) for move in hrnet.transition1]
+        for i, stage in ((2, hrnet.stage2), (3, hrnet.stage3), (4, hrnet.stage4)):
+            if i > 2:
+                last = hrnet.get_submodule(f"transition{i - 1}.{i - 1}")
+                expected = [*expected, last(expected[-1])]
+            for exchange in stage:
+                expected = openmmlab(expected, exchange)
+        features = hrnet(image(*size).double())
+        torch.testing.assert_close(features, expected)
+        whole = all(side % 32 == 0 for side in size)
+        assert torch.allclose(features[0], at_once(image(*size).double())[0]) == whole
+
+
 def test_se_resnet_pools_without_padding() -> None:
     backbone = BACKBONES["se_resnet50"]().eval()
     with torch.no_grad():
@@ -592,3 +633,41 @@ def test_the_gradient_of_an_average_has_the_layout_of_its_map(name: str) -> None
     torch.testing.assert_close(average, F.adaptive_avg_pool2d(x, 1))
     (gradient,) = torch.autograd.grad(average.square().sum(), x)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- ConvNeXt
+
+
+def test_convnexts_output_norms_are_over_the_channels_of_each_map() -> None:
+    torch.manual_seed(0)
+    normed, bare = small_convnext(output_norms=True).eval(), small_convnext().eval()
+    for name in ("norm0", "norm3"):
+        nn.init.uniform_(normed.get_submodule(name).weight)
+        nn.init.uniform_(normed.get_submodule(name).bias)
+    assert not bare.load_state_dict(normed.state_dict(), strict=False).missing_keys
+    assert (normed.channels, normed.strides) == (bare.channels, bare.strides)
+    with torch.no_grad():
+        features, plain = normed(image(65, 97)), bare(image(65, 97))
+    for i, (feature, x) in enumerate(zip(features, plain, strict=True)):
+        norm = normed.get_submodule(f"norm{i}")
+        x = x - x.mean(1, keepdim=True)
+        x = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        expected = x * norm.weight[:, None, None] + norm.bias[:, None, None]
+        torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_of_maps_that_a_decoder_does_not_read_do_not_learn() -> None:
+    with torch.device("meta"):
+        backbone = {"name": "convnext_tiny", "output_norms": True}
+        model = build_model(backbone, {"name": "fcn", "aux": False}, num_classes=2)
+    norms = [model.get_submodule(f"backbone.norm{i}") for i in range(4)]
+    assert [norm.weight.requires_grad for norm in norms] == [False, False, False, True]
+
+
+def test_efficientnets_epsilon_is_timms_where_asked() -> None:
+    for name, torchvisions in (("efficientnet_b4", 1e-5), ("efficientnet_b5", 1e-3)):
+        with torch.device("meta"):
+            for like, eps in (("timm", 1e-5), ("torchvision", torchvisions), ("smp", 1e-3)):
+                backbone = BACKBONES[name](like=like)
+                norms = {m.eps for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)}
+                assert norms == {eps}, (name, like)

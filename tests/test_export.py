@@ -88,9 +88,11 @@ FAMILIES = (
     "efficientnet_b0",
     "regnet_x_400mf",
     "convnext_tiny",
+    {"name": "convnext_tiny", "output_norms": True},
     "swin_t",
     "swin_v2_t",
     "hrnet_w18",
+    {"name": "hrnet_w18", "upsampling": "bilinear_by_factor", "align_corners": False},
     "se_resnet50",
     {"name": "unet", "width": 8},
 )

@@ -6,6 +6,7 @@ largest difference is below 1e-4 of the largest value.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torchvision import models
 
 from segkit.backbones import BACKBONES
+from segkit.errors import CheckpointError
 from segkit.model import Segmenter, build_model
 from segkit.weights import Report, load_file, load_state
 
@@ -124,7 +126,8 @@ def test_smps_unetplusplus(theirs_name: str, encoder: Any) -> None:
     ours = build_model(encoder, "unetplusplus", num_classes=CLASSES)
     report = load_state(ours, theirs.state_dict(), source="theirs")
     whole(report)
-    assert not report.notes
+    [note] = report.notes
+    assert "decoder_interpolation is not told by the file" in note
     ours.eval()
     for size in ((64, 96), (160, 64)):
         equal(ours(image(*size))["out"], theirs(image(*size)))
@@ -136,7 +139,7 @@ def test_smps_unetplusplus_without_tensorflows_padding_differs_and_the_report_sa
     theirs = fill(smp.UnetPlusPlus("efficientnet-b0", encoder_weights=None, classes=CLASSES))
     ours = build_model("efficientnet_b0", "unetplusplus", num_classes=CLASSES)
     report = load_state(ours, theirs.state_dict(), source="theirs")
-    assert report.notes == ("made with backbone.like 'smp', this model has 'torchvision'",)
+    assert report.notes[0] == "made with backbone.like 'smp', this model has 'torchvision'"
     difference = ours.eval()(image(64, 96))["out"] - theirs(image(64, 96))
     assert difference.abs().max() > 1e-2
 
@@ -207,6 +210,57 @@ def test_transformers_upernet_on_swin(
     equal(ours(image(*size))["out"], theirs(image(*size)).logits)
 
 
+def authors_convnext(name: str) -> str:
+    """The name that an entry of a transformers' ConvNeXt has in its authors' segmentation code."""
+    for theirs, authors in (
+        (r"backbone\.embeddings\.patch_embeddings", "backbone.downsample_layers.0.0"),
+        (r"backbone\.embeddings\.layernorm", "backbone.downsample_layers.0.1"),
+        (r"encoder\.stages\.(\d)\.downsampling_layer", r"downsample_layers.\1"),
+        (r"encoder\.stages\.(\d)\.layers\.(\d+)", r"stages.\1.\2"),
+        ("layer_scale_parameter", "gamma"),
+        (r"(stages\.\d\.\d+)\.layernorm", r"\1.norm"),
+        (r"hidden_states_norms\.stage(\d)", lambda match: f"norm{int(match[1]) - 1}"),
+        ("batch_norm", "bn"),
+        (r"head\.classifier", "head.conv_seg"),
+    ):
+        name = re.sub(theirs, authors, name)
+    return name
+
+
+def openmmlab_convnext(name: str) -> str:
+    """The same in mmsegmentation."""
+    name = re.sub(r"\.pwconv([12])\.", r".pointwise_conv\1.", authors_convnext(name))
+    return name.replace(".dwconv.", ".depthwise_conv.")
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 160)])
+@torch.no_grad()
+def test_upernet_on_convnext(size: tuple[int, int]) -> None:
+    """By the names of transformers, the authors and mmsegmentation, and as none without norms."""
+    transformers = pytest.importorskip("transformers")
+    convnext = transformers.ConvNextConfig(
+        hidden_sizes=[96, 192, 384, 768],
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    about = transformers.UperNetConfig(
+        backbone_config=convnext, hidden_size=32, auxiliary_in_channels=384, num_labels=CLASSES
+    )
+    theirs = fill(transformers.UperNetForSemanticSegmentation(about))
+    expected = theirs(image(*size)).logits
+    state = theirs.state_dict()
+    decoder = {"name": "upernet", "width": 32}
+    encoder = {"name": "convnext_tiny", "output_norms": True}
+    for name in (str, authors_convnext, openmmlab_convnext):
+        renamed = {name(key): value for key, value in state.items()}
+        assert name is str or not renamed.keys() & {k for k in state if "norms" in k}
+        ours = build_model(encoder, decoder, num_classes=CLASSES).eval()
+        whole(load_state(ours, renamed, source="theirs"))
+        equal(ours(image(*size))["out"], expected)
+        bare = build_model("convnext_tiny", decoder, num_classes=CLASSES)
+        with pytest.raises(CheckpointError, match="give the backbone output_norms: true"):
+            load_state(bare, renamed, source="theirs")
+
+
 @pytest.mark.parametrize("width", [224, 288])
 @torch.no_grad()
 def test_transformers_swin_shifts_even_where_a_window_covers_a_side_of_a_map(width: int) -> None:
@@ -232,7 +286,8 @@ def test_transformers_swin_shifts_even_where_a_window_covers_a_side_of_a_map(wid
         ("resnet50", "resnet50", {}),
         ("resnet50c", "resnet50_v1c", {}),
         ("legacy_seresnet50", "se_resnet50", {}),
-        ("efficientnet_b0", "efficientnet_b0", {}),
+        ("efficientnet_b0", "efficientnet_b0", {"like": "timm"}),
+        ("efficientnet_b5", "efficientnet_b5", {"like": "timm"}),
         ("tf_efficientnet_b5", "efficientnet_b5", {"like": "tensorflow"}),
         ("convnext_tiny", "convnext_tiny", {}),
         ("hrnet_w18", "hrnet_w18", {"upsampling": "nearest"}),
@@ -243,7 +298,7 @@ def test_timms_convolutional_backbones(theirs_name: str, name: str, options: Any
     timm = pytest.importorskip("timm")
     theirs = fill(timm.create_model(theirs_name, pretrained=False))
     ours = backbone(name, theirs, **options)
-    odd = name not in ("hrnet_w18",) and "like" not in options
+    odd = name != "hrnet_w18" and options.get("like") != "tensorflow"
     for size in ((64, 96), (65, 97)) if odd else ((64, 96),):
         picture = image(*size)
         deepest = ours.backbone(picture)
@@ -270,3 +325,31 @@ def test_timms_swin() -> None:
     for layer, mine in zip(theirs.layers, ours.backbone(image(224, 224)), strict=True):
         x = layer(x)
         equal(mine, normalized(x.permute(0, 3, 1, 2)))
+
+
+@torch.no_grad()
+def test_timms_swin_fills_maps_up_to_whole_windows_after_it_shifted_them() -> None:
+    timm = pytest.importorskip("timm")
+    name = "swin_tiny_patch4_window7_224"
+    theirs = fill(timm.create_model(name, pretrained=False, img_size=256))
+    ours = backbone("swin_t", theirs)
+    x = theirs.layers[0](theirs.patch_embed(image(256, 256)))  # 64 x 64, not whole windows of 7
+    difference = ours.backbone(image(256, 256))[0] - normalized(x.permute(0, 3, 1, 2))
+    assert difference.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("output_stride", [32, 16])
+@torch.no_grad()
+def test_smps_deeplabv3plus_at_another_stride_differs_and_the_report_says_so(
+    output_stride: int,
+) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    theirs = fill(smp.DeepLabV3Plus("resnet34", encoder_weights=None, classes=CLASSES))
+    encoder = {"name": "resnet34", "output_stride": output_stride, "contract_dilation": False}
+    ours = build_model(encoder, "deeplabv3plus", num_classes=CLASSES)
+    report = load_state(ours, theirs.state_dict(), source="theirs")
+    told = f"the file does not tell backbone.output_stride, {output_stride} in this model"
+    assert report.notes[0].startswith(told)
+    expected = theirs(image(96, 64))
+    difference = (ours.eval()(image(96, 64))["out"] - expected).abs().max() / expected.abs().max()
+    assert difference < 1e-4 if output_stride == 16 else difference > 0.1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.models.swin_transformer import PatchMerging
@@ -23,15 +24,18 @@ from segkit import checkpoint
 from segkit.backbones import BACKBONES
 from segkit.backbones.hrnet import HRNet
 from segkit.backbones.swin import Swin
-from segkit.backbones.torchvision import deep_stem, half_resnet18, resnet
+from segkit.backbones.torchvision import convnext, deep_stem, half_resnet18, resnet
 from segkit.decoders import DECODERS
 from segkit.errors import CheckpointError
 from segkit.model import Segmenter, build_model
-from segkit.weights import Report, load_file, load_state
+from segkit.weights import Report, convnets, load_file, load_state, swin
 from segkit.weights.__main__ import main
+from segkit.weights.loading import windows
 from segkit.weights.reading import read_file
+from segkit.weights.recognition import recognize
 from segkit.weights.safetensors import read_safetensors
 from segkit.weights.swin import from_unfold, resize_bias_table
+from segkit.weights.whole import WHOLE
 
 State = dict[str, Tensor]
 
@@ -289,8 +293,9 @@ def test_torchvisions_weights_load_by_name(
         model = build_model("resnet18", "fcn", num_classes=3, weights=weights)
     assert asked == [(models.ResNet18_Weights.IMAGENET1K_V1.url, "f37072fd")]
     assert (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").exists()
-    assert torch.equal(model.backbone.state_dict()["conv1.weight"], resnet18["conv1.weight"])
     assert model.report is not None
+    assert not model.report.notes
+    assert torch.equal(model.backbone.state_dict()["conv1.weight"], resnet18["conv1.weight"])
     assert set(model.report.skipped) == {"fc.weight", "fc.bias"}
 
 
@@ -318,6 +323,10 @@ def test_backbones_load_whole_or_not_at_all(resnet18: State) -> None:
         (
             resnet18 | {"layer1.0.se.fc1.weight": torch.zeros(4, 64, 1, 1)},
             "has 1 entries more than the backbone, the first 'layer1.0.se.fc1.weight'",
+        ),
+        (
+            resnet18 | {"bn_data.bias": torch.zeros(3)},
+            "has 1 entries more than the backbone, the first 'bn_data.bias'",
         ),
         (
             resnet18 | {"conv1.weight": torch.zeros(64, 3, 3, 3)},
@@ -356,6 +365,7 @@ def test_torchvisions_whole_models() -> None:
         assert sorted(v.sum().item() for v in model.state_dict().values()) == sorted(
             v.sum().item() for v in state.values()
         )
+        assert report.notes == ("made with backbone.output_stride 8, this model has 32",)
 
 
 # ---- Swin
@@ -522,12 +532,41 @@ def test_another_window_resizes_the_biases_and_keeps_its_own_index() -> None:
     state = random_state(source)
     index = model.backbone.state_dict()["features.1.1.attn.relative_position_index"].clone()
     report = load_state(model, swin_names("microsoft", state), source="theirs")
-    assert report.notes == ("position biases resized from window 3 to 4",)
+    assert report.notes[0] == "position biases resized from window 3 to 4"
     loaded = model.backbone.state_dict()
     table = "features.1.1.attn.relative_position_bias_table"
     assert torch.equal(loaded[table], resize_bias_table(state[table], 49))
     assert torch.equal(loaded["features.1.1.attn.relative_position_index"], index)
     assert index.max() == 48
+
+
+def test_the_window_of_a_swin_v2_is_told_by_its_coordinates() -> None:
+    def swin(window: int) -> Swin:
+        sizes: Any = {"width": 8, "depths": (1, 1, 1, 1), "heads": (1, 1, 1, 1)}
+        return Swin(**sizes, version=2, window=window)
+
+    with torch.random.fork_rng():
+        model, source = model_of(swin(4), "fcn"), swin(3)
+    report = load_state(model, source.state_dict(), source="theirs")
+    assert report.notes == ("position biases are computed for window 4, the file's are for 3",)
+    assert windows(recognize(source.state_dict(), source="theirs")) == [3]
+    assert not load_state(model, swin(4).state_dict(), source="theirs").notes
+
+
+@pytest.mark.parametrize(
+    ("project", "sentence"),
+    [
+        ("timm", "timm fills maps up to whole windows after it shifted them"),
+        ("microsoft", "if it is of Microsoft's segmentation code, its project shifts windows"),
+        ("mmsegmentation", "its project shifts windows along a side that a single window covers"),
+        ("hugging face", "its project shifts windows along a side that a single window covers"),
+    ],
+)
+def test_the_report_tells_where_a_project_shifts_otherwise(project: str, sentence: str) -> None:
+    model = model_of(small_swin(), "fcn")
+    theirs = swin_names(project, random_state(model.backbone))
+    [note] = load_state(model, theirs, source="theirs").notes
+    assert note.startswith(sentence)
 
 
 def test_a_swin_with_more_than_ours_is_refused() -> None:
@@ -749,7 +788,15 @@ def test_mmsegmentations_convolutional_heads_whole(name: str) -> None:
     same(model.decoder, {key.removeprefix("decoder."): value for key, value in head.items()})
     assert not report.fresh
     assert not report.skipped
-    assert len(report.notes) == (name == "deeplabv3plus")  # its align_corners
+    untold = ["backbone.output_stride, 32"]
+    if name == "deeplabv3plus":
+        untold += [r"decoder.rates, \(12, 24, 36\)", "decoder.align_corners, True"]
+    else:
+        untold += ["align_corners, False"]
+    for note, path in zip(report.notes, untold, strict=False):
+        assert re.match(f"the file does not tell {path} in this model: mmsegmentation's", note)
+    assert len(report.notes) == len(untold) + 1
+    assert re.match("mmsegmentation's (d6|mg124) models dilate", report.notes[-1])
 
 
 OCR_AUTHORS = [
@@ -825,7 +872,10 @@ def test_ocrnet_whole(project: str, tmp_path: Path) -> None:
     assert not report.fresh
     same(model, under("backbone.", backbone) | head)
     told = [f"made with {part}.align_corners False, this model has True" for part in PARTS]
-    assert list(report.notes) == ([] if project == "authors" else told)
+    told += [
+        "made with backbone.upsampling 'bilinear_by_factor', this model has 'bilinear'",
+    ]
+    assert sorted(report.notes) == ([] if project == "authors" else sorted(told))
     if project == "authors":  # an older HRNet's only head serves as the auxiliary one
         older = {k.replace("aux_head", "last_layer"): v for k, v in theirs.items()}
         torch.save(older, tmp_path / "ocr.pth")
@@ -842,6 +892,22 @@ def test_hrnets_classifier_resizes_otherwise_and_the_report_says_so() -> None:
     report = load_state(model, theirs, source="theirs")
     same(model.backbone, backbone)
     assert report.notes == ("made with backbone.upsampling 'nearest', this model has 'bilinear'",)
+
+
+def test_how_hrnet_upsamples_is_told_by_the_head_beside_it_or_not_at_all() -> None:
+    model = model_of(HRNet(width=4), "fcn")
+    backbone = random_state(model.backbone)
+    [note] = load_state(model, backbone, source="theirs").notes
+    assert note.startswith("the file does not tell backbone.upsampling, 'bilinear' in this model: ")
+    earlier = backbone | {"last_layer.3.weight": torch.zeros(3, 60, 1, 1)}
+    assert load_state(model, earlier, source="theirs").notes == (note,)
+    openmmlab = under("backbone.", backbone) | {"decode_head.conv_seg.weight": torch.zeros(3, 60)}
+    assert load_state(model, openmmlab, source="theirs").notes == (
+        "made with backbone.align_corners False, this model has True",
+        "made with backbone.upsampling 'bilinear_by_factor', this model has 'bilinear'",
+    )
+    hrnet = HRNet(width=4, upsampling="bilinear_by_factor", align_corners=False)
+    assert not load_state(model_of(hrnet, "fcn"), openmmlab, source="theirs").notes
 
 
 def smp_deeplab(state: State) -> State:
@@ -872,8 +938,32 @@ def test_smps_models_whole() -> None:
         assert not report.fresh
         assert not report.skipped
         same(model, under("backbone.", backbone) | head)
-        told = ("made with backbone.contract_dilation False, this model has True",)
-        assert report.notes == (told if decoder == "deeplabv3plus" else ())
+        untold = [note.split(" in this model")[0] for note in report.notes if "not tell" in note]
+        if decoder == "deeplabv3plus":
+            assert report.notes[0] == (
+                "made with backbone.contract_dilation False, this model has True"
+            )
+            assert untold == [
+                "the file does not tell backbone.output_stride, 16",
+                "the file does not tell decoder.rates, (12, 24, 36)",
+            ]
+        else:
+            assert report.notes[0] == "made with backbone.output_stride 32, this model has 16"
+            assert "decoder_interpolation is not told" in report.notes[1]
+
+
+@pytest.mark.parametrize("output_stride", [32, 16, 8])
+def test_smps_output_stride_is_told_whatever_it_is_here(output_stride: int) -> None:
+    with torch.random.fork_rng():
+        encoder = {"name": "resnet18_half", "output_stride": output_stride}
+        model = build_model(encoder, {"name": "deeplabv3plus", "width": 8}, num_classes=3)
+    backbone, head = parts(model)
+    theirs = under("encoder.", backbone) | smp_deeplab(head)
+    report = load_state(model, theirs, source="theirs")
+    assert (
+        f"the file does not tell backbone.output_stride, {output_stride} in this model: "
+        "segmentation_models.pytorch has 16 unless told 8"
+    ) in report.notes
 
 
 def test_smps_other_models_give_their_encoder() -> None:
@@ -928,35 +1018,124 @@ def test_efficientnet(project: str) -> None:
     report = load_state(model, theirs, source="theirs")
     same(model.backbone, state)
     assert set(report.skipped) == {f"{head}.weight"}
-    told = ("made with backbone.like 'smp', this model has 'torchvision'",)
-    assert report.notes == (told if project == "lukemelas" else ())
+    doubt = "normalized by a mean and a deviation of 0.5"
+    *told, doubts = report.notes
+    assert doubts.endswith(doubt)
+    if project == "lukemelas":
+        assert told == ["made with backbone.like 'smp', this model has 'torchvision'"]
+    else:
+        assert told == [
+            "the file does not tell backbone.like, 'torchvision' in this model: timm's tf_ models "
+            "need 'tensorflow', its others 'timm'"
+        ]
 
 
-@pytest.mark.parametrize("project", ["timm", "authors"])
-def test_convnext(project: str) -> None:
-    with torch.random.fork_rng():
-        model = build_model("convnext_tiny", "fcn", num_classes=3)
-    state = random_state(model.backbone)
-    timm = project == "timm"
-    block = r"stages.{}.blocks.{}." if timm else r"stages.{}.{}."
-    names = ["conv_dw", "norm", "mlp.fc1", "mlp.fc2"]
-    names = names if timm else ["dwconv", "norm", "pwconv1", "pwconv2"]
+CONVNEXT = {  # a block, its parts, the patches, the downsampling
+    "timm": ("stages.{}.blocks.{}.", "conv_dw norm mlp.fc1 mlp.fc2 gamma", "stem.0", "stem.1"),
+    "authors": (
+        "stages.{}.{}.",
+        "dwconv norm pwconv1 pwconv2 gamma",
+        "downsample_layers.0.0",
+        "downsample_layers.0.1",
+    ),
+    "mmsegmentation": (
+        "stages.{}.{}.",
+        "depthwise_conv norm pointwise_conv1 pointwise_conv2 gamma",
+        "downsample_layers.0.0",
+        "downsample_layers.0.1",
+    ),
+    "hugging face": (
+        "encoder.stages.{}.layers.{}.",
+        "dwconv layernorm pwconv1 pwconv2 layer_scale_parameter",
+        "embeddings.patch_embeddings",
+        "embeddings.layernorm",
+    ),
+}
+DOWNSAMPLING = {
+    "timm": "stages.{}.downsample.",
+    "authors": "downsample_layers.{}.",
+    "mmsegmentation": "downsample_layers.{}.",
+    "hugging face": "encoder.stages.{}.downsampling_layer.",
+}
+
+
+def convnext_names(project: str, state: State) -> State:
+    """A ConvNeXt of ours as another project's file."""
+    block, names, patches, norm = CONVNEXT[project]
+    places = ("block.0", "block.2", "block.3", "block.5", "layer_scale")
 
     def of(theirs: str) -> Callable[[re.Match], str]:
         return lambda m: block.format((int(m[1]) - 1) // 2, m[2]) + theirs
 
     rules: list = [
-        (rf"^features\.([1357])\.(\d+)\.block\.{place}", of(name))
-        for place, name in zip((0, 2, 3, 5), names, strict=True)
+        (rf"^features\.([1357])\.(\d+)\.{re.escape(place)}", of(name))
+        for place, name in zip(places, names.split(), strict=True)
     ]
-    rules += [(r"^features\.([1357])\.(\d+)\.layer_scale", of("gamma"))]
-    rules += [(r"^features\.0", "stem" if timm else "downsample_layers.0")]
-    merging = "stages.{}.downsample" if timm else "downsample_layers.{}"
-    rules += [(r"^features\.([246])", lambda m: merging.format(int(m[1]) // 2))]
-    theirs = {k: v.flatten() if "gamma" in k else v for k, v in renamed(state, *rules).items()}
-    report = load_state(model, theirs, source="theirs")
+    rules += [(r"^features\.0\.0", patches), (r"^features\.0\.1", norm)]
+    rules += [
+        (r"^features\.([246])\.", lambda m: DOWNSAMPLING[project].format(int(m[1]) // 2)),
+    ]
+    if project == "hugging face":
+        rules += [(r"^norm(\d)", lambda m: f"hidden_states_norms.stage{int(m[1]) + 1}")]
+    theirs = renamed(state, *rules)
+    return {k: v.flatten() if k.endswith(("gamma", "parameter")) else v for k, v in theirs.items()}
+
+
+def small_convnext(**options: Any) -> nn.Module:
+    """ConvNeXt with its four stages of one narrow block each."""
+
+    def network(**more: Any) -> nn.Module:
+        widths = [CNBlockConfig(8 * 2**i, 8 * 2 ** (i + 1), 1) for i in range(3)]
+        return ConvNeXt([*widths, CNBlockConfig(64, None, 1)], **more)
+
+    return convnext(network, 0.0)(**options)
+
+
+@pytest.mark.parametrize("project", CONVNEXT)
+def test_convnext(project: str) -> None:
+    """As a classifier, and with the norms of its feature maps as a segmentation model has them."""
+    with torch.random.fork_rng():
+        bare, normed = (
+            model_of(small_convnext(output_norms=norms), "fcn") for norms in (False, True)
+        )
+    state = random_state(normed.backbone)
+    classifier = {name: value for name, value in state.items() if not re.match(r"norm\d", name)}
+    theirs, whole = (convnext_names(project, values) for values in (classifier, state))
+    report = load_state(bare, theirs, source="theirs")
     assert not report.skipped
-    same(model.backbone, state)
+    same(bare.backbone, state)
+    report = load_state(normed, whole, source="theirs")
+    assert not [name for name in report.fresh if name.startswith("backbone.")]
+    assert not report.skipped
+    same(normed.backbone, state)
+    report = load_state(normed, theirs, source="theirs")
+    fresh = {name for name in report.fresh if name.startswith("backbone.")}
+    assert fresh == {f"backbone.norm{i}.{kind}" for i in range(4) for kind in ("weight", "bias")}
+    first_norm = "hidden_states_norms.stage1" if project == "hugging face" else "norm0"
+    before = {name: value.clone() for name, value in bare.state_dict().items()}
+    sentence = (
+        f"theirs: '{first_norm}.weight' is of norms of the feature maps, which this backbone does "
+        r"not have \(ConvNeXt by .*\); give the backbone output_norms: true"
+    )
+    with pytest.raises(CheckpointError, match=sentence):
+        load_state(bare, whole, source="theirs")
+    same(bare, before)
+    missing = without(whole, f"{first_norm}.bias")
+    with pytest.raises(CheckpointError, match=r"'norm0.bias' is missing"):
+        load_state(normed, missing, source="theirs")
+
+
+def test_upernet_on_convnext_whole() -> None:
+    with torch.random.fork_rng():
+        model = model_of(small_convnext(output_norms=True), "upernet", width=4, aux_width=4)
+    backbone, head = parts(model)
+    for project in ("authors", "mmsegmentation", "hugging face"):
+        theirs = under("backbone.", convnext_names(project, backbone))
+        theirs |= openmmlab_head(head, spelled=project == "hugging face")
+        report = load_state(model, theirs, source="theirs")
+        assert not report.fresh
+        assert not report.skipped
+        same(model, under("backbone.", backbone) | head)
 
 
 # ---- segkit's own
@@ -974,6 +1153,9 @@ def test_a_runs_checkpoint_starts_another_run(tmp_path: Path) -> None:
     other = build_model("resnet18_half", "fcn", num_classes=4, weights=str(path))
     assert other.report is not None
     assert set(other.report.fresh.values()) == {"3 classes in the file, 4 here"}
+    assert again.report.notes == (
+        "the file does not tell the settings of the model that it was trained with",
+    )
     unet = build_model("resnet18_half", "unet", num_classes=3, weights=str(path))
     assert unet.report is not None
     assert first(unet.report.fresh).startswith("it differs: ")
@@ -982,6 +1164,55 @@ def test_a_runs_checkpoint_starts_another_run(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"best\.pt: is damaged"):
         load_file(model, path)
+
+
+def test_a_runs_checkpoint_tells_its_settings(tmp_path: Path) -> None:
+    spec = {"name": "resnet18_half", "output_stride": 16}
+    decoder = {"name": "deeplabv3plus", "width": 8, "rates": [2, 4, 6]}
+    with torch.random.fork_rng():
+        model = build_model(spec, decoder, num_classes=3)
+    settings = {"model": {"backbone": spec, "decoder": decoder}}
+    path = tmp_path / "best.pt"
+    for config, notes in (
+        (settings, ()),
+        ({"unknown": 1}, ("the file does not tell the settings of the model that it was ",)),
+        (3, ("the file does not tell the settings of the model that it was ",)),
+    ):
+        checkpoint.save({"model": model.state_dict(), "config": config}, path)
+        report = build_model(spec, decoder, num_classes=3, weights=str(path)).report
+        assert report is not None
+        assert [n[: len(m)] for n, m in zip(report.notes, notes, strict=True)] == list(notes)
+    checkpoint.save({"model": model.state_dict(), "config": settings}, path)
+    decoder |= {"rates": [12, 24, 36], "align_corners": False}
+    other = build_model("resnet18_half", decoder, num_classes=3, weights=str(path))
+    assert other.report is not None
+    assert sorted(other.report.notes) == [
+        "made with backbone.output_stride 16, this model has 32",
+        "made with decoder.align_corners True, this model has False",
+        "made with decoder.rates (2, 4, 6), this model has (12, 24, 36)",
+    ]
+
+
+def test_every_setting_that_a_naming_speaks_of_is_one_of_a_model() -> None:
+    """No note is lost by a misspelt or renamed attribute."""
+    names = ("resnet18_half", "efficientnet_b0", "hrnet_w18")
+    with torch.device("meta"):
+        backbones = [BACKBONES[name]() for name in names]
+        for whole in WHOLE:
+            for builds in whole.decoder.builds or ("fcn",):
+                head = DECODERS[builds or "fcn"](
+                    channels=backbones[0].channels, strides=backbones[0].strides, num_classes=2
+                )
+                model = Segmenter(backbones[0], head)
+                for path in {**whole.decoder.settings({}), **whole.decoder.untold}:
+                    part, _, name = path.rpartition(".")
+                    owners = backbones if part == "backbone" else [model.get_submodule(part)]
+                    assert any(hasattr(owner, name) for owner in owners), (whole, path)
+    for naming in (*swin.NAMINGS, *convnets.NAMINGS):
+        for path in {**naming.settings({"incre_modules.": torch.zeros(1)}), **naming.untold}:
+            part, _, name = path.rpartition(".")
+            assert part == "backbone"
+            assert any(hasattr(owner, name) for owner in backbones), (naming.title, path)
 
 
 # ---- the command
@@ -1028,6 +1259,16 @@ def test_the_command_tells_the_window_of_a_swin(
         state = BACKBONES["swin_t"](window=12).state_dict()
     torch.save({"model": swin_names("microsoft", state)}, tmp_path / "swin.pth")
     assert "  backbone  swin_t (window 12)\n" in run(str(tmp_path / "swin.pth"), capsys=capsys)
+
+
+def test_the_command_tells_that_a_convnext_has_output_norms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.random.fork_rng():
+        state = BACKBONES["convnext_tiny"](output_norms=True).state_dict()
+    torch.save({"model": convnext_names("authors", state)}, tmp_path / "convnext.pth")
+    shown = run(str(tmp_path / "convnext.pth"), capsys=capsys)
+    assert "  backbone  convnext_tiny (output_norms true)\n" in shown
 
 
 def test_reports_are_plain() -> None:

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from segkit.backbones.stages import refuse_dilation
+
+Upsampling = Literal["bilinear", "bilinear_by_factor", "nearest"]
 
 
 class HRNet(nn.Module):
@@ -19,8 +22,10 @@ class HRNet(nn.Module):
     Args:
         width: Channels of the finest branch; each branch has twice as many as the one before.
         upsampling: How a coarse branch reaches a finer one: ``nearest`` in the ImageNet
-            classifier, ``bilinear`` in the authors' segmentation code.
-        align_corners: Of the bilinear kind: true in the authors' code, false in mmsegmentation.
+            classifier, ``bilinear`` in the authors' segmentation code. ``bilinear_by_factor``, as
+            in mmsegmentation, resizes by 2, 4 or 8 and the result to the size of the finer branch,
+            which is another one where a side of the image is no multiple of 32.
+        align_corners: Of both bilinear kinds: true in the authors' OCRNet, false in mmsegmentation.
         checkpointing: Drop the activations inside modules and recompute them in backward.
 
     Shape:
@@ -34,7 +39,7 @@ class HRNet(nn.Module):
         self,
         *,
         width: int,
-        upsampling: Literal["bilinear", "nearest"] = "bilinear",
+        upsampling: Upsampling = "bilinear",
         align_corners: bool = True,
         checkpointing: bool = False,
     ) -> None:
@@ -105,14 +110,17 @@ class Exchange(nn.Module):
 
     Args:
         channels: Widths of the branches, fine to coarse.
-        upsampling: ``bilinear`` or ``nearest``.
-        align_corners: Of the bilinear kind.
+        upsampling: As of :class:`HRNet`.
+        align_corners: Of the bilinear kinds.
     """
 
-    def __init__(self, channels: Sequence[int], upsampling: str, align_corners: bool) -> None:
+    def __init__(
+        self, channels: Sequence[int], upsampling: Upsampling, align_corners: bool
+    ) -> None:
         super().__init__()
-        self.upsampling = upsampling
-        self.align_corners = align_corners if upsampling == "bilinear" else None
+        self.by_factor = upsampling == "bilinear_by_factor"
+        self.mode = "nearest" if upsampling == "nearest" else "bilinear"
+        self.align_corners = align_corners if self.mode == "bilinear" else None
         self.branches = nn.ModuleList(
             nn.Sequential(*(BasicBlock(width, width) for _ in range(4))) for width in channels
         )
@@ -129,15 +137,22 @@ class Exchange(nn.Module):
             total = seen[target]
             for source, path in enumerate(paths.children()):
                 if source != target:
-                    total = total + self._at(path(seen[source]), seen[target])
+                    factor = 2 ** (source - target) if self.by_factor and source > target else 1
+                    total = total + self._at(path(seen[source]), seen[target], factor)
             fused.append(self.relu(total))
         return fused
 
-    def _at(self, x: Tensor, like: Tensor) -> Tensor:
-        size = like.shape[-2:]
-        if x.shape[-2:] == size:
+    def _at(self, x: Tensor, like: Tensor, factor: int) -> Tensor:
+        """``x`` at the size of ``like``, resized by a factor before, unless that is 1."""
+        if factor > 1:
+            x = self._resize(x, [factor * side for side in x.shape[-2:]])
+        # Not compared in an export, which has all sizes; the other kinds never meet equal ones.
+        if not (torch.compiler.is_exporting() and factor > 1) and x.shape[-2:] == like.shape[-2:]:
             return x
-        return F.interpolate(x, size, mode=self.upsampling, align_corners=self.align_corners)
+        return self._resize(x, like.shape[-2:])
+
+    def _resize(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return F.interpolate(x, tuple(size), mode=self.mode, align_corners=self.align_corners)
 
 
 def _path(channels: Sequence[int], source: int, target: int) -> nn.Module:
@@ -164,7 +179,7 @@ def hrnet(width: int) -> Callable[..., HRNet]:
 
     def build(
         *,
-        upsampling: Literal["bilinear", "nearest"] = "bilinear",
+        upsampling: Upsampling = "bilinear",
         align_corners: bool = True,
         checkpointing: bool = False,
         output_stride: int = 32,

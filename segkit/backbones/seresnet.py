@@ -71,7 +71,10 @@ def seresnet(depths: Sequence[int]) -> Callable[..., Stages]:
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        return Stages(network=network, stages=stages, output_stride=output_stride)
+        # The strided convolutions are 1x1, which have no dilation to contract.
+        return Stages(
+            network=network, stages=stages, output_stride=output_stride, contract_dilation=False
+        )
 
     return build
 

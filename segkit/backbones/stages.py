@@ -52,6 +52,7 @@ class Stages(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ConfigError(f"output_stride: expected 8, 16 or 32, got {output_stride}")
         self.stages = stages
+        self.output_stride = output_stride
         self.contract_dilation = contract_dilation
         self.checkpointing = checkpointing
         for name in dict.fromkeys(part.split(".")[0] for part in chain(*stages)):
@@ -90,7 +91,7 @@ class Stages(nn.Module):
         """Shapes of the feature maps of the smallest image that has them all."""
         image = next(self.parameters()).new_zeros(1, 3, _SIDE, _SIDE)
         self.eval()
-        features = self(image)
+        features = Stages.forward(self, image)
         self.train()
         return [feature.shape for feature in features]
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.resnet import BasicBlock
 
 from segkit.backbones.stages import Stages, refuse_dilation
@@ -101,7 +102,8 @@ def mobilenet(builder: Builder, *taps: int) -> Callable[..., Stages]:
 def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Callable[..., Stages]:
     """EfficientNet (https://arxiv.org/abs/1905.11946) and V2 (https://arxiv.org/abs/2104.00298).
 
-    ``like`` is whose weights are to be loaded. Those ported from TensorFlow expect its padding and
+    ``like`` is whose weights are to be loaded. ``timm`` has another epsilon in BatchNorm than
+    torchvision from B5 on. Those ported from TensorFlow expect its padding and
     epsilon: ``tensorflow`` pads for images whose sides are multiples of 32, as timm's ``tf_``
     models do then. ``smp``, segmentation_models.pytorch, pads all images as those of the size the
     network was made for, and takes B0's fourth map after the first block of its stage.
@@ -115,14 +117,18 @@ def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Calla
     def build(
         *,
         drop_path: float = 0.2,
-        like: Literal["torchvision", "tensorflow", "smp"] = "torchvision",
+        like: Literal["torchvision", "timm", "tensorflow", "smp"] = "torchvision",
         output_stride: Literal[8, 16, 32] = 32,
         contract_dilation: bool = True,
     ) -> Stages:
         network = builder(stochastic_depth_prob=drop_path)
-        if like != "torchvision":
-            if side is None:
-                raise ConfigError(f"like: EfficientNet V2 is like torchvision's only, not '{like}'")
+        if like != "torchvision" and side is None:
+            raise ConfigError(f"like: EfficientNet V2 is like torchvision's only, not '{like}'")
+        if like == "timm":
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eps = 1e-5
+        elif side is not None and like != "torchvision":
             _as_tensorflow(network, side if like == "smp" else 32)
         stages = _cut(
             network,
@@ -175,23 +181,59 @@ def _as_tensorflow(network: nn.Module, side: int) -> None:
 def convnext(builder: Builder, drop_path: float) -> Callable[..., Stages]:
     """ConvNeXt: https://arxiv.org/abs/2201.03545
 
+    ``output_norms`` normalizes each feature map, as published segmentation models do and
+    classifiers do not.
+
     Args:
         builder: torchvision's function.
         drop_path: torchvision's stochastic depth, where the configuration says nothing.
     """
 
     def build(
-        *, drop_path: float = drop_path, checkpointing: bool = False, output_stride: int = 32
+        *,
+        drop_path: float = drop_path,
+        output_norms: bool = False,
+        checkpointing: bool = False,
+        output_stride: int = 32,
     ) -> Stages:
         refuse_dilation("ConvNeXt", output_stride)
         network = builder(stochastic_depth_prob=drop_path)
-        return _cut(network, (1, 3, 5, 7), checkpointing=checkpointing)
+        kind = NormalizedStages if output_norms else Stages
+        return _cut(network, (1, 3, 5, 7), kind=kind, checkpointing=checkpointing)
 
     return build
 
 
+class NormalizedStages(Stages):
+    """Stages with a LayerNorm over the channels of each feature map.
+
+    ConvNeXt's authors, mmsegmentation and transformers have it under segmentation heads.
+    """
+
+    fresh = ("norm0", "norm1", "norm2", "norm3")
+    """Parts that a classifier's weights do not have."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name, channels in zip(self.fresh, self.channels, strict=True):
+            self.add_module(name, LayerNorm2d(channels, eps=1e-6))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        features = super().forward(image)
+        return [self.get_submodule(name)(x) for name, x in zip(self.fresh, features, strict=True)]
+
+    def only_for(self, level: int) -> nn.Module:
+        """What no other feature map depends on."""
+        return self.get_submodule(self.fresh[level])
+
+
 def _cut(
-    network: nn.Module, taps: tuple[int, ...], *, early: bool = False, **options: Any
+    network: nn.Module,
+    taps: tuple[int, ...],
+    *,
+    early: bool = False,
+    kind: type[Stages] = Stages,
+    **options: Any,
 ) -> Stages:
     """Stages of a network that is one sequence, ``features``, each ending with the block tapped.
 
@@ -210,7 +252,7 @@ def _cut(
         stages[-2].append(f"{block}.0")
         parts = len(list(network.get_submodule(block).children()))
         stages[-1] = [*(f"{block}.{part}" for part in range(1, parts)), *stages[-1]]
-    return Stages(network=network, stages=stages, **options)
+    return kind(network=network, stages=stages, **options)
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {

@@ -41,6 +41,7 @@ class DeepLabV3(nn.Module):
         super().__init__()
         *_, shallower, deepest = channels
         self.reads = (-2, -1) if aux else (-1,)
+        self.rates = rates
         self.aspp = ASPP(deepest, width=width, rates=rates, dropout=dropout)
         self.classifier = fcn_head(width, width, num_classes, dropout=0.0)
         self.aux = fcn_head(shallower, shallower // 4, num_classes) if aux else None

@@ -42,6 +42,7 @@ class PSPNet(nn.Module):
         *_, shallower, deepest = channels
         self.reads = (-2, -1) if aux_width else (-1,)
         each = deepest // len(bins)
+        self.bins = bins
         self.pool = PyramidPooling(deepest, width=each, outputs=width, bins=bins)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = Classifier(width, num_classes)

@@ -48,6 +48,7 @@ class UPerNet(nn.Module):
     ) -> None:
         super().__init__()
         *lower, deepest = channels[-4:]
+        self.bins = bins
         self.pool = PyramidPooling(deepest, width=width, outputs=width, bins=bins)
         self.laterals = nn.ModuleList(ConvNormAct(inputs, width, kernel=1) for inputs in lower)
         self.smooth = nn.ModuleList(ConvNormAct(width, width) for _ in lower)

@@ -13,9 +13,8 @@ import torch
 
 from segkit import command
 from segkit.model import build_model
-from segkit.weights.loading import Report, fit, fitting, windows
+from segkit.weights.loading import Report, fit, fitting, identify, output_norms, windows
 from segkit.weights.reading import read_file
-from segkit.weights.recognition import recognize
 
 
 def main(argv: list[str]) -> None:
@@ -34,12 +33,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     source = str(args.file)
     state = read_file(args.file)
-    found = recognize(state, source=source)
+    found = identify(state, args.file, source=source)
     about: dict[str, Any] = {
         "file": source,
         "title": found.title,
         "backbones": fitting(found),
         "windows": windows(found),
+        "output_norms": bool(output_norms(found)),
         "decoder": found.decoder,
         "classes": found.classes,
         "entries": len(state),
@@ -55,7 +55,10 @@ def main(argv: list[str]) -> None:
         print(json.dumps(about | {"report": report and dataclasses.asdict(report)}))
         return
     window = "".join(f" (window {side})" for side in windows(found))
-    backbones = ", ".join(name + window for name in about["backbones"])
+    norms = {"convnext": " (output_norms true)"} if about["output_norms"] else {}
+    backbones = ", ".join(
+        name + window + norms.get(name.split("_")[0], "") for name in about["backbones"]
+    )
     print(f"{source}: {found.title}")
     print(f"  backbone  {backbones or 'none of segkit has its structure'}")
     print(f"  decoder   {found.instead if found.decoder is None else found.decoder or 'of segkit'}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from segkit.weights.naming import Naming, Rule, State
+from segkit.weights.naming import HUGGING_FACE_NORMS, Naming, Rule, State
 
 # ---- EfficientNet: features.0 is the stem, features.1 to features.7 the stages
 
@@ -100,11 +100,15 @@ def _widths(state: State) -> list[int]:
 _PARTS_CONVNEXT = {
     "conv_dw": "block.0",
     "dwconv": "block.0",
+    "depthwise_conv": "block.0",
     "norm": "block.2",
+    "layernorm": "block.2",
     "mlp.fc1": "block.3",
     "pwconv1": "block.3",
+    "pointwise_conv1": "block.3",
     "mlp.fc2": "block.5",
     "pwconv2": "block.5",
+    "pointwise_conv2": "block.5",
 }
 
 
@@ -126,6 +130,8 @@ def _even(match: re.Match[str]) -> str:
 
 
 _CONVNEXT_PARTS = "|".join(map(re.escape, _PARTS_CONVNEXT))
+_TRANSFORMERS = r"(?:convnext\.)?"
+_BLOCKS = rf"{_TRANSFORMERS}encoder\.stages\.(\d)\.layers\.(\d+)"
 
 
 # ---- HRNet
@@ -137,6 +143,9 @@ def _nearest(state: State) -> dict[str, Any]:
     return {"backbone.upsampling": "nearest"} if classifier else {}
 
 
+_HEADS = "(fc|head|classifier|last_linear|projection_head|projector|prototypes)"
+"""What follows a backbone in classifiers, and where networks learned without labels."""
+
 NAMINGS = (
     Naming(
         title="EfficientNet by timm's names",
@@ -144,6 +153,10 @@ NAMINGS = (
         signature=(r"conv_stem\.", r"blocks\.0\.0\.conv_dw\.", r"blocks\.1\.0\.conv_pwl\."),
         rules=_efficientnet(_PARTS_TIMM),
         beyond=r"(conv_head|bn2|classifier)\.",
+        untold={"backbone.like": "timm's tf_ models need 'tensorflow', its others 'timm'"},
+        doubts=(
+            "some of timm's tf_ models expect images normalized by a mean and a deviation of 0.5",
+        ),
     ),
     Naming(
         title="EfficientNet by lukemelas's names",
@@ -153,31 +166,60 @@ NAMINGS = (
         beyond=r"(_conv_head|_bn1|_fc)\.",
         before=_by_stage,
         settings=lambda state: {"backbone.like": "smp"},
+        doubts=("its AdvProp weights expect images normalized by a mean and a deviation of 0.5",),
     ),
     Naming(
-        title="ConvNeXt by timm's or its authors' names",
+        title="ConvNeXt by timm's, mmsegmentation's or its authors' names",
         builds=("convnext_",),
-        signature=(r"stages\.0\.(blocks\.0\.conv_dw|0\.dwconv)\.",),
+        signature=(r"stages\.0\.(blocks\.0\.conv_dw|0\.dwconv|0\.depthwise_conv)\.",),
         rules=(
             (r"(?:stem|downsample_layers\.0)\.([01])\.(\w+)", r"features.0.\1.\2"),
             (r"stages\.([1-3])\.downsample\.([01]\.\w+)", _even),
             (r"downsample_layers\.([1-3])\.([01]\.\w+)", _even),
             (rf"stages\.(\d)\.(?:blocks\.)?(\d+)\.({_CONVNEXT_PARTS})\.(\w+)", _convnext_part),
             (r"stages\.(\d)\.(?:blocks\.)?(\d+)\.gamma", _convnext_scale),
+            (r"norm([0-3])\.(\w+)", r"norm\1.\2"),
         ),
-        beyond=r"(head|head\.norm|head\.fc|norm|norm[0-3])\.\w+$",
+        beyond=r"(head|head\.norm|head\.fc|norm)\.\w+$",
+        after=_as_plane,
+        doubts=("timm's ConvNeXts of CLIP expect images normalized by CLIP's mean and deviation",),
+    ),
+    Naming(
+        title="ConvNeXt by Hugging Face's names",
+        builds=("convnext_",),
+        signature=(rf"{_TRANSFORMERS}encoder\.stages\.0\.layers\.0\.dwconv\.",),
+        rules=(
+            (rf"{_TRANSFORMERS}embeddings\.patch_embeddings\.(\w+)", r"features.0.0.\1"),
+            (rf"{_TRANSFORMERS}embeddings\.layernorm\.(\w+)", r"features.0.1.\1"),
+            (rf"{_TRANSFORMERS}encoder\.stages\.([1-3])\.downsampling_layer\.([01]\.\w+)", _even),
+            (rf"{_BLOCKS}\.({_CONVNEXT_PARTS})\.(\w+)", _convnext_part),
+            (rf"{_BLOCKS}\.layer_scale_parameter", _convnext_scale),
+            HUGGING_FACE_NORMS,
+        ),
+        beyond=r"(convnext\.layernorm|layernorm|classifier)\.\w+$",
         after=_as_plane,
     ),
     Naming(
         title="HRNet",
         builds=("hrnet_",),
         signature=(r"transition1\.", r"stage4\.0\.branches\."),
+        rules=((r"(?:(?:conv|bn)[12]|layer1|transition[1-3]|stage[2-4])\..*", r"\g<0>"),),
+        beyond=rf"({_HEADS}|(incre|downsamp)_modules|final_layer|last_layer|aux_head)\.",
         settings=_nearest,
+        untold={
+            "backbone.upsampling": (
+                "the authors' OCRNet has 'bilinear' with align_corners, their earlier segmentation "
+                "models without, mmsegmentation 'bilinear_by_factor' without, classifiers and "
+                "mmdetection 'nearest'"
+            )
+        },
     ),
     Naming(
         title="SE-ResNet by Cadene's names",
         builds=("se_resnet",),
         signature=(r"layer0\.conv1\.", r"layer1\.0\.se_module\."),
+        rules=((r"layer[0-4]\..*", r"\g<0>"),),
+        beyond=rf"{_HEADS}\.",
     ),
     Naming(
         title="ResNet with a deep stem by mmsegmentation's names",
@@ -186,28 +228,45 @@ NAMINGS = (
         rules=(
             (r"stem\.([01346]\.\w+)", r"conv1.\1"),
             (r"stem\.7\.(\w+)", r"bn1.\1"),
-            (r"(?:layer[1-4]|fc)\..*", r"\g<0>"),
+            (r"layer[1-4]\..*", r"\g<0>"),
         ),
+        beyond=rf"{_HEADS}\.",
     ),
     Naming(
         title="ResNet",
         builds=("resnet", "resnext", "wide_resnet"),
         signature=(r"conv1\.", r"layer1\.0\.conv1\."),
+        rules=((r"(?:conv1|bn1|layer[1-4])\..*", r"\g<0>"),),
+        beyond=rf"{_HEADS}\.",
+        doubts=(
+            "Caffe's ResNets (a stride in the 1x1 convolution, BGR images) and timm's resnetaa and "
+            "resnetblur have the same names, but compute otherwise",
+        ),
     ),
     Naming(
-        title="RegNet by torchvision's names", builds=("regnet_",), signature=(r"trunk_output",)
+        title="RegNet by torchvision's names",
+        builds=("regnet_",),
+        signature=(r"trunk_output",),
+        rules=((r"(?:stem|trunk_output)\..*", r"\g<0>"),),
+        beyond=rf"{_HEADS}\.",
     ),
     Naming(
         title="classifier by torchvision's names",
         builds=("efficientnet_", "mobilenet_", "convnext_", "swin_"),
         signature=(r"features\.0\.0\.",),
+        rules=((r"(?:features|norm[0-3])\..*", r"\g<0>"),),
+        beyond=rf"({_HEADS}|norm)\.",
+        settings=lambda state: {"backbone.like": "torchvision"},
     ),
     Naming(
         title="classifier by the names of torchvision's segmentation models",
         builds=("mobilenet_",),
         signature=(r"0\.0\.weight", r"1\.block\.0\.0\.weight"),
         rules=((r"\d+\..*", r"features.\g<0>"),),
-        settings=lambda state: {"backbone.contract_dilation": False},
+        settings=lambda state: {
+            "backbone.contract_dilation": False,
+            "backbone.output_stride": 16,
+        },
     ),
 )
 """In the order they are tried."""

@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,18 @@ from segkit.decoders.layers import Classifier
 from segkit.errors import CheckpointError
 from segkit.weights import swin
 from segkit.weights.naming import State
+from segkit.weights.own import trained_with
 from segkit.weights.reading import read_file
 from segkit.weights.recognition import Found, recognize
 
 AUXILIARY = ("aux", "aux_classifier", "heads", "presence")
 """Parts of decoders that serve training; a file or a model may be without them."""
 
+OUTPUT_NORMS = ("norm0", "norm1", "norm2", "norm3")
+"""The norms of a backbone's feature maps, which a classifier's weights do not have."""
+
 _CONSTANTS = ("relative_position_index", "relative_coords_table")
+_TABLES = ("relative_position_bias_table", "relative_coords_table")
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Report:
         loaded: The model's entries that have the file's values now.
         skipped: The file's entries that were not used, and why.
         fresh: The model's entries that stay as they were, and why.
-        notes: What was done to fit, and where the model computes otherwise than the file's own.
+        notes: What was done to fit, where the model computes otherwise than the file's own, and
+            what changes outputs and is not told by the file.
     """
 
     source: str
@@ -58,7 +64,7 @@ class Report:
         )
 
 
-def load_file(model: nn.Module, path: str | Path) -> Report:
+def load_file(model: nn.Module, path: str | Path, *, source: str = "") -> Report:
     """Load a file of weights of this project or another one into a model.
 
     ``docs/weights.md`` lists what is recognized. The backbone loads whole or not at all; the
@@ -68,11 +74,13 @@ def load_file(model: nn.Module, path: str | Path) -> Report:
     Args:
         model: A :class:`segkit.model.Segmenter`.
         path: ``.pth``, ``.pt`` or ``.safetensors``. Code in it is never run.
+        source: What to call it in errors and the report, the path by default.
 
     Raises:
         CheckpointError: Missing, unreadable, unknown, or not the whole of this backbone.
     """
-    return load_state(model, read_file(Path(path)), source=str(path))
+    path, source = Path(path), source or str(path)
+    return _load(model, identify(read_file(path), path, source=source), source=source)
 
 
 def load_state(model: nn.Module, state: State, *, source: str) -> Report:
@@ -83,9 +91,32 @@ def load_state(model: nn.Module, state: State, *, source: str) -> Report:
         state: Names to tensors.
         source: Where they come from, for errors and the report.
     """
-    entries, report = fit(model, recognize(state, source=source), source=source)
+    return _load(model, recognize(state, source=source), source=source)
+
+
+def _load(model: nn.Module, found: Found, *, source: str) -> Report:
+    entries, report = fit(model, found, source=source)
     model.load_state_dict(entries, strict=False)
     return report
+
+
+def identify(state: State, path: Path, *, source: str) -> Found:
+    """Tell what a file is by its entries, and by the configuration in segkit's own.
+
+    Args:
+        state: Its entries.
+        path: The file.
+        source: What it is called. Another name than the path is that of torchvision's own weights,
+            which are not mistaken for another project's.
+
+    Raises:
+        CheckpointError: It is of no architecture that segkit has.
+    """
+    found = recognize(state, source=source)
+    if Path(source) != path:
+        return replace(found, untold={}, differs=())
+    settings = trained_with(path) if found.decoder == "" else None
+    return found if settings is None else replace(found, settings=settings, differs=())
 
 
 def fit(model: nn.Module, found: Found, *, source: str) -> tuple[dict[str, Tensor], Report]:
@@ -104,6 +135,13 @@ def fit(model: nn.Module, found: Found, *, source: str) -> tuple[dict[str, Tenso
         if not names:
             advice = "no backbone of segkit has its structure"
         raise CheckpointError(f"{source}: {why} ({found.title}); {advice}")
+    own_parts = {name.split(".")[0] for name in backbone.state_dict()}
+    norms = output_norms(found)
+    if norms and norms[0].split(".")[0] not in own_parts:
+        raise CheckpointError(
+            f"{source}: '{found.backbone.names[norms[0]]}' is of norms of the feature maps, which "
+            f"this backbone does not have ({found.title}); give the backbone output_norms: true"
+        )
     entries, fresh, notes = _fit_backbone(backbone, found)
     heads, left, why = _fit_decoder(decoder, found)
     unused = _unused_of_backbone(backbone, found)
@@ -111,16 +149,15 @@ def fit(model: nn.Module, found: Found, *, source: str) -> tuple[dict[str, Tenso
     for theirs in (*found.head.names.values(), *found.head.beyond, *found.head.unknown):
         if theirs not in used:
             unused[theirs] = "of a decoder" if why else "not of this model"
-    for path, value in found.settings.items():
-        part, _, attribute = path.partition(".")
-        if part == "decoder" and why:
-            continue
-        have = getattr(model.get_submodule(part), attribute, value)
-        if have != value:
-            notes.append(f"made with {path} {value!r}, this model has {have!r}")
+    notes += _settings_of(model, found, without_decoder=bool(why))
     entries |= heads
     report = Report(source, found.title, tuple(entries), unused, fresh | left, tuple(notes))
     return entries, report
+
+
+def output_norms(found: Found) -> list[str]:
+    """A file's entries for the norms of feature maps, by the names they have here."""
+    return [name for name in found.backbone.tensors if name.split(".")[0] in OUTPUT_NORMS]
 
 
 def misfit(backbone: nn.Module, found: Found) -> str:
@@ -175,7 +212,7 @@ def _without_values(name: str) -> nn.Module:
 
 def windows(found: Found) -> list[int]:
     """Windows of a Swin's position biases; none for other files."""
-    tables = [v for k, v in found.backbone.tensors.items() if k.endswith("bias_table") and v.ndim]
+    tables = [v for k, v in found.backbone.tensors.items() if k.endswith(_TABLES) and v.ndim]
     return sorted({_window(table) for table in tables})
 
 
@@ -188,6 +225,10 @@ def _fit_backbone(
     notes: dict[str, None] = {}
     for name, value in backbone.state_dict().items():
         if name.endswith(_CONSTANTS):
+            theirs = found.backbone.tensors.get(name, value)
+            if name.endswith(_TABLES) and theirs.ndim and _window(theirs) != _window(value):
+                sides = f"for window {_window(value)}, the file's are for {_window(theirs)}"
+                notes[f"position biases are computed {sides}"] = None
             continue
         if name not in found.backbone.tensors:
             fresh[f"backbone.{name}"] = "not in the file"
@@ -199,6 +240,32 @@ def _fit_backbone(
             tensor = swin.resize_bias_table(tensor, value.shape[0])
         entries[f"backbone.{name}"] = tensor
     return entries, fresh, list(notes)
+
+
+def _settings_of(model: nn.Module, found: Found, *, without_decoder: bool) -> list[str]:
+    """Where a model computes otherwise than the file's project, or may."""
+
+    def have(path: str) -> Any:
+        part, _, attribute = path.rpartition(".")
+        if without_decoder and not path.startswith("backbone."):
+            return None
+        value = getattr(model.get_submodule(part), attribute, None)
+        return tuple(value) if isinstance(value, list) else value
+
+    told = {path: value for path, value in found.settings.items() if have(path) is not None}
+    return [
+        *(
+            f"made with {path} {value!r}, this model has {have(path)!r}"
+            for path, value in told.items()
+            if have(path) != value
+        ),
+        *(
+            f"the file does not tell {path}, {have(path)!r} in this model: {why}"
+            for path, why in found.untold.items()
+            if have(path) is not None
+        ),
+        *found.differs,
+    ]
 
 
 def _unused_of_backbone(backbone: nn.Module, found: Found) -> dict[str, str]:
@@ -263,7 +330,8 @@ def _resizable(name: str, have: torch.Size, want: torch.Size) -> bool:
 
 
 def _window(table: Tensor) -> int:
-    return (swin.side(table.shape[0]) + 1) // 2
+    """The window of a table of biases, (entries, heads), or of coordinates, (1, side, side, 2)."""
+    return ((table.shape[1] if table.ndim == 4 else swin.side(table.shape[0])) + 1) // 2
 
 
 def _plausible(name: str, values: int) -> bool:

@@ -12,6 +12,13 @@ State = Mapping[str, Tensor]
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
 
+HUGGING_FACE_NORMS: Rule = (
+    r"hidden_states_norms\.stage([1-4])\.(\w+)",
+    lambda match: f"norm{int(match[1]) - 1}.{match[2]}",
+)
+"""The norms of a backbone's feature maps by the names of transformers."""
+
+
 @dataclass(frozen=True)
 class Naming:
     """The names that a project gives to a backbone, or to a whole model around one.
@@ -27,6 +34,10 @@ class Naming:
         after: Turns tensors, under their new names, into what is kept under these names here.
         settings: The model's attributes with which it computes what the file's own project
             computes, from the entries.
+        untold: The model's attributes that change what it computes and that no entry tells, and
+            what the project's files were made with.
+        differs: Sentences on what the project computes otherwise, which no setting changes.
+        doubts: Sentences on other files with the same names, where the file is a backbone alone.
     """
 
     title: str
@@ -37,6 +48,9 @@ class Naming:
     before: Callable[[State], State] = lambda state: state
     after: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
     settings: Callable[[State], dict[str, Any]] = lambda state: {}
+    untold: Mapping[str, str] = field(default_factory=dict)
+    differs: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     def describes(self, state: State) -> bool:
         """Whether every pattern of the signature matches the beginning of an entry's name."""

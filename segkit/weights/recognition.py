@@ -30,6 +30,8 @@ class Found:
         backbone: Entries of the backbone, without a prefix.
         head: Entries of the decoder, with ``decoder.`` before them.
         settings: Attributes of a model that computes what the file's own project computes.
+        untold: Attributes that the file does not tell, and what its project's files have.
+        differs: What the project computes otherwise, or may.
         classes: Rows of its classifier, if it has one.
     """
 
@@ -40,6 +42,8 @@ class Found:
     backbone: Renamed
     head: Renamed
     settings: Mapping[str, Any]
+    untold: Mapping[str, str]
+    differs: tuple[str, ...]
     classes: int | None
 
 
@@ -66,10 +70,12 @@ def recognize(state: State, *, source: str) -> Found:
         )
     try:
         backbone = naming.rename(trunk, prefix=prefix)
-        settings = naming.settings(trunk) | whole.decoder.settings(state)
+        settings = whole.decoder.settings(state) | naming.settings(trunk)
     except (RuntimeError, IndexError) as error:  # of tensors whose shapes cannot be what they say
         raise CheckpointError(f"{source}: has shapes that are of no {naming.title}") from error
     builds = whole.decoder.builds
+    untold = {**naming.untold, **whole.decoder.untold}
+    doubts = () if whole.decoder.title else naming.doubts
     return Found(
         title=", ".join(title for title in (whole.decoder.title, naming.title) if title),
         builds=naming.builds,
@@ -78,6 +84,8 @@ def recognize(state: State, *, source: str) -> Found:
         backbone=backbone,
         head=head,
         settings=settings,
+        untold={path: why for path, why in untold.items() if path not in settings},
+        differs=(*whole.decoder.differs, *naming.differs, *doubts),
         classes=_classes(head.tensors or state),
     )
 

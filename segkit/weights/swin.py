@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from segkit.weights.naming import Naming, Rule
+from segkit.weights.naming import HUGGING_FACE_NORMS, Naming, Rule
 
 # Here, as in torchvision, features.0 is the patches, then stages and mergings alternate.
 
@@ -104,6 +104,11 @@ _LAYERS = r"layers\.(\d)\.blocks\.(\d+)"
 _STAGES = r"stages\.(\d)\.blocks\.(\d+)"
 _ENCODER = r"(?:swin\.)?encoder\.layers\.(\d)\.blocks\.(\d+)"
 
+_SHIFTS = (
+    "its project shifts windows along a side that a single window covers, this model does not: "
+    "outputs differ for images with a side of at most 32 times the window"
+)
+
 NAMINGS = (
     Naming(
         title="Swin by timm's names",
@@ -117,6 +122,10 @@ NAMINGS = (
             first=1,
         ),
         beyond=_BEYOND,
+        differs=(
+            "timm fills maps up to whole windows after it shifted them, this model before: outputs "
+            "differ where a map is not made of whole windows",
+        ),
     ),
     Naming(
         title="Swin by Microsoft's names",
@@ -126,6 +135,7 @@ NAMINGS = (
             _LAYERS, _ATTENTION, patches=r"patch_embed\.", merging=r"layers\.(\d)\.downsample"
         ),
         beyond=_BEYOND,
+        differs=(f"if it is of Microsoft's segmentation code, {_SHIFTS}",),
     ),
     Naming(
         title="Swin by mmsegmentation's names",
@@ -136,6 +146,7 @@ NAMINGS = (
         ),
         beyond=_BEYOND,
         after=from_unfold,
+        differs=(_SHIFTS,),
     ),
     Naming(
         title="Swin by Hugging Face's names",
@@ -150,12 +161,10 @@ NAMINGS = (
                 patches=r"(?:swin\.)?embeddings\.(?:patch_embeddings\.)?",
                 merging=r"(?:swin\.)?encoder\.layers\.(\d)\.downsample",
             ),
-            (
-                r"hidden_states_norms\.stage([1-4])\.(\w+)",
-                lambda match: f"norm{int(match[1]) - 1}.{match[2]}",
-            ),
+            HUGGING_FACE_NORMS,
         ),
         beyond=_BEYOND,
+        differs=(_SHIFTS,),
     ),
 )
 """In the order they are tried."""

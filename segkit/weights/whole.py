@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from segkit.weights.naming import Naming, Rule, State
+from segkit.weights.naming import Naming, Rule
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,13 @@ _OCR_OPENMMLAB: tuple[Rule, ...] = (
 )
 
 
-def _edges(state: State) -> dict[str, Any]:
-    return {"decoder.align_corners": False, "backbone.align_corners": False}
-
-
+_OPENMMLAB_HRNET = {
+    "backbone.align_corners": False,
+    "backbone.upsampling": "bilinear_by_factor",
+}
+_BINS = {"decoder.bins": (1, 2, 3, 6)}
+_CORNERS = "mmsegmentation's models for images of 769 x 769 have True, its others False"
+_STRIDE = "mmsegmentation's d8 models have 8, d16 16, d32 32"
 # ---- the authors' HRNet-OCR
 
 _DISTRIBUTION = r"ocr_distri_head\.object_context_block"
@@ -149,6 +152,8 @@ _ATROUS: tuple[Rule, ...] = (
     (r"aux_classifier\.([014])\.(\w+)", r"decoder.aux.\1.\2"),
 )
 
+_TORCHVISION = {"backbone.output_stride": 8, "backbone.contract_dilation": True}
+
 # ---- segmentation_models.pytorch
 
 _NESTED: tuple[Rule, ...] = (
@@ -168,18 +173,24 @@ _SEPARABLE: tuple[Rule, ...] = (
 )
 
 
-def _dilated(state: State) -> dict[str, Any]:
-    return {"backbone.contract_dilation": False}
+_SMP = {"backbone.contract_dilation": False}
 
 
 def _openmmlab(
-    title: str, builds: str, *signature: str, rules: tuple[Rule, ...] = (), **more: Any
+    title: str,
+    builds: str,
+    *signature: str,
+    rules: tuple[Rule, ...] = (),
+    told: dict[str, Any] | None = None,
+    **more: Any,
 ) -> Naming:
+    settings = _OPENMMLAB_HRNET | (told or {})
     return Naming(
         title=f"{title} of mmsegmentation",
         builds=(builds,) if builds else (),
         signature=signature,
         rules=rules,
+        settings=lambda state: settings,
         beyond=r"(decode|auxiliary)_head\." if not builds else r"auxiliary_head\.",
         **more,
     )
@@ -191,6 +202,7 @@ OWN = Whole(
         builds=("",),
         signature=(r"backbone\.", r"decoder\."),
         rules=((r"decoder\..*", r"\g<0>"),),
+        differs=("the file does not tell the settings of the model that it was trained with",),
     ),
     "backbone.",
 )
@@ -203,15 +215,31 @@ WHOLE = (
             builds=("upernet",),
             signature=(r"decode_head\.lateral_convs\.0\.batch_norm\.",),
             rules=_PYRAMID,
+            settings=lambda state: _BINS,
         ),
         "backbone.",
     ),
     Whole(
-        _openmmlab("UPerNet", "upernet", r"decode_head\.lateral_convs\.", rules=_PYRAMID),
+        _openmmlab(
+            "UPerNet",
+            "upernet",
+            r"decode_head\.lateral_convs\.",
+            rules=_PYRAMID,
+            told=_BINS | {"backbone.output_stride": 32},
+            untold={"align_corners": _CORNERS},
+        ),
         "backbone.",
     ),
     Whole(
-        _openmmlab("PSPNet", "pspnet", r"decode_head\.psp_modules\.", rules=_PYRAMID), "backbone."
+        _openmmlab(
+            "PSPNet",
+            "pspnet",
+            r"decode_head\.psp_modules\.",
+            rules=_PYRAMID,
+            told=_BINS,
+            untold={"backbone.output_stride": _STRIDE, "align_corners": _CORNERS},
+        ),
+        "backbone.",
     ),
     Whole(
         _openmmlab(
@@ -220,7 +248,7 @@ WHOLE = (
             r"decode_head\.0\.convs\.0\.",
             rf"{_ATTENTION}\.",
             rules=_OCR_OPENMMLAB,
-            settings=_edges,
+            told={"decoder.align_corners": False},
         ),
         "backbone.",
     ),
@@ -231,18 +259,29 @@ WHOLE = (
             r"decode_head\.sep_bottleneck\.",
             rules=_DEEPLAB,
             after=average_last,
-            settings=lambda state: {"decoder.align_corners": False},
+            untold={
+                "backbone.output_stride": _STRIDE,
+                "decoder.rates": "mmsegmentation's d8 models have 12, 24, 36, d16 6, 12, 18",
+                "decoder.align_corners": _CORNERS,
+            },
+            differs=("mmsegmentation's mg124 models dilate their last stage by 1, 2, 4",),
         ),
         "backbone.",
     ),
     Whole(
         _openmmlab(
-            "FCN", "fcn", r"decode_head\.convs\.1\.", r"decode_head\.conv_cat\.", rules=_FCN
+            "FCN",
+            "fcn",
+            r"decode_head\.convs\.1\.",
+            r"decode_head\.conv_cat\.",
+            rules=_FCN,
+            untold={"backbone.output_stride": _STRIDE, "align_corners": _CORNERS},
+            differs=("mmsegmentation's d6 models dilate the convolutions of their head by 6",),
         ),
         "backbone.",
     ),
     Whole(
-        _openmmlab("model", "", r"decode_head\."),
+        _openmmlab("model", "", r"decode_head\.", untold={"backbone.output_stride": _STRIDE}),
         "backbone.",
         instead="segkit has no decoder of its structure",
     ),
@@ -253,6 +292,11 @@ WHOLE = (
             signature=(r"conv3x3_ocr\.", r"ocr_distri_head\."),
             rules=_OCR_AUTHORS,
             beyond=r"loss\.",
+            settings=lambda state: {
+                "decoder.align_corners": True,
+                "backbone.align_corners": True,
+                "backbone.upsampling": "bilinear",
+            },
         ),
         "",
     ),
@@ -262,6 +306,7 @@ WHOLE = (
             builds=("deeplabv3",),
             signature=(r"backbone\.", r"classifier\.0\.convs\."),
             rules=_ATROUS,
+            settings=lambda state: _TORCHVISION | {"decoder.rates": (12, 24, 36)},
         ),
         "backbone.",
     ),
@@ -271,6 +316,7 @@ WHOLE = (
             builds=("fcn",),
             signature=(r"backbone\.", r"classifier\.0\.weight", r"classifier\.4\."),
             rules=_HEADS,
+            settings=lambda state: _TORCHVISION,
         ),
         "backbone.",
     ),
@@ -280,6 +326,11 @@ WHOLE = (
             builds=("unetplusplus",),
             signature=(r"encoder\.", r"decoder\.blocks\.x_", r"segmentation_head\."),
             rules=_NESTED,
+            settings=lambda state: {"backbone.output_stride": 32},
+            differs=(
+                "segmentation_models.pytorch's decoder_interpolation is not told by the file, and "
+                "is its default here, 'nearest'",
+            ),
         ),
         "encoder.",
     ),
@@ -289,7 +340,11 @@ WHOLE = (
             builds=("deeplabv3plus",),
             signature=(r"encoder\.", r"decoder\.aspp\.0\.", r"decoder\.block2\."),
             rules=_SEPARABLE,
-            settings=_dilated,
+            settings=lambda state: _SMP | {"decoder.align_corners": True},
+            untold={
+                "backbone.output_stride": "segmentation_models.pytorch has 16 unless told 8",
+                "decoder.rates": "segmentation_models.pytorch has 12, 24, 36 unless told others",
+            },
         ),
         "encoder.",
     ),
@@ -300,6 +355,13 @@ WHOLE = (
             signature=(r"encoder\.", r"decoder\.", r"segmentation_head\."),
             rules=(),
             beyond=r"(decoder|segmentation_head)\.",
+            settings=lambda state: _SMP,
+            untold={
+                "backbone.output_stride": (
+                    "segmentation_models.pytorch has 8 or 16 in DeepLabV3, 16 or 32 in PAN, "
+                    "otherwise 32"
+                )
+            },
         ),
         "encoder.",
         instead="segkit has no decoder of its structure",
