@@ -9,6 +9,7 @@ python infer.py --run-dir a --run-dir b --vote hard --images photographs/
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from segkit.data import open_source
 from segkit.data.loader import digests
 from segkit.data.photos import PhotoSource
 from segkit.data.source import Source, background_of, positions
-from segkit.errors import ConfigError, SegkitError
+from segkit.errors import ConfigError, DataError, SegkitError
 from segkit.files import write_json
 from segkit.labels import IGNORE
 from segkit.metrics import FEW_IMAGES
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
     say = command.voice(quiet=args.quiet, verbose=args.verbose)
     if args.weigh_views and cfg.infer.merge != "mean":
         raise ConfigError("infer.merge: --weigh-views weighs the mean of probabilities; use 'mean'")
+    left_out: list[str] = []
     lost = command.end_without_peer
     with (
         distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device,
@@ -62,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         )
 
         # ---- the result, and what it and its rivals are worth where labels can tell
-        results = write_results(combiner, final, photos, out)
+        results, photos = write_results(combiner, final, photos, out)
         if args.pseudo:
             write_pseudo(args, combiner, final, photos)
         truth = open_truth(args, cfg, photos)
@@ -85,6 +87,13 @@ def main(argv: Sequence[str]) -> None:
             if rows:
                 say(table(rows, columns))
             say(f"written: {out}")
+            left_out += [fault.sentence for fault in photos.source.faults]
+            left_out += (photos.left_out or {}).values()
+            for sentence in left_out:
+                print(f"left out: {sentence}", file=sys.stderr)
+    if args.images and left_out:  # after the session: rank 0 alone says so, others have ended well
+        count = len(left_out) + len(photos.indices)
+        raise DataError(f"{len(left_out)} of {count} images cannot be read and have no results")
 
 
 def open_photos(args: argparse.Namespace, cfg: Config) -> Images:
@@ -95,7 +104,8 @@ def open_photos(args: argparse.Namespace, cfg: Config) -> Images:
         source = open_source(cfg, "test")
     else:
         raise ConfigError("data.test: is missing, so there is nothing to predict; add --images")
-    return Images("test", source, list(range(len(source))))
+    # Of the test set every image needs a result; photographs may be of any kind.
+    return Images("test", source, list(range(len(source))), left_out={} if args.images else None)
 
 
 def claim_folders(args: argparse.Namespace, run: Run, source: Source) -> tuple[Path, Path]:
@@ -119,8 +129,14 @@ def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images 
     return Images("test", source, positions(source, photos.source.names))
 
 
-def write_results(combiner: Combiner, candidate: Candidate, photos: Images, out: Path) -> Results:
-    """Predict and write the images that are not there yet, every rank its share."""
+def write_results(
+    combiner: Combiner, candidate: Candidate, photos: Images, out: Path
+) -> tuple[Results, Images]:
+    """Predict and write the images that are not there yet, every rank its share.
+
+    Returns:
+        The results, and the images without those that could not be read.
+    """
     run = combiner.runs[0]
     infer = combiner.config(run).infer
     classes = load_state(candidate.paths[0])["classes"]
@@ -141,10 +157,20 @@ def write_results(combiner: Combiner, candidate: Candidate, photos: Images, out:
     for index, one, _ in distributed.Progress(found, "predict", total=total, unit="image", delay=0):
         mask = one.max(0).indices.to(torch.uint8) if soft else one
         results.write(index, mask, one if soft else None)
+    if photos.left_out is not None:
+        parts = distributed.gather(photos.left_out)
+        left_out = distributed.broadcast(
+            {key: text for part in parts for key, text in part.items()}
+        )
+        photos.left_out.update(left_out)
+        sound = [index for index in photos.indices if index not in left_out]
+        if not sound:
+            raise DataError(f"{next(iter(left_out.values()))}; none of the images can be read")
+        photos = replace(photos, indices=sound)
     distributed.barrier()
     if distributed.is_main():
-        results.finish(category_ids=category_ids)
-    return results
+        results.finish(photos.indices, category_ids=category_ids)
+    return results, photos
 
 
 def write_pseudo(

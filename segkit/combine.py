@@ -62,11 +62,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Images:
-    """Some images of a source, and the column their scores stand in."""
+    """Some images of a source, and the column their scores stand in.
+
+    Args:
+        title: Of the column.
+        source: Where the images are read from.
+        indices: Their numbers in it.
+        left_out: Takes a sentence for each image that cannot be read, by its number; without it
+            the first such image is an error.
+    """
 
     title: str
     source: Source
     indices: list[int]
+    left_out: dict[int, str] | None = None
 
 
 class Combiner:
@@ -343,7 +352,8 @@ class Combiner:
         else:
             (vote,) = self._cast(candidate, images, [candidate.vote])
             for place, index in enumerate(share(images)):
-                yield index, vote.result(place), truth_of(images, index)
+                if index not in (images.left_out or ()):
+                    yield index, vote.result(place), truth_of(images, index)
 
     def probabilities(self, candidate: Candidate, images: Images) -> Predictions:
         """The candidate's probabilities of this rank's share of the images."""
@@ -358,7 +368,8 @@ class Combiner:
                     "use --vote soft or weighted"
                 )
             for place, index in enumerate(share(images)):
-                yield index, vote.probabilities(place), None
+                if index not in (images.left_out or ()):
+                    yield index, vote.probabilities(place), None
 
     def origin(self, candidate: Candidate) -> dict[str, Any]:
         """All that a candidate's predictions depend on."""
@@ -388,6 +399,7 @@ class Combiner:
             labels=labels,
             batch_size=cfg.infer.batch_size,
             workers=cfg.data.workers,
+            left_out=images.left_out,
         )
 
     def _cast(

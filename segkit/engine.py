@@ -174,6 +174,7 @@ def predictions(
     labels: bool,
     batch_size: int = 1,
     workers: int = 0,
+    left_out: dict[int, str] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """This rank's share of ``indices``: index, prediction, and with ``labels`` the true mask.
 
@@ -184,9 +185,16 @@ def predictions(
         labels: Whether to read masks too.
         batch_size: Images of one size predicted together.
         workers: Processes that read images.
+        left_out: Takes a sentence for each image that cannot be read; without it the first such
+            image is an error.
     """
     for batch in eval_batches(
-        source, indices, labels=labels, batch_size=batch_size, workers=workers
+        source,
+        indices,
+        labels=labels,
+        batch_size=batch_size,
+        workers=workers,
+        left_out=left_out,
     ):
         truth = batch.masks if batch.masks is not None else [None] * len(batch.indices)
         yield from zip(batch.indices, predict(batch.images), truth, strict=True)

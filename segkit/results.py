@@ -109,14 +109,15 @@ class Results:
         with open_image(self.folder / "masks" / f"{self._names[name]}.png") as image:
             return torch.from_numpy(np.array(image))
 
-    def finish(self, *, category_ids: Mapping[int, int] | None) -> None:
+    def finish(self, indices: Sequence[int], *, category_ids: Mapping[int, int] | None) -> None:
         """Gather the masks, in the images' order, into the files that hold all of them.
 
         Args:
+            indices: The images that have masks.
             category_ids: Class index of each category id of the labels that were trained on.
         """
         source = self.source
-        names = [source.names[index] for index in self.indices]
+        names = [source.names[index] for index in indices]
         with ExitStack() as files:
             writers = []
             if "csv" in self.outputs:

@@ -1,9 +1,11 @@
 """infer.py: every way of combining, leaks refused, interruptions resumed, pseudo labels."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 
 import infer
 from segkit import checkpoint, soup
@@ -431,6 +434,93 @@ def test_pseudo_labels_of_other_images_leave_no_old_ones(tmp_path: Path, home: P
     assert relative(Path("renewed/images")) == set(names) == relative(tmp_path)
     with pytest.raises(SegkitError, match="is the folder of the results"):
         run(*options[:-1], "renewed")
+
+
+def damaged_photographs(folder: Path) -> None:
+    """Four sound photographs, and damaged ones before, between and after them."""
+    for number, name in enumerate(["b", "d", "f", "h"]):
+        paint(folder / f"{name}.png", 60 * number)
+    noise = Image.effect_noise((64, 48), 80).convert("RGB")
+    noise.save(folder / "c.jpg")
+    noise.save(folder / "e.png")
+    for name in ("c.jpg", "e.png"):  # only their pixels are damaged
+        (folder / name).write_bytes((folder / name).read_bytes()[:1500])
+    (folder / "a.png").write_bytes(b"")
+    (folder / "i.jpg").write_text("no image")
+    (folder / "g.png").symlink_to("nowhere")
+    (folder / "folder.png").mkdir()
+
+
+DAMAGED = ("a.png is empty", "c.jpg cannot be", "e.png cannot be", "g.png does not", "i.jpg is")
+
+
+@pytest.mark.parametrize("options", [("--run-dir", "a", "--vote", "hard"), ("--run-dir", "b")])
+def test_photographs_that_cannot_be_read_are_left_out_and_named(
+    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged_photographs(tmp_path / "photos")
+    out = tmp_path / "out"
+    command = ("--images", str(tmp_path / "photos"), "--brief", "--out", str(out), "--quiet")
+    for _ in range(2):
+        with pytest.raises(DataError, match="5 of 9 images cannot be read"):
+            run(*command, *options, "--set", "infer.batch_size=2")
+        told = [line for line in capsys.readouterr().err.splitlines() if "left out: " in line]
+        assert len(told) == 5
+        assert all(any(part in line for line in told) for part in DAMAGED)
+        assert relative(out / "masks") == {"b.png", "d.png", "f.png", "h.png"}
+        rows = (out / "submission.csv").read_text().splitlines()
+        assert [row.split(",")[0] for row in rows[1:]] == ["b.png", "d.png", "f.png", "h.png"]
+    for name in ("c.jpg", "e.png"):
+        shutil.copy(tmp_path / "photos/h.png", tmp_path / "photos" / name)
+    for name in ("a.png", "g.png", "i.jpg"):
+        (tmp_path / "photos" / name).unlink()
+    run(*command, *options)
+    assert relative(out / "masks") == {f"{name}.png" for name in "bcdefh"}
+
+
+def test_photographs_of_which_none_can_be_read_are_one_sentence(tmp_path: Path) -> None:
+    paint(tmp_path / "p/a.png", 0)
+    (tmp_path / "p/a.png").write_bytes((tmp_path / "p/a.png").read_bytes()[:60])
+    (tmp_path / "q").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "q" / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.png cannot be .*none of the images can be read"):
+        run("--images", str(tmp_path / "p"), "--brief", "--out", str(tmp_path / "out"))
+    with pytest.raises(DataError, match=r"a\.png is empty .*\(and 1 more\); no image is left"):
+        run("--images", str(tmp_path / "q"), "--brief", "--out", str(tmp_path / "out"))
+
+
+def test_a_damaged_image_of_the_test_set_ends_the_inference(tmp_path: Path, home: Path) -> None:
+    shutil.copytree(home / "demo", tmp_path / "demo")
+    name = read(home / "demo/test.json")["images"][2]["file_name"]
+    photo = tmp_path / "demo" / name
+    photo.write_bytes(photo.read_bytes()[:900])
+    test = {"name": "coco", "annotations": str(tmp_path / "demo/test.json")}
+    options = ("--set", f"data.test={json.dumps(test)}", "--set", "data.test_labels=null")
+    with pytest.raises(DataError, match=name):
+        run("--brief", "--out", str(tmp_path / "out"), *options)
+
+
+def infer_on_rank(home: Path, *arguments: str) -> str:
+    """What a rank's infer.py ends with."""
+    os.chdir(home)
+    infer.distributed.session = lambda *_, **__: nullcontext(torch.device("cpu"))  # it is open
+    try:
+        infer.main(arguments)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_out_the_same_photographs(tmp_path: Path, home: Path) -> None:
+    damaged_photographs(tmp_path / "photos")
+    options = ["--run-dir", "b", "--images", str(tmp_path / "photos"), "--brief", "--quiet"]
+    ends = run_ranks(infer_on_rank, 2, home, *options, "--out", str(tmp_path / "two"))
+    assert ends == ["5 of 9 images cannot be read and have no results", ""]
+    with pytest.raises(DataError):
+        infer.main([*options, "--out", str(tmp_path / "one")])
+    assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
 _PEAK = """

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,12 @@ class TrainImages(Dataset):
 class EvalBatch:
     """Images of one size as they are in their files.
 
+    Args:
+        indices: Of the images.
+        images: Their pixels.
+        masks: Their labels, if they are asked for.
+        left_out: What is wrong with each image that cannot be read, by its index.
+
     Shape:
         images: (B, 3, H, W) uint8; masks: (B, H, W) uint8, or ``None`` without labels.
     """
@@ -167,20 +173,26 @@ class EvalBatch:
     indices: list[int]
     images: Tensor
     masks: Tensor | None
+    left_out: dict[int, str] = field(default_factory=dict)
 
 
 class EvalImages(Dataset):
-    """Images, with masks where there are labels, by lists of indices of one size."""
+    """Images, with masks where there are labels, by lists of indices of one size.
 
-    def __init__(self, source: Any, *, labels: bool) -> None:
-        self.source, self.labels = source, labels
+    With ``skip``, an image that cannot be read is its index and a sentence, else a DataError.
+    """
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor | None] | DataError:
+    def __init__(self, source: Any, *, labels: bool, skip: bool = False) -> None:
+        self.source, self.labels, self.skip = source, labels, skip
+
+    def __getitem__(
+        self, index: int
+    ) -> tuple[int, Tensor, Tensor | None] | tuple[int, str] | DataError:
         try:
             mask = self.source.mask(index) if self.labels else None
             return index, self.source.image(index), mask
         except DataError as error:
-            return error
+            return (index, str(error)) if self.skip else error
 
 
 def train_batches(
@@ -207,17 +219,31 @@ def train_batches(
 
 
 def eval_batches(
-    source: Any, indices: Sequence[int], *, labels: bool, batch_size: int, workers: int
+    source: Any,
+    indices: Sequence[int],
+    *,
+    labels: bool,
+    batch_size: int,
+    workers: int,
+    left_out: dict[int, str] | None = None,
 ) -> Iterator[EvalBatch]:
-    """This rank's share of ``indices``, each image exactly once over all ranks, on the CPU."""
+    """This rank's share of ``indices``, each image exactly once over all ranks, on the CPU.
+
+    With ``left_out``, images that cannot be read are added to it, with a sentence each; without,
+    the first one raises a DataError.
+    """
     loader = DataLoader(
-        EvalImages(source, labels=labels),
+        EvalImages(source, labels=labels, skip=left_out is not None),
         batch_sampler=_same_size(source, indices[rank() :: world_size()], batch_size),
         num_workers=workers,
         collate_fn=_stack_eval,
         worker_init_fn=_start_worker,
     )
-    return _checked(loader)
+    for batch in _checked(loader):
+        if left_out is not None:
+            left_out.update(batch.left_out)
+        if batch.indices:
+            yield batch
 
 
 def digests(source: Any, indices: Sequence[int]) -> list[str]:
@@ -308,9 +334,13 @@ def _stack_eval(samples: list) -> EvalBatch | DataError:
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    indices, images, masks = zip(*samples, strict=True)
+    left_out = dict(sample for sample in samples if len(sample) == 2)
+    sound = [sample for sample in samples if len(sample) == 3]
+    if not sound:
+        return EvalBatch([], torch.empty(0), None, left_out)
+    indices, images, masks = zip(*sound, strict=True)
     labelled = None if masks[0] is None else torch.stack(masks)
-    return EvalBatch(list(indices), torch.stack(images), labelled)
+    return EvalBatch(list(indices), torch.stack(images), labelled, left_out)
 
 
 def _checked(loader: DataLoader) -> Iterator[Any]:

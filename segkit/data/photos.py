@@ -1,7 +1,9 @@
 """Plain photographs without labels: files and folders, as a source."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from torch import Tensor
@@ -21,22 +23,30 @@ class PhotoSource:
     Attributes:
         names: The path below the folder that was given, or the file's name; of equal ones, as many
             folders above it come before it as tell them apart.
+        faults: Files that cannot be opened as images; they are left out. Damage behind a file's
+            header is not among them.
 
     Raises:
-        DataError: A path does not exist, or there is no image in a folder.
+        DataError: A path does not exist, there is no image in a folder, or none can be opened.
     """
 
     classes: tuple[str, ...] = ()
     labelled = False
-    faults: tuple[Fault, ...] = ()
 
     def __init__(self, *, paths: tuple[str, ...]) -> None:
         files: dict[Path, int] = {}  # and how many of its last parts are its name
         for path in map(Path, paths):
             for name, file in _files(path):
                 files.setdefault(file, len(PurePosixPath(name).parts))
-        self._paths = tuple(files)
-        self.names = _names(files)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            sizes = list(pool.map(_size, files))
+        opened = list(zip(files, _names(files), sizes, strict=True))
+        sound = [(file, name, size) for file, name, size in opened if not isinstance(size, str)]
+        self.faults = tuple(Fault(size, name) for _, name, size in opened if isinstance(size, str))
+        if not sound:
+            more = f" (and {len(self.faults) - 1} more)" if self.faults[1:] else ""
+            raise DataError(f"{self.faults[0].sentence}{more}; no image is left to predict")
+        self._paths, self.names, self._sizes = zip(*sound, strict=True)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,7 +55,7 @@ class PhotoSource:
         return self._paths[i]
 
     def size(self, i: int) -> tuple[int, int]:
-        return image_size(self._paths[i])
+        return self._sizes[i]
 
     def image(self, i: int) -> Tensor:
         return read_image(self._paths[i])
@@ -71,6 +81,14 @@ def _files(path: Path) -> Sequence[tuple[str, Path]]:
     if not files:
         raise DataError(f"{path} holds no image; expected {', '.join(sorted(SUFFIXES))}")
     return [(file.relative_to(path.resolve()).as_posix(), file) for file in files]
+
+
+def _size(file: Path) -> tuple[int, int] | str:
+    """Return the height and width of an image, or what is wrong with its file."""
+    try:
+        return image_size(file)
+    except DataError as error:
+        return str(error)
 
 
 def _names(files: Mapping[Path, int]) -> tuple[str, ...]:
