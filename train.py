@@ -510,7 +510,9 @@ def keep_best(
         if ranked[0][1] == epoch:
             checkpoint.link(epoch_file(folder, epoch), folder / "best.pt")
     for _, one in ranked[keep:]:
-        epoch_file(folder, one).unlink(missing_ok=True)
+        path = epoch_file(folder, one)
+        if path.is_file() and checkpoint.stored_digest(path):  # segkit wrote it
+            path.unlink()
 
 
 def epoch_file(folder: Path, epoch: int) -> Path:

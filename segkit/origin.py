@@ -1,6 +1,7 @@
-"""The file ``origin.json``: where a folder's results come from, and which files segkit wrote there.
+"""Which files segkit wrote: no other one is ever deleted or overwritten.
 
-No other file in such a folder is ever deleted or overwritten.
+In a folder of results ``origin.json`` lists them, with all that the results come from. A file that
+stands alone has a mark in it.
 """
 
 import json
@@ -75,6 +76,19 @@ def renew(folder: Path, origin: Mapping[str, Any], files: Sequence[str]) -> None
             (folder / name).unlink(missing_ok=True)
         listed = []
     write_json(folder / NAME, {**origin, "files": list(dict.fromkeys([*listed, *files]))})
+
+
+def refuse_foreign(path: Path, mark: bytes) -> None:
+    """Raise an error if a file is there without the mark that segkit's own have.
+
+    Raises:
+        SegkitError: There is such a file.
+        OSError: There is a folder, or what cannot be read.
+    """
+    if os.path.lexists(path) and mark not in regular(path).read_bytes():
+        raise SegkitError(
+            f"{path}: is there already and segkit did not write it; move it or name another file"
+        )
 
 
 def _read(folder: Path) -> dict[str, Any]:

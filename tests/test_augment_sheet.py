@@ -1,18 +1,17 @@
 """The contact sheet: one row an operation, one of all."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from segkit.augment.__main__ import main
+from segkit.errors import SegkitError
 
-def test_contact_sheet_of_png_masks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+
+def test_contact_sheet_of_png_masks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
     for index in range(3):
@@ -32,12 +31,15 @@ def test_contact_sheet_of_png_masks(
     config = {"data": {"train": source}, "augment": {"train": operations, "size": [32, 32]}}
     (tmp_path / "small.json").write_text(json.dumps(config))
     out = tmp_path / "sheet.png"
-    command = ["segkit.augment", "--cfg", str(tmp_path / "small.json"), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", [*command, "--images", "2"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("segkit.augment", run_name="__main__")
-    assert ended.value.code == 0
-    assert str(out) in capsys.readouterr().out
+    command = ["--cfg", str(tmp_path / "small.json"), "--out", str(out)]
+    for _ in range(2):  # its own sheet is replaced
+        main([*command, "--images", "2"])
+        assert str(out) in capsys.readouterr().out
     with Image.open(out) as sheet:
         assert sheet.size == (6 + 2 * 198, 5 * 216)
         assert len(sheet.convert("RGB").getcolors(1 << 20) or []) > 5
+    Image.new("RGB", (8, 8)).save(out)
+    with pytest.raises(SegkitError, match=r"sheet\.png: is there already"):
+        main(command)
+    with Image.open(out) as mine:
+        assert mine.size == (8, 8)

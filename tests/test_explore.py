@@ -12,6 +12,7 @@ from made_run import Drawn
 from PIL import Image, ImageOps
 
 from segkit import config
+from segkit.errors import SegkitError
 from segkit.explore import Part, explore_page, findings, survey
 from segkit.explore.__main__ import main
 from segkit.explore.duplicates import near_duplicates
@@ -157,6 +158,11 @@ def test_planted_faults_of_real_photographs_are_found(
     cfg = {"data": {"train": {"name": "coco", "annotations": str(planted / "train.json")}}}
     (planted / "cfg.json").write_text(json.dumps(cfg))
     out = planted / "explore.html"
+    out.write_text("<p>mine</p>")
+    with pytest.raises(SegkitError, match=r"explore\.html: is there already"):
+        main(["--cfg", str(planted / "cfg.json"), "--out", str(out)])
+    assert out.read_text() == "<p>mine</p>"
+    out.unlink()
     main(["--cfg", str(planted / "cfg.json"), "--out", str(out), "--json"])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     expected = json.loads((planted / "expected.json").read_text())

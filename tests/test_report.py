@@ -102,6 +102,19 @@ def test_a_run_s_own_page_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFix
     assert (run.folder / "report.html").is_file()
 
 
+@pytest.mark.parametrize("name", ["report.html", "index.html"])
+def test_pages_of_others_are_not_overwritten(name: str, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    run = made_run(runs / "run", folds=1)
+    for _ in range(2):
+        main([str(runs)])  # its own pages are replaced
+    page = (run.folder if name == "report.html" else runs) / name
+    page.write_text("<p>mine</p>")
+    with pytest.raises(SegkitError, match=f"{name}: is there already and segkit did not write it"):
+        main([str(runs)])
+    assert page.read_text() == "<p>mine</p>"
+
+
 def test_the_mean_of_folds_has_a_narrower_interval(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", {"track": {}})
     for fold, (miou, low, high) in enumerate(((0.5, 0.4, 0.6), (0.7, 0.6, 0.8))):

@@ -26,8 +26,8 @@ from segkit.errors import DataError, SegkitError
 from segkit.model import build_model
 from segkit.optim import build_schedule
 from segkit.run import Run
+from train import keep_best, tell_faults
 from train import main as train_main
-from train import tell_faults
 
 ROOT = Path(__file__).parents[1]
 DRAWN = {"train": 20, "test": 5, "size": 64}
@@ -144,6 +144,14 @@ def test_folds_and_selection_divide_the_images(trained: Path) -> None:
     names = [name for part in parts for name in part]
     assert len(names) == len(set(names)) == DRAWN["train"]
     assert all(parts)
+
+
+def test_only_checkpoints_leave_with_the_best_epochs(tmp_path: Path) -> None:
+    keep_best(tmp_path, {"epoch": 1}, [(0.5, 1)], 1)
+    (tmp_path / "epoch0002.pt").write_text("a note")
+    keep_best(tmp_path, {"epoch": 2}, [(0.5, 1), (0.4, 2)], 1)
+    keep_best(tmp_path, {"epoch": 3}, [(0.6, 3), (0.5, 1)], 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "epoch0002.pt", "epoch0003.pt"}
 
 
 def test_checkpoints_tell_what_they_trained_on(trained: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from segkit import command, config
@@ -20,6 +21,8 @@ from segkit.augment.mix import Others
 from segkit.augment.pipeline import Pipeline, generator
 from segkit.data import Source, open_source
 from segkit.errors import ConfigError, DataError
+from segkit.files import replacing
+from segkit.origin import refuse_foreign
 from segkit.output import overlay
 
 _CELL, _MARGIN, _CAPTION = 192, 6, 18
@@ -87,10 +90,15 @@ def main(argv: list[str]) -> None:
         raise ConfigError("data.train: is missing; expected the labelled images to show")
     if args.images < 1:
         parser.error("--images: expected at least 1")
+    refuse_foreign(args.out, b"Software\0segkit")
     source = open_source(cfg, "train", cached=False)
     if not len(source):
         raise DataError("data.train: holds no image; expected at least one to show")
-    contact_sheet(cfg, source, images=args.images).save(args.out, "PNG")
+    about = PngInfo()
+    about.add_text("Software", "segkit")
+    sheet = contact_sheet(cfg, source, images=args.images)
+    with replacing(args.out) as draft:
+        sheet.save(draft, "PNG", pnginfo=about)
     print(args.out)
 
 

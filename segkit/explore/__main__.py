@@ -15,6 +15,8 @@ from segkit.data import open_source
 from segkit.errors import ConfigError, DataError
 from segkit.explore import Part, explore_page, findings, survey
 from segkit.files import write_text
+from segkit.origin import refuse_foreign
+from segkit.page import MARK
 
 
 def open_parts(cfg: config.Config) -> list[Part]:
@@ -41,6 +43,7 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse_args(argv)
     cfg = config.load(args.cfg, args.set)
+    refuse_foreign(args.out, MARK.encode())
     parts = open_parts(cfg)
     found = findings(cfg, parts)
     write_text(args.out, explore_page(cfg, parts, found, title=Path(args.cfg).stem))

@@ -18,6 +18,9 @@ STYLE = (_HERE / "page.css").read_text(encoding="utf-8")
 SCRIPT = (_HERE / "page.js").read_text(encoding="utf-8")
 """What all pages can do: charts, tables that sort."""
 
+MARK = "<strong>segkit</strong>"
+"""Stands in every page, by which segkit knows its own."""
+
 escape = html.escape
 """Text as HTML shows it, in an element or in a quoted attribute."""
 
@@ -66,7 +69,7 @@ def document(
 {STYLE}{style}</style>
 </head>
 <body>
-<nav aria-label="Sections"><strong>segkit</strong>{links}</nav>
+<nav aria-label="Sections">{MARK}{links}</nav>
 <main>
 <header><h1>{escape(title)}</h1>
 {header}</header>

@@ -12,6 +12,8 @@ from urllib.parse import quote
 from segkit import command
 from segkit.errors import SegkitError
 from segkit.files import write_text
+from segkit.origin import refuse_foreign
+from segkit.page import MARK
 from segkit.report.index_page import index_page
 from segkit.report.log import RunLog
 from segkit.report.run_page import run_page
@@ -36,6 +38,9 @@ def main(argv: list[str]) -> None:
         )
     found.sort(key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True)
     logs = [log for folder in found if (log := open_log(folder, alone=alone)) is not None]
+    pages = [log.run.folder / "report.html" for log in logs]
+    for page in [*pages, *([] if alone else [args.runs / "index.html"])]:
+        refuse_foreign(page, MARK.encode())
     links = {}
     for log in logs:
         write_text(log.run.folder / "report.html", run_page(log))
