@@ -5,8 +5,9 @@ import importlib
 import io
 import json
 import secrets
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -250,13 +251,30 @@ class Followers:
 
 @contextmanager
 def following(run: Run, specs: Sequence[Component]) -> Iterator[Followers]:
-    """Trackers that follow ``run`` until the block ends, in whatever way it does."""
+    """Trackers that follow ``run`` until the block ends, in whatever way it does.
+
+    After an error they have five seconds to close: one may wait for a network.
+    """
     followers = Followers(run, specs)
     run.followers.append(followers.event)
+    failed = False
     try:
         yield followers
+    except (Exception, KeyboardInterrupt):
+        failed = True
+        raise
     finally:
         run.followers.remove(followers.event)
+        if failed:
+            closing = threading.Thread(target=_close_quietly, args=(followers,), daemon=True)
+            closing.start()
+            closing.join(5)
+        else:
+            followers.close()
+
+
+def _close_quietly(followers: Followers) -> None:
+    with suppress(Exception):  # the error that ends the run is the one to tell
         followers.close()
 
 

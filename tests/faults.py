@@ -1,12 +1,13 @@
 """train.py with a fault planted: ``faults.py KIND PHASE RANK MARKER [arguments of train.py]``.
 
-KIND is ``kill`` or ``stop`` (a signal), or one of ERRORS. The fault strikes once: MARKER is a file
-that says it has.
+KIND is ``kill`` or ``stop`` (a signal), ``sleep``, or one of ERRORS. The fault strikes once: MARKER
+is a file that says it has.
 """
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "save": (files, "flush", 2),  # of the first epoch's last.pt: rank 0 has written its draft
     "page": (train, "write_run_page", 1),
     "tracker": (track.CSVTracker, "event", 2),
+    "tracker that does not close": (track.CSVTracker, "event", 2),
     "worker": (TrainImages, "__getitem__", 2),
     "image": (EvalImages, "__getitem__", 1),
 }
@@ -51,6 +53,8 @@ def plant(kind: str, phase: str, marker: Path) -> None:
     owner, name, at = PHASES[phase]
     if phase == "save" and os.environ.get("RANK", "0") != "0":
         owner, name, at = train.Stop, "asked", 2  # the others wait there meanwhile
+    if phase == "tracker that does not close":
+        track.CSVTracker.close = lambda self: time.sleep(90)  # type: ignore[method-assign]
     whole: Callable[..., Any] = getattr(owner, name)
     calls = 0
 
@@ -61,6 +65,9 @@ def plant(kind: str, phase: str, marker: Path) -> None:
             marker.touch()
             if kind in SIGNALS:
                 os.kill(os.getpid(), SIGNALS[kind])
+            if kind == "sleep":
+                time.sleep(90)
+                return whole(*args, **options)
             if kind == "damage":
                 return ERRORS[kind]  # as a worker returns it
             raise SegkitError(f"planted in {phase}") if kind == "raise" else ERRORS[kind]

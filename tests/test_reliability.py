@@ -66,8 +66,8 @@ def launch(folder: Path, *words: str, **options: Any) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def torchrun(folder: Path, *words: str) -> subprocess.Popen:
-    return launch(folder, "-m", "torch.distributed.run", *words)
+def torchrun(folder: Path, *words: str, **options: Any) -> subprocess.Popen:
+    return launch(folder, "-m", "torch.distributed.run", *words, **options)
 
 
 def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
