@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from segkit.model import build_model, check_weights
 from segkit.optim import EMA, build_optimizer, build_schedule, set_lr
 from segkit.predict import Predictor
 from segkit.report import Gallery, class_table, record, score_table, write_run_page
-from segkit.run import Run, new_folder, newest
+from segkit.run import Run, new_folder, runs
 from segkit.tta import parse_views
 
 MEMORY_TO_TRAIN = (
@@ -60,28 +61,39 @@ def main(argv: Sequence[str]) -> None:
     backend.set_deterministic(cfg.train.deterministic)
     with distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device:
         say = command.voice(quiet=args.quiet, verbose=args.verbose)
+        run, resume = find_run(args, cfg)
+
+        # ---- what can be found out before a folder is made
         train_source = open_source(cfg, "train")
         val_source = open_source(cfg, "val") if cfg.data.val else train_source
-        run, resume = open_run(args, cfg)
-        split = divide(cfg, train_source, val_source, run, say)
-        pseudo = add_pseudo(cfg, train_source, val_source, split, run, say)
+        split, files = divide(cfg, train_source, val_source, run, say)
+        pseudo = add_pseudo(cfg, train_source, val_source, split, say)
+        folds = chosen_folds(args.folds, len(split.folds))
+        check_folds(cfg, folds, split, train_source, val_source, pseudo)
+        if distributed.is_main():
+            run.begin(config.to_dict(cfg), files)
+        distributed.barrier()
+
         if cfg.model.weights is None:
             say("model.weights is null: the model starts from random weights")
-        tell_faults((pseudo or train_source, val_source), run, say)
         before = run.optional("summary.json", {})
         summary = {}
-        with track.following(run, cfg.track.trackers) as trackers, Stop() as stop:
+        follow = track.following(run, cfg.track.trackers)
+        with run.recording(), follow as trackers, Stop() as stop:
+            tell_faults((pseudo or train_source, val_source), run, say)
+            if pseudo is not None and distributed.is_main():
+                run.log(event="pseudo", round=pseudo.round, images=len(pseudo.extra))
             sources = train_source, val_source, pseudo
             job = Job(cfg, run, split, *sources, device, resume, stop, say, trackers)
-            for fold in chosen_folds(args.folds, len(split.folds)):
+            for fold in folds:
                 with command.memory_advice(MEMORY_TO_TRAIN.format(run=run.folder)):
                     summary[f"fold{fold}"] = train_fold(job, fold)
                 if job.stop.signal:
                     say(f"stopped by {job.stop.name}; go on with: --run-dir {run.folder} --resume")
                     sys.exit(130 if job.stop.signal == signal.SIGINT else 0)
-        if distributed.is_main():
-            run.write("summary.json", {**before, **summary})
-            say(score_table(write_run_page(run)))
+            if distributed.is_main():
+                run.write("summary.json", {**before, **summary})
+                say(score_table(write_run_page(run)))
         say(
             f"done: {run.folder}; predict with: python infer.py --run-dir {run.folder}; train on "
             f"with: --run-dir {run.folder} --resume --set train.epochs={2 * cfg.train.epochs}"
@@ -163,16 +175,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         step, init, seconds = state["step"], state["init"], state["seconds"]
         bad_in_row, bad_steps = state["bad_in_row"], state["bad_steps"]
         top = [(score, epoch) for score, epoch in state["top"]]
-    order = TrainOrder(
-        indices=training,
-        epochs=cfg.train.epochs,
-        batch_size=cfg.train.batch_size,
-        accumulate=cfg.train.accumulate,
-        seed=cfg.train.seed,
-        start_step=step,
-        extra=extra,
-        extra_share=cfg.data.pseudo_weight,
-    )
+    order = train_order(cfg, training, extra, start_step=step)
     if state is not None:
         say(going_on(fold, step, order, state["config"]["train"]["epochs"]))
     if distributed.is_main():
@@ -377,26 +380,42 @@ def check(cfg: Config) -> None:
     track.check(cfg.track.trackers)
 
 
-def open_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
-    """The run's folder, and whether it is one to go on with."""
-    opened: tuple[Run, bool] | None = None
+def find_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
+    """The run's folder, which may have to be made yet, and whether it is one to go on with.
+
+    Of several ranks, rank 0's run holds the folder's lock.
+    """
+    run, resume = None, False
     if distributed.is_main():
         name = Path(args.cfg).stem
-        known = args.run_dir or newest(name)
-        resume = args.resume or (known is not None and Run(known).interrupted_here())
-        folder = args.run_dir or (known if resume else None) or new_folder(name)
-        opened = Run.create(folder, config.to_dict(cfg), resume=resume), resume
-    return distributed.broadcast(opened)
+        known = [Run(args.run_dir)] if args.run_dir else runs(name)
+        interrupted = bool(known) and known[0].interrupted_here()
+        resume = args.resume or interrupted
+        if not args.run_dir and not interrupted:
+            known = [run for run in known if args.resume and run.resumable()]
+        run = known[0] if known else Run(new_folder(name))
+        run.check(config.to_dict(cfg), resume=resume)
+    folder, resume = distributed.broadcast((run and run.folder, resume))
+    return run or Run(folder), resume
 
 
 def divide(
     cfg: Config, train_source: Source, val_source: Source, run: Run, say: Callable[[str], None]
-) -> Split:
-    """The run's folds and selection set, made once and then read from its ``folds.json``."""
-    path = run.folder / "folds.json"
+) -> tuple[Split, dict[str, Any]]:
+    """The run's folds and selection set, and what a new run keeps of the data.
+
+    They are made once, and then read from the run's ``folds.json``.
+
+    Returns:
+        The split, and on rank 0 the contents of JSON files of the run's folder by their names.
+    """
     if train_source.classes != val_source.classes:
         raise DataError("data.val: has other classes than data.train; it needs the same ones")
-    if distributed.is_main() and not path.exists():
+    split: Split | None = None
+    files: dict[str, Any] = {}
+    if distributed.is_main() and run.exists:
+        split = Split.load(run.folder / "folds.json")
+    elif distributed.is_main():
         names = train_source.names
         # Reads every mask, so that a value that is no class ends the run before it begins.
         pixels = class_pixels(train_source, workers=cfg.data.workers)
@@ -413,12 +432,11 @@ def divide(
                 groups=read_groups(cfg.data.groups, cfg.data.group_pattern, names),
             )
             say(table(split, names, pixels, train_source.classes))
-            run.write("shares.json", [one._asdict() for one in shares(split, names, pixels)])
-        split.save(path)
+            files["shares.json"] = [one._asdict() for one in shares(split, names, pixels)]
         category_ids = getattr(train_source, "category_ids", None)
-        run.write("classes.json", {"classes": train_source.classes, "category_ids": category_ids})
-    distributed.barrier()
-    return Split.load(path)
+        files["folds.json"] = asdict(split)
+        files["classes.json"] = {"classes": train_source.classes, "category_ids": category_ids}
+    return distributed.broadcast(split), files
 
 
 def add_pseudo(
@@ -426,7 +444,6 @@ def add_pseudo(
     train_source: Source,
     val_source: Source,
     split: Split,
-    run: Run,
     say: Callable[[str], None],
 ) -> PseudoLabelled | None:
     """The training images with ``data.pseudo`` after them; none of these chooses or validates."""
@@ -436,9 +453,45 @@ def add_pseudo(
     chooses = digests(val_source, positions(val_source, names))
     joined = PseudoLabelled(train_source, open_source(cfg, "pseudo"), chooses=chooses)
     say(f"pseudo labels, round {joined.round}: {len(joined.extra)} images")
-    if distributed.is_main():
-        run.log(event="pseudo", round=joined.round, images=len(joined.extra))
     return joined
+
+
+def check_folds(
+    cfg: Config,
+    folds: Sequence[int],
+    split: Split,
+    train_source: Source,
+    val_source: Source,
+    pseudo: PseudoLabelled | None,
+) -> None:
+    """Find out whether each fold has its images, whole batches of them, and steps to warm up in."""
+    extra, warmup = pseudo.extra if pseudo else (), cfg.optim.warmup_steps
+    for fold in folds:
+        positions(val_source, split.folds[fold])
+        steps = train_order(cfg, positions(train_source, split.training(fold)), extra).steps
+        build_schedule(cfg.optim.schedule, total=steps, warmup=warmup)
+        if warmup >= steps and distributed.is_main():
+            warnings.warn(
+                f"optim.warmup_steps: is {warmup}, but there are {steps} steps in fold {fold}, so "
+                "the learning rate never reaches optim.lr; lower it, or train longer",
+                stacklevel=2,
+            )
+
+
+def train_order(
+    cfg: Config, training: Sequence[int], extra: Sequence[int], *, start_step: int = 0
+) -> TrainOrder:
+    """The order of a fold's training images."""
+    return TrainOrder(
+        indices=training,
+        epochs=cfg.train.epochs,
+        batch_size=cfg.train.batch_size,
+        accumulate=cfg.train.accumulate,
+        seed=cfg.train.seed,
+        start_step=start_step,
+        extra=extra,
+        extra_share=cfg.data.pseudo_weight,
+    )
 
 
 def tell_faults(sources: Sequence[Source], run: Run, say: Callable[[str], None]) -> None:

@@ -51,6 +51,16 @@ def reason(error: OSError) -> str:
     return error.strerror or " ".join(map(str, error.args)) or type(error).__name__
 
 
+def describe(error: BaseException) -> str:
+    """Return any error as a line of text."""
+    if isinstance(error, OSError):
+        return ": ".join(filter(None, [str(error.filename or ""), reason(error)]))
+    first = str(error).strip().split("\n")[0]
+    if isinstance(error, SegkitError):
+        return first
+    return shorten(f"{type(error).__name__}: {first}", LONGEST)
+
+
 def closest(word: str, options: Iterable[str]) -> str:
     """The end of an error sentence: the nearest right word, or all of them where none is near."""
     names = sorted(options)

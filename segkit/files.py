@@ -3,12 +3,20 @@
 import errno
 import json
 import os
+import platform
 import stat
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from uuid import uuid4
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -90,6 +98,66 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+PATIENCE = 2.0
+"""Seconds that :func:`lock` tries for: a killed process may need a moment to end."""
+
+
+def lock(path: Path) -> TextIO:
+    """Lock a file, which is made if need be, until it is closed or this process ends in any way.
+
+    The lock is a record lock of POSIX, which the system releases. Forked processes do not inherit
+    it: once its process was killed, data-loader workers that outlive it do not hold it. It works
+    over NFS too, between machines. Where a system or a file system has no locks, a warning says so.
+
+    Raises:
+        BlockingIOError: Another process holds the lock; ``strerror`` says which.
+    """
+    if os.path.lexists(path):
+        regular(path)
+    file = path.open("a+", encoding="utf-8", errors="replace")
+    deadline = time.monotonic() + PATIENCE
+    while not _try_lock(file, path):
+        if time.monotonic() > deadline:
+            file.seek(0)
+            holder = file.read(200).strip()
+            file.close()
+            raise BlockingIOError(errno.EAGAIN, holder or "another process", str(path))
+        time.sleep(0.05)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def _try_lock(file: TextIO, path: Path) -> bool:
+    """Return False if another process has the lock."""
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "this system has none")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        warnings.warn(
+            f"{path}: file locks do not work here ({error.strerror}); see to it yourself that no "
+            "other process trains in this folder",
+            stacklevel=3,
+        )
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Return True if another process holds the :func:`lock`; never call it on one's own lock."""
+    if fcntl is None or not os.path.lexists(path):
+        return False
+    with regular(path).open("rb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
 
 
 def fits(value: Any, shape: Any) -> bool:

@@ -9,16 +9,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torchvision
 
 import segkit
+from segkit import distributed
 from segkit.checkpoint import load_latest
-from segkit.errors import SegkitError, closest, reason, shorten
-from segkit.files import fits, naming, regular, write_json, write_text
+from segkit.errors import SegkitError, closest, describe, reason, shorten
+from segkit.files import fits, is_locked, lock, naming, regular, write_json, write_text
 
 RUNS = Path("runs")
 
@@ -49,6 +51,7 @@ SHAPES: dict[str, Any] = {
         ],
     },
     "scores.json": [{"name": str}],
+    "status.json": {"state": str, "sentence": str},
     "wandb.json": {"id": str},
 }
 """What readers of a run's JSON files need of them; see :func:`segkit.files.fits`."""
@@ -86,49 +89,95 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.followers: list[Callable[[dict[str, Any]], None]] = []
+        self._lock: TextIO | None = None
 
     @classmethod
     def create(cls, folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> "Run":
-        """A new run folder, or with ``resume`` the same one again.
+        """A new run folder, or with ``resume`` the same one again: :meth:`check`, :meth:`begin`."""
+        run = cls(folder)
+        run.check(config, resume=resume)
+        run.begin(config)
+        return run
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder holds a run: ``config.json`` is written last when one begins."""
+        return os.path.lexists(self.folder / "config.json")
+
+    def check(self, config: Mapping[str, Any], *, resume: bool) -> None:
+        """Make sure that the folder may begin a run, or go on with its own; nothing is made yet.
+
+        A run that is there already is locked: it goes on in one process (and its ranks) at a time.
 
         Raises:
-            SegkitError: The folder belongs to another run, or to a run with another configuration.
+            SegkitError: The folder belongs to another run, or to a run with another configuration,
+                or another process trains in it.
         """
-        run = cls(folder)
-        known = run.read("config.json") if (folder / "config.json").exists() else None
-        if known is not None and not resume:
+        folder = self.folder
+        if not self.exists:
+            if folder.exists() and any(map(_is_foreign, folder.iterdir())):
+                raise SegkitError(
+                    f"{folder}: is not empty and holds no run; name another --run-dir"
+                )
+            return
+        if not resume:
             raise SegkitError(
                 f"{folder}: holds a run already; add --resume or name another --run-dir"
             )
-        changed = [] if known is None else _differences(known, config)
+        self._take_lock()
+        changed = _differences(self.read("config.json"), config)
         if differing := [path for path in changed if path not in {*FREE, GROWS}]:
             raise SegkitError(
                 f"{folder}: was started with another configuration ({', '.join(differing)}); "
                 "resume with the same one or name another --run-dir"
             )
-        if GROWS in changed and config["train"]["epochs"] < (begun := run.epochs_begun()):
+        if GROWS in changed and config["train"]["epochs"] < (begun := self.epochs_begun()):
             raise SegkitError(
                 f"train.epochs: is {config['train']['epochs']}, but {folder} has begun epoch "
                 f"{begun}; give {begun} or more"
             )
-        if known is None and folder.exists() and any(map(_is_foreign, folder.iterdir())):
-            raise SegkitError(f"{folder}: is not empty and holds no run; name another --run-dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        run._cut_log()
-        if known is None:
-            run.write("environment.json", environment())
-        if known != config:
-            run.write("config.json", config)
-        return run
+
+    def begin(self, config: Mapping[str, Any], files: Mapping[str, Any] = {}) -> None:
+        """Make the folder, or go on in it.
+
+        Args:
+            config: As :meth:`check` has seen it.
+            files: JSON files of a new run, by name.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._take_lock()
+            self.check(config, resume=False)  # another process may have begun one meanwhile
+            files = {**files, "environment.json": environment()}
+        self._cut_log()
+        for name, value in files.items():
+            self.write(name, value)
+        if not self.exists or self.read("config.json") != config:
+            self.write("config.json", config)
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock = lock(self.folder / "lock")
+        except BlockingIOError as error:
+            raise SegkitError(
+                f"{self.folder}: {error.strerror} trains in it; wait for its end, or name another "
+                "--run-dir"
+            ) from error
 
     @classmethod
     def open(cls, folder: str | Path | None) -> "Run":
-        """An existing run: the folder named (also by its name in ``runs/``), or the newest run."""
+        """An existing run: the folder named (also by its name in ``runs/``).
+
+        Without a name it is the run started last of those that have a model.
+        """
         if folder is None:
-            found = newest()
-            if found is None:
-                raise SegkitError(f"no run in {RUNS.resolve()}; train one, or name it by --run-dir")
-            return cls(found)
+            trained = next((run for run in runs() if run.folds()), None)
+            if trained is None:
+                raise SegkitError(
+                    f"no run in {RUNS.resolve()} has a model (best.pt) yet; train one, or name it "
+                    "by --run-dir"
+                )
+            return trained
         for path in (Path(folder), RUNS / folder):
             if os.path.isfile(path / "config.json"):  # False also for too long a name
                 return cls(path)
@@ -141,15 +190,54 @@ class Run:
         """Whether torchrun starts again the job that began this run and has not finished it.
 
         It does so after a failure, and when a machine joins or leaves. The job is known by its
-        ``--rdzv-id``, where it has one.
+        ``--rdzv-id``, or where it has none by torchrun's process.
         """
-        if (self.folder / "summary.json").exists():
-            return False
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-            return True
         job = _job()
-        begun = job is not None and (self.folder / "config.json").exists()
-        return begun and self.optional("environment.json", {}).get("job") == job
+        if job is None or not self.exists or (self.folder / "summary.json").exists():
+            return False
+        return self.optional("environment.json", {}).get("job") == job
+
+    # ---- how it ends
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep in ``status.json`` that this run is under way, and how it ends; on all ranks."""
+        if distributed.is_main():
+            self._record("running")
+        try:
+            yield
+        except (SystemExit, KeyboardInterrupt):
+            self._record("stopped")
+            raise
+        except BaseException as error:
+            with suppress(OSError):  # of a full disk, which may be the error itself
+                self._record("failed", describe(error))
+            raise
+        if distributed.is_main():
+            self._record("done")
+
+    def _record(self, state: str, sentence: str = "") -> None:
+        known = self.optional("status.json", {}) if state == "failed" else {}
+        if known.get("state") != "failed":  # the first rank that fails has the reason
+            self.write("status.json", {"state": state, "sentence": sentence})
+
+    def state(self) -> tuple[str, str]:
+        """Return how the run stands, and why it failed.
+
+        ``running``, ``done``, ``stopped`` (by a signal, or killed) or ``failed``. Not to be asked
+        by the process that trains: it would lose its lock.
+        """
+        if is_locked(self.folder / "lock"):
+            return "running", ""
+        ended = "done" if (self.folder / "summary.json").exists() else "stopped"
+        status = self.optional("status.json", {"state": ended, "sentence": ""})
+        return "stopped" if status["state"] == "running" else status["state"], status["sentence"]
+
+    def resumable(self) -> bool:
+        """Whether ``--resume`` may pick this run: it has something saved, or did not fail."""
+        saved = any(self.folder.glob("fold*/last.pt"))
+        status = self.optional("status.json", {})
+        return saved or status.get("state") != "failed"
 
     def fold(self, number: int) -> Path:
         """The folder of one fold's checkpoints."""
@@ -297,13 +385,13 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return event if line.endswith(b"\n") and isinstance(event, dict) else None
 
 
-def newest(name: str | None = None) -> Path | None:
-    """The run in ``runs/`` started last, of all or of those of configuration ``name``."""
+def runs(name: str | None = None) -> list[Run]:
+    """The runs in ``runs/``, or those of configuration ``name``; the ones started last first."""
     folders = [path.parent for path in RUNS.glob("*/config.json")]
     if name is not None:
         own = re.compile(re.escape(name) + r"-\d{8}-\d{6}")  # as new_folder names them
         folders = [folder for folder in folders if own.fullmatch(folder.name)]
-    return max(folders, key=_started, default=None)
+    return [Run(folder) for folder in sorted(folders, key=_started, reverse=True)]
 
 
 def _started(folder: Path) -> float:
@@ -332,14 +420,17 @@ def environment() -> dict[str, Any]:
 
 
 def _job() -> str | None:
-    """What torchrun calls this job, if it was given a name."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return None if job == "none" else job
+    """What torchrun calls this job; without a name, which torchrun process has started it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    job = os.environ["TORCHELASTIC_RUN_ID"]
+    return f"process {os.getppid()} on {platform.node()}" if job == "none" else job
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file is not what a kill during :meth:`Run.create` may leave."""
-    return path.name != "environment.json" and not path.name.endswith(".json.writing")
+    """Whether a file is not what a kill during :meth:`Run.begin` may leave."""
+    known = {*SHAPES, "folds.json", "lock"}
+    return path.name not in known and not path.name.endswith(".json.writing")
 
 
 def _differences(known: Any, wanted: Any, path: str = "") -> list[str]:

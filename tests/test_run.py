@@ -3,7 +3,11 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,11 @@ from typing import Any
 import pytest
 from made_run import made_run
 
+from segkit import files
 from segkit.data.folds import Split
 from segkit.errors import SegkitError
 from segkit.report.__main__ import main as report
-from segkit.run import Run, newest
+from segkit.run import Run, runs
 from segkit.track import CSVTracker
 
 
@@ -38,22 +43,24 @@ def test_the_newest_run_of_a_name_is_of_that_name_alone() -> None:
         ["one-small-20260101-000000", "one-2-20260101-000000", "one-mine"], 2
     ):
         add_run(name, started)
-    assert newest("one") == own
-    assert newest("o") is None
-    assert newest() == Path("runs/one-mine")
+    assert [run.folder for run in runs("one")] == [own]
+    assert not runs("o")
+    assert len(runs()) == 4
+    assert runs()[0].folder == Path("runs/one-mine")
 
 
 def test_brackets_in_a_name_are_no_pattern() -> None:
     add_run("a-20260101-000000", 2)
     own = add_run("[ab]-20260101-000000", 1)
-    assert newest("[ab]") == own
-    assert newest("?") is None
+    assert [run.folder for run in runs("[ab]")] == [own]
+    assert not runs("?")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every file that is read again."""
     run = made_run(tmp_path_factory.mktemp("made") / "run", folds=2, steps=20, images=3)
+    run.write("status.json", {"state": "done", "sentence": ""})
     Split(folds=(("a",), ("b",)), selection=("c",)).save(run.folder / "folds.json")
     tracker = CSVTracker(run=run, fold=0, step=0)
     for event in run.events():
@@ -63,7 +70,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FILES = [
-    *("config.json", "classes.json", "environment.json", "folds.json", "summary.json"),
+    *(
+        "status.json",
+        "config.json",
+        "classes.json",
+        "environment.json",
+        "folds.json",
+        "summary.json",
+    ),
     *("shares.json", "infer/scores.json", "fold0/evaluation.json", "log.jsonl", "fold0/steps.csv"),
 ]
 SHAPES = [None, 1, "a", [], [1], [[]], {}, {"a": 1}, {"fold0": 1}, {"classes": [1]}]
@@ -142,3 +156,89 @@ def test_a_list_as_config_is_no_run(tmp_path: Path) -> None:
     (run.folder / "config.json").write_text("[]")
     with pytest.raises(SegkitError, match=r"config\.json: is damaged"):
         Run.create(run.folder, {}, resume=True)
+
+
+def test_a_run_goes_on_in_one_process_until_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (  # the child stands for data-loader workers, which outlive a killed process
+        "import os, time; from pathlib import Path; from segkit.run import Run; "
+        "run = Run.create(Path('run'), {}); child = os.fork(); "
+        "print(child, flush=True) if child else None; time.sleep(60)"
+    )
+    monkeypatch.chdir(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    worker = int(process.stdout.readline())
+    try:
+        run = Run(Path("run"))
+        monkeypatch.setattr(files, "PATIENCE", 0)
+        assert run.state() == ("running", "")
+        with pytest.raises(SegkitError, match=f"run: process {process.pid} on .* trains in it"):
+            run.check({}, resume=True)
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)  # it lives
+        assert run.state() == ("stopped", "")
+        run.check({}, resume=True)
+    finally:
+        process.kill()
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_where_there_are_no_locks_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "fcntl", None)
+    with pytest.warns(UserWarning, match="file locks do not work here"):
+        Run.create(tmp_path / "run", {})
+
+
+def test_a_run_that_a_kill_left_half_made_is_begun_again(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {})
+    (run.folder / "config.json").unlink()
+    Run.create(tmp_path / "run", {"note": "another"})
+    assert run.read("config.json") == {"note": "another"}
+
+
+def test_without_a_name_the_newest_run_with_a_model_is_opened() -> None:
+    with pytest.raises(SegkitError, match=r"no run in .* has a model"):
+        Run.open(None)
+    trained = add_run("one-20260101-000000", 1)
+    add_run("one-20260101-000001", 2)
+    (trained / "fold0").mkdir()
+    (trained / "fold0/best.pt").write_text("")
+    assert Run.open(None).folder == trained
+
+
+def test_a_run_keeps_how_it_ended(tmp_path: Path) -> None:
+    def end(error: BaseException | None) -> tuple[str, str]:
+        with suppress(BaseException), run.recording():
+            assert run.read("status.json")["state"] == "running"
+            if error is not None:
+                raise error
+        return run.state()
+
+    run = Run.create(tmp_path / "run", {})
+    assert run.state() == ("stopped", "")
+    assert end(SegkitError("the loss was not finite")) == ("failed", "the loss was not finite")
+    assert not run.resumable()
+    assert end(OSError(28, "No space left", "last.pt")) == ("failed", "last.pt: No space left")
+    assert end(ZeroDivisionError("by 0")) == ("failed", "ZeroDivisionError: by 0")
+    assert end(SystemExit(0)) == ("stopped", "")
+    assert end(None) == ("done", "")
+    (run.folder / "status.json").unlink()  # of a version that kept none
+    run.write("summary.json", {"fold0": {"seconds": 1.0}})
+    assert run.state() == ("done", "")
+
+
+def test_the_index_shows_each_run_s_state(made: Path) -> None:
+    sentence = "<b>: No space left on device"
+    for state in ("done", "stopped", "failed"):
+        folder = shutil.copytree(made, f"runs/{state}")
+        Run(Path(folder)).write("status.json", {"state": state, "sentence": ""})
+    Run(Path("runs/failed")).write("status.json", {"state": "failed", "sentence": sentence})
+    report(["runs"])
+    page = Path("runs/index.html").read_text()
+    for text in (">done<", ">stopped<", ">failed<br>&lt;b&gt;: No space left on device<"):
+        assert text in page

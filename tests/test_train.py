@@ -297,6 +297,7 @@ def test_two_ranks_take_the_twenty_steps_of_one_process(folder: Path, trained: P
         (["--set", 'infer.tta=["hflop"]'], ["hflop"]),
         (["--set", "train.batch_size=1000"], ["train.batch_size", "1000"]),
         (["--set", 'data.train={"name":"coco","annotations":"no.json"}'], ["no.json", "exist"]),
+        (["--set", "model.weights=no.pt"], ["no.pt"]),
         (["--folds", "7"], ["--folds 7"]),
         (["--cfg", "tini.json"], ["tini.json"]),
     ],
@@ -310,6 +311,17 @@ def test_mistakes_are_named(
         train_main(["--cfg", "tiny.json", "--run-dir", run, *arguments])
     for word in words:
         assert word in str(caught.value)
+    assert not (folder / run).exists()  # what can be checked is, before a folder is made
+
+
+def test_a_warm_up_longer_than_the_training_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    options = [*sets({"optim.warmup_steps": 4, "train.batch_size": 4}), "--run-dir", "runs/warm"]
+    monkeypatch.setattr(Run, "begin", lambda *_: sys.exit(3))
+    with pytest.warns(UserWarning, match=r"is 4, but there are 4 steps"), pytest.raises(SystemExit):
+        train_main(["--cfg", "tiny.json", "--folds", "0", *options])
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_1(folder: Path) -> None:
@@ -339,7 +351,7 @@ def test_a_value_that_is_no_class_ends_the_run_before_it_begins(
     run = f"runs/value-in-{part}"
     with pytest.raises(DataError, match=rf"{part}/masks/3\.png has the values? 2"):
         train_main(["--cfg", "tiny.json", "--run-dir", run, *sets(settings)])
-    assert not (folder / run / "fold0").exists()
+    assert not (folder / run).exists()
 
 
 def test_a_run_starts_from_another_runs_best_and_says_what_it_took(

@@ -61,6 +61,7 @@ def _runs(logs: Sequence[RunLog], links: Mapping[str, str]) -> str:
             cell(escape(log.setting("model.decoder.name", "–")), style="text"),
             cell(escape(log.setting("model.backbone.name", "–")), style="text"),
             cell(escape(" + ".join(terms)), style="text"),
+            _state(log),
             cell(str(len(log.folds)), len(log.folds)),
             *_score(log.score, few=log.few_images is not None),
             *_test(log),
@@ -69,14 +70,20 @@ def _runs(logs: Sequence[RunLog], links: Mapping[str, str]) -> str:
             cell(_day(started), min(started, default=0.0)),
         ])  # fmt: skip
     head = [
-        "run", "decoder", "backbone", "loss", "folds", "validation mIoU", "95 % interval",
+        "run", "decoder", "backbone", "loss", "state", "folds", "validation mIoU", "95 % interval",
         "test mIoU", "95 % interval", "time", "parameters", "started",
     ]  # fmt: skip
     caption = (
         "Validation: the folds' best epochs, which were chosen on the same images. Test: what "
         "infer.py wrote last, where labels are known."
     )
-    return table(head, rows, caption=caption, sortable=True, text=(1, 2, 3))
+    return table(head, rows, caption=caption, sortable=True, text=(1, 2, 3, 4))
+
+
+def _state(log: RunLog) -> str:
+    """Whether the run is done, running, stopped or failed, and why it failed."""
+    state, sentence = log.run.state()
+    return cell(escape(state) + (f"<br>{escape(sentence)}" if sentence else ""), style="text")
 
 
 def _day(times: Sequence[float]) -> str:
