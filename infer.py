@@ -178,7 +178,7 @@ def write_pseudo(
 ) -> None:
     """Write what the candidate is sure of as labels to train on, and links to the images."""
     folder, source = args.pseudo, photos.source
-    states = [load_state(path) for path in candidate.paths]
+    states = [load_state(path, "trained_on") for path in candidate.paths]
     classes = states[0]["classes"]
     known = combiner.labelled()
     marks = zip(photos.indices, digests(source, photos.indices), strict=True)

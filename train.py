@@ -30,7 +30,7 @@ from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shar
 from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
 from segkit.data.pseudo import PseudoLabelled
 from segkit.data.source import Source, positions
-from segkit.engine import build_pipeline, evaluate, precision, recomputes, train_step
+from segkit.engine import build_pipeline, evaluate, precision, recomputes, restore, train_step
 from segkit.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.losses import Criterion, build_loss
 from segkit.metrics import bootstrap_interval, scores
@@ -167,11 +167,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     step, bad_in_row, bad_steps, seconds = 0, 0, 0, 0.0
     top: list[tuple[float, int]] = []
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
+        restore(folder / "last.pt", state, model, optimizer, scaler, ema)
         step, init, seconds = state["step"], state["init"], state["seconds"]
         bad_in_row, bad_steps = state["bad_in_row"], state["bad_steps"]
         top = [(score, epoch) for score, epoch in state["top"]]

@@ -552,13 +552,13 @@ def best_of_folds(run: Run) -> list[Path]:
 def best_first(paths: Sequence[Path]) -> tuple[Path, ...]:
     """Checkpoints in order of the scores they recorded: voters by rank."""
     states = [load_state(path) for path in paths]
-    order = sorted(range(len(paths)), key=lambda i: -(states[i]["score"] or 0.0))
+    order = sorted(range(len(paths)), key=lambda i: -(states[i].get("score") or 0.0))
     return tuple(paths[i] for i in order)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's entries, its tensors left in the file."""
-    return checkpoint.load(path, mmap=True, verify=False)
+def load_state(path: Path, *needs: str) -> dict[str, Any]:
+    """A checkpoint's entries, ``needs`` among them, its tensors left in the file."""
+    return checkpoint.load(path, mmap=True, verify=False, needs=(*checkpoint.MODEL, *needs))
 
 
 def _origin_of(path: Path) -> str | None:

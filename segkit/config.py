@@ -334,12 +334,36 @@ def bind(
 def build(
     registry: Mapping[str, Callable[..., Any]], spec: Component | str, path: str, **given: Any
 ) -> Any:
-    """:func:`bind`, then call; what the constructor itself refuses is told with ``path``."""
+    """:func:`bind`, then call; what the constructor itself refuses is told with ``path``.
+
+    Numbers that PyTorch refuses, such as a negative size, are the configuration's mistake where it
+    sets arguments; without any they are a fault of segkit's, and pass as they are.
+    """
     make = bind(registry, spec, path, given=tuple(given))
     try:
         return make(**given)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        if not make.keywords:
+            raise
+        arguments = ", ".join(
+            f"{key}={shorten(str(value))}" for key, value in make.keywords.items()
+        )
+        why = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{path}: cannot be made with {arguments} ({why})") from error
+
+
+def check_bounds(low: float, high: float, **arguments: float | Sequence[float]) -> None:
+    """Refuse arguments of a component that are, or hold, a number outside ``low`` to ``high``.
+
+    Raises:
+        ConfigError: One sentence with the name of the argument.
+    """
+    for name, value in arguments.items():
+        for number in value if isinstance(value, Sequence) else (value,):
+            if not low <= number <= high:
+                raise ConfigError(f"{name}: expected {low:g} to {high:g}, got {number}")
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -444,6 +468,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         raise refused
     if hint is float:
         return _finite(value, path)
+    if hint is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{path}: expected an integer of 64 bits, got {shorten(str(value), 40)}")
     if origin in _SEQUENCES:
         if origin is not tuple or (len(inner) == 2 and inner[1] is Ellipsis):
             hints = [inner[0] if inner else Any] * len(value)

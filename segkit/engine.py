@@ -1,6 +1,6 @@
 """One training step, one evaluation, and a model from its checkpoint."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from segkit import checkpoint
 from segkit.augment import Pipeline
@@ -17,9 +18,11 @@ from segkit.config import Config, parse
 from segkit.data.loader import eval_batches
 from segkit.data.source import Source
 from segkit.distributed import Progress, all_reduce, rank, world_size
+from segkit.errors import CheckpointError, ConfigError
 from segkit.losses import Criterion, WholeStep
 from segkit.metrics import counts_of, image_matrices
 from segkit.model import Segmenter, build_model
+from segkit.optim import EMA
 from segkit.recompute import recompute_activations
 
 Watch = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -273,14 +276,76 @@ def load_model(path: Path, *, verify: bool = True) -> tuple[Segmenter, Config, d
         The model in evaluation mode on the CPU, its configuration, and the checkpoint's other
         entries (``classes``, ``score``, ...).
     """
-    state = checkpoint.load(path, mmap=True, verify=verify)
+    state = checkpoint.load(path, mmap=True, verify=verify, needs=checkpoint.MODEL)
     config = parse(state["config"], str(path))
-    model = build_model(
-        config.model.backbone,
-        config.model.decoder,
-        num_classes=len(state["classes"]),
-        freeze_batch_norm=config.model.freeze_batch_norm,
-    )
+
+    def build() -> Segmenter:
+        return build_model(
+            config.model.backbone,
+            config.model.decoder,
+            num_classes=len(state["classes"]),
+            freeze_batch_norm=config.model.freeze_batch_norm,
+        )
+
+    try:
+        with torch.device("meta"):  # a model that the file does not hold may be of any size
+            checkpoint.check_fit(build(), checkpoint.weights(state), path)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    model = build()
+    checkpoint.check_weights(model, checkpoint.weights(state), path)
     model.load_state_dict(checkpoint.weights(state))
     others = {key: value for key, value in state.items() if key not in ("model", "ema")}
     return model.eval(), config, others
+
+
+def restore(
+    path: Path,
+    state: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: EMA | None,
+) -> None:
+    """Give what learns the state of a run's ``last.pt``.
+
+    Args:
+        path: The file, for errors.
+        state: Its entries, :data:`segkit.checkpoint.RESUME`.
+        model: Without any wrapper.
+        optimizer: Of the model.
+        scaler: Of the gradients.
+        ema: The average of the model, if the run has one.
+
+    Raises:
+        CheckpointError: The state is of another model or optimizer.
+    """
+    checkpoint.check_weights(model, state["model"], path)
+    model.load_state_dict(state["model"])
+    if ema is not None:
+        if state["ema"] is None:
+            raise CheckpointError(f"{path}: has no moving average, which train.ema asks for")
+        checkpoint.check_weights(ema.model, state["ema"]["model"], path)
+        ema.load_state_dict(state["ema"])
+    before = [{**group} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        same = all(map(_same_settings, before, optimizer.param_groups)) and all(
+            tensor.is_floating_point() and tensor.shape == (() if name == "step" else weight.shape)
+            for weight, tensors in optimizer.state.items()
+            for name, tensor in tensors.items()
+        )
+        same &= len({frozenset(tensors) for tensors in optimizer.state.values()}) <= 1
+    # PyTorch reads the entries as they come, and a file may hold anything in their place.
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path}: its optimizer or scaler cannot be read ({e!r:.200})") from e
+    if not same:
+        raise CheckpointError(f"{path}: its optimizer is of another model, or has other settings")
+
+
+def _same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether two groups of an optimizer are equal but for the step's learning rate."""
+    return all(
+        theirs[key] == value for key, value in mine.items() if key not in ("params", "lr")
+    ) and isinstance(theirs["lr"], float)

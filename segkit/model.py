@@ -12,6 +12,7 @@ from segkit.backbones import BACKBONES
 from segkit.config import Component, build
 from segkit.decoders import DECODERS
 from segkit.decoders.layers import resize
+from segkit.errors import ConfigError
 from segkit.export import export
 from segkit.weights import Report, load_file
 from segkit.weights.loading import fit, identify
@@ -127,6 +128,10 @@ def build_model(
             strides=encoder.strides,
             num_classes=num_classes,
         )
+    for part, module in (("backbone", encoder), ("decoder", head)):
+        for name, parameter in module.named_parameters():
+            if parameter.numel() == 0:
+                raise ConfigError(f"model.{part}: a size is 0, so its '{name}' is empty")
     model = Segmenter(encoder, head, freeze_batch_norm=freeze_batch_norm)
     if weights is not None:
         path, source = locate(_name(backbone), weights)

@@ -191,6 +191,8 @@ def build_schedule(
             value = factor(step)
         except ConfigError as error:
             raise ConfigError(f"{path}.{error}") from error
+        except ArithmeticError as error:
+            raise ConfigError(f"{path}: gives no number at step {step} ({error})") from error
         if not 0 <= value <= 1:
             raise ConfigError(
                 f"{path}: gives {value:g} times the learning rate at step {step}; expected 0 to 1"

@@ -18,7 +18,7 @@ import torchvision
 
 import segkit
 from segkit import distributed
-from segkit.checkpoint import load_latest
+from segkit.checkpoint import RESUME, load_latest
 from segkit.errors import SegkitError, closest, describe, reason, shorten
 from segkit.files import fits, is_locked, lock, naming, regular, write_json, write_text
 
@@ -373,7 +373,7 @@ class Run:
 
     def last(self, fold: int) -> dict[str, Any] | None:
         """The state to resume ``fold`` from, if it was ever saved."""
-        return load_latest(self.fold(fold) / "last.pt")
+        return load_latest(self.fold(fold) / "last.pt", needs=RESUME)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -392,7 +392,7 @@ def _ordered(score: float) -> float:
 
 def _state(path: Path) -> dict[str, Any]:
     """A checkpoint, its tensors left in the file, which is verified elsewhere and once only."""
-    return checkpoint.load(path, mmap=True, verify=False)
+    return checkpoint.load(path, mmap=True, verify=False, needs=("classes", "model"))
 
 
 def _weights(path: Path) -> State:

@@ -339,8 +339,8 @@ def test_backbones_load_whole_or_not_at_all(resnet18: State) -> None:
 
 
 def test_a_deeper_network_of_the_same_family_is_refused_and_named() -> None:
+    deeper = models.resnet34().state_dict()
     with torch.device("meta"):
-        deeper = models.resnet34().state_dict()
         model = build_model("resnet18", "fcn", num_classes=3)
     sentence = (
         r"has 96 entries more than the backbone, the first 'layer1.2.conv1.weight' \(ResNet\); "

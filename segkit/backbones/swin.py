@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import swin_transformer as reference
 
 from segkit.backbones.stages import refuse_dilation
+from segkit.config import check_bounds
 
 
 class Swin(nn.Module):
@@ -361,6 +362,8 @@ def swin(
         output_stride: int = 32,
     ) -> Swin:
         refuse_dilation("Swin", output_stride)
+        check_bounds(1, 1024, window=window)
+        check_bounds(0, 1, drop_path=drop_path)
         return Swin(
             width=width,
             depths=depths,

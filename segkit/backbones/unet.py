@@ -6,6 +6,7 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
 from segkit.backbones.stages import Stages, refuse_dilation
+from segkit.config import check_bounds
 
 
 def unet(*, width: int = 64, bias: bool = True, output_stride: int = 32) -> Stages:
@@ -22,6 +23,7 @@ def unet(*, width: int = 64, bias: bool = True, output_stride: int = 32) -> Stag
     odd sizes up, so that no pixel is dropped.
     """
     refuse_dilation("UNet's encoder", output_stride)
+    check_bounds(1, 4096, width=width)
     network = nn.Sequential()
     network.add_module("pool", nn.MaxPool2d(2, ceil_mode=True))
     inputs = 3

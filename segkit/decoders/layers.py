@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkit.config import check_bounds
 from segkit.depthwise import DepthwiseConv2d
 
 
@@ -94,6 +95,7 @@ class PyramidPooling(nn.Module):
 
     def __init__(self, inputs: int, *, width: int, outputs: int, bins: Sequence[int]) -> None:
         super().__init__()
+        check_bounds(1, 1024, bins=bins)
         self.bins = bins
         self.branches = nn.ModuleList(ConvNormAct(inputs, width, kernel=1) for _ in bins)
         self.fuse = ConvNormAct(inputs + width * len(bins), outputs)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkit.config import check_bounds
 from segkit.decoders.layers import ASPP, ConvNormAct, exactly, fcn_head, level_at, resize
 
 
@@ -50,6 +51,7 @@ class STLNet(nn.Module):
         aux_width: int | None = 256,
     ) -> None:
         super().__init__()
+        check_bounds(1, 1024, levels=levels, region_levels=region_levels, scales=scales)
         self.low_level = level_at(4, strides)
         self.reads = (self.low_level, self.low_level + 1, *((-2, -1) if aux_width else (-1,)))
         low = channels[self.low_level] + channels[self.low_level + 1]

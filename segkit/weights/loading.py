@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from segkit import checkpoint
 from segkit.backbones import BACKBONES
 from segkit.decoders.layers import Classifier
-from segkit.errors import CheckpointError
+from segkit.errors import CheckpointError, quoted
 from segkit.weights import swin
 from segkit.weights.naming import State
 from segkit.weights.own import trained_with
@@ -91,6 +92,7 @@ def load_state(model: nn.Module, state: State, *, source: str) -> Report:
         state: Names to tensors.
         source: Where they come from, for errors and the report.
     """
+    checkpoint.refuse_forged(state, Path(source))
     return _load(model, recognize(state, source=source), source=source)
 
 
@@ -151,6 +153,17 @@ def fit(model: nn.Module, found: Found, *, source: str) -> tuple[dict[str, Tenso
             unused[theirs] = "of a decoder" if why else "not of this model"
     notes += _settings_of(model, found, without_decoder=bool(why))
     entries |= heads
+    own = model.state_dict()
+    for name, tensor in entries.items():
+        theirs = found.head.names.get(name) or found.backbone.names[name.removeprefix("backbone.")]
+        if own[name].is_floating_point() and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{source}: {quoted(theirs)} has type {tensor.dtype}, expected floating point"
+            )
+        if not checkpoint.is_finite(tensor):
+            raise CheckpointError(
+                f"{source}: {quoted(theirs)} holds NaN or infinity; use another file"
+            )
     report = Report(source, found.title, tuple(entries), unused, fresh | left, tuple(notes))
     return entries, report
 

@@ -61,7 +61,7 @@ def _load(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch tells of ancient types that it converts
-            return torch.load(regular(path), map_location="cpu", weights_only=True, mmap=archive)
+            found = torch.load(regular(path), map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: is not a file of weights alone (a state dict saved by torch): it is damaged, "
@@ -74,3 +74,5 @@ def _load(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: is not a file of weights (a state dict saved by torch)"
         ) from error
+    checkpoint.refuse_forged(found, path)
+    return found

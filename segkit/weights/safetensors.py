@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segkit.errors import CheckpointError
+from segkit.errors import CheckpointError, quoted, shorten
 from segkit.files import regular
 
-_LONGEST_HEADER = 100_000_000
-"""The format's own bound, in bytes: a damaged length must not ask for the machine's memory."""
+_LONGEST_HEADER = 1 << 23
+"""Bytes; some 50,000 tensors. The format allows 100 MB, which take gigabytes once they are read."""
+
+_MOST_AXES = 64
+"""Of a tensor in PyTorch."""
 
 _TYPES = {
     "F64": torch.float64,
@@ -45,8 +48,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(_LONGEST_HEADER, size - 8):
+        if length > size - 8:
             raise _damaged(path, f"its header would be {length} bytes long in a file of {size}")
+        if length > _LONGEST_HEADER:
+            raise CheckpointError(
+                f"{path}: has a header of {length:,} bytes; expected at most {_LONGEST_HEADER:,}"
+            )
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
@@ -60,7 +67,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     end = start
     for name, (_, _, first, last) in sorted(places.items(), key=lambda item: item[1][2:]):
         if start + first != end:
-            raise _damaged(path, f"'{name}' does not begin where the tensor before it ends")
+            raise _damaged(path, f"{quoted(name)} does not begin where the tensor before it ends")
         end = start + last
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end} of {size}")
@@ -74,17 +81,25 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def _place(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
     """Type, shape, first byte and the byte after the last, as the header has them."""
     if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - entry.keys():
-        raise _damaged(path, f"'{name}' lacks its dtype, shape or data_offsets")
-    if (dtype := _TYPES.get(str(entry["dtype"]))) is None:
+        raise _damaged(path, f"{quoted(name)} lacks its dtype, shape or data_offsets")
+    known = entry["dtype"] if isinstance(entry["dtype"], str) else ""
+    if (dtype := _TYPES.get(known)) is None:
         raise CheckpointError(
-            f"{path}: '{name}' has dtype {entry['dtype']!r}; expected one of: {', '.join(_TYPES)}"
+            f"{path}: {quoted(name)} has dtype {quoted(known)}; expected one of: "
+            f"{', '.join(_TYPES)}"
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise _damaged(path, f"the shape or data_offsets of '{name}' are not whole numbers")
+        raise _damaged(path, f"the shape or data_offsets of {quoted(name)} are not whole numbers")
+    if len(shape) > _MOST_AXES:
+        raise CheckpointError(f"{path}: {quoted(name)} has {len(shape)} axes")
     first, last = offsets
     if last - first != math.prod(shape) * dtype.itemsize:
-        raise _damaged(path, f"'{name}' has {last - first} bytes for the shape {shape}")
+        have = shorten(str(last - first))
+        raise _damaged(path, f"{quoted(name)} has {have} bytes for the shape {shorten(str(shape))}")
+    # A side of 0 makes the product 0, whatever the others are.
+    if math.prod(max(side, 1) for side in shape) >= 2**62:
+        raise CheckpointError(f"{path}: {quoted(name)} has the shape {shorten(str(shape))}")
     return dtype, shape, first, last
 
 
