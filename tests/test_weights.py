@@ -1176,7 +1176,10 @@ def test_a_runs_checkpoint_tells_its_settings(tmp_path: Path) -> None:
     for config, notes in (
         (settings, ()),
         ({"unknown": 1}, ("the file does not tell the settings of the model that it was ",)),
-        (3, ("the file does not tell the settings of the model that it was ",)),
+        (
+            {"model": {"backbone": 3}},
+            ("the file does not tell the settings of the model that it was ",),
+        ),
     ):
         checkpoint.save({"model": model.state_dict(), "config": config}, path)
         report = build_model(spec, decoder, num_classes=3, weights=str(path)).report
