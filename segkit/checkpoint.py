@@ -55,9 +55,11 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
             try:
                 torch.save({"format": FORMAT, **state}, file)
             except RuntimeError as error:
-                cause = error.__context__
-                if isinstance(cause, OSError):  # a full disk, which torch only hints at
-                    raise OSError(cause.errno, cause.strerror, str(path)) from None
+                if isinstance(error.__context__, OSError):  # a full disk, which torch only hints at
+                    # No variable may hold it: that makes a cycle with the frames it was raised in.
+                    raise OSError(
+                        error.__context__.errno, error.__context__.strerror, str(path)
+                    ) from None
                 raise
         found = hashlib.sha256()
         with draft.open("r+b") as file:

@@ -168,6 +168,9 @@ _LOST = (
     "another rank ended, or did not answer within train.timeout; "
     "the message of the rank that failed says why"
 )
+_GLOO = r"gloo/transport|timeout caused pair closure|Connection (closed|reset) by peer"
+"""What gloo says of a lost rank; its errors have no type of their own."""
+
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -187,7 +190,7 @@ def _explain(error: BaseException) -> str | None:
                 f"{died[0].rstrip('. ')}: most often memory ran out; lower data.workers or "
                 "train.batch_size, or give a container more shared memory (/dev/shm)"
             )
-        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        if isinstance(error, dist.DistError) or re.search(_GLOO, str(error)):
             return f"{_LOST} ({_summary(error)})"
     return None
 

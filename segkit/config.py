@@ -451,21 +451,21 @@ def _check_range(value: Any, one: dataclasses.Field, path: str) -> None:
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """``value`` as the annotated type: lists become tuples, ints serve as floats, no more."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    refused = ConfigError(f"{path}: expected {_spell(hint)}, got {_kind(value)}")
+    refusal = f"{path}: expected {_spell(hint)}, got {_kind(value)}"
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
         for option in inner:
             if _shape_fits(value, option):
                 return _convert(value, option, path)
-        raise refused
+        raise ConfigError(refusal)
     if origin is Literal:
         if value in inner and type(value) in {type(word) for word in inner}:
             return value
         nearest = closest(value, map(str, inner)) if isinstance(value, str) else ""
         raise ConfigError(f"{path}: expected {_spell(hint)}, got {_kind(value)}{nearest}")
     if not _shape_fits(value, hint):
-        raise refused
+        raise ConfigError(refusal)
     if hint is float:
         return _finite(value, path)
     if hint is int and not -(2**63) <= value < 2**63:

@@ -1,5 +1,7 @@
 """Checkpoints: whole or not at all, verified, and never code."""
 
+import errno
+import gc
 import hashlib
 import os
 import pickle
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,34 @@ def test_round_trip(tmp_path: Path) -> None:
         assert torch.equal(loaded["model"]["weight"], state()["model"]["weight"])
         assert (loaded["step"], loaded["names"]) == (3, ["a", None])
     assert [one.name for one in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_the_error_of_a_full_disk_is_in_no_cycle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cycle would keep what its frames hold, such as a loader and its workers."""
+
+    class Held:
+        pass
+
+    def full(*_: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+
+    def fail() -> weakref.ref:
+        held = Held()
+        with pytest.raises(OSError, match=r"No space left on device.*a\.pt"):
+            checkpoint.save(state(), tmp_path / "a.pt")
+        return weakref.ref(held)
+
+    monkeypatch.setattr(torch, "save", full)
+    gc.disable()
+    try:
+        assert fail()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("place", [10, 5_000, -200, -70, -1])

@@ -1,6 +1,9 @@
 """Batches: the same images in the same order, whoever prepares them."""
 
+import gc
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +153,34 @@ def test_batches_that_cannot_be_are_named() -> None:
 def test_a_broken_image_is_one_sentence(workers: int) -> None:
     with pytest.raises(DataError, match=r"^5\.png is broken$"):
         batches(workers=workers, broken=5)
+
+
+def test_workers_end_with_the_error_that_ends_a_loop() -> None:
+    """A cycle of references would keep the loader, and so its workers, until the collector ran."""
+    gc.disable()
+    try:
+        with pytest.raises(DataError):
+            batches(workers=1, broken=5)
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
+
+
+def test_a_script_ends_by_an_error_while_it_holds_a_loader() -> None:
+    """segkit as a library: Python's own exit would join workers, which ignore SIGTERM."""
+    code = (
+        "import sys, torch; sys.path[:0] = sys.argv[1:]; from test_loader import Noise; "
+        "from segkit.data.loader import eval_batches; "
+        "kept = eval_batches(Noise(), range(11), labels=True, batch_size=1, workers=2); "
+        "next(kept); raise KeyError('mine')"
+    )
+    here = Path(__file__).parent
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(here), str(here.parent)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert shown.returncode == 1
+    assert shown.stderr.splitlines()[-1] == "KeyError: 'mine'"
 
 
 @pytest.mark.parametrize("render", [True, False])

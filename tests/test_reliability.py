@@ -327,7 +327,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(folder: Path, limi
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); command.run(train.main)"
     )
-    words = arguments(run, {"train.save_every": 0})
+    words = arguments(run, {"train.save_every": 0, "data.workers": 2})
     process = launch(folder, "-c", code, str(HERE.parent), *words)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1

@@ -89,7 +89,9 @@ def test_every_public_thing_has_a_docstring(path: Path) -> None:
 
 
 def test_importing_is_no_dearer_than_torch_and_torchvision() -> None:
-    code = "import sys; import torch, torchvision, numpy; a = set(sys.modules); import segkit; "
+    code = "import sys; import torch, torchvision, numpy; a = set(sys.modules); "
+    code += "import signal as s; handlers = [*map(s.getsignal, s.valid_signals())]; import segkit; "
+    code += "assert handlers == [*map(s.getsignal, s.valid_signals())]; "  # signals are commands'
     code += "print(*sorted(m for m in set(sys.modules) - a if not m.startswith('segkit')))"
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

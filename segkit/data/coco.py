@@ -391,17 +391,17 @@ def _rle(record: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
 def _decompress(counts: str) -> np.ndarray:
     """The runs of a compressed RLE: 5 bits a character, low ones first, from the fourth run on as
     differences to the run two before."""
-    malformed = DataError(f"its RLE has malformed counts {_short(counts)}; export it again")
+    malformed = f"its RLE has malformed counts {_short(counts)}; export it again"
     if not counts.isascii():
-        raise malformed
+        raise DataError(malformed)
     codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
     last = (codes & 0x20) == 0
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or not last[-1]:
-        raise malformed
+        raise DataError(malformed)
     ends = np.flatnonzero(last)
     starts = np.concatenate(([0], ends[:-1] + 1))
     if (ends - starts).max() > 5:  # 6 characters hold any run of an image that is not too large
-        raise malformed
+        raise DataError(malformed)
     bits = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
     values = np.add.reduceat((codes & 0x1F) << bits, starts)
     negative = (codes[ends] & 0x10) != 0
