@@ -797,6 +797,9 @@ def test_mmsegmentations_convolutional_heads_whole(name: str) -> None:
         assert re.match(f"the file does not tell {path} in this model: mmsegmentation's", note)
     assert len(report.notes) == len(untold) + 1
     assert re.match("mmsegmentation's (d6|mg124) models dilate", report.notes[-1])
+    backbone.contract_dilation = False
+    report = load_state(model, under("backbone.", stem) | theirs, source="theirs")
+    assert report.notes[0] == "made with backbone.contract_dilation True, this model has False"
 
 
 OCR_AUTHORS = [
@@ -1026,7 +1029,7 @@ def test_efficientnet(project: str) -> None:
     else:
         assert told == [
             "the file does not tell backbone.like, 'torchvision' in this model: timm's tf_ models "
-            "need 'tensorflow', its others 'timm'"
+            "need 'tensorflow' (which is right for sides that 32 divides), its others 'timm'"
         ]
 
 
@@ -1121,7 +1124,8 @@ def test_convnext(project: str) -> None:
         load_state(bare, whole, source="theirs")
     same(bare, before)
     missing = without(whole, f"{first_norm}.bias")
-    with pytest.raises(CheckpointError, match=r"'norm0.bias' is missing"):
+    sentence = r"'norm0.bias' is missing .*; no backbone of segkit has its structure"
+    with pytest.raises(CheckpointError, match=sentence):
         load_state(normed, missing, source="theirs")
 
 
@@ -1272,6 +1276,10 @@ def test_the_command_tells_that_a_convnext_has_output_norms(
     torch.save({"model": convnext_names("authors", state)}, tmp_path / "convnext.pth")
     shown = run(str(tmp_path / "convnext.pth"), capsys=capsys)
     assert "  backbone  convnext_tiny (output_norms true)\n" in shown
+    partly = without(convnext_names("authors", state), "norm1.bias")
+    torch.save({"model": partly}, tmp_path / "convnext.pth")
+    shown = run(str(tmp_path / "convnext.pth"), capsys=capsys)
+    assert "  backbone  none of segkit has its structure\n" in shown
 
 
 def test_reports_are_plain() -> None:

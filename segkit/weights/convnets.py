@@ -153,7 +153,12 @@ NAMINGS = (
         signature=(r"conv_stem\.", r"blocks\.0\.0\.conv_dw\.", r"blocks\.1\.0\.conv_pwl\."),
         rules=_efficientnet(_PARTS_TIMM),
         beyond=r"(conv_head|bn2|classifier)\.",
-        untold={"backbone.like": "timm's tf_ models need 'tensorflow', its others 'timm'"},
+        untold={
+            "backbone.like": (
+                "timm's tf_ models need 'tensorflow' (which is right for sides that 32 divides), "
+                "its others 'timm'"
+            )
+        },
         doubts=(
             "some of timm's tf_ models expect images normalized by a mean and a deviation of 0.5",
         ),

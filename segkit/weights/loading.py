@@ -206,21 +206,22 @@ def misfit(backbone: nn.Module, found: Found) -> str:
 
 
 def fitting(found: Found) -> list[str]:
-    """Names of the backbones that a file has exactly, windows apart."""
+    """Names of the backbones that a file has exactly, windows and ConvNeXt's output norms apart."""
     values = sum(tensor.numel() for tensor in found.backbone.tensors.values())
     names = []
     for name in BACKBONES:
         if not name.startswith(found.builds) or not _plausible(name, values):
             continue
-        if not misfit(_without_values(name), found):
+        norms = name.startswith("convnext_") and bool(output_norms(found))
+        if not misfit(_without_values(name, output_norms=norms), found):
             names.append(name)
     return names
 
 
 @functools.cache
-def _without_values(name: str) -> nn.Module:
+def _without_values(name: str, *, output_norms: bool) -> nn.Module:
     with torch.random.fork_rng(devices=()), torch.device("meta"):
-        return BACKBONES[name]()
+        return BACKBONES[name](**{"output_norms": True} if output_norms else {})
 
 
 def windows(found: Found) -> list[int]:

@@ -106,7 +106,8 @@ _OCR_OPENMMLAB: tuple[Rule, ...] = (
 )
 
 
-_OPENMMLAB_HRNET = {
+_OPENMMLAB = {
+    "backbone.contract_dilation": True,
     "backbone.align_corners": False,
     "backbone.upsampling": "bilinear_by_factor",
 }
@@ -184,7 +185,7 @@ def _openmmlab(
     told: dict[str, Any] | None = None,
     **more: Any,
 ) -> Naming:
-    settings = _OPENMMLAB_HRNET | (told or {})
+    settings = _OPENMMLAB | (told or {})
     return Naming(
         title=f"{title} of mmsegmentation",
         builds=(builds,) if builds else (),
