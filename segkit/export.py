@@ -22,7 +22,7 @@ def export(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: A :class:`segkit.model.Segmenter`; its mode is left as it was.
-        path: Ends in ``.pt2`` or ``.onnx``.
+        path: Ends in ``.pt2`` or ``.onnx``; a file that is there is replaced.
 
     Raises:
         SegkitError: Another ending, or packages that ONNX needs are not installed.

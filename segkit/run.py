@@ -115,7 +115,7 @@ class Run:
         """
         folder = self.folder
         if not self.exists:
-            if folder.exists() and any(map(_is_foreign, folder.iterdir())):
+            if folder.exists() and _holds_others(folder):
                 raise SegkitError(
                     f"{folder}: is not empty and holds no run; name another --run-dir"
                 )
@@ -427,10 +427,13 @@ def _job() -> str | None:
     return f"process {os.getppid()} on {platform.node()}" if job == "none" else job
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether a file is not what a kill during :meth:`Run.begin` may leave."""
+def _holds_others(folder: Path) -> bool:
+    """Whether there are files that a kill during :meth:`Run.begin` did not leave."""
+    names = {path.name for path in folder.iterdir()}
+    if "lock" not in names:  # which is made first
+        return bool(names)
     known = {*SHAPES, "folds.json", "lock"}
-    return path.name not in known and not path.name.endswith(".json.writing")
+    return any(name not in known and not name.endswith(".json.writing") for name in names)
 
 
 def _differences(known: Any, wanted: Any, path: str = "") -> list[str]:

@@ -56,6 +56,20 @@ def test_brackets_in_a_name_are_no_pattern() -> None:
     assert not runs("?")
 
 
+def test_files_of_others_with_the_names_of_a_run_s_are_not_overwritten() -> None:
+    for name in ("classes.json", "environment.json", ".classes.json.writing"):
+        path = Path("mine", name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        with pytest.raises(SegkitError, match="is not empty and holds no run"):
+            Run.create(path.parent, {})
+        assert path.read_text() == "mine"
+        path.unlink()
+    Path("mine/lock").touch()  # a kill at the start left both
+    Path("mine/environment.json").write_text("{}")
+    Run.create(Path("mine"), {})
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every file that is read again."""
