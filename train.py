@@ -29,6 +29,7 @@ from segkit.data import SOURCES, open_source
 from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shares, table
 from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
 from segkit.data.pseudo import PseudoLabelled
+from segkit.data.record import data_changes, data_record
 from segkit.data.source import Source, positions
 from segkit.engine import build_pipeline, evaluate, precision, recomputes, restore, train_step
 from segkit.errors import ConfigError, DataError, SegkitError, shorten
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
         folds = chosen_folds(args.folds, len(split.folds))
         check_folds(cfg, folds, split, train_source, val_source, pseudo)
         if distributed.is_main():
+            files |= check_data(run, split, train_source, val_source, pseudo)
             run.begin(config.to_dict(cfg), files)
         distributed.barrier()
 
@@ -472,6 +474,42 @@ def check_folds(
                 "the learning rate never reaches optim.lr; lower it, or train longer",
                 stacklevel=2,
             )
+
+
+def check_data(
+    run: Run,
+    split: Split,
+    train_source: Source,
+    val_source: Source,
+    pseudo: PseudoLabelled | None,
+) -> dict[str, Any]:
+    """Make sure that a run goes on with the data that it began with.
+
+    Returns:
+        The record of the data as a file of the run, where the run has none yet.
+
+    Raises:
+        DataError: Classes, images or labels are others.
+    """
+    names = {"train": split.training(0), "val": split.folds[0]}
+    if val_source is train_source:
+        names = {"train": (*names["train"], *names["val"], *split.selection)}
+    sources = {"train": train_source, "val": val_source}
+    parts: dict[str, tuple[Source, Sequence[int]]]
+    parts = {part: (sources[part], positions(sources[part], names[part])) for part in names}
+    if pseudo is not None:
+        parts["pseudo"] = pseudo, pseudo.extra
+    record = data_record(parts)
+    if not run.exists:
+        return {"data.json": record}
+    known = run.optional("data.json", None)
+    before = known if known and known["format"] == record["format"] else {"images": {}}
+    if changes := data_changes({**before, **run.read("classes.json")}, record):
+        raise DataError(
+            f"{run.folder}: began with other data than this ({'; '.join(changes)}); bring that "
+            "back, or start a new run with another --run-dir"
+        )
+    return {} if before["images"] else {"data.json": record}
 
 
 def train_order(

@@ -19,6 +19,7 @@ import torchvision
 import segkit
 from segkit import distributed
 from segkit.checkpoint import RESUME, load_latest
+from segkit.data.record import SHAPE as DATA_RECORD
 from segkit.errors import SegkitError, closest, describe, reason, shorten
 from segkit.files import fits, is_locked, lock, naming, regular, write_json, write_text
 
@@ -38,6 +39,7 @@ SHAPES: dict[str, Any] = {
     "config.json": {str: Any},
     "environment.json": {str: Any},
     "classes.json": {"classes": [str], "category_ids": ({str: int}, None)},
+    "data.json": DATA_RECORD,
     "shares.json": [{"title": str, "images": int, "with_class": [float], "of_pixels": [float]}],
     "summary.json": {str: {"seconds": float}},
     "evaluation.json": {

@@ -4,12 +4,14 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,12 +19,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import train
 from segkit import checkpoint
 from segkit.data.demo import draw_demo
 from segkit.decoders import layers
+from segkit.errors import DataError
 from segkit.run import Run
 
 HERE = Path(__file__).parent
@@ -344,3 +348,105 @@ def test_a_read_only_run_folder_is_one_sentence(folder: Path) -> None:
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert out == "locked/run: Not a directory\n"
+
+
+def rename(labels: dict[str, Any], _: Path) -> None:
+    labels["categories"][0]["name"] = "renamed"
+
+
+def number_anew(labels: dict[str, Any], _: Path) -> None:
+    for record, key in [(one, "id") for one in labels["categories"]] + [
+        (one, "category_id") for one in labels["annotations"]
+    ]:
+        record[key] += 100
+
+
+def reverse(labels: dict[str, Any], _: Path) -> None:
+    ids = [one["id"] for one in labels["categories"]]
+    for record, key in zip(labels["categories"], reversed(ids), strict=True):
+        record["id"] = key
+
+
+def relabel(labels: dict[str, Any], _: Path) -> None:
+    labels["annotations"][0]["segmentation"] = [[1, 1, 30, 1, 30, 30]]
+
+
+def repaint(labels: dict[str, Any], images: Path) -> None:
+    path = images / labels["images"][0]["file_name"]
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+
+
+def touch(labels: dict[str, Any], images: Path) -> None:
+    for record in labels["images"]:
+        os.utime(images / record["file_name"])
+
+
+@pytest.fixture(scope="module")
+def begun(folder: Path) -> Path:
+    """A run of one step, of data of its own."""
+    draw_demo(folder / "own", train=20, test=1, size=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train, "evaluate", lambda *_, **__: sys.exit(0))
+        with pytest.raises(SystemExit):
+            train.main(arguments("runs/own", OWN))
+    return folder / "runs/own"
+
+
+OWN = {"data.train.annotations": "own/train.json", "train.epochs": 1, "data.cache_gb": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (rename, ["other classes: 'renamed' was '"]),
+        (number_anew, ["other category ids"]),
+        (reverse, ["other classes: ", "(and "]),
+        (relabel, ["other labels in data.train: '"]),
+        (repaint, ["other pixels in data.train: '"]),
+        (touch, []),
+    ],
+)
+def test_a_run_goes_on_with_its_own_data_only(
+    folder: Path,
+    begun: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict[str, Any], Path], None],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(Run, "begin", lambda *_: sys.exit(3))
+    before = shutil.copytree("own", "before")
+    path = Path("own/train.json")
+    labels = json.loads(path.read_text())
+    change(labels, Path("own"))
+    path.write_text(json.dumps(labels))
+    with pytest.raises((SystemExit, DataError)) as ended:
+        train.main([*arguments("runs/own", OWN), "--resume"])
+    shutil.rmtree("own")
+    Path(before).rename("own")
+    if words:
+        assert str(ended.value).startswith("runs/own: began with other data than this (")
+    else:
+        assert str(ended.value) == "3"  # equal bytes are the same data, whenever they were written
+    for word in words:
+        assert word in str(ended.value)
+
+
+def test_a_run_without_a_record_of_its_data_gets_one(
+    folder: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: sys.exit(0))
+    warnings.filterwarnings("ignore", message=".*left out")  # pytest restores the filters
+    record = begun / "data.json"
+    content = record.read_text()
+    for damage in (None, "[]"):
+        if damage is None:
+            record.unlink()
+        else:
+            record.write_text(damage)
+        with pytest.raises(SystemExit):
+            train.main([*arguments("runs/own", OWN), "--resume"])
+        assert record.read_text() == content
