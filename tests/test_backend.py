@@ -137,7 +137,7 @@ def test_the_list_is_that_of_the_documentation() -> None:
 def refused_in_a_step(backbone: Any, decoder: Any, terms: Any, aux_weight: Any = 0.4) -> set[str]:
     """Refused operations of a step: of the model without data, and of its loss on noise."""
     with torch.device("meta"):
-        model = build_model(backbone, decoder, num_classes=4)
+        model = build_model(backbone, decoder, num_classes=4).to("meta")
     criterion = build_loss(terms, aux_weight=aux_weight, num_classes=4)
     with Recorder() as recorder:
         outputs = model(torch.empty(2, 3, 96, 128, device="meta"))

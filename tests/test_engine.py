@@ -90,6 +90,7 @@ def test_precision() -> None:
     assert precision("auto", cpu) in (None, torch.bfloat16)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
 def test_steps_on_cuda_follow_those_on_the_cpu(amp: torch.dtype | None) -> None:
