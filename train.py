@@ -6,6 +6,7 @@ torchrun --nproc-per-node 4 train.py --cfg swin.json --folds 0
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -42,16 +43,22 @@ from segkit.report import Gallery, class_table, record, score_table, write_run_p
 from segkit.run import Run, new_folder, runs
 from segkit.tta import parse_views
 
-MEMORY_TO_TRAIN = (
+MEMORY_TO_BEGIN = (
     "set train.recompute=on or the backbone's checkpointing=true, raise train.accumulate, or lower "
-    "train.batch_size or the crop (augment.size), in a new run; with the same settings, what was "
-    "saved goes on with --run-dir {run} --resume"
+    "train.batch_size or the crop (augment.size)"
+)
+MEMORY_TO_TRAIN = (
+    f"{MEMORY_TO_BEGIN}, in a new run; with the same settings, what was saved goes on with "
+    "--run-dir {run} --resume"
 )
 MEMORY_TO_EVALUATE = (
     "in an evaluation; lower infer.batch_size and go on with --run-dir {run} --resume, or set "
     "infer.tile in a new run"
 )
 """What to do where the device's memory is too small."""
+
+TELL_MEMORY = ("cuda",)
+"""Devices that raise an error where memory runs out; a CPU's system kills the process."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -71,6 +78,10 @@ def main(argv: Sequence[str]) -> None:
         pseudo = add_pseudo(cfg, train_source, val_source, split, say)
         folds = chosen_folds(args.folds, len(split.folds))
         check_folds(cfg, folds, split, train_source, val_source, pseudo)
+        if device.type in TELL_MEMORY and not distributed.broadcast(run.exists):
+            training = positions(train_source, split.training(folds[0]))
+            with command.memory_advice(MEMORY_TO_BEGIN):
+                check_memory(cfg, train_source, training, device)
         if distributed.is_main():
             files |= check_data(run, split, train_source, val_source, pseudo)
             run.begin(config.to_dict(cfg), files)
@@ -464,16 +475,18 @@ def check_folds(
 ) -> None:
     """Find out whether each fold has its images, whole batches of them, and steps to warm up in."""
     extra, warmup = pseudo.extra if pseudo else (), cfg.optim.warmup_steps
+    steps = []
     for fold in folds:
         positions(val_source, split.folds[fold])
-        steps = train_order(cfg, positions(train_source, split.training(fold)), extra).steps
-        build_schedule(cfg.optim.schedule, total=steps, warmup=warmup)
-        if warmup >= steps and distributed.is_main():
-            warnings.warn(
-                f"optim.warmup_steps: is {warmup}, but there are {steps} steps in fold {fold}, so "
-                "the learning rate never reaches optim.lr; lower it, or train longer",
-                stacklevel=2,
-            )
+        order = train_order(cfg, positions(train_source, split.training(fold)), extra)
+        build_schedule(cfg.optim.schedule, total=order.steps, warmup=warmup)
+        steps.append(order.steps)
+    if warmup >= min(steps) and distributed.is_main():
+        warnings.warn(
+            f"optim.warmup_steps: is {warmup}, but there are {min(steps)} steps, so the learning "
+            "rate never reaches optim.lr; lower it, or train longer",
+            stacklevel=2,
+        )
 
 
 def check_data(
@@ -510,6 +523,50 @@ def check_data(
             "back, or start a new run with another --run-dir"
         )
     return {} if before["images"] else {"data.json": record}
+
+
+def check_memory(
+    cfg: Config, source: Source, training: Sequence[int], device: torch.device
+) -> None:
+    """Take two steps with a model of their own, so that too little memory is known at once.
+
+    The second one has the optimizer's state beside it. Every part of a step is the first training
+    image, as often as a rank's part holds images.
+    """
+    sample = TrainImages(source, training, build_pipeline(cfg), seed=cfg.train.seed)[0, training[0]]
+    if isinstance(sample, DataError):
+        raise sample
+    share = cfg.train.batch_size // (cfg.train.accumulate * distributed.world_size())
+    images, masks = (one.to(device).expand(share, *one.shape).contiguous() for one in sample[:2])
+    classes = len(source.classes)
+    with device:
+        model = build_model(
+            cfg.model.backbone,
+            cfg.model.decoder,
+            num_classes=classes,
+            freeze_batch_norm=cfg.model.freeze_batch_norm,
+        )
+    layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
+    model.to(device).to(memory_format=layout)
+    if cfg.train.sync_batch_norm:
+        distributed.convert_sync_batch_norm(model, device)
+    criterion = build_loss(cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=classes)
+    optimizer = build_optimizer(model, cfg.optim.optimizer, lr=cfg.optim.lr)
+    ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema is not None else None
+    amp = precision(cfg.train.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    net = wrap(model, cfg, device)
+    for _ in range(2):
+        train_step(
+            net, criterion.to(device), optimizer, [(images, masks)] * min(2, cfg.train.accumulate),
+            amp=amp, scaler=scaler, clip_norm=cfg.optim.clip_norm,
+            recompute=recomputes(cfg.train.recompute, device),
+            exact=cfg.train.accumulate_exact,
+        )  # fmt: skip
+    del ema, net, model, criterion, optimizer
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def train_order(

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from made_run import made_run
 
+import train
 from segkit import files
+from segkit.config import Config
 from segkit.data.folds import Split
 from segkit.errors import SegkitError
 from segkit.report.__main__ import main as report
@@ -244,6 +246,34 @@ def test_a_run_keeps_how_it_ended(tmp_path: Path) -> None:
     (run.folder / "status.json").unlink()  # of a version that kept none
     run.write("summary.json", {"fold0": {"seconds": 1.0}})
     assert run.state() == ("done", "")
+
+
+def test_resume_picks_no_run_that_failed_before_it_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "check", lambda *_, **__: None)
+    arguments = train.parse_arguments(["--cfg", "one", "--resume"])
+
+    def picked() -> Path:
+        return train.find_run(arguments, Config())[0].folder
+
+    first = add_run("one-20260101-000000", 1)
+    second = add_run("one-20260101-000001", 2)
+    assert picked() == second
+    Run(second).write("status.json", {"state": "failed", "sentence": "a.jpg is empty"})
+    assert picked() == first
+    (second / "fold0").mkdir()
+    (second / "fold0/last.pt").write_text("")
+    assert picked() == second
+
+
+def test_only_the_same_torchrun_goes_on_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --rdzv-id
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run = Run.create(tmp_path / "run", {})
+    assert run.interrupted_here()
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # started by another one
+    assert not run.interrupted_here()
 
 
 def test_the_index_shows_each_run_s_state(made: Path) -> None:

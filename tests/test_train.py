@@ -19,6 +19,7 @@ import torch
 from made_run import Drawn
 from PIL import Image
 
+import train as train_module
 from segkit import checkpoint
 from segkit.data.demo import draw_demo
 from segkit.data.source import Fault
@@ -322,6 +323,37 @@ def test_a_warm_up_longer_than_the_training_is_told(
     monkeypatch.setattr(Run, "begin", lambda *_: sys.exit(3))
     with pytest.warns(UserWarning, match=r"is 4, but there are 4 steps"), pytest.raises(SystemExit):
         train_main(["--cfg", "tiny.json", "--folds", "0", *options])
+
+
+def test_too_little_memory_is_known_before_a_folder_is_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    shapes = []
+
+    def step(_net: Any, _criterion: Any, _optimizer: Any, parts: Any, **_: Any) -> None:
+        shapes.extend([images.shape for images, _ in parts])
+        if len(shapes) == 4:  # the second step, beside the optimizer's state
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train_module, "TELL_MEMORY", ("cpu",))
+    monkeypatch.setattr(train_module, "train_step", step)
+    options = ["--run-dir", "runs/memory", *sets({"train.batch_size": 8, "train.accumulate": 2})]
+    with pytest.raises(SegkitError, match=r"out of memory \(2\.00 GiB.*lower train\.batch_size"):
+        train_main(["--cfg", "tiny.json", *options])
+    assert shapes == [(4, 3, 64, 64)] * 4
+    assert not (folder / "runs/memory").exists()
+
+
+def test_a_step_tried_for_its_memory_changes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(train_module, "TELL_MEMORY", (device,))
+        options = ["--folds", "0", "--run-dir", f"runs/tried-{device}", "--quiet"]
+        train_main(["--cfg", "tiny.json", *options, *sets({"train.epochs": 1})])
+    assert_same(last(folder, "runs/tried-cpu")["model"], last(folder, "runs/tried-cuda")["model"])
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_1(folder: Path) -> None:
