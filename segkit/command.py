@@ -9,11 +9,12 @@ import errno
 import io
 import json
 import logging
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -69,6 +70,11 @@ def end(sentence: str, code: int) -> NoReturn:
             worker.kill()  # data-loader workers ignore SIGTERM
         for worker in workers:
             worker.join(1)
+        # Where workers are not forked, their queues have names in the system, which this gives up.
+        give_up = multiprocessing.util._exit_function  # type: ignore[attr-defined]
+        cleaning = threading.Thread(target=give_up, daemon=True)
+        cleaning.start()
+        cleaning.join(2)
         with suppress(OSError, ValueError, RuntimeError):
             sys.stdout.flush()
         prefix = "" if os.environ.get("RANK", "0") == "0" else f"[rank {os.environ['RANK']}] "

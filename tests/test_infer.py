@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from segkit.data.coco import CocoSource
 from segkit.data.loader import digests
 from segkit.data.photos import PhotoSource
 from segkit.errors import CheckpointError, ConfigError, DataError, SegkitError
+from segkit.predict import Predictor
 from segkit.results import Results
 from segkit.run import Run
 from train import main as train
@@ -347,6 +349,21 @@ def paint(path: Path, color: int, size: tuple[int, int] = (40, 32)) -> Path:
 
 def relative(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_out_of_memory_names_the_settings_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(Predictor, "_logits", full)
+    sentence = (
+        "CUDA is out of memory (2.00 GiB more were needed): lower infer.batch_size, or set "
+        "infer.tile to a smaller side"
+    )
+    with pytest.raises(SegkitError, match=f"^{re.escape(sentence)}$"):
+        run("--out", str(tmp_path / "oom"))
 
 
 def test_images_with_equal_names_keep_results_of_their_own(tmp_path: Path) -> None:

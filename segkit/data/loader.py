@@ -344,14 +344,18 @@ def _stack_eval(samples: list) -> EvalBatch | DataError:
 
 
 def _checked(loader: DataLoader) -> Iterator[Any]:
-    iterator = iter(loader)
-    _started.update(getattr(iterator, "_workers", ()))
-    for batch in iterator:
+    for batch in _start(loader):
         if isinstance(batch, DataError):
             # A new one: raising what a variable of this frame holds makes a cycle, which would keep
-            # the loader and its workers after the error was dealt with.
+            # all loaders of the frames around it, and their workers.
             raise DataError(*batch.args)
         yield batch
+
+
+def _start(loader: DataLoader) -> Iterator[Any]:
+    batches = iter(loader)
+    _started.update(getattr(batches, "_workers", ()))
+    return batches
 
 
 def _ahead(
