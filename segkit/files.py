@@ -80,15 +80,15 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all."""
-    with replacing(path) as draft:
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a UTF-8 file, whole or not at all; ``durable`` as in :func:`replacing`."""
+    with replacing(path, durable=durable) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
+    """Write a JSON file, whole or not at all; ``durable`` as in :func:`replacing`."""
+    write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)
 
 
 def flush(path: Path) -> None:
@@ -104,12 +104,16 @@ PATIENCE = 2.0
 """Seconds that :func:`lock` tries for: a killed process may need a moment to end."""
 
 
-def lock(path: Path) -> TextIO:
+def lock(path: Path, patience: float | None = None) -> TextIO:
     """Lock a file, which is made if need be, until it is closed or this process ends in any way.
 
     The lock is a record lock of POSIX, which the system releases. Forked processes do not inherit
     it: once its process was killed, data-loader workers that outlive it do not hold it. It works
     over NFS too, between machines. Where a system or a file system has no locks, a warning says so.
+
+    Args:
+        path: Of the file.
+        patience: Seconds to try for; default :data:`PATIENCE`.
 
     Raises:
         BlockingIOError: Another process holds the lock; ``strerror`` says which.
@@ -117,7 +121,7 @@ def lock(path: Path) -> TextIO:
     if os.path.lexists(path):
         regular(path)
     file = path.open("a+", encoding="utf-8", errors="replace")
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + (PATIENCE if patience is None else patience)
     while not _try_lock(file, path):
         if time.monotonic() > deadline:
             file.seek(0)

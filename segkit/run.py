@@ -35,6 +35,9 @@ FREE = {
 GROWS = "train.epochs"
 """A setting that a resumed run may raise, and lower down to what is done."""
 
+LOST_MACHINE = 180.0
+"""Seconds after which a file server has freed the locks of a machine that was lost."""
+
 SHAPES: dict[str, Any] = {
     "config.json": {str: Any},
     "environment.json": {str: Any},
@@ -78,8 +81,10 @@ EVENTS: dict[str, Any] = {
 class Run:
     """The folder of one training run.
 
-    ``config.json`` (resolved), ``folds.json``, ``environment.json``, ``log.jsonl``,
-    ``summary.json``, and for each fold ``fold0/`` with ``last.pt``, ``best.pt`` and the top-k.
+    ``config.json`` (resolved), ``folds.json``, ``classes.json``, ``environment.json``,
+    ``data.json`` (what it trains on), ``log.jsonl``, ``status.json`` (how it stands),
+    ``summary.json``, and for each fold ``fold0/`` with ``last.pt``, ``best.pt`` and the top-k;
+    ``lock`` is locked by the process that trains.
 
     Args:
         folder: Created by :meth:`create`; opened as it is here.
@@ -110,6 +115,8 @@ class Run:
         """Make sure that the folder may begin a run, or go on with its own; nothing is made yet.
 
         A run that is there already is locked: it goes on in one process (and its ranks) at a time.
+        A job that torchrun starts again waits for the lock: where its machine was lost, a file
+        server frees it after some time.
 
         Raises:
             SegkitError: The folder belongs to another run, or to a run with another configuration,
@@ -126,7 +133,7 @@ class Run:
             raise SegkitError(
                 f"{folder}: holds a run already; add --resume or name another --run-dir"
             )
-        self._take_lock()
+        self._take_lock(LOST_MACHINE if self.interrupted_here() else None)
         changed = _differences(self.read("config.json"), config)
         if differing := [path for path in changed if path not in {*FREE, GROWS}]:
             raise SegkitError(
@@ -157,9 +164,9 @@ class Run:
         if not self.exists or self.read("config.json") != config:
             self.write("config.json", config)
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, patience: float | None = None) -> None:
         try:
-            self._lock = lock(self.folder / "lock")
+            self._lock = lock(self.folder / "lock", patience)
         except BlockingIOError as error:
             raise SegkitError(
                 f"{self.folder}: {error.strerror} trains in it; wait for its end, or name another "
@@ -289,8 +296,8 @@ class Run:
             return default
 
     def write(self, name: str, value: Any) -> None:
-        """Replace a JSON file of the run, whole or not at all."""
-        write_json(self.folder / name, value)
+        """Replace a JSON file of the run, whole or not at all; after a power cut, too."""
+        write_json(self.folder / name, value, durable=True)
 
     def log(self, **event: Any) -> None:
         """Append one event to ``log.jsonl``, and tell the followers."""
@@ -371,7 +378,7 @@ class Run:
             placed = fits(event, {"fold": int, "step": int})
             if not (placed and event["fold"] == fold and event["step"] > step):
                 kept.append(json.dumps(event) + "\n")
-        write_text(self.folder / "log.jsonl", "".join(kept))
+        write_text(self.folder / "log.jsonl", "".join(kept), durable=True)
 
     def last(self, fold: int) -> dict[str, Any] | None:
         """The state to resume ``fold`` from, if it was ever saved."""
