@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from segkit.augment.filters import FILTERS
 from segkit.augment.geometry import GEOMETRY
 from segkit.augment.mix import MIX
 from segkit.augment.pipeline import Curve, Filter, Mix, Recolor, Warp
+from segkit.config import load
 from segkit.errors import ConfigError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = (65, 97)
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 ARGUMENTS: dict[str, dict] = {
     "resize": {"size": [51, 70]},
@@ -154,8 +157,41 @@ def test_filters_stand_where_they_are() -> None:
     ]
     plan = pipeline(operations).plan(SIZE, generator(0, 0, 0), others=others)
     kinds = [type(step) for step in plan.steps]
-    assert kinds == [Warp, Recolor, Curve, Recolor, Filter, Warp, Recolor, Mix]
+    assert kinds == [Warp, Recolor, Curve, Warp, Recolor, Filter, Warp, Recolor, Mix]
     assert np.array_equal(plan.color, np.eye(4))
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        {"name": "posterize", "bits": 2},
+        {"name": "solarize", "range": [128, 128]},
+        {"name": "gamma", "range": [3, 3]},
+    ],
+    ids=lambda spec: spec["name"],
+)
+@pytest.mark.parametrize(
+    "move",
+    [{"name": "scale", "range": [0.5, 0.5]}, {"name": "rotate", "degrees": [30, 30]}],
+    ids=lambda spec: spec["name"],
+)
+def test_geometry_after_a_curve_reads_what_the_curve_made(curve: dict, move: dict) -> None:
+    image, mask = sample()
+    result, moved = levels([curve, move])(image, mask, generator(0, 0, 0))
+    curved, _ = levels([curve])(image, mask, generator(0, 0, 0))
+    expected, labels = levels([move])(curved, mask, generator(0, 0, 0))
+    torch.testing.assert_close(result, expected, atol=0.01, rtol=0)
+    assert torch.equal(moved, labels)
+    swapped, _ = levels([move, curve])(image, mask, generator(0, 0, 0))
+    assert (result - swapped).abs().max() > 16
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_configurations_read_each_image_once(path: Path) -> None:
+    cfg = load(path.stem)
+    operations = [{**spec, "p": 1} for spec in cfg.augment.train]
+    plan = pipeline(operations, cfg.augment.size).plan(SIZE, generator(0, 0, 0))
+    assert [type(step) for step in plan.steps] == [Warp]
 
 
 @pytest.mark.parametrize("blur", [{"sizes": [5]}, {"sigma": [1.5, 1.5]}])

@@ -146,13 +146,11 @@ class Pipeline:
             elif name in COLOR:
                 draft.recolor(operation(rng))
             elif name in CURVES:
-                draft.curve(operation(rng))
+                draft.stand(Curve(operation(rng)))
             elif name in FILTERS:
-                if not getattr(operation, "linear", False):
-                    draft.settle_color()
-                draft.stand(Filter(operation(rng)))
+                colors_pass = getattr(operation, "linear", False)
+                draft.stand(Filter(operation(rng)), colors_pass=colors_pass)
             else:
-                draft.settle_color()
                 draft.stand(Mix(operation(draft.canvas.size, rng, others)))
         if self.size is not None and draft.canvas.size != self.size:
             draft.canvas = Resize(size=self.size)(draft.canvas, rng)
@@ -229,40 +227,34 @@ def _operation(spec: Mapping[str, Any] | str, path: str) -> tuple[str, float, Ca
 class _Draft:
     """A plan in the making: joins what can be one step.
 
-    A part of the list ends at each filter and each mixture. Its geometry is one step, before its
-    colors and curves. Colors pass a linear filter, and are one step with those after it.
+    A part of the list ends at each curve, filter and mixture. Its geometry is one step, before its
+    colors. Colors pass a linear filter, and are one step with those after it.
     """
 
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
         self.color = NO_CHANGE
-        self._done: list[Step] = []
-        self._pointwise: list[Step] = []
+        self._steps: list[Step] = []
 
     def recolor(self, matrix: np.ndarray) -> None:
         self.color = matrix @ self.color
 
-    def curve(self, table: np.ndarray) -> None:
-        self.settle_color()
-        self._pointwise.append(Curve(table))
-
-    def stand(self, step: Filter | Mix) -> None:
-        self._done = [*self._all(), step]
-        self._pointwise = []
-        self.canvas = self.canvas.rendered()
+    def stand(self, step: Curve | Filter | Mix, *, colors_pass: bool = False) -> None:
+        """Add a step that keeps its place: what is before it is carried out before it."""
+        self._move()
+        if not colors_pass and self.color is not NO_CHANGE:
+            self._steps.append(Recolor(self.color))
+            self.color = NO_CHANGE
+        self._steps.append(step)
 
     def plan(self) -> Plan:
-        return Plan(tuple(self._all()), self.color, self.canvas.size)
+        self._move()
+        return Plan(tuple(self._steps), self.color, self.canvas.size)
 
-    def settle_color(self) -> None:
-        if self.color is not NO_CHANGE:
-            self._pointwise.append(Recolor(self.color))
-            self.color = NO_CHANGE
-
-    def _all(self) -> list[Step]:
-        canvas = self.canvas
-        moves = [] if canvas.matrix is IDENTITY else [Warp(canvas.matrix, canvas.size)]
-        return [*self._done, *moves, *self._pointwise]
+    def _move(self) -> None:
+        if self.canvas.matrix is not IDENTITY:
+            self._steps.append(Warp(self.canvas.matrix, self.canvas.size))
+            self.canvas = self.canvas.rendered()
 
 
 def _warped(
