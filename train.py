@@ -29,6 +29,7 @@ from segkit.config import Config
 from segkit.data import SOURCES, open_source
 from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shares, table
 from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
+from segkit.data.memo import MEMO
 from segkit.data.pseudo import PseudoLabelled
 from segkit.data.record import data_changes, data_record
 from segkit.data.source import Source, positions
@@ -153,7 +154,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     )
     if model.report is not None:
         say(model.report.summary())
-    init = checkpoint.digest_tensors(model.state_dict())
+    init = checkpoint.digest_tensors(model.state_dict()) if distributed.is_main() else ""
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)
     if cfg.train.sync_batch_norm:
@@ -226,7 +227,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         "config": config.to_dict(cfg),
         "classes": classes,
         "fold": fold,
-        "trained_on": digests(train_source, [*training, *extra]),
+        "trained_on": digests(train_source, [*training, *extra]) if distributed.is_main() else [],
         "pseudo_round": job.pseudo.round if job.pseudo else 0,
         "init": init,
     }
@@ -427,9 +428,11 @@ def divide(
     elif distributed.is_main():
         names = train_source.names
         # Reads every mask, so that a value that is no class ends the run before it begins.
-        pixels = class_pixels(train_source, workers=cfg.data.workers)
+        with MEMO.kept_in(Path(cfg.data.cache)):
+            pixels = class_pixels(train_source, workers=cfg.data.workers)
+            if val_source is not train_source:
+                class_pixels(val_source, workers=cfg.data.workers)
         if val_source is not train_source:
-            class_pixels(val_source, workers=cfg.data.workers)
             split = Split(folds=(val_source.names,), train=names)
         else:
             split = make_folds(

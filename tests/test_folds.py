@@ -187,6 +187,12 @@ class Masks:
     def __len__(self) -> int:
         return 3
 
+    def path(self, i: int) -> Path:
+        return Path(__file__)
+
+    def label_digest(self, i: int) -> str:
+        return f"{id(self)} {i}"
+
     def mask(self, i: int) -> Tensor:
         mask = torch.zeros(65, 97, dtype=torch.uint8)
         mask[:i, :10] = 1

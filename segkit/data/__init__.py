@@ -5,10 +5,12 @@ from pathlib import Path
 
 from segkit import distributed
 from segkit.config import Config, build
-from segkit.data.cache import CachedSource
+from segkit.data.cache import CachedSource, cache_keys
 from segkit.data.coco import CocoSource
 from segkit.data.demo import open_demo
+from segkit.data.loader import digests
 from segkit.data.masks import MaskSource
+from segkit.data.memo import MEMO
 from segkit.data.source import Fault, Source
 
 __all__ = [
@@ -31,9 +33,10 @@ SOURCES: dict[str, Callable[..., Source]] = {
 
 
 def open_source(config: Config, part: str, *, cached: bool = True) -> Source:
-    """A part of the ``data`` section, opened on rank 0 first: it may have to be made.
+    """A part of the ``data`` section: rank 0 opens it and sends it to the others.
 
-    Labelled images are read through the cache, unless ``data.cache_gb`` is 0.
+    Labelled images are read through the cache, unless ``data.cache_gb`` is 0. Digests of the
+    images are kept in ``data.cache`` for the next start.
 
     Args:
         config: Of the run.
@@ -44,11 +47,25 @@ def open_source(config: Config, part: str, *, cached: bool = True) -> Source:
         ConfigError: The component cannot be meant.
         DataError: What is there cannot be used.
     """
-    if not distributed.is_main():
-        distributed.barrier()
-    source = build(SOURCES, getattr(config.data, part), f"data.{part}")
-    if cached and part in ("train", "val") and config.data.cache_gb:
-        source = CachedSource(source, Path(config.data.cache), limit=config.data.cache_gb * 1e9)
-    if distributed.is_main():
-        distributed.barrier()
+    main = distributed.is_main()
+    spec = getattr(config.data, part)
+    folder = Path(config.data.cache)
+    with MEMO.kept_in(folder):
+        # Rank 0 alone looks into the data, and tells the others what it learned.
+        source = build(SOURCES, spec, f"data.{part}") if main else None
+        source = distributed.broadcast(source)
+        if not cached:
+            return source
+        everything = range(len(source))
+        images = digests(source, everything) if main else []
+        if distributed.world_size() > 1:
+            MEMO.share(source.path(i) for i in everything)
+        if part not in ("train", "val") or not config.data.cache_gb:
+            return source
+        keys = distributed.broadcast(cache_keys(source, images) if main else None)
+        if not main:
+            distributed.barrier()
+        source = CachedSource(source, folder, limit=config.data.cache_gb * 1e9, keys=keys)
+        if main:
+            distributed.barrier()
     return source

@@ -5,6 +5,7 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from segkit.data.loader import digests
+from segkit.data.memo import on_threads
 from segkit.data.source import Source
 from segkit.distributed import Progress
 from segkit.files import regular, replacing
@@ -39,22 +41,27 @@ class CachedSource:
         folder: Of the cache.
         limit: Most bytes of the cache's files in the folder. The first images are kept, the rest
             is read from the source each time; a warning says so.
+        keys: What :func:`cache_keys` gives, where it is known already.
 
     Raises:
         DataError: An image or a mask cannot be read.
         OSError: The disk is full, or the folder cannot be written.
     """
 
-    def __init__(self, source: Source, folder: Path, *, limit: float) -> None:
+    def __init__(
+        self, source: Source, folder: Path, *, limit: float, keys: Sequence[str] | None = None
+    ) -> None:
         self.classes, self.names, self.labelled = source.classes, source.names, source.labelled
         self.faults = source.faults
         self.category_ids = getattr(source, "category_ids", None)
         self._source, self._folder = source, folder
         folder.mkdir(parents=True, exist_ok=True)
         used = _tidy(folder)
+        if keys is None:
+            keys = cache_keys(source, digests(source, range(len(source))))
+        self._keys = keys
+        missing = [i for i, key in enumerate(self._keys) if not (folder / key).exists()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self._keys = list(pool.map(self._key, range(len(source))))
-            missing = [i for i, key in enumerate(self._keys) if not (folder / key).exists()]
             # The first images that fit, so that every process and every start keeps the same ones.
             room, chosen = limit - used, []
             for i in missing:
@@ -102,13 +109,6 @@ class CachedSource:
     def label_digest(self, i: int) -> str:
         return self._source.label_digest(i)
 
-    def _key(self, i: int) -> str:
-        """The name of an image's file, a folder of 256 first."""
-        labels = self._source.label_digest(i) if self.labelled else ""
-        made_of = f"{_FORMAT} {PIL.__version__} {digests(self._source, [i])[0]} {labels}"
-        digest = hashlib.sha256(made_of.encode()).hexdigest()[:32]
-        return f"{digest[:2]}/{digest[2:]}"
-
     def _make(self, i: int) -> None:
         image = self._source.image(i)
         parts = [torch.tensor(image.shape[1:], dtype=torch.int32), image.permute(1, 2, 0)]
@@ -122,10 +122,11 @@ class CachedSource:
 
     def _read_size(self, i: int) -> tuple[int, int] | None:
         """Height and width of an image that is in the cache."""
-        file = self._folder / self._keys[i]
-        if not file.exists():
+        try:
+            with regular(self._folder / self._keys[i]).open("rb") as file:
+                height, width = np.fromfile(file, np.int32, 2).tolist()
+        except FileNotFoundError:
             return None
-        height, width = self._map(i, 0, _HEAD).view(torch.int32).tolist()
         return height, width
 
     def _map(self, i: int, start: int, length: int) -> Tensor:
@@ -134,6 +135,18 @@ class CachedSource:
         return torch.from_numpy(
             np.memmap(regular(file), np.uint8, mode="c", offset=start, shape=length)
         )
+
+
+def cache_keys(source: Source, images: Sequence[str]) -> list[str]:
+    """The name of each image's file in a cache, a folder of 256 first; ``images`` are digests."""
+
+    def key(i: int) -> str:
+        labels = source.label_digest(i) if source.labelled else ""
+        made_of = f"{_FORMAT} {PIL.__version__} {images[i]} {labels}"
+        digest = hashlib.sha256(made_of.encode()).hexdigest()[:32]
+        return f"{digest[:2]}/{digest[2:]}"
+
+    return on_threads(key, range(len(source)), "reading labels")
 
 
 def _tidy(folder: Path) -> int:

@@ -3,15 +3,15 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from segkit import distributed
 from segkit.data.files import read_json
+from segkit.data.loader import digests
+from segkit.data.memo import MEMO, on_threads
 from segkit.data.source import Source
 from segkit.errors import ConfigError, DataError, quoted
 from segkit.files import write_json
@@ -71,7 +71,7 @@ class Split:
 
 
 def class_pixels(source: Source, workers: int = 0) -> np.ndarray:
-    """Count the pixels of each class in each mask.
+    """Count the pixels of each class in each mask; what is known of a mask is not read again.
 
     Args:
         source: Labelled images.
@@ -80,16 +80,19 @@ def class_pixels(source: Source, workers: int = 0) -> np.ndarray:
     Returns:
         (N, num_classes) int64; ignored pixels are not counted.
     """
+    images = digests(source, range(len(source)))
 
-    def count(i: int) -> np.ndarray:
-        values = source.mask(i).numpy().ravel()
-        return np.bincount(values, minlength=256)[: len(source.classes)]
+    def count(i: int) -> list[int]:
+        key = f"{images[i]} {source.label_digest(i)} class pixels"
+        known = MEMO.numbers(key)
+        if known is None or len(known) != len(source.classes):
+            values = source.mask(i).numpy().ravel()
+            known = np.bincount(values, minlength=256)[: len(source.classes)].tolist()
+            MEMO.keep(key, known)
+        return known
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        counts = distributed.Progress(
-            pool.map(count, range(len(source))), "counting", total=len(source), unit="image"
-        )
-        return np.stack(list(counts)).astype(np.int64)
+    counts = on_threads(count, range(len(source)), "counting", threads=max(1, workers))
+    return np.array(counts, np.int64)
 
 
 def make_folds(

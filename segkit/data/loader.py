@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import hashlib
 import os
 import signal
 import threading
@@ -10,7 +9,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from segkit.augment import Pipeline, Plan, generator
+from segkit.data.memo import MEMO, on_threads
 from segkit.distributed import rank, world_size
 from segkit.errors import ConfigError, DataError, reason
-from segkit.files import regular
 
 _ORDER = 2**32 - 1  # in place of a sample's index: no image's augmentation draws these numbers
 
@@ -247,23 +245,22 @@ def eval_batches(
 
 
 def digests(source: Any, indices: Sequence[int]) -> list[str]:
-    """A short digest of each image file, by which checkpoints tell what they trained on."""
-    found = []
-    for index in indices:
+    """A short digest of each image file, by which checkpoints tell what they trained on.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+
+    def digest(index: int) -> str:
         path = source.path(index)
         try:
-            about = regular(path).stat()
-            found.append(_digest(path.resolve(), about.st_mtime_ns, about.st_size))
+            return MEMO.digest(path)[:16]
         except OSError as error:
             raise DataError(
                 f"{path} cannot be read ({reason(error)}); add the image or remove its entry"
             ) from error
-    return found
 
-
-@functools.cache  # every fold asks for the same files again
-def _digest(path: Path, changed: int, size: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return on_threads(digest, indices, "reading images")
 
 
 def _same_size(source: Any, indices: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from segkit.data.files import check_name, inside, read_text
 from segkit.data.images import SUFFIXES, image_size, open_image, read_image
+from segkit.data.memo import MEMO
 from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
 from segkit.errors import ConfigError, DataError, quoted, reason
-from segkit.files import regular
 from segkit.labels import IGNORE
 
 
@@ -115,14 +115,14 @@ class MaskSource:
         return torch.from_numpy(mask)
 
     def label_digest(self, i: int) -> str:
-        digest = hashlib.sha256(f"{self.classes} {self._table.tolist()}".encode())
-        if self._masks is not None:
-            path = inside(self._masks, _mask_name(self.names[i]))
-            try:
-                digest.update(regular(path).read_bytes())
-            except OSError as error:
-                raise DataError(f"{path} cannot be read ({reason(error)})") from error
-        return digest.hexdigest()
+        meaning = f"{self.classes} {self._table.tolist()}".encode()
+        if self._masks is None:
+            return hashlib.sha256(meaning).hexdigest()
+        path = inside(self._masks, _mask_name(self.names[i]))
+        try:
+            return MEMO.digest(path, before=meaning)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({reason(error)})") from error
 
     def _sound(self, names: Iterable[str], faults: list[Fault]) -> Iterator[str]:
         """Those of ``names`` that are valid and have a mask of their own."""
