@@ -73,10 +73,13 @@ def main(argv: Sequence[str]) -> None:
         run, resume = find_run(args, cfg)
 
         # ---- what can be found out before a folder is made
-        train_source = open_source(cfg, "train")
-        val_source = open_source(cfg, "val") if cfg.data.val else train_source
-        split, files = divide(cfg, train_source, val_source, run, say)
-        pseudo = add_pseudo(cfg, train_source, val_source, split, say)
+        with MEMO.kept_in(Path(cfg.data.cache)):
+            train_source = open_source(cfg, "train")
+            val_source = open_source(cfg, "val") if cfg.data.val else train_source
+            split, files = divide(cfg, train_source, val_source, run, say)
+            pseudo = add_pseudo(cfg, train_source, val_source, split, say)
+            if distributed.is_main():
+                files |= check_data(run, split, train_source, val_source, pseudo)
         folds = chosen_folds(args.folds, len(split.folds))
         check_folds(cfg, folds, split, train_source, val_source, pseudo)
         if device.type in TELL_MEMORY and not distributed.broadcast(run.exists):
@@ -84,7 +87,6 @@ def main(argv: Sequence[str]) -> None:
             with command.memory_advice(MEMORY_TO_BEGIN):
                 check_memory(cfg, train_source, training, device)
         if distributed.is_main():
-            files |= check_data(run, split, train_source, val_source, pseudo)
             run.begin(config.to_dict(cfg), files)
         distributed.barrier()
 
@@ -428,11 +430,9 @@ def divide(
     elif distributed.is_main():
         names = train_source.names
         # Reads every mask, so that a value that is no class ends the run before it begins.
-        with MEMO.kept_in(Path(cfg.data.cache)):
-            pixels = class_pixels(train_source, workers=cfg.data.workers)
-            if val_source is not train_source:
-                class_pixels(val_source, workers=cfg.data.workers)
+        pixels = class_pixels(train_source, workers=cfg.data.workers)
         if val_source is not train_source:
+            class_pixels(val_source, workers=cfg.data.workers)
             split = Split(folds=(val_source.names,), train=names)
         else:
             split = make_folds(

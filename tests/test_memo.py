@@ -16,11 +16,12 @@ from test_cache import write_set
 from segkit import config
 from segkit.config import Config
 from segkit.data import CocoSource, MaskSource, memo, open_source
+from segkit.data.folds import Split
 from segkit.data.loader import digests
 from segkit.data.memo import MEMO
 from segkit.data.source import Source
 from segkit.run import Run
-from train import divide
+from train import check_data, divide
 
 IMAGES = 5
 
@@ -48,8 +49,11 @@ def start(cfg: Config, run: Path) -> Source:
     """What train.py does before its first fold, as in a process of its own."""
     MEMO.__init__()  # type: ignore[misc]
     run.mkdir()
-    source = open_source(cfg, "train")
-    divide(cfg, source, source, Run(run), lambda _: None)
+    with MEMO.kept_in(Path(cfg.data.cache)):
+        source = open_source(cfg, "train")
+        _, files = divide(cfg, source, source, Run(run), lambda _: None)
+        files |= check_data(Run(run), Split(**files["folds.json"]), source, source, None)
+    (run / "files.json").write_text(json.dumps(files))
     return source
 
 
@@ -66,9 +70,7 @@ def test_a_second_start_reads_no_image_and_no_mask(
         for name in ("image", "mask"):
             monkeypatch.setattr(kind, name, lambda *_: pytest.fail("an image or mask is decoded"))
     assert digests(start(cfg, tmp_path / "two"), range(IMAGES)) == first
-    names = ("folds.json", "shares.json", "classes.json")
-    for name in names:
-        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    assert (tmp_path / "one/files.json").read_text() == (tmp_path / "two/files.json").read_text()
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:

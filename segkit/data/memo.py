@@ -79,13 +79,13 @@ class Memo:
             return
         path = folder / "memo.json"
         self._load(path)
-        self._changed = False
         try:
             yield
         finally:
             if self._changed:
                 self._load(path)  # what another process has added meanwhile
                 self._save(path)
+                self._changed = False
 
     def _load(self, path: Path) -> None:
         """Add what a file has; what is not as :meth:`_save` writes it is left out."""

@@ -1,11 +1,10 @@
 """What a run trains on, kept so that other data is noticed when the run goes on."""
 
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from segkit.data.loader import digests
+from segkit.data.memo import on_threads
 from segkit.data.source import Source
 from segkit.errors import quoted
 
@@ -71,8 +70,7 @@ def _some(items: Sequence[str]) -> str:
 
 def label_digests(source: Source, indices: Sequence[int]) -> list[str]:
     """Return a short digest of all that determines each image's mask."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [digest[:16] for digest in pool.map(source.label_digest, indices)]
+    return [digest[:16] for digest in on_threads(source.label_digest, indices, "reading labels")]
 
 
 def _marks(source: Source, indices: Sequence[int]) -> dict[str, list[str]]:
