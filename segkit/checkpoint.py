@@ -92,6 +92,7 @@ def load(
         digest(path)
     with _readable(path):
         regular(path)
+        refuse_compressed(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what a forged file makes of the unpickler is of any type
@@ -217,6 +218,27 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     wide = tensor if tensor.element_size() > 1 else tensor.float()  # 8 bits are hardly supported
     return bool(wide.isfinite().all())
+
+
+def refuse_compressed(path: Path) -> None:
+    """Refuse an archive with compressed entries, which PyTorch would map as if they were not.
+
+    Raises:
+        CheckpointError: It has some, or is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (ValueError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
+        raise CheckpointError(f"{path}: is a damaged archive ({_first(error)})") from error
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(
+                f"{path}: its entry {quoted(entry.filename)} is compressed, which PyTorch never "
+                "does; save it with torch.save"
+            )
 
 
 def refuse_forged(state: Any, path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,25 @@ def test_safetensors_shapes_that_no_tensor_has(shape: list[int], tmp_path: Path)
     size = math.prod(shape)
     path = safetensors(tmp_path / "a.safetensors", {"a": entry("U8", shape, 0, size)}, b"x" * size)
     refused(read_file, path, "'a' has")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_compressed_archives_are_refused_and_not_mapped_as_they_are(
+    verify: bool, tmp_path: Path
+) -> None:
+    state = {"format": checkpoint.FORMAT, "model": {"a": torch.ones(4)}}
+    torch.save(state, tmp_path / "a.pth")
+    path = tmp_path / "b.pth"
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as archive,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    if verify:
+        refused(read_file, path, "is compressed")
+    else:
+        refused(lambda path: checkpoint.load(path, verify=False), path, "is compressed")
 
 
 # ---- tensors that are not plain values

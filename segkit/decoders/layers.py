@@ -139,6 +139,7 @@ class ASPP(nn.Module):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
+        check_bounds(1, 1024, rates=rates)
         self.branches = nn.ModuleList([ConvNormAct(inputs, width, kernel=1)])
         for rate in rates:
             self.branches.append(

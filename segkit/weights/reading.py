@@ -57,6 +57,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
+    checkpoint.refuse_compressed(path)
     archive = zipfile.is_zipfile(path)  # files from before 2020 are not, and cannot be mapped
     try:
         with warnings.catch_warnings():
