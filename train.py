@@ -425,8 +425,9 @@ def divide(
         raise DataError("data.val: has other classes than data.train; it needs the same ones")
     split: Split | None = None
     files: dict[str, Any] = {}
-    if distributed.is_main() and run.exists:
-        split = Split.load(run.folder / "folds.json")
+    path = run.folder / "folds.json"
+    if distributed.is_main() and run.exists and path.exists():
+        split = Split.load(path)
     elif distributed.is_main():
         names = train_source.names
         # Reads every mask, so that a value that is no class ends the run before it begins.
@@ -516,7 +517,7 @@ def check_data(
     if pseudo is not None:
         parts["pseudo"] = pseudo, pseudo.extra
     record = data_record(parts)
-    if not run.exists:
+    if not run.exists or not (run.folder / "classes.json").exists():
         return {"data.json": record}
     known = run.optional("data.json", None)
     before = known if known and known["format"] == record["format"] else {"images": {}}

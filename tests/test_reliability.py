@@ -442,11 +442,14 @@ def test_a_run_without_a_record_of_its_data_gets_one(
     warnings.filterwarnings("ignore", message=".*left out")  # pytest restores the filters
     record = begun / "data.json"
     content = record.read_text()
-    for damage in (None, "[]"):
-        if damage is None:
-            record.unlink()
+    for damage in ("damaged", "gone", "all gone"):  # of earlier versions, or their failed starts
+        if damage == "damaged":
+            record.write_text("[]")
         else:
-            record.write_text(damage)
+            record.unlink()
+        if damage == "all gone":
+            (begun / "folds.json").unlink()
+            (begun / "classes.json").unlink()
         with pytest.raises(SystemExit):
             train.main([*arguments("runs/own", OWN), "--resume"])
         assert record.read_text() == content
