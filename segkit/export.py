@@ -1,10 +1,13 @@
 """A network as one file that runs without this library: a torch.export program, or ONNX."""
 
 import importlib.util
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import _meta_registrations, nn
 from torch.export import Dim
 
 from segkit.errors import SegkitError
@@ -40,7 +43,7 @@ def export(model: nn.Module, path: str | Path) -> None:
     image = next(model.parameters()).new_zeros(EXAMPLE)
     free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _any_pooled_size():
             program = torch.export.export(
                 model.eval(),
                 (image,),
@@ -52,4 +55,23 @@ def export(model: nn.Module, path: str | Path) -> None:
     if path.suffix == ".pt2":
         torch.export.save(program, path)
     else:
-        torch.onnx.export(program, (), path, output_names=["out"], verbose=False)
+        with _any_pooled_size():  # the program is traced once more
+            torch.onnx.export(program, (), path, output_names=["out"], verbose=False)
+
+
+@contextmanager
+def _any_pooled_size() -> Iterator[None]:
+    """Let a max pooling be traced for any size, as torch 2.14 does by itself.
+
+    Before, torch asks for the remainder of its division, though ``//`` rounds down without it, and
+    the program refuses every size that leaves another remainder than the example's.
+    """
+    if torch.__version__ >= "2.14":
+        yield
+        return
+    before = _meta_registrations.div_rtn
+    _meta_registrations.div_rtn = operator.floordiv
+    try:
+        yield
+    finally:
+        _meta_registrations.div_rtn = before
