@@ -173,6 +173,26 @@ def test_resized_crop_equals_torchvision() -> None:
         assert np.array_equal(canvas.matrix, operation(Canvas((120, 90)), again).matrix)
 
 
+@pytest.mark.parametrize(("size", "edge"), [((48, 40), 0.11), ((200, 180), 0.5)])
+def test_a_resized_crop_reads_no_further_inwards_than_told(
+    size: tuple[int, int], edge: float
+) -> None:
+    """An image of its own x: only a crop's first and last pixels, which see nothing beyond it,
+    hold what lies inwards, by a tenth of a pixel shrunk and half a pixel of the image enlarged.
+    """
+    image = (torch.arange(90.0) + 0.5).expand(3, 120, 90)
+    for seed in range(20):
+        operation = ResizedCrop(size=size, area=(0.3, 0.9))
+        matrix = operation(Canvas((120, 90)), np.random.default_rng(seed)).matrix
+        step = matrix[0, 0]
+        expected = torch.from_numpy((np.arange(size[1]) + 0.5) * step + matrix[0, 2])
+        off = (warp(image, None, matrix, size)[0][0] - expected) / max(step, 1)
+        border = math.ceil(1 / min(step, 1))
+        assert off[:, border:-border].abs().max() < 0.05  # of a pixel, by the filter's few taps
+        assert off[:, :border].max() <= edge
+        assert off[:, -border:].min() >= -edge
+
+
 @pytest.mark.parametrize("degrees", [-33.0, 12.5, 77.0, 180.0])
 def test_rotation_equals_torchvision(degrees: float) -> None:
     image, mask = smooth(), labels()
@@ -245,12 +265,57 @@ def test_perspective_equals_torchvision() -> None:
     assert (result - expected).abs()[:, deep].max() < 1
 
 
+def wild_perspectives(count: int) -> list[np.ndarray]:
+    """Those whose horizon crosses the canvas."""
+    operation, matrices = Perspective(amount=(0.9, 0.9)), []
+    for seed in range(count):
+        matrix = operation(Canvas(SIZE), np.random.default_rng(seed)).matrix
+        w = [matrix[2] @ [x, y, 1] for x in (0, 97) for y in (0, 65)]
+        if min(w) < 0 < max(w):
+            matrices.append(matrix)
+    assert len(matrices) > count / 10
+    return matrices
+
+
+def test_perspective_loses_nothing_where_the_horizon_crosses_the_canvas() -> None:
+    columns, rows = (np.arange(97) + 0.5)[None], (np.arange(65) + 0.5)[:, None]
+    image, mask = smooth(), labels()
+    for matrix in wild_perspectives(60):
+        points = np.stack(np.broadcast_arrays(columns, rows, 1.0)).reshape(3, -1)
+        x, y, w = matrix @ points
+        x, y = (x / w).reshape(SIZE), (y / w).reshape(SIZE)
+        visible = torch.from_numpy((x >= 0) & (x < 97) & (y >= 0) & (y < 65))
+        result, moved, inside = warp(image, mask, matrix, SIZE)
+        expected = torch.full(SIZE, 255, dtype=torch.uint8)
+        at = (torch.from_numpy(line).long().clamp(min=0) for line in (y, x))
+        expected[visible] = mask[tuple(line[visible] for line in at)]
+        agree = (moved == expected) & ((inside > 0) == visible)
+        assert agree.float().mean() > 0.99  # float32 may fall on the other side of a pixel's edge
+        grid = torch.from_numpy(np.stack([x / 97 * 2 - 1, y / 65 * 2 - 1], -1))[None].float()
+        read = F.grid_sample(image[None].float(), grid, padding_mode="border", align_corners=False)[
+            0
+        ]
+        assert (result - read).abs()[:, visible].mean() < 12  # what shrinks is averaged first
+
+
 def test_shift_and_shear_by_hand() -> None:
     canvas = Shift(x=(0.1, 0.1), y=(-0.2, -0.2))(Canvas((50, 100)), np.random.default_rng(0))
     np.testing.assert_allclose(canvas.matrix, shifting(-10, 10))
     canvas = Shear(x=(45.0, 45.0))(Canvas((50, 100)), np.random.default_rng(0))
     np.testing.assert_allclose(canvas.matrix @ [50, 25, 1], [50, 25, 1])
-    np.testing.assert_allclose(canvas.matrix @ [50, 0, 1], [75, 0, 1])
+    np.testing.assert_allclose(canvas.matrix @ [50, 0, 1], [25, 0, 1])
+
+
+@pytest.mark.parametrize(("x", "y"), [(20.0, 0.0), (0.0, -15.0), (-25.0, 10.0)])
+def test_shear_equals_torchvision(x: float, y: float) -> None:
+    image = smooth()
+    canvas = Shear(x=(x, x), y=(y, y))(Canvas(SIZE), np.random.default_rng(0))
+    result, _, inside = warp(image, None, canvas.matrix, canvas.size)
+    bilinear = InterpolationMode.BILINEAR
+    expected = tv.affine(image.float(), 0, [0, 0], 1, [x, y], interpolation=bilinear)
+    deep = well_inside(inside)
+    assert deep.float().mean() > 0.4
+    assert (result - expected).abs()[:, deep].max() <= 1
 
 
 def test_shrinking_does_not_alias() -> None:

@@ -139,6 +139,11 @@ class ResizedCrop:
 
     Szegedy et al. 2014, https://arxiv.org/abs/1409.4842
 
+    Where its pixels are whole pixels of the image, the part is cut out before it is resized, as
+    torchvision does: its outermost pixels see nothing beyond it. Their content lies inwards of
+    where their labels are read: when enlarged, by less than half a pixel of the image; when
+    shrunk, by a tenth of a pixel of the result.
+
     Args:
         size: Height and width of the result.
         area: Range of the part's share of the canvas's area.
@@ -252,11 +257,11 @@ class Shift:
 
 @dataclass(frozen=True, kw_only=True)
 class Shear:
-    """Lean the content about the center.
+    """Lean the content about the center, as torchvision's ``affine`` does, signs included.
 
     Args:
-        x: Range in degrees by which vertical lines lean, their top to the left.
-        y: Range in degrees by which horizontal lines lean, their right end down.
+        x: Range in degrees by which vertical lines lean, their top to the right.
+        y: Range in degrees by which horizontal lines lean, their right end up.
     """
 
     x: tuple[float, float] = (-10.0, 10.0)
@@ -268,8 +273,8 @@ class Shear:
 
     def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
         x, y = (math.tan(math.radians(draw(rng, lean))) for lean in (self.x, self.y))
-        across = np.array([[1.0, -x, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-        down = np.array([[1.0, 0.0, 0.0], [-y, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        across = np.array([[1.0, x, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        down = np.array([[1.0, 0.0, 0.0], [y, 1.0, 0.0], [0.0, 0.0, 1.0]])
         return canvas.then(_about_center(across @ down, canvas.size))
 
 
@@ -361,7 +366,8 @@ def warp(
 
     Flips, quarter turns and whole-pixel moves copy. Anything else is bilinear for the image and
     nearest for the mask. What shrinks is averaged down to the right number of pixels first: always
-    along the axes; when turned, from a factor of √2 (in perspective, that of the output's center).
+    along the axes; when turned, from a factor of √2 (in perspective, that of the output's center;
+    where the horizon crosses the output, no more than that of the image's center).
 
     Args:
         image: Of any number type; floats come out where it is not copied.
@@ -490,12 +496,17 @@ def _pick(image: Tensor, swap: bool, rows: np.ndarray, columns: np.ndarray) -> T
 
 
 def _corners(matrix: np.ndarray, size: Size) -> tuple[list[float], list[float]]:
-    """The x and the y of the image at which the output's corners are read."""
+    """The x and the y of the image at which the output's corners are read.
+
+    Where a perspective's horizon crosses the output, its corners bound nothing: then, all numbers.
+    """
     (a, b, c), (d, e, f), (p, q, r) = matrix.tolist()  # numbers: arrays of four are slower
     height, width = size
     xs, ys = [], []
     for x, y in ((0, 0), (width, 0), (width, height), (0, height)):
         w = p * x + q * y + r
+        if w * r <= 0:
+            return [-math.inf, math.inf], [-math.inf, math.inf]
         xs.append((a * x + b * y + c) / w)
         ys.append((d * x + e * y + f) / w)
     return xs, ys
@@ -519,7 +530,11 @@ def _reduced(
     """
     have = image.shape[:-3:-1]  # x before y here, as in points
     corners = _corners(matrix, size)
-    steps = _steps(matrix, size)
+    steps = _steps(matrix, (size[1] / 2, size[0] / 2))
+    if math.isinf(corners[0][0]):  # a center near the horizon tells too much: take the less of two
+        x, y, w = np.linalg.inv(matrix) @ [have[0] / 2, have[1] / 2, 1]
+        other = _steps(matrix, (x / w, y / w))
+        steps = min(steps[0], other[0]), min(steps[1], other[1])
     whole = along_axes and all(abs(x - round(x)) < _EXACT for at in corners for x in at)
     fits = whole and not _leaves(matrix, size, image)
     shrinks = [step > (1 if along_axes else _SOFT_SHRINK) for step in steps]
@@ -531,8 +546,8 @@ def _reduced(
             low, high = 0, available  # whole images resize to whole pixels, their parts do not
         elif not whole:
             low, high = low - 2 * factor, high + 2 * factor
-        first = min(max(math.floor(low + _EXACT), 0), available - 1)
-        last = max(min(math.ceil(high - _EXACT), available), first + 1)
+        first = min(math.floor(max(low + _EXACT, 0)), available - 1)
+        last = max(math.ceil(min(high - _EXACT, available)), first + 1)
         boxes.append(slice(first, last))
         lengths.append(max(1, round((last - first) / factor)))
     columns, rows = boxes
@@ -555,10 +570,10 @@ def _resized(image: Tensor, size: Size) -> Tensor:
     return F.interpolate(batch.float(), size, mode="bilinear", antialias=True)[0].round_()
 
 
-def _steps(matrix: np.ndarray, size: Size) -> tuple[float, float]:
-    """How far apart in the image's x and y the output's pixels are read, at its center."""
+def _steps(matrix: np.ndarray, at: tuple[float, float]) -> tuple[float, float]:
+    """How far apart in the image's x and y the output's pixels are read, at one of its points."""
     (a, b, c), (d, e, f), (p, q, r) = matrix.tolist()
-    x, y = size[1] / 2, size[0] / 2
+    x, y = at
     w = p * x + q * y + r
     u, v = (a * x + b * y + c) / w, (d * x + e * y + f) / w
     return math.hypot(a - u * p, b - u * q) / abs(w), math.hypot(d - v * p, e - v * q) / abs(w)
