@@ -220,18 +220,26 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(wide.isfinite().all())
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, if a damaged one."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
+
+
 def refuse_compressed(path: Path) -> None:
     """Refuse an archive with compressed entries, which PyTorch would map as if they were not.
 
     Raises:
         CheckpointError: It has some, or is damaged.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (ValueError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
+    except Exception as error:  # a damaged directory makes zipfile raise errors of many types
         raise CheckpointError(f"{path}: is a damaged archive ({_first(error)})") from error
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
@@ -380,7 +388,7 @@ def digest(path: Path) -> str:
     with _readable(path):
         expected = stored_digest(path)
         if expected is None:
-            if zipfile.is_zipfile(path):
+            if is_archive(path):
                 raise CheckpointError(f"{path}: carries no digest; segkit did not write it")
             raise CheckpointError(f"{path}: is damaged or not a checkpoint")
         found = hashlib.sha256()

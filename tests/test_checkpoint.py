@@ -92,6 +92,19 @@ def test_missing_foreign_and_newer_files_are_named(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "newer.pt")
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_archive_with_a_damaged_directory_is_refused(verify: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    checkpoint.save(state(), path)
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\x06\x07")  # where the 64-bit directory ends: it is said to be on disk 9
+    data[at + 4] = data[at + 16] = 9
+    data[-64:] = hashlib.sha256(data[:-73]).hexdigest().encode()
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"a\.pt: is a damaged archive"):
+        checkpoint.load(path, verify=verify)
+
+
 class Malicious:
     def __init__(self, target: Path) -> None:
         self.target = target

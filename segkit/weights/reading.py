@@ -3,7 +3,6 @@
 import pickle
 import re
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 def _load(path: Path) -> Any:
     checkpoint.refuse_compressed(path)
-    archive = zipfile.is_zipfile(path)  # files from before 2020 are not, and cannot be mapped
+    archive = checkpoint.is_archive(path)  # files from before 2020 are not, and cannot be mapped
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch tells of ancient types that it converts
