@@ -1,6 +1,8 @@
 """Files of a data set: of bounded size, and never outside their folder."""
 
+import functools
 import json
+import os
 import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -24,7 +26,8 @@ def check_name(name: str) -> None:
     if not name or NO_TEXT.search(name):
         raise DataError(f"the file name {name!a:.200} is not valid; rename the file")
     # PureWindowsPath knows every kind of absolute path: /a, C:\a, C:a and \\server\a
-    if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
+    path = PureWindowsPath(name)
+    if path.anchor or ".." in path.parts:
         raise DataError(
             f"the file name '{name:.200}' leads out of the data folder; "
             "expected a path relative to it, without '..'"
@@ -40,7 +43,7 @@ def inside(root: Path | str, name: str) -> Path:
     check_name(name)
     path = Path(root, name)
     try:
-        within = path.resolve().is_relative_to(Path(root).resolve())
+        within = path.resolve().is_relative_to(_resolved(os.path.abspath(root)))
     except (OSError, RuntimeError):  # RuntimeError: of Python before 3.13
         raise DataError(f"{path} is a symbolic link to itself; put the file there") from None
     if not within:
@@ -48,6 +51,11 @@ def inside(root: Path | str, name: str) -> Path:
             f"{path} is a symbolic link out of the data folder; put a copy of the file there"
         )
     return path
+
+
+@functools.lru_cache(maxsize=64)  # the same folder for each of many images
+def _resolved(root: str) -> Path:
+    return Path(root).resolve()
 
 
 def read_text(path: Path | str) -> str:
