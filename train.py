@@ -145,18 +145,23 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     pipeline = build_pipeline(cfg)
 
     # ---- model, loss, optimizer
+    folder = run.fold(fold)
+    folder.mkdir(exist_ok=True)
+    state = run.last(fold) if job.resume else None
     classes = list(train_source.classes)
     model = build_model(
         cfg.model.backbone,
         cfg.model.decoder,
         num_classes=len(classes),
-        weights=cfg.model.weights,
+        weights=cfg.model.weights if state is None else None,
         freeze_batch_norm=cfg.model.freeze_batch_norm,
         seed=cfg.train.seed,
+        initialize=state is None,
     )
     if model.report is not None:
         say(model.report.summary())
-    init = checkpoint.digest_tensors(model.state_dict()) if distributed.is_main() else ""
+    first = distributed.is_main() and state is None
+    init = checkpoint.digest_tensors(model.state_dict()) if first else ""
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)
     if cfg.train.sync_batch_norm:
@@ -177,9 +182,6 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema is not None else None
 
     # ---- where to go on
-    folder = run.fold(fold)
-    folder.mkdir(exist_ok=True)
-    state = run.last(fold) if job.resume else None
     step, bad_in_row, bad_steps, seconds = 0, 0, 0, 0.0
     top: list[tuple[float, int]] = []
     if state is not None:

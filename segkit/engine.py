@@ -285,6 +285,7 @@ def load_model(path: Path, *, verify: bool = True) -> tuple[Segmenter, Config, d
             config.model.decoder,
             num_classes=len(state["classes"]),
             freeze_batch_norm=config.model.freeze_batch_norm,
+            initialize=False,
         )
 
     try:

@@ -1,6 +1,7 @@
 """A backbone and a decoder as one network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def build_model(
     weights: str | None = None,
     freeze_batch_norm: bool = False,
     seed: int = 0,
+    initialize: bool = True,
 ) -> Segmenter:
     """Build a model by name.
 
@@ -109,6 +111,8 @@ def build_model(
         freeze_batch_norm: Keep the backbone's BatchNorm as loaded.
         seed: Of the weights that are not loaded: equal seeds start equal, whatever the global
             random state, which is left as it was.
+        initialize: ``False`` leaves most parameters as memory holds them, which is fast: for a
+            model whose whole state is loaded next.
 
     Raises:
         ConfigError: An unknown name or argument, or weights that this backbone does not have.
@@ -117,7 +121,8 @@ def build_model(
     Returns:
         The model; its ``report`` says what was loaded.
     """
-    with torch.random.fork_rng(devices=()):
+    values = nullcontext() if initialize else _without_values()
+    with torch.random.fork_rng(devices=()), values:
         torch.default_generator.manual_seed(seed)
         encoder = build(BACKBONES, backbone, "model.backbone")
         head = build(
@@ -149,6 +154,17 @@ def check_weights(model: Segmenter, backbone: Component | str, weights: str) -> 
     """
     path, source = locate(_name(backbone), weights)
     fit(model, identify(read_file(path), path, source=source), source=source)
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Make the functions of ``torch.nn.init`` leave tensors as they are."""
+    names = [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(setattr, nn.init, name, getattr(nn.init, name))
+            setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+        yield
 
 
 def _name(component: Component | str) -> str:

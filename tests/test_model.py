@@ -389,3 +389,25 @@ def test_mistakes_are_told_with_their_path(backbone: Any, decoder: Any, sentence
 def test_a_backbone_without_published_weights_says_so() -> None:
     with pytest.raises(ConfigError, match="torchvision has no weights for 'hrnet_w18'"):
         build_model("hrnet_w18", "fcn", num_classes=3, weights="imagenet")
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "swin_v2_t", "hrnet_w18"])
+def test_a_model_without_values_is_whole_once_they_are_loaded(
+    backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = {"name": "upernet", "width": 8}
+    whole = build_model(backbone, decoder, num_classes=3)
+    drawn = []
+    with monkeypatch.context() as patch:
+        for name in ("normal_", "uniform_"):
+            patch.setattr(torch.Tensor, name, lambda x, *_, **__: drawn.append(x) or x)
+        bare = build_model(backbone, decoder, num_classes=3, initialize=False)
+        assert drawn == []
+    bare.load_state_dict(whole.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), bare.buffers(), strict=True))
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(whole.eval()(image)["out"], bare.eval()(image)["out"])
+    again = build_model(backbone, decoder, num_classes=3).state_dict()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again[name], value), name
