@@ -2,11 +2,12 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch import nn
 
 from segkit import distributed
 
@@ -34,6 +35,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     while not processes.join():
         pass
     return [by_rank[rank] for rank in range(world_size)]
+
+
+def share_of_the_way(start: nn.Module, state: Mapping, other: Mapping) -> float:
+    """How far two trainings from ``start`` are apart, relative to how far the first has come.
+
+    Twenty steps of fp32 leave 5e-4 on any processor, in one process and in two. The mean of the
+    ranks' own Dice losses, in place of the loss of the whole batch, leaves 3e-2.
+    """
+    begin = {name: parameter.detach() for name, parameter in start.named_parameters()}
+    come = torch.cat([(state[name] - begin[name]).flatten() for name in begin])
+    apart = torch.cat([(state[name] - other[name]).flatten() for name in begin])
+    return float(apart.norm() / come.norm())
 
 
 def _one_rank(

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from ranks import share_of_the_way
 from torch import nn
 
 import train
@@ -27,6 +28,7 @@ from segkit import checkpoint
 from segkit.data.demo import draw_demo
 from segkit.decoders import layers
 from segkit.errors import DataError
+from segkit.model import build_model
 from segkit.run import Run
 
 HERE = Path(__file__).parent
@@ -247,6 +249,13 @@ SMOOTH = {
 }
 
 
+def smooth_start() -> nn.Module:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "BatchNorm2d", partial(nn.GroupNorm, 1))
+        parts = SMOOTH["model.backbone"], SMOOTH["model.decoder"]
+        return build_model(*parts, num_classes=11, seed=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "accumulate", "workers", "cache_gb"),
@@ -262,9 +271,11 @@ def test_ranks_parts_workers_and_cache_change_nothing(
     finish(ranks(folder, arguments(run, settings), world_size, batch_norm=False))
     state, reference = (checkpoint.load(one / "fold0" / "last.pt") for one in (folder / run, alone))
     assert state["step"] == reference["step"] == 20
-    torch.testing.assert_close(state["model"], reference["model"], rtol=0, atol=1e-5)
+    assert share_of_the_way(smooth_start(), reference["model"], state["model"]) < 5e-3
     ours, theirs = (Run(one).read("fold0/evaluation.json") for one in (folder / run, alone))
-    assert ours["matrix"] == theirs["matrix"]
+    ours, theirs = torch.tensor(ours["matrix"]), torch.tensor(theirs["matrix"])
+    assert torch.equal(ours.sum(1), theirs.sum(1))  # the same pixels, each counted once
+    assert int((ours - theirs).abs().sum()) <= 2e-3 * int(theirs.sum())
 
 
 @pytest.mark.slow
@@ -283,7 +294,7 @@ def test_a_run_goes_on_with_other_ranks_and_workers(folder: Path, alone: Path) -
     finish(ranks(folder, words, 2, batch_norm=False))
     ours, theirs = (checkpoint.load(one / "fold0" / "last.pt") for one in (run, alone))
     assert ours["step"] == theirs["step"] == 20
-    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=1e-5)
+    assert share_of_the_way(smooth_start(), theirs["model"], ours["model"]) < 5e-3
 
 
 @pytest.fixture(scope="module")
