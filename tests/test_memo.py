@@ -58,12 +58,13 @@ def start(cfg: Config, run: Path) -> Source:
 
 
 @pytest.mark.parametrize("write", [write_set, write_masks])
-@pytest.mark.parametrize("cache_gb", [0, 1])
+@pytest.mark.parametrize(("cache_gb", "on_error"), [(0, "raise"), (1, "raise"), (0, "skip")])
 def test_a_second_start_reads_no_image_and_no_mask(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write, cache_gb: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write, cache_gb: int, on_error: str
 ) -> None:
     write(tmp_path)
     cfg = configured(tmp_path, cache_gb=cache_gb)
+    cfg = config.override(cfg, [f"data.train.on_error={on_error}"])
     first = digests(start(cfg, tmp_path / "one"), range(IMAGES))
     monkeypatch.setattr(memo, "read_digest", lambda path, _: pytest.fail(f"{path} is read"))
     for kind in (CocoSource, MaskSource):

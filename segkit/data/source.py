@@ -1,16 +1,14 @@
 """What every source of images offers, and what it does about faulty ones."""
 
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from segkit import distributed
 from segkit.data.files import NO_TEXT
+from segkit.data.memo import MEMO, on_threads
 from segkit.errors import DataError, quoted
 from segkit.labels import IGNORE
 
@@ -111,27 +109,38 @@ def stop_or_go(faults: Sequence[Fault], on_error: OnError) -> None:
 
 
 def unreadable(source: Source) -> dict[int, Fault]:
-    """Read every image and mask of ``source`` once, on all cores.
+    """Read every image and mask of ``source`` that is not known to be sound, on all cores.
 
     Returns:
         The fault of each image that has one, by its number.
     """
 
     def read(i: int) -> str | None:
+        key = _content(source, i)
+        if key is not None and MEMO.numbers(key) is not None:
+            return None
         try:
             source.image(i)
             if source.labelled:
                 source.mask(i)
         except DataError as error:
             return str(error)
+        if key is not None:
+            MEMO.keep(key, [])
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sentences = distributed.Progress(
-            pool.map(read, range(len(source))), "reading images", total=len(source), unit="image"
-        )
-        return {
-            i: Fault(sentence, file=source.names[i])
-            for i, sentence in enumerate(sentences)
-            if sentence is not None
-        }
+    sentences = on_threads(read, range(len(source)), "reading images")
+    return {
+        i: Fault(sentence, file=source.names[i])
+        for i, sentence in enumerate(sentences)
+        if sentence is not None
+    }
+
+
+def _content(source: Source, i: int) -> str | None:
+    """Digests of an image's file and label; ``None`` where one cannot be read."""
+    try:
+        labels = source.label_digest(i) if source.labelled else ""
+        return f"{MEMO.digest(source.path(i))} {labels} sound"
+    except (OSError, DataError):
+        return None
