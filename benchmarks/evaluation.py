@@ -23,7 +23,7 @@ from benchmarks import (
     take_turns,
     version_of,
 )
-from segkit.metrics import confusion_matrix
+from segkit.training.metrics import confusion_matrix
 
 SHAPE = (8, 11, 512, 512)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import Figure, clock_for, matmul_rate, show, take_turns, version_of
 from benchmarks.step import CASES, Case, batch, chosen, flops, model_arguments, ours, rates
-from segkit.fold import fold_batch_norm
+from segkit.models.kernels.fuse import fold_batch_norm
 
 
 def our_pass(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
 from benchmarks import Figure, arguments, clock_for, show, take_turns
-from segkit.backbones.stages import GlobalAverage
-from segkit.decoders.layers import conv_doubled
-from segkit.depthwise import DepthwiseConv2d
+from segkit.models.backbones.stages import GlobalAverage
+from segkit.models.kernels.depthwise import DepthwiseConv2d
+from segkit.models.layers import conv_doubled
 
 PASSES, BATCH = 3, 2
 Layer = Callable[[Tensor], Tensor]

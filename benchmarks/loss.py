@@ -24,7 +24,7 @@ from benchmarks import (
     take_turns,
     version_of,
 )
-from segkit.losses import build_loss
+from segkit.training.losses import build_loss
 
 SHAPE = (4, 11, 512, 512)
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from segkit import config, recompute
-from segkit.model import build_model
+from segkit.core import config
+from segkit.models.kernels import recompute
+from segkit.models.segmenter import build_model
 
 NAMES = (
     "swin",

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.models import NAMES
-from segkit import config
+from segkit.core import config
 from segkit.data.coco import CocoSource
-from segkit.engine import train_step
-from segkit.losses import build_loss
-from segkit.metrics import classes_of, confusion_matrix, scores
-from segkit.model import build_model
-from segkit.optim import build_optimizer, build_schedule, set_lr
-from segkit.soup import reestimate_batchnorm
+from segkit.inference.soup import reestimate_batchnorm
+from segkit.models.segmenter import build_model
+from segkit.training.losses import build_loss
+from segkit.training.metrics import classes_of, confusion_matrix, scores
+from segkit.training.optim import build_optimizer, build_schedule, set_lr
+from segkit.training.step import train_step
 
 GOAL = 0.9
 PHOTOGRAPHS = 4

@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
 
 from benchmarks import Figure, arguments, show
-from segkit.distributed import convert_sync_batch_norm
-from segkit.engine import train_step
-from segkit.losses import build_loss
-from segkit.model import build_model
-from segkit.optim import build_optimizer
+from segkit.core.distributed import convert_sync_batch_norm
+from segkit.models.segmenter import build_model
+from segkit.training.losses import build_loss
+from segkit.training.optim import build_optimizer
+from segkit.training.step import train_step
 
 RANKS, BATCH, CLASSES = 2, 2, 11
 

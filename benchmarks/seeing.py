@@ -27,16 +27,16 @@ from unittest import mock
 
 import torch
 
-import train
 from benchmarks import Figure, arguments, show
-from segkit import track
+from segkit import train
+from segkit.training import tracking
 
 TRACKERS = '["csv", "tensorboard", {"name": "wandb", "mode": "offline"}]'
 SHOWING: list[tuple[Any, str]] = [
     *((train, name) for name in ("record", "score_table", "write_run_page")),
     *((train.Gallery, name) for name in ("__init__", "add")),
-    (track, "check"),
-    *((track.Followers, name) for name in ("event", "pictures")),
+    (tracking, "check"),
+    *((tracking.Followers, name) for name in ("event", "pictures")),
 ]
 
 
@@ -80,9 +80,9 @@ def share(words: list[str]) -> float:
     """Of a training's processor time, on one thread, what is left when seeing is left out."""
     torch.set_num_threads(1)
     meter = Meter()
-    close = track.Followers.close
+    close = tracking.Followers.close
 
-    def last_words(self: track.Followers) -> None:  # a thread that outlives its fold counts again
+    def last_words(self: tracking.Followers) -> None:  # of threads that outlive it
         meter.seconds += background()
         meter.count(close)(self)
 
@@ -90,7 +90,7 @@ def share(words: list[str]) -> float:
         for owner, name in SHOWING:
             counted = meter.count(getattr(owner, name))
             patches.enter_context(mock.patch.object(owner, name, counted))
-        patches.enter_context(mock.patch.object(track.Followers, "close", last_words))
+        patches.enter_context(mock.patch.object(tracking.Followers, "close", last_words))
         before = time.process_time()
         train.main(words)
         trained = time.process_time() - before

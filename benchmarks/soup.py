@@ -3,7 +3,7 @@
     python -m benchmarks.soup [--json] [--rounds 5] [--threads 2]
 
 Ten checkpoints of about a hundred million parameters each, 4 GB in all, which the system has in
-its cache. Peers are reading them as ``segkit.checkpoint.load`` does, with SHA-256 verified, and
+its cache. Peers are reading them as ``segkit.core.checkpoint.load`` does, SHA-256 verified, and
 reading by ``torch.load`` alone, which verifies nothing. What a side reaches is bytes in its time,
 beside the rate at which the files are read and their bytes thrown away. The memory's peer is two
 state dicts.
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import Figure, arguments, best_of, peak_memory, show, take_turns
-from segkit import checkpoint, soup
-from segkit.model import build_model
+from segkit.core import checkpoint
+from segkit.inference import soup
+from segkit.models.segmenter import build_model
 
 INGREDIENTS = 10
 MODEL = "resnet101", {"name": "upernet", "width": 640}

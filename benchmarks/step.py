@@ -40,11 +40,11 @@ from benchmarks import (
     take_turns,
     version_of,
 )
-from segkit.config import Component
-from segkit.engine import recomputes, train_step
-from segkit.losses import build_loss
-from segkit.model import build_model
-from segkit.optim import build_optimizer
+from segkit.core.config import Component
+from segkit.models.segmenter import build_model
+from segkit.training.losses import build_loss
+from segkit.training.optim import build_optimizer
+from segkit.training.step import recomputes, train_step
 
 BATCH, CLASSES = 2, 11
 SMP = "segmentation-models-pytorch"

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import Figure, arguments, show, take_turns, version_of
-from segkit import checkpoint, soup
-from segkit.model import build_model
-from segkit.predict import Predictor
-from segkit.tta import parse_views
+from segkit.core import checkpoint
+from segkit.inference import soup
+from segkit.inference.predictor import Predictor
+from segkit.inference.tta import parse_views
+from segkit.models.segmenter import build_model
 
 SIZE = (256, 320)
 VIEWS = ("flips", "square", "flip_rotate_scale")

@@ -1,20 +1,19 @@
 """Semantic segmentation of photographs in pure PyTorch: folds, soups, views and votes."""
 
-__version__ = "0.1.0"
-
 from segkit.augment import Pipeline
-from segkit.backbones import BACKBONES
-from segkit.config import Config
-from segkit.decoders import DECODERS
-from segkit.engine import load_model, train_step
-from segkit.errors import CheckpointError, ConfigError, DataError, SegkitError
-from segkit.losses import LOSSES, build_loss
-from segkit.metrics import confusion_matrix, scores
-from segkit.model import Segmenter, build_model
-from segkit.optim import build_optimizer
-from segkit.output import overlay
-from segkit.predict import Predictor
-from segkit.tta import parse_views
+from segkit.core import __version__
+from segkit.core.config import Config
+from segkit.core.errors import CheckpointError, ConfigError, DataError, SegkitError
+from segkit.inference.outputs import overlay
+from segkit.inference.predictor import Predictor
+from segkit.inference.tta import parse_views
+from segkit.models.backbones import BACKBONES
+from segkit.models.decoders import DECODERS
+from segkit.models.segmenter import Segmenter, build_model
+from segkit.training.losses import LOSSES, build_loss
+from segkit.training.metrics import confusion_matrix, scores
+from segkit.training.optim import build_optimizer
+from segkit.training.step import load_model, train_step
 
 __all__ = [
     "BACKBONES",
@@ -28,6 +27,7 @@ __all__ = [
     "Predictor",
     "SegkitError",
     "Segmenter",
+    "__version__",
     "build_loss",
     "build_model",
     "build_optimizer",

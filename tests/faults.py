@@ -16,10 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import train
-from segkit import command, files, track
+from segkit import train
+from segkit.commands import console
+from segkit.core import files
+from segkit.core.errors import DataError, SegkitError
 from segkit.data.loader import EvalImages, TrainImages
-from segkit.errors import DataError, SegkitError
+from segkit.training import tracking
 
 PHASES: dict[str, tuple[Any, str, int]] = {
     "start": (train, "build_model", 2),  # the first call only checks the configuration
@@ -27,8 +29,8 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "evaluation": (train, "evaluate", 1),
     "save": (files, "flush", 2),  # of the first epoch's last.pt: rank 0 has written its draft
     "page": (train, "write_run_page", 1),
-    "tracker": (track.CSVTracker, "event", 2),
-    "tracker that does not close": (track.CSVTracker, "event", 2),
+    "tracker": (tracking.CSVTracker, "event", 2),
+    "tracker that does not close": (tracking.CSVTracker, "event", 2),
     "worker": (TrainImages, "__getitem__", 2),
     "image": (EvalImages, "__getitem__", 1),
 }
@@ -54,7 +56,7 @@ def plant(kind: str, phase: str, marker: Path) -> None:
     if phase == "save" and os.environ.get("RANK", "0") != "0":
         owner, name, at = train.Stop, "asked", 2  # the others wait there meanwhile
     if phase == "tracker that does not close":
-        track.CSVTracker.close = lambda self: time.sleep(90)  # type: ignore[method-assign]
+        tracking.CSVTracker.close = lambda self: time.sleep(90)  # type: ignore[method-assign]
     whole: Callable[..., Any] = getattr(owner, name)
     calls = 0
 
@@ -81,4 +83,4 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") == rank:
         plant(kind, phase, Path(marker))
     sys.argv[1:] = rest
-    command.run(train.main)
+    console.run(train.main)

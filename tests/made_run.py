@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segkit import config
-from segkit.engine import Evaluation, tally
-from segkit.metrics import bootstrap_interval, scores
+from segkit.core import config
+from segkit.core.run import Run
 from segkit.report import Gallery, record, write_run_page
-from segkit.run import Run
+from segkit.training.metrics import bootstrap_interval, scores
+from segkit.training.step import Evaluation, tally
 
 NASTY = "<img src=x onerror=\"fail()\"> & 'can'"
 CLASSES = ("background", NASTY, "bag", "paper")

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import take_turns, version_of
 from benchmarks.models import NAMES, cost, kept_for_backward
-from segkit import config
+from segkit.core import config
 
 
 class Features(nn.Module):

@@ -19,21 +19,21 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import infer
-import train
-from segkit import backend, checkpoint, config, distributed, soup
+from segkit import infer, train
 from segkit.augment import Pipeline
 from segkit.augment.pipeline import generator
-from segkit.config import Config
+from segkit.core import backend, checkpoint, config, distributed
+from segkit.core.config import Config
+from segkit.core.run import Run
 from segkit.data import open_source
-from segkit.engine import evaluate, precision, train_step
-from segkit.losses import LOSSES, build_loss
-from segkit.metrics import confusion_matrix
-from segkit.model import build_model
-from segkit.optim import build_optimizer
-from segkit.predict import Predictor
-from segkit.run import Run
-from segkit.tta import parse_views
+from segkit.inference import soup
+from segkit.inference.predictor import Predictor
+from segkit.inference.tta import parse_views
+from segkit.models.segmenter import build_model
+from segkit.training.losses import LOSSES, build_loss
+from segkit.training.metrics import confusion_matrix
+from segkit.training.optim import build_optimizer
+from segkit.training.step import evaluate, precision, train_step
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device(os.environ.get("SEGKIT_TEST_DEVICE", "cuda"))

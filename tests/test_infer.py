@@ -17,16 +17,17 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 
-import infer
-from segkit import checkpoint, soup
+from segkit import infer
+from segkit.core import checkpoint
+from segkit.core.errors import CheckpointError, ConfigError, DataError, SegkitError
+from segkit.core.run import Run
 from segkit.data.coco import CocoSource
 from segkit.data.loader import digests
 from segkit.data.photos import PhotoSource
-from segkit.errors import CheckpointError, ConfigError, DataError, SegkitError
-from segkit.predict import Predictor
-from segkit.results import Results
-from segkit.run import Run
-from train import main as train
+from segkit.inference import soup
+from segkit.inference.predictor import Predictor
+from segkit.inference.results import Results
+from segkit.train import main as train
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,7 +1,7 @@
 """The same random weights here and in the project they are named after give the same numbers.
 
 Needs the ``parity`` extra; nothing is downloaded. Every model is filled at random, statistics of
-BatchNorm too, carried over by :mod:`segkit.weights`, and run on one image: equal means that the
+BatchNorm too, carried over by :mod:`segkit.models.pretrained`, run on one image: equal means the
 largest difference is below 1e-4 of the largest value.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
-from segkit.backbones import BACKBONES
-from segkit.errors import CheckpointError
-from segkit.model import Segmenter, build_model
-from segkit.weights import Report, load_file, load_state
+from segkit.core.errors import CheckpointError
+from segkit.models.backbones import BACKBONES
+from segkit.models.pretrained import Report, load_file, load_state
+from segkit.models.segmenter import Segmenter, build_model
 
 pytestmark = pytest.mark.parity
 CLASSES = 5

@@ -23,13 +23,13 @@ from PIL import Image
 from ranks import share_of_the_way
 from torch import nn
 
-import train
-from segkit import checkpoint
+from segkit import train
+from segkit.core import checkpoint
+from segkit.core.errors import DataError
+from segkit.core.run import Run
 from segkit.data.demo import draw_demo
-from segkit.decoders import layers
-from segkit.errors import DataError
-from segkit.model import build_model
-from segkit.run import Run
+from segkit.models import layers
+from segkit.models.segmenter import build_model
 
 HERE = Path(__file__).parent
 CONFIG: dict[str, Any] = {
@@ -338,9 +338,9 @@ def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(folder: Path, limi
     run = f"runs/full{limit}"
     code = (
         "import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1)); "
-        "import train; from segkit import command; "
+        "from segkit import train; from segkit.commands import console; "
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); command.run(train.main)"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); console.run(train.main)"
     )
     words = arguments(run, {"train.save_every": 0, "data.workers": 2})
     process = launch(folder, "-c", code, str(HERE.parent), *words)

@@ -20,16 +20,16 @@ from made_run import Drawn
 from PIL import Image
 from ranks import share_of_the_way
 
-import train as train_module
-from segkit import checkpoint
+from segkit import train as train_module
+from segkit.core import checkpoint
+from segkit.core.errors import DataError, SegkitError
+from segkit.core.run import Run
 from segkit.data.demo import draw_demo
 from segkit.data.source import Fault
-from segkit.errors import DataError, SegkitError
-from segkit.model import build_model
-from segkit.optim import build_schedule
-from segkit.run import Run
-from train import keep_best, tell_faults
-from train import main as train_main
+from segkit.models.segmenter import build_model
+from segkit.train import keep_best, tell_faults
+from segkit.train import main as train_main
+from segkit.training.optim import build_schedule
 
 ROOT = Path(__file__).parents[1]
 DRAWN = {"train": 20, "test": 5, "size": 64}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from segkit.augment.ranges import check, draw
-from segkit.errors import ConfigError
+from segkit.core.errors import ConfigError
 
 NO_CHANGE = np.eye(4)
 UNLIMITED = np.tile([-math.inf, math.inf], (3, 1))

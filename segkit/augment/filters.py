@@ -19,8 +19,8 @@ from torch import Tensor
 
 from segkit.augment.median import median
 from segkit.augment.ranges import check, draw
-from segkit.errors import ConfigError
-from segkit.labels import IGNORE
+from segkit.core.errors import ConfigError
+from segkit.core.labels import IGNORE
 
 Run = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 

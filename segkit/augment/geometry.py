@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segkit.augment.ranges import check, check_size, draw
-from segkit.errors import ConfigError
-from segkit.labels import IGNORE
+from segkit.core.errors import ConfigError
+from segkit.core.labels import IGNORE
 
 Size = tuple[int, int]
 

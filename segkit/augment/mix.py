@@ -17,8 +17,8 @@ from torch import Tensor
 
 from segkit.augment.geometry import Size, flipping, scaling, shifting, warp
 from segkit.augment.ranges import check, draw
-from segkit.errors import ConfigError
-from segkit.labels import IGNORE
+from segkit.core.errors import ConfigError
+from segkit.core.labels import IGNORE
 
 Others = Callable[[np.random.Generator], tuple[Tensor, Tensor]]
 """Another labelled image, chosen with the numbers it is given: (3, H, W) and (H, W), uint8."""

@@ -12,8 +12,8 @@ from segkit.augment.color import COLOR, CURVES, NO_CHANGE, affine, curved, recol
 from segkit.augment.filters import FILTERS
 from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, Resize, Size, warp
 from segkit.augment.mix import MIX, Others
-from segkit.config import build
-from segkit.errors import ConfigError
+from segkit.core.config import build
+from segkit.core.errors import ConfigError
 
 OPERATIONS: dict[str, Callable[..., Any]] = {**GEOMETRY, **COLOR, **CURVES, **FILTERS, **MIX}
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from segkit.errors import ConfigError
+from segkit.core.errors import ConfigError
 
 Range = tuple[float, float]
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from segkit import distributed
-from segkit.config import Config, build
+from segkit.core import distributed
+from segkit.core.config import Config, build
 from segkit.data.cache import CachedSource, cache_keys
 from segkit.data.coco import CocoSource
 from segkit.data.demo import open_demo

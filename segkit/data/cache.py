@@ -14,11 +14,11 @@ import PIL
 import torch
 from torch import Tensor
 
+from segkit.core.distributed import Progress
+from segkit.core.files import regular, replacing
 from segkit.data.loader import digests
 from segkit.data.memo import on_threads
 from segkit.data.source import Source
-from segkit.distributed import Progress
-from segkit.files import regular, replacing
 
 _FORMAT = 1  # of the files, and of what read_image and the sources make of theirs
 _HEAD = 8  # bytes: height and width, four each

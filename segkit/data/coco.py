@@ -10,11 +10,11 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from segkit.core.errors import DataError, quoted
+from segkit.core.labels import IGNORE
 from segkit.data.files import check_name, inside, read_json
 from segkit.data.images import MAX_PIXELS, read_image
 from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
-from segkit.errors import DataError, quoted
-from segkit.labels import IGNORE
 
 MAX_OUTLINE = 1 << 22
 """Longest outline of an object, in pixels: pycocotools takes about 100 bytes for each of them."""

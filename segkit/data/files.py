@@ -7,8 +7,8 @@ import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from segkit.errors import DataError, reason
-from segkit.files import regular
+from segkit.core.errors import DataError, reason
+from segkit.core.files import regular
 
 MAX_BYTES = 1 << 31
 """Largest text or JSON file read (COCO's own largest has 0.45 GB, LVIS's 1.1 GB)."""

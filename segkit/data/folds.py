@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from segkit.core.errors import ConfigError, DataError, quoted
+from segkit.core.files import write_json
 from segkit.data.files import read_json
 from segkit.data.loader import digests
 from segkit.data.memo import MEMO, on_threads
 from segkit.data.source import Source
-from segkit.errors import ConfigError, DataError, quoted
-from segkit.files import write_json
 
 SHARE_BINS = 3
 """Each class's images are told apart by this many sizes of its share of the pixels."""

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from segkit.errors import DataError
-from segkit.files import regular
+from segkit.core.errors import DataError
+from segkit.core.files import regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """The formats tried, by Pillow's names. None of them starts another program, as EPS would."""

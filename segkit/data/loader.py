@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from segkit.augment import Pipeline, Plan, generator
+from segkit.core.distributed import rank, world_size
+from segkit.core.errors import ConfigError, DataError, reason
 from segkit.data.memo import MEMO, on_threads
-from segkit.distributed import rank, world_size
-from segkit.errors import ConfigError, DataError, reason
 
 _ORDER = 2**32 - 1  # in place of a sample's index: no image's augmentation draws these numbers
 

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from segkit.distributed import Progress, broadcast, is_main
-from segkit.errors import reason
-from segkit.files import regular, replacing
+from segkit.core.distributed import Progress, broadcast, is_main
+from segkit.core.errors import reason
+from segkit.core.files import regular, replacing
 
 MAX_ENTRIES = 1_000_000
 """Most files, and most labels, that are remembered; the oldest are forgotten first."""

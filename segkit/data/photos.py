@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
+from segkit.core.errors import DataError
 from segkit.data.images import SUFFIXES, image_size, read_image
 from segkit.data.source import Fault
-from segkit.errors import DataError
 
 
 class PhotoSource:

@@ -3,21 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from segkit.core.errors import quoted
 from segkit.data.loader import digests
 from segkit.data.memo import on_threads
 from segkit.data.source import Source
-from segkit.errors import quoted
 
 FORMAT = 1
 """Of a record; to be raised when digests are made in another way."""
-
-SHAPE = {
-    "format": int,
-    "classes": [str],
-    "category_ids": ({str: int}, None),
-    "images": {str: {str: [str, str]}},
-}
-"""Of a record in JSON."""
 
 
 def data_record(parts: Mapping[str, tuple[Source, Sequence[int]]]) -> dict[str, Any]:

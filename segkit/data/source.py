@@ -7,10 +7,10 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from segkit.core.errors import DataError, quoted
+from segkit.core.labels import IGNORE
 from segkit.data.files import NO_TEXT
 from segkit.data.memo import MEMO, on_threads
-from segkit.errors import DataError, quoted
-from segkit.labels import IGNORE
 
 OnError = Literal["raise", "skip"]
 """On the first fault stop, or leave faulty images and annotations out and list them."""

@@ -1,4 +1,4 @@
-"""A run as a page, and runs beside each other: ``python -m segkit.report``."""
+"""A run as a page, and runs beside each other: ``segkit report``."""
 
 from segkit.report.gallery import Gallery
 from segkit.report.run_page import record, write_run_page

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from segkit import distributed
+from segkit.core import distributed
 from segkit.data.source import IGNORE, Source, background
-from segkit.metrics import per_image_miou
-from segkit.output import ERROR, Color, color_table, outlines, sheet
-from segkit.page import data_uri
+from segkit.inference.outputs import ERROR, Color, color_table, outlines, sheet
+from segkit.report.blocks import data_uri
+from segkit.training.metrics import per_image_miou
 
 SIDE = 256
 """Longest side of a picture on the page."""
@@ -78,7 +78,7 @@ class Gallery:
 
         Shape:
             predicted, truth: (H, W)
-            counts: (C, 3), from :func:`segkit.metrics.image_counts`
+            counts: (C, 3), from :func:`segkit.training.metrics.image_counts`
         """
         score = float(per_image_miou(counts))
         if not self._size or score != score:  # an image without a labelled pixel has none

@@ -4,18 +4,10 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 
-from segkit.files import fits
-from segkit.metrics import FEW_IMAGES
-from segkit.page import (
-    cell,
-    chart,
-    document,
-    duration,
-    escape,
-    facts,
-    table,
-)
+from segkit.core.files import fits
+from segkit.report.blocks import cell, chart, document, duration, escape, facts, table
 from segkit.report.log import RunLog
+from segkit.training.metrics import FEW_IMAGES
 
 DIFFERENT = "differs"
 

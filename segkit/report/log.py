@@ -7,9 +7,9 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
-from segkit.files import fits
-from segkit.metrics import FEW_IMAGES
-from segkit.run import EVENTS, Run
+from segkit.core.files import fits
+from segkit.core.run import EVENTS, Run
+from segkit.training.metrics import FEW_IMAGES
 
 Event = dict[str, Any]
 

@@ -7,12 +7,11 @@ from typing import Any
 
 from PIL import Image
 
-from segkit import distributed
-from segkit.engine import Evaluation
-from segkit.files import write_json, write_text
-from segkit.metrics import FEW_IMAGES
-from segkit.output import ERROR, PALETTES, SAFE, Color
-from segkit.page import (
+from segkit.core import distributed
+from segkit.core.files import write_json, write_text
+from segkit.core.run import Run
+from segkit.inference.outputs import ERROR, PALETTES, SAFE, Color
+from segkit.report.blocks import (
     cell,
     chart,
     details,
@@ -27,7 +26,8 @@ from segkit.page import (
 )
 from segkit.report.gallery import Gallery
 from segkit.report.log import Fold, RunLog
-from segkit.run import Run
+from segkit.training.metrics import FEW_IMAGES
+from segkit.training.step import Evaluation
 
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("report.js").read_text(encoding="utf-8")

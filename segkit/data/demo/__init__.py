@@ -10,13 +10,13 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
+from segkit.core.distributed import Progress
+from segkit.core.errors import DataError
+from segkit.core.files import regular
 from segkit.data.coco import CocoSource
 from segkit.data.demo.litter import LITTER
 from segkit.data.demo.scene import Scene, draw_scene
 from segkit.data.demo.shapes import polygon_area
-from segkit.distributed import Progress
-from segkit.errors import DataError
-from segkit.files import regular
 
 CLASSES = ("Background", *(kind.name for kind in LITTER))
 VERSION = 3  # of the drawing: a folder drawn by another version is another data set

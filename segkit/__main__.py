@@ -1,0 +1,38 @@
+"""The command ``segkit``: ``segkit train --cfg demo``, or ``python -m segkit train --cfg demo``."""
+
+import sys
+from typing import NoReturn
+
+from segkit import infer, train
+from segkit.commands import augment, check, console, demo, explore, report, weights
+from segkit.core.errors import closest
+
+COMMANDS = {
+    "train": (train.main, "train the folds of a configuration"),
+    "infer": (infer.main, "predict with trained runs: soups, views, votes"),
+    "check": (check.main, "read a data set and list every fault"),
+    "explore": (explore.main, "write a page about labelled photographs"),
+    "report": (report.main, "write the pages of runs"),
+    "weights": (weights.main, "show what a file of weights is, and what would load"),
+    "augment": (augment.main, "show augmented training images"),
+    "demo": (demo.main, "draw the demo data set"),
+}
+
+
+def main() -> NoReturn:
+    """Run the subcommand that the command line names."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: segkit COMMAND [options]\n\ncommands:")
+        for command, (_, text) in COMMANDS.items():
+            print(f"  {command:<10}{text}")
+        print("\nsegkit COMMAND --help lists a command's options")
+        sys.exit(0)
+    if name not in COMMANDS:
+        print(f"segkit: unknown command '{name:.50}'{closest(name, COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    console.run(COMMANDS[name][0], arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""A contact sheet of a configuration's augmentation, to be looked at before training.
+
+    segkit augment --cfg demo [--out sheet.png] [--images 6]
+
+A row for each operation alone, applied for certain, and one for the whole list as it is; masks lie
+over the images. As a command, this file stands above its package: it reads data and draws overlays.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from segkit.augment.mix import Others
+from segkit.augment.pipeline import Pipeline, generator
+from segkit.commands import console
+from segkit.core import config
+from segkit.core.errors import ConfigError, DataError
+from segkit.core.files import replacing
+from segkit.data import Source, open_source
+from segkit.inference.origin import refuse_foreign
+from segkit.inference.outputs import overlay
+
+_CELL, _MARGIN, _CAPTION = 192, 6, 18
+
+
+def contact_sheet(cfg: config.Config, source: Source, *, images: int) -> Image.Image:
+    """Draw the sheet.
+
+    Args:
+        cfg: Its ``augment``, the mean and deviation of its ``data``, and the seed of its ``train``.
+        source: Labelled images; the first ones, evenly apart, are shown.
+        images: Columns.
+    """
+    chosen = np.linspace(0, len(source) - 1, min(images, len(source))).astype(int).tolist()
+    alone = [{**spec, "p": 1} for spec in cfg.augment.train]
+    rows: list[tuple[str, list, tuple[int, int] | None]] = [("as it is", [], None)]
+    rows += [(str(spec.get("name")), [spec], None) for spec in alone]
+    rows.append(("all of augment.train", list(cfg.augment.train), cfg.augment.size))
+    height = _CAPTION + _CELL + _MARGIN
+    size = (_MARGIN + len(chosen) * (_CELL + _MARGIN), len(rows) * height)
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
+    draw = ImageDraw.Draw(sheet)
+
+    def other(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        index = int(rng.integers(len(source)))
+        return source.image(index), source.mask(index)
+
+    for row, (caption, operations, final) in enumerate(rows):
+        pipeline = Pipeline(operations, size=final, mean=cfg.data.mean, std=cfg.data.std)
+        draw.text((_MARGIN, row * height + 2), caption, fill="black", font=font)
+        for column, index in enumerate(chosen):
+            cell = _cell(cfg, pipeline, source, index, other)
+            x = _MARGIN + column * (_CELL + _MARGIN) + (_CELL - cell.width) // 2
+            y = row * height + _CAPTION + (_CELL - cell.height) // 2
+            sheet.paste(cell, (x, y))
+    return sheet
+
+
+def _cell(
+    cfg: config.Config, pipeline: Pipeline, source: Source, index: int, other: Others
+) -> Image.Image:
+    rng = generator(cfg.train.seed, 0, index)
+    image, mask = pipeline(source.image(index), source.mask(index), rng, other)
+    assert mask is not None  # one was given
+    levels = _channels(cfg.data.std) * image + _channels(cfg.data.mean)
+    photograph = levels.mul(255).round().clamp(0, 255).to(torch.uint8)
+    cell = overlay(photograph, mask, classes=source.classes, opacity=0.4, legend=False)
+    cell.thumbnail((_CELL, _CELL))
+    return cell
+
+
+def _channels(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values).view(3, 1, 1)
+
+
+def main(argv: list[str]) -> None:
+    """Write the sheet and tell where."""
+    parser = argparse.ArgumentParser(prog="segkit augment", description=__doc__)
+    console.add_config_options(parser)
+    parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="the PNG to write")
+    parser.add_argument("--images", type=int, default=6, help="columns")
+    args = parser.parse_args(argv)
+    cfg = config.load(args.cfg, args.set)
+    if cfg.data.train is None:
+        raise ConfigError("data.train: is missing; expected the labelled images to show")
+    if args.images < 1:
+        parser.error("--images: expected at least 1")
+    refuse_foreign(args.out, b"Software\0segkit")
+    source = open_source(cfg, "train", cached=False)
+    if not len(source):
+        raise DataError("data.train: holds no image; expected at least one to show")
+    about = PngInfo()
+    about.add_text("Software", "segkit")
+    sheet = contact_sheet(cfg, source, images=args.images)
+    with replacing(args.out) as draft:
+        sheet.save(draft, "PNG", pnginfo=about)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,84 @@
+"""Read a whole data set and report every fault at once: ``segkit check``."""
+
+import argparse
+import functools
+import inspect
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from segkit.commands import console
+from segkit.core import config
+from segkit.core.errors import ConfigError, DataError
+from segkit.data import SOURCES
+from segkit.data.folds import read_groups
+from segkit.data.source import Fault, Source, unreadable
+
+PARTS = ("train", "val", "test", "test_labels")
+
+
+def faults(data: config.Data) -> Iterator[Fault]:
+    """Every fault of the data that a configuration names, part after part.
+
+    Each image and mask is read. A part that cannot be opened at all is one fault.
+
+    Raises:
+        ConfigError: There is no part, or one names no source or wrong arguments.
+    """
+    makers = {
+        part: config.bind(SOURCES, spec, f"data.{part}")
+        for part in PARTS
+        if (spec := getattr(data, part)) is not None
+    }
+    if not makers:
+        raise ConfigError(f"data: names no images; expected one of {', '.join(PARTS)}")
+    classes: tuple[str, ...] | None = None
+    for part, make in makers.items():
+        where = f"data.{part}"
+        try:
+            source, found = _inspect(make)
+            if part == "train":
+                read_groups(data.groups, data.group_pattern, source.names)
+        except DataError as error:
+            yield Fault(f"{where}: {error}", file=where)
+            continue
+        for fault in found:
+            yield Fault(f"{where}: {fault.sentence}", fault.file, fault.annotation)
+        if source.labelled and classes not in (None, source.classes):
+            yield Fault(
+                f"{where} has the classes {', '.join(source.classes)}, but the parts before it "
+                f"{', '.join(classes or ())}; expected the same everywhere",
+                file=where,
+            )
+        elif source.labelled:
+            classes = source.classes
+
+
+def _inspect(make: functools.partial[Any]) -> tuple[Source, Collection[Fault]]:
+    """The source without its faulty images, and all its faults."""
+    if "on_error" in inspect.signature(make).parameters:
+        source = make(on_error="skip")
+        return source, source.faults
+    source = make()
+    return source, unreadable(source).values()
+
+
+def main(argv: list[str]) -> None:
+    """Print every fault; raise a DataError if there was one."""
+    parser = argparse.ArgumentParser(prog="segkit check", description=__doc__)
+    console.add_config_options(parser)
+    parser.add_argument("--json", action="store_true", help="print each fault as a JSON object")
+    args = parser.parse_args(argv)
+    count = 0
+    for fault in faults(config.load(args.cfg, args.set).data):
+        print(json.dumps(asdict(fault)) if args.json else fault.sentence, flush=True)
+        count += 1
+    if count:
+        raise DataError(f"faults found: {count}; correct them, or set on_error to 'skip'")
+    if not args.json:
+        print("no faults found")
+
+
+if __name__ == "__main__":
+    console.run(main)

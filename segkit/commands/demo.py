@@ -1,0 +1,36 @@
+"""``segkit demo DIR``: draw the demo set."""
+
+import argparse
+import inspect
+from pathlib import Path
+
+from segkit.commands import console
+from segkit.data.demo import draw_demo
+
+
+def main(arguments: list[str]) -> None:
+    """Draw the demo set into a new folder."""
+    defaults = inspect.signature(draw_demo).parameters
+    parser = argparse.ArgumentParser(
+        prog="segkit demo",
+        description="Draw scenes of litter in the contest's format: photographs, train.json, "
+        "test.json, and test_labels.json to score with.",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a new folder")
+    for name, text in (
+        ("train", "training images"),
+        ("test", "test images"),
+        ("size", "side of an image in pixels"),
+        ("seed", "another seed is another set"),
+    ):
+        default = defaults[name].default
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    given = vars(parser.parse_args(arguments))
+    del given["debug"]
+    drawn = draw_demo(**given)
+    print(f"{given['folder']}: {'drawn' if drawn else 'is there already'}")
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,92 @@
+"""What a file of weights is, and what would load: ``segkit weights FILE``.
+
+As a command, this file stands above its package: it builds models.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segkit.commands import console
+from segkit.models.pretrained.loading import Report, fit, fitting, identify, output_norms, windows
+from segkit.models.pretrained.reading import read_file
+from segkit.models.segmenter import build_model
+
+
+def main(argv: list[str]) -> None:
+    """Print it; raise a CheckpointError where nothing would load."""
+    parser = argparse.ArgumentParser(prog="segkit weights", description=__doc__)
+    parser.add_argument("file", type=Path, help="a .pth, .pt or .safetensors file")
+    parser.add_argument(
+        "--backbone", type=_component, help="show what loads into it: a name, or a JSON object"
+    )
+    parser.add_argument(
+        "--decoder", type=_component, default="fcn", help="beside --backbone; default: fcn"
+    )
+    parser.add_argument("--classes", type=int, help="of the decoder; default: the file's, or 2")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    source = str(args.file)
+    state = read_file(args.file)
+    found = identify(state, args.file, source=source)
+    about: dict[str, Any] = {
+        "file": source,
+        "title": found.title,
+        "backbones": fitting(found),
+        "windows": windows(found),
+        "output_norms": bool(output_norms(found)),
+        "decoder": found.decoder,
+        "classes": found.classes,
+        "entries": len(state),
+        "values": sum(tensor.numel() for tensor in state.values()),
+    }
+    report = None
+    if args.backbone is not None:
+        classes = args.classes or found.classes or 2
+        with torch.device("meta"):
+            model = build_model(args.backbone, args.decoder, num_classes=classes)
+        _, report = fit(model, found, source=source)
+    if args.json:
+        print(json.dumps(about | {"report": report and dataclasses.asdict(report)}))
+        return
+    window = "".join(f" (window {side})" for side in windows(found))
+    norms = {"convnext": " (output_norms true)"} if about["output_norms"] else {}
+    backbones = ", ".join(
+        name + window + norms.get(name.split("_")[0], "") for name in about["backbones"]
+    )
+    print(f"{source}: {found.title}")
+    print(f"  backbone  {backbones or 'none of segkit has its structure'}")
+    print(f"  decoder   {found.instead if found.decoder is None else found.decoder or 'of segkit'}")
+    print(f"  classes   {found.classes or 'unknown'}")
+    print(f"  entries   {about['entries']:,}, {about['values']:,} values")
+    if report:
+        _show(report)
+
+
+def _show(report: Report) -> None:
+    print(f"would load {len(report.loaded):,} entries of this model")
+    for word, reasons in (("left fresh", report.fresh), ("skipped", report.skipped)):
+        for reason in dict.fromkeys(reasons.values()):
+            names = [name for name, why in reasons.items() if why == reason]
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            print(f"  {word}, {reason}: {', '.join(names[:3])}{more}")
+    for note in report.notes:
+        print(f"  note: {note}")
+
+
+def _component(text: str) -> Any:
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is not a JSON object: {error}") from error
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,390 @@
+"""Processes that train together: the process group, reductions, rank 0's progress."""
+
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from segkit.core.errors import SegkitError
+from segkit.core.peers import watch_ranks
+
+
+def rank() -> int:
+    """This process's number, 0 to ``world_size() - 1``."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def session(
+    device: str | None = None, timeout: float = 30.0, *, on_lost: Callable[[], None] | None = None
+) -> Iterator[torch.device]:
+    """The process group torchrun asked for (NCCL on CUDA, else gloo), and this rank's device.
+
+    Args:
+        device: As torch names it, such as ``"cpu"``, ``"cuda:1"`` or ``"mps"``; default CUDA where
+            there is one. Without a number, each rank of a machine gets its own; with one, they
+            share it (by gloo, as NCCL cannot).
+        timeout: Minutes a rank waits for the others in one exchange before it ends with an error.
+        on_lost: Called from a thread when the process of another rank ends before its session
+            does; see :func:`segkit.core.peers.watch_ranks`.
+
+    Raises:
+        SegkitError: There is no such device here, or not all ranks met.
+    """
+    here = _choose_device(device)
+    if here.type != "cpu":
+        torch.accelerator.set_device_index(here.index)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield here
+        return
+    shared = device is not None and ":" in device and int(os.environ["LOCAL_WORLD_SIZE"]) > 1
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = _meet(store, rank, world_size, timeout)
+    dist.init_process_group(
+        "gloo" if shared else dist.get_default_backend_for_device(here),
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=timeout),
+    )
+    announce_end = None if on_lost is None else watch_ranks(store, rank, world_size, on_lost)
+    try:
+        yield here
+    except SystemExit:  # all ranks have agreed to stop
+        _leave(announce_end)
+        raise
+    _leave(announce_end)  # not after an error: that would wait for the other ranks
+
+
+def _leave(announce_end: Callable[[], None] | None) -> None:
+    if announce_end is not None:
+        announce_end()
+    dist.destroy_process_group()
+
+
+def _choose_device(name: str | None) -> torch.device:
+    """This rank's device."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if accelerator is None else accelerator.type
+    count = 1 if accelerator is None else torch.accelerator.device_count()
+    known = "cpu" if kind == "cpu" else f"cpu, {kind}, {kind}:0 to {kind}:{count - 1}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # torch knows no such word
+        device = torch.device("meta")
+    if device.type not in ("cpu", kind):
+        raise SegkitError(
+            f"device {name}: does not exist here, with torch {torch.__version__}; "
+            f"expected one of: {known}"
+        )
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    if index >= count:
+        raise SegkitError(
+            f"device {kind}:{index}: does not exist here; expected one of: {known}, and with "
+            f"torchrun at most {count} ranks on this machine"
+        )
+    return torch.device(kind, index)
+
+
+def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
+    """A part of torchrun's store that no earlier start of these ranks has written to.
+
+    torchrun keeps its store when it starts ranks again, and they would look for each other at the
+    addresses that dead ones left there. So each process brings a word of its own; rank 0 reads out
+    the words it finds, until every rank has heard its own.
+    """
+    store = dist.PrefixStore("segkit", store)
+    store.set_timeout(timedelta(minutes=timeout))
+    word, heard = uuid4().hex, set[str]()
+    store.set(f"rank {rank}", word)
+    deadline = time.monotonic() + 60 * timeout
+    while time.monotonic() < deadline:
+        if rank == 0:
+            words = [store.get(f"rank {one}").decode() for one in range(world_size)]
+            store.set("words", " ".join(words))
+        words = store.get("words").decode().split()
+        meeting = hashlib.sha256(" ".join(words).encode()).hexdigest()
+        if len(words) == world_size and words[rank] == word and meeting not in heard:
+            heard.add(meeting)
+            store.add(meeting, 1)
+        if meeting in heard and store.add(meeting, 0) == world_size:
+            return dist.PrefixStore(meeting, store)
+        time.sleep(0.01)
+    raise SegkitError(f"not all {world_size} ranks met within {timeout:g} minutes (train.timeout)")
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum ``x`` over the ranks, in place and without a gradient."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def maximum(x: Tensor) -> Tensor:
+    """Largest ``x`` of the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's ``value`` (a picklable object of our own making) on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's ``value`` (a picklable object of our own making) on rank 0, elsewhere none."""
+    if world_size() == 1:
+        return [value]
+    boxes = [None] * world_size() if is_main() else None
+    dist.gather_object(value, boxes, dst=0)
+    return boxes or []
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers: without synchronization each has its own statistics."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class _SumForGlobalLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * world_size()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of ``x`` over the ranks, for losses that are functions of sums over the global batch.
+
+    Every rank then holds the same loss value, and its gradient with respect to its own pixels,
+    times the world size: DistributedDataParallel's mean of gradients is then exactly the gradient
+    of the global batch's loss.
+    """
+    return _SumForGlobalLoss.apply(x) if world_size() > 1 else x
+
+
+class NormalizeOverRanks(torch.autograd.Function):
+    """BatchNorm's forward and backward over all ranks, by PyTorch's own fused kernels.
+
+    Given statistics, those kernels yield the normalized input, and in the backward pass the sums
+    over this rank and the part of the gradient that does not flow through the statistics; the rest
+    is one exchange of two sums a channel and one affine pass. It saves what PyTorch's own
+    ``SyncBatchNorm`` saves, in the same order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        parts = x.new_zeros(world_size(), 3, x.shape[1])
+        parts[rank()] = torch.stack([torch.full_like(mean, x.numel() / len(mean)), mean, variance])
+        counts, means, variances = all_reduce(parts).unbind(1)
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total
+        variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), total)
+        ctx.mark_non_differentiable(mean, variance, total)
+        y = nn.functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+        return y, mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+        x, weight, mean, rstd, total = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, rstd**-2, None, None, False, 0.0, [True, True, True]
+        )
+        dweights, dbiases = all_reduce(torch.stack([dweight, dbias]))
+        slope = -weight * rstd**2 * dweights / total
+        shift = -weight * rstd * dbiases / total - slope * mean
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        dx += torch.addcmul(shift.view(shape), x, slope.view(shape))
+        return dx, dweight, dbias, None
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the batches of all ranks, where ``nn.SyncBatchNorm`` refuses (on the CPU).
+
+    Ranks exchange each channel's count, mean and sum of squared deviations once a forward, and
+    combine them as Chan et al. 1979 do, which loses no precision to cancellation.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        x = input if input.dtype == torch.float64 else input.float()
+        weight = x.new_ones(self.num_features) if self.weight is None else self.weight
+        bias = x.new_zeros(self.num_features) if self.bias is None else self.bias
+        y, mean, variance, total = NormalizeOverRanks.apply(x, weight, bias, self.eps)
+        if self.track_running_stats:
+            self._track(mean, variance * total / (total - 1).clamp_min(1))
+        return y.to(input.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
+
+
+def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Give ``model``, in place, BatchNorm over all ranks; one rank needs no change.
+
+    State-dict keys stay as they are. On CUDA these are PyTorch's own ``nn.SyncBatchNorm``.
+    """
+    if world_size() == 1:
+        return
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, but for a model that is one
+        return
+    for name, child in model.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            new = SyncBatchNorm(
+                child.num_features,
+                child.eps,
+                child.momentum,
+                child.affine,
+                child.track_running_stats,
+            )
+            for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(new, key, getattr(child, key))
+            setattr(model, name, new.train(child.training))
+        else:
+            convert_sync_batch_norm(child, device)
+
+
+class Progress:
+    """How far a loop is, told on rank 0: a bar on a terminal, elsewhere a line now and then.
+
+    A line follows each part of the loop, and each minute within a long one. A command that was
+    told to be quiet shows neither.
+
+    Args:
+        iterable: What is looped over; ``None`` where :meth:`update` is called.
+        description: Of the loop.
+        total: Items of the whole loop; default the length of ``iterable``, if it has one.
+        initial: Items that an earlier start has done.
+        unit: An item, in the singular.
+        parts: Equal parts of the loop that are followed by a line.
+        delay: Seconds without lines at the beginning: a short loop needs none.
+        clock: Gives the time in seconds.
+    """
+
+    def __init__(
+        self,
+        iterable: Iterable | None,
+        description: str,
+        *,
+        total: int | None = None,
+        initial: int = 0,
+        unit: str = "item",
+        parts: int = 10,
+        delay: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._iterable, self._description, self._unit = iterable, description, unit
+        self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+        self._initial, self._parts = initial, parts
+        self._delay, self._clock = delay, clock
+        self._done = initial
+        self._start = self._told = clock()
+        self._bar: tqdm | None = None
+        self._hidden = logging.getLogger("segkit").level > logging.INFO or not is_main()
+        if not self._hidden and sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=description, total=self._total, initial=initial, unit=unit, delay=2,
+                dynamic_ncols=True, leave=False,
+            )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Any]:
+        assert self._iterable is not None
+        try:
+            for item in self._iterable:
+                yield item
+                self.update()
+        finally:
+            self.close()
+
+    def update(self, count: int = 1, note: Callable[[], str] | None = None) -> None:
+        """Count items as done.
+
+        Args:
+            count: How many.
+            note: What a bar or a line ends with; called only when one is shown.
+        """
+        before, self._done = self._done, self._done + count
+        if self._hidden:
+            return
+        if self._bar is not None:
+            if self._bar.update(count) and note:
+                self._bar.set_postfix_str(note(), refresh=False)
+            return
+        now = self._clock()
+        ends_part = self._total and self._part(before) < self._part(self._done)
+        if now - self._start >= self._delay and (ends_part or now - self._told >= 60):
+            self._told = now
+            print(self._line(now - self._start, note), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _part(self, done: int) -> int:
+        return self._parts * done // (self._total or 1)
+
+    def _line(self, seconds: float, note: Callable[[], str] | None) -> str:
+        rate = (self._done - self._initial) / max(seconds, 1e-9)
+        of = f" of {self._total:,}" if self._total else ""
+        fields = [f"{self._description}: {self._done:,}{of} {self._unit}s"]
+        fields.append(f"{rate:{'.1f' if rate >= 10 else '.2g'}} {self._unit}s/s")
+        if self._total:
+            left = timedelta(seconds=round((self._total - self._done) / rate))
+            fields.append(
+                f"{left} left" if left else f"done in {timedelta(seconds=round(seconds))}"
+            )
+        return ", ".join([*fields, note()] if note else fields)

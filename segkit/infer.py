@@ -1,0 +1,364 @@
+"""Predict: checkpoints → soup → views → vote → masks, overlays, a submission, and scores.
+
+python infer.py
+python infer.py --soup --tta
+python infer.py --run-dir a --run-dir b --vote hard --images photographs/
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segkit.commands import console
+from segkit.core import checkpoint, distributed
+from segkit.core.config import Config
+from segkit.core.errors import ConfigError, DataError, SegkitError
+from segkit.core.files import write_json
+from segkit.core.labels import IGNORE
+from segkit.core.run import Run
+from segkit.data import open_source
+from segkit.data.loader import digests
+from segkit.data.photos import PhotoSource
+from segkit.data.source import Source, background_of, positions
+from segkit.inference.candidates import (
+    SOUPS,
+    VOTES,
+    Candidate,
+    Combiner,
+    Images,
+    load_state,
+    resolve,
+    share,
+)
+from segkit.inference.origin import claim
+from segkit.inference.outputs import PALETTES
+from segkit.inference.pseudo import Confidence, confident, pseudo_file
+from segkit.inference.results import Results
+from segkit.inference.tta import parse_views
+from segkit.report import write_run_page
+from segkit.training.metrics import FEW_IMAGES
+
+SCORES = "scores.json"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Predict as the command line asks."""
+    args = parse_arguments(argv)
+    runs = [Run.open(name) for name in args.run_dir or [None]]
+    cfg = resolve(runs[0], args.set)
+    views = parse_views(args.tta or cfg.infer.tta) if args.tta is not None else ()
+    say = console.voice(quiet=args.quiet, verbose=args.verbose)
+    if args.weigh_views and cfg.infer.merge != "mean":
+        raise ConfigError("infer.merge: --weigh-views weighs the mean of probabilities; use 'mean'")
+    left_out: list[str] = []
+    lost = console.end_without_peer
+    with (
+        distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device,
+        console.memory_advice(console.MEMORY_TO_PREDICT),
+    ):
+        photos = open_photos(args, cfg)
+        out, soups = claim_folders(args, runs[0], photos.source)
+        votes = VOTES if args.compare else (args.vote,)
+        combiner = Combiner(
+            runs, soups, device, overrides=args.set, votes=votes, allow_leak=args.allow_leak
+        )
+        final = combiner.candidate(
+            kind=args.soup, views=views, weighed=args.weigh_views, vote=args.vote
+        )
+
+        # ---- the result, and what it and its rivals are worth where labels can tell
+        results, photos = write_results(combiner, final, photos, out)
+        if args.pseudo:
+            write_pseudo(args, combiner, final, photos)
+        truth = open_truth(args, cfg, photos)
+        if truth is not None:
+            combiner.score(final, truth, results.mask)
+        columns = [one for one in (combiner.selection(runs), truth) if one is not None]
+        rivals = []
+        if columns and (args.compare or (truth is not None and not args.brief)):
+            kinds = (
+                SOUPS
+                if args.compare
+                else dict.fromkeys(["uniform", "greedy", args.soup or "greedy"])
+            )
+            rivals = combiner.rivals(final, kinds, everything=args.compare)
+        rows = [combiner.row(one, final, columns) for one in [*rivals, final] if columns]
+        if distributed.is_main():
+            write_json(out / SCORES, rows)
+            if out.resolve() == (runs[0].folder / "infer").resolve():
+                write_run_page(runs[0])  # results elsewhere change nothing on the run's page
+            if rows:
+                say(table(rows, columns))
+            say(f"written: {out}")
+            left_out += [fault.sentence for fault in photos.source.faults]
+            left_out += (photos.left_out or {}).values()
+            for sentence in left_out:
+                print(f"left out: {sentence}", file=sys.stderr)
+    if args.images and left_out:  # after the session: rank 0 alone says so, others have ended well
+        count = len(left_out) + len(photos.indices)
+        raise DataError(f"{len(left_out)} of {count} images cannot be read and have no results")
+
+
+def open_photos(args: argparse.Namespace, cfg: Config) -> Images:
+    """What to predict."""
+    if args.images:
+        source: Source = PhotoSource(paths=tuple(args.images))
+    elif cfg.data.test is not None:
+        source = open_source(cfg, "test")
+    else:
+        raise ConfigError("data.test: is missing, so there is nothing to predict; add --images")
+    # Of the test set every image needs a result; photographs may be of any kind.
+    return Images("test", source, list(range(len(source))), left_out={} if args.images else None)
+
+
+def claim_folders(args: argparse.Namespace, run: Run, source: Source) -> tuple[Path, Path]:
+    """Return the folders of results and of soups; these and that of --pseudo are now segkit's."""
+    test = args.out or run.folder / "infer"
+    out = run.folder / "infer-images" if args.images and not args.out else test
+    if args.pseudo and args.pseudo.resolve() in (out.resolve(), test.resolve()):
+        raise SegkitError(f"--pseudo {args.pseudo}: is the folder of the results; name another")
+    if distributed.is_main():
+        folders = dict.fromkeys([test, out, *([args.pseudo] if args.pseudo else [])])
+        claim(folders, reads=[source.path(index) for index in range(len(source))])
+    distributed.barrier()
+    return out, test
+
+
+def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images | None:
+    """The labels of what was predicted, if they are known."""
+    if args.images or (cfg.data.test_labels is None and not photos.source.labelled):
+        return None
+    source = open_source(cfg, "test_labels") if cfg.data.test_labels else photos.source
+    return Images("test", source, positions(source, photos.source.names))
+
+
+def write_results(
+    combiner: Combiner, candidate: Candidate, photos: Images, out: Path
+) -> tuple[Results, Images]:
+    """Predict and write the images that are not there yet, every rank its share.
+
+    Returns:
+        The results, and the images without those that could not be read.
+    """
+    run = combiner.runs[0]
+    infer = combiner.config(run).infer
+    classes = load_state(candidate.paths[0])["classes"]
+    category_ids = run.category_ids()
+    results = Results(
+        out,
+        photos.source,
+        classes=classes,
+        outputs=infer.outputs,
+        background=background_of(classes, category_ids),
+        colors=PALETTES[infer.palette],
+    )
+    origin = combiner.origin(candidate)
+    missing = replace(photos, indices=results.start(origin, others=[SCORES]))
+    soft = "soft" in infer.outputs
+    found = (combiner.probabilities if soft else combiner.masks)(candidate, missing)
+    total = len(share(missing))
+    for index, one, _ in distributed.Progress(found, "predict", total=total, unit="image", delay=0):
+        mask = one.max(0).indices.to(torch.uint8) if soft else one
+        results.write(index, mask, one if soft else None)
+    if photos.left_out is not None:
+        parts = distributed.gather(photos.left_out)
+        left_out = distributed.broadcast(
+            {key: text for part in parts for key, text in part.items()}
+        )
+        photos.left_out.update(left_out)
+        sound = [index for index in photos.indices if index not in left_out]
+        if not sound:
+            raise DataError(f"{next(iter(left_out.values()))}; none of the images can be read")
+        photos = replace(photos, indices=sound)
+    distributed.barrier()
+    if distributed.is_main():
+        results.finish(photos.indices, category_ids=category_ids)
+    return results, photos
+
+
+def write_pseudo(
+    args: argparse.Namespace, combiner: Combiner, candidate: Candidate, photos: Images
+) -> None:
+    """Write what the candidate is sure of as labels to train on, and links to the images."""
+    folder, source = args.pseudo, photos.source
+    states = [load_state(path, "trained_on") for path in candidate.paths]
+    classes = states[0]["classes"]
+    known = combiner.labelled()
+    marks = zip(photos.indices, digests(source, photos.indices), strict=True)
+    images = replace(photos, indices=[index for index, mark in marks if mark not in known])
+    thresholds = find_thresholds(args, combiner, candidate, images)
+    info = {
+        "round": 1 + max(state.get("pseudo_round") or 0 for state in states),
+        "candidate": candidate.name,
+        "models": [combiner.digest(path) for path in candidate.paths],
+        "thresholds": thresholds,
+        "trained_on": sorted({one for state in states for one in state["trained_on"]}),
+    }
+    labels = Results(folder, source, indices=images.indices, classes=classes, outputs=())
+    links = {index: f"images/{source.names[index]}" for index in images.indices}
+    missing = labels.start(
+        {**combiner.origin(candidate), **info}, others=["pseudo.json", *links.values()]
+    )
+    for index, scored, _ in combiner.probabilities(candidate, replace(images, indices=missing)):
+        labels.write(index, confident(scored, thresholds))
+    distributed.barrier()
+    if not distributed.is_main():
+        return
+    kept = 0
+    with pseudo_file(folder / "pseudo.json", classes=classes, info=info) as add:
+        for index in images.indices:
+            name = source.names[index]
+            mask = labels.mask(name)
+            if (mask != IGNORE).any():
+                checkpoint.link(source.path(index), folder / links[index])
+                add(name, mask)
+                kept += 1
+    left = len(photos.indices) - len(images.indices)
+    spec = {
+        "name": "coco",
+        "annotations": str(folder / "pseudo.json"),
+        "images": str(folder / "images"),
+        "background": classes[0],
+    }
+    print(
+        f"pseudo labels of {kept} images ({left} are labelled already): {folder}\n"
+        f"train on them too with: --set 'data.pseudo={json.dumps(spec)}'"
+    )
+
+
+def find_thresholds(
+    args: argparse.Namespace, combiner: Combiner, candidate: Candidate, images: Images
+) -> list[float]:
+    """The probability from which each class is believed."""
+    classes = len(load_state(candidate.paths[0])["classes"])
+    given = args.quantile or args.confidence
+    if len(given) not in (1, classes):
+        raise SegkitError(
+            f"{len(given)} thresholds were given for {classes} classes; give one, or one each"
+        )
+    each = given * classes if len(given) == 1 else given
+    if not args.quantile:
+        return each
+    count = Confidence(classes)
+    for _, scored, _ in combiner.probabilities(candidate, images):
+        count.add(scored)
+    count.counts = distributed.all_reduce(count.counts.to(combiner.device)).cpu()
+    return count.thresholds(each)
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[Images]) -> str:
+    """The candidates' mean IoU with 95 % intervals, in 80 columns.
+
+    A sign says whether a line is better or worse than the last one on the same images, or whether
+    these are too few to tell (a paired bootstrap: what makes a set easy falls on both).
+    """
+    titles = [f"{one.title} ({len(one.indices)} images)  " for one in columns]
+    lines = ["mean IoU".ljust(28) + "".join(title.rjust(26) for title in titles)]
+    for row in rows:
+        cells = []
+        for one in columns:
+            found = row[one.title]
+            low, high = found["interval"]
+            cells.append(f"{found['miou']:.3f} [{low:.3f}, {high:.3f}] {_sign(found)}".rjust(26))
+        lines.append(_fit(row["name"], 28).ljust(28) + "".join(cells))
+    notes = ["> better, < worse, = not told apart from the last line (paired bootstrap, 95 %)"]
+    for one in columns:
+        if len(one.indices) < FEW_IMAGES:
+            notes.append(f"few {one.title} images ({len(one.indices)}): its intervals are rough")
+        if trained := max(row[one.title]["trained_on"] for row in rows):
+            notes.append(f"up to {trained} of the {one.title} images were trained on")
+    width = len(lines[0].rstrip())
+    return "\n".join(
+        [*lines[:-1], "-" * width, console.bold(lines[-1]), *(notes if rows[1:] else notes[1:])]
+    )
+
+
+def _fit(name: str, width: int) -> str:
+    """A long name without its middle: its run is told by the start, what was done by the end."""
+    return name if len(name) <= width else f"{name[: width - 19]}…{name[-18:]}"
+
+
+def _sign(found: dict[str, Any]) -> str:
+    if "final_minus_this" not in found:
+        return " "
+    low, high = found["final_minus_this"]["interval"]
+    return "<" if low > 0 else ">" if high < 0 else "="
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="segkit infer", description="Predict with trained runs.")
+    parser.add_argument(
+        "--run-dir", action="append", metavar="DIR", help="a run; several vote; default the newest"
+    )
+    parser.add_argument(
+        "--soup", nargs="?", const="greedy", choices=SOUPS,
+        help="mix each run's folds into one model; default greedy",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tta", nargs="*", metavar="VIEW", help="show views; default those of infer.tta"
+    )
+    parser.add_argument(
+        "--weigh-views", action="store_true",
+        help="weigh each view by what it is worth on the selection set",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vote", default="soft", choices=VOTES, help="how several models decide; default soft"
+    )
+    parser.add_argument(
+        "--images", nargs="+", metavar="PATH", help="photographs or folders, not the test set"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder of the results, new or of an earlier infer.py, whose results give way to "
+        "others; default infer in the run, and infer-images for --images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pseudo",
+        type=Path,
+        metavar="DIR",
+        help="write sure predictions as labels to train on",
+    )
+    sure = parser.add_mutually_exclusive_group()
+    sure.add_argument(
+        "--confidence", nargs="+", type=fraction, default=[0.9], metavar="P",
+        help="least probability of a pseudo label, one or one a class; default 0.9",
+    )  # fmt: skip
+    sure.add_argument(
+        "--quantile", nargs="+", type=fraction, metavar="Q",
+        help="the share of each class's pixels that is too unsure, in place of --confidence",
+    )  # fmt: skip
+    compare = parser.add_mutually_exclusive_group()
+    compare.add_argument(
+        "--compare", action="store_true",
+        help="score every fold, soup and vote, with views and without; where the test labels are "
+        "known, the most telling of them are scored by default",
+    )  # fmt: skip
+    compare.add_argument("--brief", action="store_true", help="score the result only")
+    parser.add_argument(
+        "--allow-leak", action="store_true", help="choose by images that were trained on"
+    )
+    console.add_run_options(parser)
+    return parser.parse_args(argv)
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1 on the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, not {text}")
+    return value
+
+
+if __name__ == "__main__":
+    console.run(main)

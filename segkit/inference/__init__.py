@@ -1,0 +1,1 @@
+"""From checkpoints to masks: soups, views, votes, and files of results."""

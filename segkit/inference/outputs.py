@@ -1,0 +1,370 @@
+"""Results as files: index PNGs, overlays, soft maps, the contest's CSV, COCO results.
+
+A file appears whole or not at all: it is written beside its place and renamed when it is complete.
+Writers of many images take one at a time and keep none.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TextIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from segkit.core.errors import DataError
+from segkit.core.files import regular, replacing
+from segkit.core.labels import IGNORE
+from segkit.data.files import inside
+
+Color = tuple[int, int, int]
+Add = Callable[[str, Tensor], None]
+
+SUBMISSION_HEADER = ("image_id", "PredictionString")
+
+
+def _colors(text: str) -> tuple[Color, ...]:
+    return tuple((c[0], c[1], c[2]) for c in map(bytes.fromhex, text.split()))
+
+
+CONTEST = _colors("000000 c00080 0080c0 008040 800000 400080 4000c0 c08040 c0c080 404080 8000c0")
+"""The contest's colors of its 11 classes."""
+
+SAFE = _colors(
+    "000000 e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 0000ff bfffaa 000080 801500 6a6aff "
+    "bfffff 6a2a55 400055 55bf6a 1515bf 552a2a 95d4aa d4ff80 6a95ff 955540 004095 80d4ea d46a40 "
+    "6a40ff 6a4080 4040bf 6a5555 aa4000 955580 aad46a bfffd4 556ad4 ea9540 40152a 401500 eaff15 "
+    "55d4bf 15bf80"
+)
+"""Black and 40 colors that stay apart in deuteranopia and protanopia.
+
+Okabe and Ito's (https://jfly.uni-koeln.de/color/), then always the color farthest from all before
+it, in CIELAB and in the worst of three eyes: normal, and those two as Machado et al. 2009 simulate
+them (https://doi.org/10.1109/TVCG.2009.113). With many classes, outlines tell more than colors.
+"""
+
+PALETTES = {"contest": CONTEST, "safe": SAFE}
+IGNORED: Color = (224, 224, 224)
+_GAP = 4  # pixels between the panels of a sheet
+
+
+def color_table(colors: Sequence[Color]) -> np.ndarray:
+    """uint8 (256, 3): each mask value's color. Colors repeat where there are more classes."""
+    table = np.array([colors[value % len(colors)] for value in range(256)], np.uint8)
+    table[IGNORE] = IGNORED
+    return table
+
+
+def result_names(names: Sequence[str]) -> list[str]:
+    """Return the name of each image's results, to which every kind of result adds its suffix.
+
+    It is the image's file name without its suffix where no other image's is the same, letter case
+    aside, and else the whole file name: ``a`` for ``a.jpg`` alone, ``a.jpg`` and ``a.png`` for the
+    two. Of whole names that differ in letter case only, the later ones get a number: ``A.jpg-2``.
+    """
+    chosen = [str(PurePosixPath(name).with_suffix("")) for name in names]
+    while True:
+        count = Counter(map(str.casefold, chosen))
+        # A whole name may equal another's name without suffix, so that becomes whole in turn.
+        clashing = [i for i, n in enumerate(chosen) if count[n.casefold()] > 1 and n != names[i]]
+        if not clashing:
+            break
+        for i in clashing:
+            chosen[i] = names[i]
+    taken: set[str] = set()
+    for i, name in enumerate(chosen):
+        number = 1
+        while chosen[i].casefold() in taken or (number > 1 and chosen[i].casefold() in count):
+            number += 1
+            chosen[i] = f"{name}-{number}"
+        taken.add(chosen[i].casefold())
+    return chosen
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[TextIO]:
+    with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        yield file
+
+
+def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color] = SAFE) -> Path:
+    """Write a mask as an index PNG with a palette.
+
+    Args:
+        folder: Where the masks go.
+        name: Of the image's results; see :func:`result_names`. The mask's ends in ``.png``.
+        mask: Integers of 0 to 255.
+        colors: Of the classes.
+
+    Shape:
+        mask: (H, W)
+
+    Raises:
+        DataError: The name leads out of the folder.
+    """
+    path = inside(folder, f"{name}.png")
+    image = Image.fromarray(_pixels(mask))
+    image.putpalette(color_table(colors).tobytes())  # makes it a palette image
+    with replacing(path) as draft:
+        image.save(draft, format="PNG")
+    return path
+
+
+def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
+    """Write an image's probabilities in half precision, a plane a class, as NumPy's ``.npy``.
+
+    ``numpy.load(path, mmap_mode="r")`` reads no more of it than is looked at.
+
+    Args:
+        folder: Where the maps go.
+        name: Of the image's results; see :func:`result_names`. The map's ends in ``.npy``.
+        probabilities: Of every class.
+
+    Shape:
+        probabilities: (C, H, W)
+
+    Raises:
+        DataError: The name leads out of the folder.
+    """
+    path = inside(folder, f"{name}.npy")
+    with replacing(path) as draft:
+        planes = np.lib.format.open_memmap(draft, "w+", np.float16, tuple(probabilities.shape))
+        for plane, one in zip(planes, probabilities, strict=True):
+            plane[:] = one.cpu().numpy()
+        planes.flush()
+    return path
+
+
+def overlay(
+    image: Tensor,
+    mask: Tensor,
+    *,
+    classes: Sequence[str],
+    colors: Sequence[Color] = SAFE,
+    opacity: float = 0.5,
+    background: int | None = 0,
+    legend: bool = True,
+) -> Image.Image:
+    """A photograph under its classes' colors, with outlines and a legend of what is there.
+
+    Args:
+        image: The photograph, RGB.
+        mask: Class indices; ignored pixels stay as they are.
+        classes: Names, for the legend, which a Latin font writes.
+        colors: Of the classes.
+        opacity: Of the colors: 0 shows the photograph alone. Outlines are opaque.
+        background: The class whose pixels stay as they are, if there is one.
+        legend: Add a strip below, of the classes found and their share of the pixels.
+
+    Shape:
+        image: uint8 (3, H, W)
+        mask: (H, W)
+    """
+    pixels, values = image.permute(1, 2, 0).cpu().numpy(), _pixels(mask)
+    if pixels.shape[:2] != values.shape:
+        raise ValueError(f"the image is {pixels.shape[:2]} and its mask {values.shape}")
+    table, edges = color_table(colors), outlines(values)
+    blended = np.empty(pixels.shape, np.uint8)
+    for top in range(0, len(values), 256):  # rows at a time: in floats a large image is very large
+        rows = slice(top, top + 256)
+        band, shown = values[rows], pixels[rows].astype(np.float32)
+        share = np.where(edges[rows], np.float32(1), np.float32(opacity))
+        share[(band == IGNORE) | (band == (-1 if background is None else background))] = 0
+        blended[rows] = (shown + (table[band] - shown) * share[..., None]).round()
+    result = Image.fromarray(blended)
+    return _with_legend(result, values, classes, colors) if legend else result
+
+
+ERROR: Color = (255, 45, 85)
+
+
+def sheet(
+    image: Tensor,
+    mask: Tensor,
+    truth: Tensor | None = None,
+    *,
+    colors: Sequence[Color] = SAFE,
+    background: int | None = 0,
+) -> Image.Image:
+    """A photograph and its masks side by side: photograph, truth, prediction, errors.
+
+    Args:
+        image: The photograph, RGB.
+        mask: The predicted class indices.
+        truth: The true ones; without them there are two panels, photograph and prediction.
+        colors: Of the classes.
+        background: The class whose pixels stay as they are, if there is one.
+
+    Shape:
+        image: uint8 (3, H, W)
+        mask, truth: (H, W)
+    """
+    masks = [mask] if truth is None else [truth, mask]
+    panels = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy())]
+    for one in masks:
+        panels.append(
+            overlay(image, one, classes=(), colors=colors, background=background, legend=False)
+        )
+    if truth is not None:
+        wrong = (mask.cpu() != truth.cpu()) & (truth.cpu() != IGNORE)
+        panels.append(
+            overlay(image, wrong.to(torch.uint8), classes=(), colors=(ERROR, ERROR), legend=False)
+        )
+    width, height = panels[0].size
+    result = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height), "white")
+    for place, panel in enumerate(panels):
+        result.paste(panel, (place * (width + _GAP), 0))
+    return result
+
+
+def outlines(values: np.ndarray) -> np.ndarray:
+    """Pixels that have another class above, below, left or right of them."""
+    edges = np.zeros(values.shape, bool)
+    down, across = values[1:] != values[:-1], values[:, 1:] != values[:, :-1]
+    edges[1:] |= down
+    edges[:-1] |= down
+    edges[:, 1:] |= across
+    edges[:, :-1] |= across
+    return edges
+
+
+def _with_legend(
+    image: Image.Image, values: np.ndarray, classes: Sequence[str], colors: Sequence[Color]
+) -> Image.Image:
+    counts = np.bincount(values.ravel(), minlength=256)
+    found = [c for c in np.argsort(-counts, kind="stable") if counts[c] and c < len(classes)]
+    font, row = ImageFont.load_default(12), 16
+    result = Image.new("RGB", (max(image.width, 160), image.height + row * len(found)), "white")
+    result.paste(image)
+    draw = ImageDraw.Draw(result)
+    for place, c in enumerate(found):
+        top = image.height + row * place
+        draw.rectangle((3, top + 3, 13, top + 13), fill=colors[c % len(colors)], outline="black")
+        text = f"{classes[c]} {100 * counts[c] / values.size:.1f} %"
+        draw.text((18, top + 1), text, fill="black", font=font)
+    return result
+
+
+def save_jpeg(image: Image.Image, folder: Path, name: str) -> None:
+    """Save a picture of an image's results; its file's name ends in ``.jpg``."""
+    with replacing(inside(folder, f"{name}.jpg")) as draft:
+        image.save(draft, format="JPEG", quality=90)
+
+
+@contextmanager
+def submission(path: Path, *, names: Sequence[str], size: int = 256) -> Iterator[Add]:
+    """Write the contest's CSV: ``image_id,PredictionString``, a line an image.
+
+    Each mask is sampled to ``size`` rows and columns: row i is the mask's row floor(i * H / size),
+    and columns likewise. Of 512 pixels that is every second one, ``mask[::2, ::2]``, as in the
+    contest's own code; a smaller mask is enlarged.
+
+    Args:
+        path: The CSV file.
+        names: File names of all images, in the test file's order.
+        size: Rows and columns of a prediction.
+
+    Yields:
+        A function of an image's file name and its mask, to be called in the order of ``names``.
+
+    Raises:
+        ValueError: An image comes out of order, or is missing at the end.
+    """
+    due = iter(names)
+    with _writing(path) as file:
+        write = csv.writer(file, lineterminator="\n").writerow
+
+        def add(name: str, mask: Tensor) -> None:
+            if name != (expected := next(due, None)):
+                raise ValueError(f"the submission's next image is {expected}, not {name}")
+            write((name, " ".join(map(str, _sampled(_pixels(mask), size).ravel().tolist()))))
+
+        write(SUBMISSION_HEADER)
+        yield add
+        if (missing := next(due, None)) is not None:
+            raise ValueError(f"the submission ends before {missing}")
+
+
+def read_submission(path: Path, *, size: int = 256) -> Iterator[tuple[str, Tensor]]:
+    """Each image's file name and its predicted classes: uint8 (size, size).
+
+    Raises:
+        DataError: The file is not a submission of masks of this size.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), 4 * size * size))
+    with regular(path).open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file)
+        if next(rows, None) != list(SUBMISSION_HEADER):
+            raise DataError(f"{path}: expected the header {','.join(SUBMISSION_HEADER)}")
+        for row in rows:
+            try:
+                name, values = row
+                mask = np.array(values.split(), np.int64).reshape(size, size)
+                if not (mask.min() >= 0 and mask.max() <= 255):
+                    raise ValueError
+            except (ValueError, OverflowError):
+                raise DataError(
+                    f"{path}, line {rows.line_num}: expected a file name and {size * size} classes"
+                ) from None
+            yield name, torch.from_numpy(mask.astype(np.uint8))
+
+
+@contextmanager
+def coco_results(
+    path: Path,
+    *,
+    image_ids: Mapping[str, int],
+    category_ids: Mapping[int, int] | None = None,
+    background: int | None = 0,
+) -> Iterator[Add]:
+    """Write COCO results: a list of compressed RLEs, one for each class in each image.
+
+    https://cocodataset.org/#format-results; each has the score 1, which COCO's tools ask for.
+
+    Args:
+        path: The JSON file.
+        image_ids: Id of each image's file name.
+        category_ids: Class index of each category id; default: the class index is the id.
+        background: The class that is left out, if there is one; ignored pixels always are.
+
+    Yields:
+        A function of an image's file name and its mask.
+    """
+    categories = {c: category for category, c in (category_ids or {}).items()}
+    separator = "[\n"
+    with _writing(path) as file:
+
+        def add(name: str, mask: Tensor) -> None:
+            nonlocal separator
+            values = np.asfortranarray(_pixels(mask))
+            for c in np.unique(values).tolist():
+                if c in (background, IGNORE):
+                    continue
+                encoded = coco_mask.encode((values == c).astype(np.uint8, order="F"))
+                result = {
+                    "image_id": image_ids[name],
+                    "category_id": categories[c] if categories else c,
+                    "segmentation": {**encoded, "counts": encoded["counts"].decode("ascii")},
+                    "score": 1.0,
+                }
+                file.write(separator + json.dumps(result))
+                separator = ",\n"
+
+        yield add
+        file.write("[]\n" if separator == "[\n" else "\n]\n")
+
+
+def _pixels(mask: Tensor) -> np.ndarray:
+    return mask.to("cpu", torch.uint8).contiguous().numpy()
+
+
+def _sampled(values: np.ndarray, size: int) -> np.ndarray:
+    height, width = values.shape
+    at = np.arange(size)
+    return values[np.ix_(at * height // size, at * width // size)]

@@ -1,0 +1,151 @@
+"""Pseudo labels: a model's confident predictions as training labels, the rest ignored."""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from segkit.core.errors import DataError
+from segkit.core.files import write_text
+from segkit.core.labels import IGNORE
+
+Add = Callable[[str, Tensor], None]
+
+
+class Confidence:
+    """How confident a model is in the classes it predicts, counted over any number of images.
+
+    Args:
+        num_classes: Planes of the probabilities.
+
+    Shape:
+        probabilities: (C, H, W)
+    """
+
+    # Equal steps of log2(1 - confidence), down to float32's last bit: fine where models crowd.
+    _STEPS, _BITS = 100, 24
+
+    def __init__(self, num_classes: int) -> None:
+        self.counts = torch.zeros(num_classes, self._STEPS * self._BITS + 1, dtype=torch.int64)
+
+    def add(self, probabilities: Tensor) -> None:
+        """Count the pixels of one image."""
+        num_classes, steps = self.counts.shape
+        confidence, classes = probabilities.max(0)
+        doubt = (1 - confidence).clamp_min(2.0**-self._BITS)
+        place = classes * steps + (-doubt.log2() * self._STEPS).long()
+        counts = torch.bincount(place.flatten(), minlength=num_classes * steps)
+        self.counts += counts.cpu().view(num_classes, steps)
+
+    def thresholds(self, quantile: float | Sequence[float]) -> list[float]:
+        """The confidence of each class that this share of its pixels falls below.
+
+        The same share of every class is kept, whatever its frequency, as in class-balanced
+        self-training (Zou et al. 2018, https://arxiv.org/abs/1810.07911).
+
+        Args:
+            quantile: 0 keeps every pixel and 1 the surest only; one number, or one a class.
+
+        Returns:
+            A number a class; 1 for a class that was never predicted.
+        """
+        shares = torch.as_tensor(quantile, dtype=torch.float64).expand(len(self.counts))
+        if not ((shares >= 0) & (shares <= 1)).all():
+            raise ValueError(f"a quantile is from 0 to 1, not {quantile}")
+        below = self.counts.cumsum(1) - self.counts
+        wanted = (self.counts.sum(1) * shares)[:, None]
+        # The highest occupied step that no more than the wanted share lies below.
+        allowed = (below <= wanted) & (self.counts > 0)
+        steps = torch.arange(self.counts.shape[1]).where(allowed, -1).amax(1).double()
+        edges = 1 - torch.exp2(-steps / self._STEPS)
+        return edges.where(steps >= 0, 1.0).tolist()
+
+
+def confident(probabilities: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """The likeliest class where its probability reaches that class's threshold; 255 elsewhere.
+
+    Args:
+        probabilities: Of one image.
+        thresholds: One a class.
+
+    Shape:
+        probabilities: (C, H, W)
+        returns: (H, W) uint8
+    """
+    confidence, classes = probabilities.max(0)
+    least = torch.tensor(thresholds, dtype=confidence.dtype, device=confidence.device)
+    return classes.to(torch.uint8).masked_fill(confidence < least[classes], IGNORE)
+
+
+@contextmanager
+def pseudo_file(
+    path: Path,
+    *,
+    classes: Sequence[str],
+    excluded: Collection[str] = (),
+    info: Mapping[str, Any] | None = None,
+) -> Iterator[Add]:
+    """Write masks as a COCO file, one RLE a class and image, the ignored part as a crowd region.
+
+    ``CocoSource(annotations=path, images=folder, background=classes[0])`` reads the same masks and
+    the same classes back: what no annotation covers is class 0.
+
+    Args:
+        path: The JSON file; it appears when the block ends without an error.
+        classes: Class names of the model.
+        excluded: Names of images that must not come in: those that choose models or thresholds.
+        info: Where the labels come from (the checkpoints, the round, the thresholds).
+
+    Yields:
+        A function of an image's file name and its mask, (H, W).
+
+    Raises:
+        DataError: An excluded image was added, an image was added twice, or nothing was labelled.
+    """
+    images: dict[str, dict[str, Any]] = {}
+    annotations: list[dict[str, Any]] = []
+
+    def add(name: str, mask: Tensor) -> None:
+        if name in excluded:
+            raise DataError(f"{name}: chooses models, so it may get no pseudo labels; leave it out")
+        if name in images:
+            raise DataError(f"{name}: was given pseudo labels twice; remove one of the two")
+        height, width = mask.shape
+        image_id = len(images) + 1
+        images[name] = {"id": image_id, "file_name": name, "height": height, "width": width}
+        for value in mask.unique().tolist():
+            if value == 0:
+                continue
+            region = mask == value
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": 1 if value == IGNORE else value,
+                    "iscrowd": int(value == IGNORE),
+                    "segmentation": _rle(region),
+                    "area": int(region.sum()),
+                }
+            )
+
+    yield add
+    if not annotations:
+        raise DataError(f"{path}: no pixel was labelled; lower the thresholds or add images")
+    content = {
+        "info": dict(info or {}),
+        "categories": [{"id": index, "name": name} for index, name in enumerate(classes) if index],
+        "images": list(images.values()),
+        "annotations": annotations,
+    }
+    write_text(path, json.dumps(content))
+
+
+def _rle(region: Tensor) -> dict[str, Any]:
+    encoded = coco_mask.encode(np.asfortranarray(region.cpu().numpy(), np.uint8))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}

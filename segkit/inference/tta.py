@@ -1,0 +1,277 @@
+"""Views: a photograph seen flipped, turned and scaled, and one prediction merged from them all."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segkit.core.errors import ConfigError, closest, quoted
+from segkit.core.labels import IGNORE
+
+Merge = Literal["mean", "logits", "geometric", "max"]
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to look at an image, and the way back for what a model says of it.
+
+    ``apply`` scales, mirrors left to right, turns by quarters, then turns by ``angle``; ``invert``
+    undoes that in reverse. Mirror and quarter turns, the eight symmetries of the square, only move
+    pixels. ``first * second`` is the view that does ``first``, then ``second``.
+
+    Args:
+        mirrored: Whether left and right change places.
+        quarter_turns: Counter-clockwise, 0 to 3.
+        scale: Factor on both sides; sizes are rounded, and ``invert`` returns to the exact size.
+        angle: Degrees counter-clockwise. The canvas grows so that no pixel is lost, and its corners
+            repeat the image as in a mirror.
+
+    Shape:
+        apply: (B, 3, H, W) -> (B, 3, h, w)
+        invert: (B, C, h, w) -> (B, C, H, W)
+    """
+
+    mirrored: bool = False
+    quarter_turns: int = 0
+    scale: float = 1.0
+    angle: float = 0.0
+
+    def apply(self, image: Tensor) -> Tensor:
+        """The image as this view sees it."""
+        scaled, _, canvas = self._sizes(_size(image))
+        # A smaller image averages the pixels it skips, as the training pipeline does.
+        image = _resize(image, scaled, antialias=self.scale < 1)
+        image = image.mT if self.quarter_turns % 2 else image
+        image = image.flip(self._flipped) if self._flipped else image
+        return _rotate(image, self.angle, canvas) if self.angle else image
+
+    def invert(self, scores: Tensor, size: Size) -> Tensor:
+        """Logits or probabilities of a viewed image, brought back to the image's (H, W)."""
+        _, turned, _ = self._sizes(size)
+        if self.angle:
+            scores = _rotate(scores, -self.angle, turned)
+        scores = scores.flip(self._flipped) if self._flipped else scores
+        scores = scores.mT if self.quarter_turns % 2 else scores
+        return _resize(scores, size)
+
+    @property
+    def _flipped(self) -> list[int]:
+        """Axes to flip after a transposition (of odd turns): one copy does the mirror and turns."""
+        turns = (self.quarter_turns - self.mirrored) % 4
+        return [-2] * (turns in (1, 2)) + [-1] * (turns in (2, 3))
+
+    def _sizes(self, size: Size) -> tuple[Size, Size, Size]:
+        """(h, w) after each step of ``apply``: scaled, turned by quarters, turned by the angle."""
+        h, w = (max(1, round(side * self.scale)) for side in size)
+        turned = (w, h) if self.quarter_turns % 2 else (h, w)
+        cos, sin = math.cos(math.radians(self.angle)), abs(math.sin(math.radians(self.angle)))
+        canvas = tuple(math.ceil(a * cos + b * sin) for a, b in (turned, turned[::-1]))
+        return (h, w), turned, (canvas[0], canvas[1])
+
+    def __mul__(self, then: "View") -> "View":
+        # A mirror that comes after a turn reverses its sense.
+        sense = -1 if then.mirrored else 1
+        return View(
+            mirrored=self.mirrored != then.mirrored,
+            quarter_turns=(sense * self.quarter_turns + then.quarter_turns) % 4,
+            scale=self.scale * then.scale,
+            angle=sense * self.angle + then.angle,
+        )
+
+    def __str__(self) -> str:
+        parts = [_SYMMETRY_NAMES[self.mirrored, self.quarter_turns]]
+        parts += [f"scale{self.scale:g}"] if self.scale != 1 else []
+        parts += [f"rotate{self.angle:g}"] if self.angle else []
+        return "*".join(parts[1:] if parts[0] == "identity" and parts[1:] else parts)
+
+
+SYMMETRIES = {
+    "identity": View(),
+    "hflip": View(mirrored=True),
+    "vflip": View(mirrored=True, quarter_turns=2),
+    "rot90": View(quarter_turns=1),
+    "rot180": View(quarter_turns=2),
+    "rot270": View(quarter_turns=3),
+    "transpose": View(mirrored=True, quarter_turns=1),
+    "antitranspose": View(mirrored=True, quarter_turns=3),
+}
+_SYMMETRY_NAMES = {(v.mirrored, v.quarter_turns): name for name, v in SYMMETRIES.items()}
+
+SETS = {
+    "flips": ("identity", "hflip", "vflip", "rot180"),
+    "square": tuple(SYMMETRIES),
+    "flip_rotate_scale": tuple(
+        f"{flip}*{turn}*scale{scale}"
+        for scale in (1, 0.75, 1.25, 1.5)
+        for turn in ("identity", "rot90")
+        for flip in ("identity", "hflip")
+    ),
+}
+"""Views by one name. ``flip_rotate_scale`` is the contest's: 16 of them."""
+
+
+def parse_views(spec: str | Sequence[str]) -> tuple[View, ...]:
+    """Views by their names: of one, of a set (``"flips"``), or products (``"hflip*scale1.5"``).
+
+    Args:
+        spec: Names, or one text with commas between them. A view that comes twice counts once.
+
+    Raises:
+        ConfigError: A name is unknown, or a scale or an angle is out of range.
+    """
+    names = spec.split(",") if isinstance(spec, str) else spec
+    products = [product for name in names for product in SETS.get(name.strip(), (name,))]
+    return tuple(dict.fromkeys(_parse_product(product) for product in products))
+
+
+def _parse_product(product: str) -> View:
+    view = View()
+    for name in product.split("*"):
+        view = view * _parse_factor(name.strip())
+    return view
+
+
+def _parse_factor(name: str) -> View:
+    if name in SYMMETRIES:
+        return SYMMETRIES[name]
+    if name in SETS:
+        raise ConfigError(
+            f"view {quoted(name)}: a set cannot be multiplied; name its views one by one"
+        )
+    number = re.fullmatch(r"(scale|rotate)(-?\d+(?:\.\d+)?)", name)
+    if number is None:
+        words = [*SYMMETRIES, *SETS, "scale1.5", "rotate5"]
+        raise ConfigError(f"unknown view {quoted(name)}{closest(name, words)}")
+    value = float(number[2])
+    if number[1] == "scale":
+        if not 0.05 <= value <= 20:
+            raise ConfigError(f"view {quoted(name)}: expected a scale from 0.05 to 20")
+        return View(scale=value)
+    if not -45 <= value <= 45:
+        raise ConfigError(
+            f"view {quoted(name)}: expected an angle from -45 to 45; multiply by rot90"
+        )
+    return View(angle=value)
+
+
+def merge_views(
+    logits_of: Callable[[Tensor], Tensor],
+    image: Tensor,
+    *,
+    views: Sequence[View] = (),
+    merge: Merge = "mean",
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """Probabilities from several views of an image, one view in memory at a time.
+
+    Args:
+        logits_of: Maps an image to logits of its size.
+        views: None means the image as it is.
+        merge: ``"mean"`` of the probabilities, ``"max"`` of them (scaled to sum to one), or the
+            probabilities of the mean ``"logits"``. ``"geometric"``, the mean of logarithms scaled
+            to sum to one, is the same thing as ``"logits"``: a softmax sees only differences.
+        weights: One for each view, in any unit; default equal.
+
+    Shape:
+        image: (B, 3, H, W) -> (B, C, H, W), float32
+
+    Raises:
+        ConfigError: The weights do not fit the views or the merge.
+    """
+    views = views or (View(),)
+    shares = _shares(weights, len(views), merge)
+    merged: Tensor | None = None
+    for view, share in zip(views, shares, strict=True):
+        part = view.invert(logits_of(view.apply(image)).float(), _size(image))
+        if merge in ("mean", "max"):
+            part = part.softmax(1)
+        if merge == "max":
+            merged = part if merged is None else torch.maximum(merged, part, out=merged)
+        else:
+            merged = part * share if merged is None else merged.add_(part, alpha=share)
+    assert merged is not None
+    if merge == "max":
+        return merged / merged.sum(1, keepdim=True)
+    return merged if merge == "mean" else merged.softmax(1)
+
+
+def true_class_samples(probabilities: Tensor, target: Tensor, *, samples: int = 1024) -> Tensor:
+    """The probability of the class that is there, at pixels spread evenly over an image.
+
+    Args:
+        probabilities: Of one image, as one view has them.
+        target: Class indices.
+        samples: As many from every image, so that all count alike; NaN each where no pixel counts.
+
+    Shape:
+        probabilities: (C, H, W)
+        target: (H, W)
+        returns: (samples,)
+    """
+    known = (target.flatten() != IGNORE).nonzero()[:, 0]
+    if not len(known):
+        return probabilities.new_full((samples,), math.nan)
+    chosen = known[torch.arange(samples, device=known.device) * len(known) // samples]
+    classes = target.flatten()[chosen].long().to(probabilities.device)
+    return probabilities.flatten(1)[classes, chosen.to(probabilities.device)]
+
+
+def fit_weights(probabilities: Tensor, *, steps: int = 100) -> list[float]:
+    """View weights under which the mean of probabilities makes the true classes likeliest.
+
+    Expectation maximization of a mixture's shares (Dempster et al. 1977): every step raises the
+    likelihood, which has one maximum. Fit on images that no model trained on.
+
+    Args:
+        probabilities: Of the true class, from ``true_class_samples`` of each view.
+        steps: More change little: the likelihood is flat near its maximum.
+
+    Shape:
+        probabilities: (views, N)
+    """
+    probabilities = probabilities.double().clamp_min(1e-12)
+    weights = torch.full_like(probabilities[:, :1], 1 / len(probabilities))
+    for _ in range(steps):
+        shares = weights * probabilities
+        weights = (shares / shares.sum(0)).mean(1, keepdim=True)
+    return weights[:, 0].tolist()
+
+
+def _shares(weights: Sequence[float] | None, count: int, merge: Merge) -> list[float]:
+    if weights is None:
+        return [1 / count] * count
+    if merge == "max":
+        raise ConfigError("merging views by max takes no view weights; leave them out")
+    if len(weights) != count:
+        raise ConfigError(f"{len(weights)} view weights were given for {count} views")
+    if min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        raise ConfigError(f"view weights must be positive or zero and not all zero, not {weights}")
+    return [weight / sum(weights) for weight in weights]
+
+
+def _size(image: Tensor) -> Size:
+    return image.shape[-2], image.shape[-1]
+
+
+def _resize(image: Tensor, size: Size, *, antialias: bool = False) -> Tensor:
+    if _size(image) == size:
+        return image
+    return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=antialias)
+
+
+def _rotate(image: Tensor, angle: float, canvas: Size) -> Tensor:
+    """The image turned counter-clockwise about its center, on a canvas of another size."""
+    (h, w), (rows, columns) = _size(image), canvas
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    # Where a canvas pixel comes from, both in units of half a side, from the center.
+    source = image.new_tensor(
+        [[cos * columns / w, -sin * rows / w, 0], [sin * columns / h, cos * rows / h, 0]]
+    ).expand(len(image), 2, 3)
+    grid = F.affine_grid(source, [len(image), 1, rows, columns], align_corners=False)
+    return F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)

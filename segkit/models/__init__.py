@@ -1,0 +1,1 @@
+"""Backbones, decoders, the network of both, and the weights to start from."""

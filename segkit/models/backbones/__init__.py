@@ -1,0 +1,15 @@
+"""Networks that turn an image into feature maps, by name."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from segkit.models.backbones import hrnet, seresnet, swin, torchvision, unet
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    **torchvision.BACKBONES,
+    **swin.BACKBONES,
+    **hrnet.BACKBONES,
+    **seresnet.BACKBONES,
+    **unet.BACKBONES,
+}

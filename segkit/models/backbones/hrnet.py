@@ -1,0 +1,202 @@
+"""HRNet V2: branches of several resolutions that exchange what they see."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from segkit.models.backbones.stages import refuse_dilation
+
+Upsampling = Literal["bilinear", "bilinear_by_factor", "nearest"]
+
+
+class HRNet(nn.Module):
+    """HRNet V2's four branches, with the names of the published weights.
+
+    Wang et al. 2019, https://arxiv.org/abs/1908.07919
+
+    Args:
+        width: Channels of the finest branch; each branch has twice as many as the one before.
+        upsampling: How a coarse branch reaches a finer one: ``nearest`` in the ImageNet
+            classifier, ``bilinear`` in the authors' segmentation code. ``bilinear_by_factor``, as
+            in mmsegmentation, resizes by 2, 4 or 8 and the result to the size of the finer branch,
+            which is another one where a side of the image is no multiple of 32.
+        align_corners: Of both bilinear kinds: true in the authors' OCRNet, false in mmsegmentation.
+        checkpointing: Drop the activations inside modules and recompute them in backward.
+
+    Shape:
+        image: (B, 3, H, W)
+        features[i]: (B, channels[i], H / strides[i], W / strides[i]), rounded up
+    """
+
+    strides = (4, 8, 16, 32)
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        upsampling: Upsampling = "bilinear",
+        align_corners: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels = tuple(width * 2**branch for branch in range(4))
+        self.upsampling = upsampling
+        self.align_corners = align_corners
+        self.checkpointing = checkpointing
+        self.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.conv2 = nn.Conv2d(64, 64, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        shortcut = nn.Sequential(nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256))
+        first = Bottleneck(64, 64, downsample=shortcut)
+        self.layer1 = nn.Sequential(first, *(Bottleneck(256, 64) for _ in range(3)))
+
+        def stage(modules: int, branches: int) -> nn.Sequential:
+            channels = self.channels[:branches]
+            return nn.Sequential(
+                *(Exchange(channels, upsampling, align_corners) for _ in range(modules))
+            )
+
+        finest = nn.Sequential(*_conv(256, width))
+        self.transition1 = nn.ModuleList([finest, nn.Sequential(_conv(256, 2 * width, stride=2))])
+        self.stage2 = stage(1, 2)
+        self.transition2 = self._new_branch(2)
+        self.stage3 = stage(4, 3)
+        self.transition3 = self._new_branch(3)
+        self.stage4 = stage(3, 4)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _new_branch(self, branches: int) -> nn.ModuleList:
+        """The branches there are, as they are, and one more from the coarsest of them."""
+        *_, coarsest, new = self.channels[: branches + 1]
+        same = [nn.Identity() for _ in range(branches)]
+        return nn.ModuleList([*same, nn.Sequential(_conv(coarsest, new, stride=2))])
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        x = self.relu(self.bn1(self.conv1(image)))
+        x = self.layer1(self.relu(self.bn2(self.conv2(x))))
+        branches = self._run(self.stage2, [move(x) for move in self.transition1])
+        branches = self._widen(self.transition2, branches)
+        branches = self._run(self.stage3, branches)
+        branches = self._widen(self.transition3, branches)
+        return self._run(self.stage4, branches)
+
+    def only_for(self, level: int) -> nn.Module:
+        """What no other feature map depends on."""
+        return self.get_submodule(f"stage4.2.fuse_layers.{level}")
+
+    def _widen(self, transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
+        return [*branches, transition[-1](branches[-1])]
+
+    def _run(self, stage: nn.Sequential, branches: list[Tensor]) -> list[Tensor]:
+        for module in stage:
+            if self.checkpointing and self.training:
+                branches = checkpoint(module, branches, use_reentrant=False)
+            else:
+                branches = module(branches)
+        return branches
+
+
+class Exchange(nn.Module):
+    """Four blocks on each branch, then every branch becomes the sum of all of them.
+
+    Args:
+        channels: Widths of the branches, fine to coarse.
+        upsampling: As of :class:`HRNet`.
+        align_corners: Of the bilinear kinds.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], upsampling: Upsampling, align_corners: bool
+    ) -> None:
+        super().__init__()
+        self.by_factor = upsampling == "bilinear_by_factor"
+        self.mode = "nearest" if upsampling == "nearest" else "bilinear"
+        self.align_corners = align_corners if self.mode == "bilinear" else None
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(BasicBlock(width, width) for _ in range(4))) for width in channels
+        )
+        self.fuse_layers = nn.ModuleList(
+            nn.ModuleList(_path(channels, source, target) for source in range(len(channels)))
+            for target in range(len(channels))
+        )
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, branches: list[Tensor]) -> list[Tensor]:
+        seen = [blocks(x) for blocks, x in zip(self.branches, branches, strict=True)]
+        fused = []
+        for target, paths in enumerate(self.fuse_layers):
+            total = seen[target]
+            for source, path in enumerate(paths.children()):
+                if source != target:
+                    factor = 2 ** (source - target) if self.by_factor and source > target else 1
+                    total = total + self._at(path(seen[source]), seen[target], factor)
+            fused.append(self.relu(total))
+        return fused
+
+    def _at(self, x: Tensor, like: Tensor, factor: int) -> Tensor:
+        """``x`` at the size of ``like``, resized by a factor before, unless that is 1."""
+        if factor > 1:
+            x = self._resize(x, [factor * side for side in x.shape[-2:]])
+        # Not compared in an export, which has all sizes; the other kinds never meet equal ones.
+        if not (torch.compiler.is_exporting() and factor > 1) and x.shape[-2:] == like.shape[-2:]:
+            return x
+        return self._resize(x, like.shape[-2:])
+
+    def _resize(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return F.interpolate(x, tuple(size), mode=self.mode, align_corners=self.align_corners)
+
+
+def _path(channels: Sequence[int], source: int, target: int) -> nn.Module:
+    """From one branch's width and resolution to another's; a finer resolution is left to do."""
+    inputs, outputs = channels[source], channels[target]
+    if source == target:
+        return nn.Identity()
+    if source > target:
+        return _conv(inputs, outputs, kernel=1)[:2]
+    steps = [_conv(inputs, inputs, stride=2) for _ in range(target - source - 1)]
+    return nn.Sequential(*steps, _conv(inputs, outputs, stride=2)[:2])
+
+
+def _conv(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+def hrnet(width: int) -> Callable[..., HRNet]:
+    """A published size of HRNet."""
+
+    def build(
+        *,
+        upsampling: Upsampling = "bilinear",
+        align_corners: bool = True,
+        checkpointing: bool = False,
+        output_stride: int = 32,
+    ) -> HRNet:
+        refuse_dilation("HRNet", output_stride)
+        return HRNet(
+            width=width,
+            upsampling=upsampling,
+            align_corners=align_corners,
+            checkpointing=checkpointing,
+        )
+
+    return build
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "hrnet_w18": hrnet(18),
+    "hrnet_w32": hrnet(32),
+    "hrnet_w48": hrnet(48),
+}

@@ -1,0 +1,388 @@
+"""Swin Transformers, first and second version, of any width and window."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import swin_transformer as reference
+
+from segkit.core.config import check_bounds
+from segkit.models.backbones.stages import refuse_dilation
+
+
+class Swin(nn.Module):
+    """A Swin Transformer's four stages, each with a LayerNorm of its own.
+
+    Liu et al. 2021, https://arxiv.org/abs/2103.14030 and 2022, https://arxiv.org/abs/2111.09883
+
+    Args:
+        width: Channels of the first stage; each stage has twice as many as the one before.
+        depths: Blocks of each stage.
+        heads: Attention heads of each stage.
+        version: The paper: 2 normalizes after attention, which compares by cosine.
+        window: Side of the attention windows, in patches of 4 pixels.
+        drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        checkpointing: Drop the activations inside blocks and recompute them in backward.
+
+    Shape:
+        image: (B, 3, H, W)
+        features[i]: (B, channels[i], H / strides[i], W / strides[i]), rounded up
+
+    Departs from torchvision's: pads the image to whole patches where that drops pixels.
+    """
+
+    strides = (4, 8, 16, 32)
+    fresh = ("norm0", "norm1", "norm2", "norm3")
+    """Parts that a classifier's weights do not have."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depths: Sequence[int],
+        heads: Sequence[int],
+        version: Literal[1, 2] = 1,
+        window: int = 7,
+        drop_path: float = 0.3,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        block, attention, merge = {
+            1: (reference.SwinTransformerBlock, WindowAttention, Merging),
+            2: (reference.SwinTransformerBlockV2, WindowAttentionV2, MergingV2),
+        }[version]
+        self.features = reference.SwinTransformer(
+            patch_size=[4, 4],
+            embed_dim=width,
+            depths=list(depths),
+            num_heads=list(heads),
+            window_size=[window, window],
+            stochastic_depth_prob=drop_path,
+            num_classes=1,
+            block=partial(block, attn_layer=attention),
+            downsample_layer=merge,
+        ).features
+        self.channels = tuple(width * 2**stage for stage in range(4))
+        self.checkpointing = checkpointing
+        for stage in self.features[1::2]:
+            mask = ShiftMask()
+            for swin_block in stage:
+                swin_block.attn.shift_mask = mask
+        for name, channels in zip(self.fresh, self.channels, strict=True):
+            self.add_module(name, nn.LayerNorm(channels))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        (_, below), (_, right) = (_whole(side, 4) for side in image.shape[-2:])
+        x = F.pad(image, (0, right, 0, below))
+        # features: the patches, then stages and mergings in turn
+        features = []
+        for i, name in enumerate(self.fresh):
+            x = self._run(self.features[2 * i + 1], self.features[2 * i](x))
+            normalized = self.get_submodule(name)(x)
+            features.append(normalized.permute(0, 3, 1, 2))
+        return features
+
+    def only_for(self, level: int) -> nn.Module:
+        """What no other feature map depends on."""
+        return self.get_submodule(self.fresh[level])
+
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if not (self.checkpointing and self.training):
+            return stage(x)
+        for block in stage.children():
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+class WindowAttention(reference.ShiftedWindowAttention):
+    """Self-attention within shifted windows, with torchvision's parameters and names.
+
+    Liu et al. 2021, https://arxiv.org/abs/2103.14030, section 3.2
+
+    Shape:
+        x: (B, h, w, C) -> (B, h, w, C); padded to whole windows inside
+    """
+
+    qkv: nn.Linear
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.shift_mask = ShiftMask()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return attention_of_any_size(self, x)
+        window = self.window_size[0]
+        height, width = x.shape[1:3]
+        (down, below), (across, right) = _whole(height, window), _whole(width, window)
+        x = F.pad(x, (0, 0, 0, right, 0, below))
+        # A side of a single window is not shifted.
+        up, left = (
+            min(shift, (windows - 1) * window)
+            for shift, windows in zip(self.shift_size, (down, across), strict=True)
+        )
+        mask = self.get_relative_position_bias()
+        if up or left:
+            x = x.roll((-up, -left), (1, 2))
+            mask = mask + self.shift_mask(down, across, window, (up, left), mask)
+        windows = window_partition(x, window)
+        attended = self.attend(self.qkv(windows), mask)
+        x = window_reverse(self.proj(attended), window, down, across)
+        if up or left:
+            x = x.roll((up, left), (1, 2))
+        return x[:, :height, :width]
+
+    def attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
+        """Attention of each patch to the patches of its window.
+
+        Shape:
+            qkv: (B, windows, N, 3 C)
+            mask: (1, heads, N, N), or (windows, heads, N, N)
+            result: (B, windows, N, C)
+        """
+        # Windows that share a mask are one batch; windows with masks of their own count as heads.
+        masks, heads, patches, _ = mask.shape
+        qkv = qkv.unflatten(3, (3, heads, -1))
+        batch, windows = qkv.shape[:2]
+        qkv = qkv.reshape(-1, masks, *qkv.shape[2:]).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
+        query, key, value = qkv
+        query, key, scale = self.comparable(query, key, masks)
+        attended = _attention(query, key, value, mask.flatten(0, 1)[None], scale)
+        attended = attended.unflatten(1, (masks, heads)).transpose(2, 3)
+        return attended.reshape(batch, windows, patches, -1)
+
+    def comparable(self, query: Tensor, key: Tensor, repeats: int) -> tuple[Tensor, Tensor, float]:
+        """Queries and keys as they are compared, and the factor of their products.
+
+        Args:
+            query: (..., repeats * heads, N, d)
+            key: Likewise.
+            repeats: How often all heads follow one another.
+        """
+        return query, key, query.shape[-1] ** -0.5
+
+
+class KeysWithoutBias(nn.Linear):
+    """Queries, keys and values by one product, the keys' part of the bias left out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.bias.chunk(3)
+        return F.linear(x, self.weight, torch.cat([query, torch.zeros_like(key), value]))
+
+
+class WindowAttentionV2(WindowAttention, reference.ShiftedWindowAttentionV2):
+    """The second version: queries and keys compared by cosine, keys without bias.
+
+    Liu et al. 2022, https://arxiv.org/abs/2111.09883, section 3.3
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        with torch.device("meta"):
+            self.qkv = KeysWithoutBias(weight.shape[1], weight.shape[0])
+        self.qkv.weight, self.qkv.bias = weight, bias
+
+    def comparable(self, query: Tensor, key: Tensor, repeats: int) -> tuple[Tensor, Tensor, float]:
+        factor = self.logit_scale.clamp(max=math.log(100.0)).exp().repeat(repeats, 1, 1)
+        return F.normalize(query, dim=-1) * factor, F.normalize(key, dim=-1), 1.0
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Return ``softmax(scale * query @ key.mT + mask) @ value``.
+
+    On the CPU by plain products, which are as fast in a forward pass and faster in bf16. Elsewhere
+    by PyTorch's fused attention: on an H200 a training step of Swin-L takes 1 / 1.19 of the time.
+
+    Shape:
+        query, key, value: (B, heads, N, d)
+        mask: (1, heads, N, N)
+    """
+    if query.device.type == "cpu":
+        scores = (query * scale) @ key.mT + mask
+        return scores.softmax(-1) @ value
+    mask = mask.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def window_partition(x: Tensor, window: int) -> Tensor:
+    """(B, h, w, C) -> (B, windows, window ** 2, C); h and w are multiples of ``window``."""
+    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def window_reverse(windows: Tensor, window: int, down: int, across: int) -> Tensor:
+    """(B, down * across, window ** 2, C) -> (B, down * window, across * window, C)."""
+    x = windows.unflatten(2, (window, window)).unflatten(1, (down, across))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+class ShiftMask:
+    """The mask that keeps apart what a shift has brought into one window; kept for the last size.
+
+    All blocks of a stage share one of these, so it is made once per stage and size.
+    """
+
+    def __init__(self) -> None:
+        self._made_for: tuple[Any, ...] | None = None
+        self._mask: Tensor | None = None
+
+    def __call__(
+        self, down: int, across: int, window: int, shift: tuple[int, int], like: Tensor
+    ) -> Tensor:
+        """(windows, 1, N, N) of 0 and -100, on the device and of the type of ``like``."""
+        if torch.compiler.is_compiling():
+            return shift_mask(down, across, window, shift, like)
+        asked = down, across, window, shift, like.device, like.dtype
+        if self._mask is None or self._made_for != asked:
+            with torch.inference_mode(False):  # else training could not use what inference made
+                self._mask = shift_mask(down, across, window, shift, like)
+            self._made_for = asked
+        return self._mask
+
+
+def shift_mask(down: int, across: int, window: int, shift: tuple[int, int], like: Tensor) -> Tensor:
+    """(windows, 1, N, N): -100 between patches that were not neighbors before the shift, else 0."""
+    rows, columns = (
+        _seams(torch.arange(windows * window, device=like.device), windows, window, by)
+        for windows, by in zip((down, across), shift, strict=True)
+    )
+    regions = window_partition((3 * rows[:, None] + columns)[None, :, :, None], window)
+    regions = regions.squeeze(-1).squeeze(0)  # (windows, N)
+    apart = regions[:, None, :, None] != regions[:, None, None, :]
+    return -100.0 * apart.to(like.dtype)
+
+
+def attention_of_any_size(attention: WindowAttention, x: Tensor) -> Tensor:
+    """:meth:`WindowAttention.forward` while a model is exported: no size is told from another.
+
+    Rolls and views would tie a program to maps of one window, or of several; each patch is looked
+    up by its place instead.
+
+    Shape:
+        x: (B, h, w, C) -> (B, h, w, C), of any free B, h and w
+    """
+    window = attention.window_size[0]
+    batch, height, width, channels = x.shape
+    (down, below), (across, right) = _whole(height, window), _whole(width, window)
+    filled = F.pad(x, (0, 0, 0, right, 0, below)).flatten(0, 2)
+    up, left = (
+        torch.sym_min(shift, (number - 1) * window)
+        for shift, number in zip(attention.shift_size, (down, across), strict=True)
+    )
+    # Where each patch of each window is on the map rolled by the shift, and on the map.
+    places = down * across * window**2
+    image, place = _divide(torch.arange(batch * places, device=x.device), places)
+    outer, inner = _divide(place, window**2)
+    (row, column), (lower, further) = _divide(outer, across), _divide(inner, window)
+    row, column = row * window + lower, column * window + further
+    source = image * places + _divide(row + up, down * window)[1] * (across * window)
+    source += _divide(column + left, across * window)[1]
+    windows = filled.index_select(0, source).reshape(-1, window**2, channels)
+    qkv = attention.qkv(windows).unflatten(2, (3, attention.num_heads, -1))
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    query, key, scale = attention.comparable(query, key, 1)
+    scores = (query * scale) @ key.mT + attention.get_relative_position_bias()
+    if any(attention.shift_size):
+        region = 3 * _seams(row, down, window, up) + _seams(column, across, window, left)
+        region = region.reshape(-1, 1, window**2)
+        apart = region[..., None] != region[..., None, :]
+        scores = scores - 100.0 * apart.to(scores.dtype)
+    windows = attention.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+    # And back: where each patch of the map is in its window.
+    image, place = _divide(torch.arange(batch * height * width, device=x.device), height * width)
+    row, column = _divide(place, width)
+    (row, lower), (column, further) = (
+        _divide(_divide(at + (number * window - shift), number * window)[1], window)
+        for at, shift, number in ((row, up, down), (column, left, across))
+    )
+    source = image * places + (row * across + column) * window**2 + lower * window + further
+    x = windows.flatten(0, 1).index_select(0, source)
+    return x.unflatten(0, (batch, height, width))
+
+
+def _divide(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """Quotient and remainder, of numbers of at least 0; ONNX has no remainder by a free size."""
+    quotient = x // by
+    return quotient, x - quotient * by
+
+
+def _seams(at: Tensor, windows: int, window: int, shift: int) -> Tensor:
+    """Regions of a shifted line whose places were neighbors before the shift: 0, 1 or 2."""
+    return (at >= (windows - 1) * window).long() + (at >= windows * window - shift).long()
+
+
+class Merging(reference.PatchMerging):
+    """torchvision's merging of four patches into one, its sizes free while a model is exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(self.norm(_fours(x)))
+
+
+class MergingV2(reference.PatchMergingV2):
+    """The same for the second version, which normalizes last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(_fours(x)))
+
+
+def _fours(x: Tensor) -> Tensor:
+    """Four patches side by side, the left ones first: (B, h / 2, w / 2, 4 C), rounded up."""
+    (down, below), (across, right) = (_whole(side, 2) for side in x.shape[1:3])
+    x = F.pad(x, (0, 0, 0, right, 0, below))
+    return x.unflatten(2, (across, 2)).unflatten(1, (down, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
+def _whole(side: int, part: int) -> tuple[int, int]:
+    """How many parts cover a side, and how far they stand out."""
+    number = (side + part - 1) // part
+    return number, number * part - side
+
+
+def swin(
+    width: int,
+    depths: Sequence[int],
+    heads: Sequence[int],
+    *,
+    window: int = 7,
+    version: Literal[1, 2] = 1,
+) -> Callable[..., Swin]:
+    """A published size of Swin, its window still open: 12 is that of the 384-pixel weights."""
+
+    def build(
+        *,
+        window: int = window,
+        drop_path: float = 0.3,
+        checkpointing: bool = False,
+        output_stride: int = 32,
+    ) -> Swin:
+        refuse_dilation("Swin", output_stride)
+        check_bounds(1, 1024, window=window)
+        check_bounds(0, 1, drop_path=drop_path)
+        return Swin(
+            width=width,
+            depths=depths,
+            heads=heads,
+            version=version,
+            window=window,
+            drop_path=drop_path,
+            checkpointing=checkpointing,
+        )
+
+    return build
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "swin_t": swin(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_s": swin(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_b": swin(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_l": swin(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+    "swin_v2_t": swin(96, (2, 2, 6, 2), (3, 6, 12, 24), window=8, version=2),
+    "swin_v2_s": swin(96, (2, 2, 18, 2), (3, 6, 12, 24), window=8, version=2),
+    "swin_v2_b": swin(128, (2, 2, 18, 2), (4, 8, 16, 32), window=8, version=2),
+}

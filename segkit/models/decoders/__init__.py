@@ -1,0 +1,29 @@
+"""Networks that turn feature maps into logits, by name."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from segkit.models.decoders.deeplabv3 import DeepLabV3
+from segkit.models.decoders.deeplabv3plus import DeepLabV3Plus
+from segkit.models.decoders.fcn import FCN
+from segkit.models.decoders.ocrnet import OCRNet
+from segkit.models.decoders.pspnet import PSPNet
+from segkit.models.decoders.stlnet import STLNet
+from segkit.models.decoders.unet import UNet
+from segkit.models.decoders.unet3plus import UNet3Plus
+from segkit.models.decoders.unetplusplus import UNetPlusPlus
+from segkit.models.decoders.upernet import UPerNet
+
+DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "deeplabv3": DeepLabV3,
+    "deeplabv3plus": DeepLabV3Plus,
+    "fcn": FCN,
+    "ocrnet": OCRNet,
+    "pspnet": PSPNet,
+    "stlnet": STLNet,
+    "unet": UNet,
+    "unet3plus": UNet3Plus,
+    "unetplusplus": UNetPlusPlus,
+    "upernet": UPerNet,
+}

@@ -1,0 +1,53 @@
+"""DeepLabV3: atrous pyramid pooling on the deepest map."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from segkit.models.layers import ASPP, fcn_head
+
+
+class DeepLabV3(nn.Module):
+    """The DeepLabV3 of torchvision, with its rates for a backbone of output stride 8.
+
+    Chen et al. 2017, https://arxiv.org/abs/1706.05587
+
+    Args:
+        channels: Encoder widths, shallow to deep.
+        strides: Encoder strides.
+        num_classes: Number of logit planes.
+        width: Channels of the decoder.
+        rates: Dilation of the pyramid's branches.
+        dropout: Share of the pyramid's values dropped.
+        aux: Have a second head, on the second deepest map, while training.
+
+    Shape:
+        features[i]: (B, channels[i], H / strides[i], W / strides[i])
+        out: (B, num_classes, H / strides[-1], W / strides[-1])
+        aux: (B, num_classes, H / strides[-2], W / strides[-2]), in training
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        num_classes: int,
+        width: int = 256,
+        rates: tuple[int, ...] = (12, 24, 36),
+        dropout: float = 0.5,
+        aux: bool = True,
+    ) -> None:
+        super().__init__()
+        *_, shallower, deepest = channels
+        self.reads = (-2, -1) if aux else (-1,)
+        self.rates = rates
+        self.aspp = ASPP(deepest, width=width, rates=rates, dropout=dropout)
+        self.classifier = fcn_head(width, width, num_classes, dropout=0.0)
+        self.aux = fcn_head(shallower, shallower // 4, num_classes) if aux else None
+
+    def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        outputs = {"out": self.classifier(self.aspp(features[-1]))}
+        if self.training and self.aux is not None:
+            outputs["aux"] = self.aux(features[-2])
+        return outputs

@@ -1,0 +1,87 @@
+"""DeepLabV3+: atrous pyramid pooling, sharpened by one shallow map."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from segkit.models.layers import ASPP, Classifier, ConvNormAct, fcn_head, level_at, resize
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+, with segmentation_models.pytorch's defaults.
+
+    Chen et al. 2018, https://arxiv.org/abs/1802.02611
+
+    Args:
+        channels: Encoder widths, shallow to deep.
+        strides: Encoder strides; 16 or 8 for the deepest map, through a dilated backbone.
+        num_classes: Number of logit planes.
+        width: Channels of the decoder; mmsegmentation has 512.
+        low_width: Channels the shallow map, of stride 4, is reduced to.
+        rates: Dilation of the pyramid's branches. The paper has 6, 12, 18 at output stride 16 and
+            12, 24, 36 at 8.
+        separable: Depthwise and pointwise convolutions in place of plain ones.
+        dropout: Share of the pyramid's values dropped.
+        align_corners: Of every interpolation, the one to the image's size too; false in
+            mmsegmentation.
+        aux: Have a second head, on the second deepest map, while training.
+        layout: ``smp`` smooths the pyramid by one more convolution and the joined maps by one,
+            without BatchNorm inside separable ones. ``mmsegmentation``, as the paper, has no
+            convolution before the maps are joined, two after, and BatchNorm inside; and it joins
+            the pyramid's branches by a 3x3 convolution, where the paper has 1x1.
+
+    Shape:
+        features[i]: (B, channels[i], H / strides[i], W / strides[i])
+        out: (B, num_classes, H / 4, W / 4)
+        aux: (B, num_classes, H / strides[-2], W / strides[-2]), in training
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        num_classes: int,
+        width: int = 256,
+        low_width: int = 48,
+        rates: tuple[int, ...] = (12, 24, 36),
+        separable: bool = True,
+        dropout: float = 0.5,
+        align_corners: bool = True,
+        aux: bool = False,
+        layout: Literal["smp", "mmsegmentation"] = "smp",
+    ) -> None:
+        super().__init__()
+        smp = layout == "smp"
+        self.low_level = level_at(4, strides)
+        self.align_corners = align_corners
+        self.reads = (self.low_level, *((-2, -1) if aux else (-1,)))
+        self.rates = rates
+        self.aspp = ASPP(
+            channels[-1],
+            width=width,
+            rates=rates,
+            separable=separable,
+            norm_between=not smp,
+            kernel=1 if smp else 3,
+            dropout=dropout,
+        )
+        conv = partial(ConvNormAct, separable=separable, norm_between=not smp)
+        self.smooth = conv(width, width) if smp else nn.Identity()
+        self.low = ConvNormAct(channels[self.low_level], low_width, kernel=1)
+        joined = conv(width + low_width, width)
+        self.fuse = joined if smp else nn.Sequential(joined, conv(width, width))
+        self.classifier = Classifier(width, num_classes)
+        self.aux = fcn_head(channels[-2], channels[-2] // 4, num_classes) if aux else None
+
+    def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        low = self.low(features[self.low_level])
+        high = self.smooth(self.aspp(features[-1]))
+        high = resize(high, low.shape[-2:], align_corners=self.align_corners)
+        outputs = {"out": self.classifier(self.fuse(torch.cat([high, low], 1)))}
+        if self.training and self.aux is not None:
+            outputs["aux"] = self.aux(features[-2])
+        return outputs

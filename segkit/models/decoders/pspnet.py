@@ -1,0 +1,55 @@
+"""PSPNet: pyramid pooling on the deepest map."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from segkit.models.layers import Classifier, PyramidPooling, fcn_head
+
+
+class PSPNet(nn.Module):
+    """PSPNet, best on a backbone of output stride 8.
+
+    Zhao et al. 2017, https://arxiv.org/abs/1612.01105
+
+    Args:
+        channels: Encoder widths, shallow to deep.
+        strides: Encoder strides.
+        num_classes: Number of logit planes.
+        width: Channels of the decoder.
+        bins: Sides of the pooling grids.
+        dropout: Share of channels dropped before the classifier.
+        aux_width: Channels of the auxiliary head; ``None`` leaves it out.
+
+    Shape:
+        features[i]: (B, channels[i], H / strides[i], W / strides[i])
+        out: (B, num_classes, H / strides[-1], W / strides[-1])
+        aux: (B, num_classes, H / strides[-2], W / strides[-2]), in training
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        num_classes: int,
+        width: int = 512,
+        bins: tuple[int, ...] = (1, 2, 3, 6),
+        dropout: float = 0.1,
+        aux_width: int | None = 256,
+    ) -> None:
+        super().__init__()
+        *_, shallower, deepest = channels
+        self.reads = (-2, -1) if aux_width else (-1,)
+        each = deepest // len(bins)
+        self.bins = bins
+        self.pool = PyramidPooling(deepest, width=each, outputs=width, bins=bins)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = Classifier(width, num_classes)
+        self.aux = fcn_head(shallower, aux_width, num_classes) if aux_width else None
+
+    def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        outputs = {"out": self.classifier(self.dropout(self.pool(features[-1])))}
+        if self.training and self.aux is not None:
+            outputs["aux"] = self.aux(features[-2])
+        return outputs

@@ -1,0 +1,79 @@
+"""UPerNet: a feature pyramid on top of pyramid pooling."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segkit.models.layers import (
+    Classifier,
+    ConvNormAct,
+    PyramidPooling,
+    conv_resized,
+    fcn_head,
+    resize,
+)
+
+
+class UPerNet(nn.Module):
+    """UPerNet's semantic branch, and a small FCN on the second deepest map while training.
+
+    Xiao et al. 2018, https://arxiv.org/abs/1807.10221
+
+    Args:
+        channels: Encoder widths, shallow to deep; the last four levels are used.
+        strides: Encoder strides.
+        num_classes: Number of logit planes.
+        width: Channels of every level of the pyramid.
+        bins: Sides of the pooling grids on the deepest map.
+        dropout: Share of channels dropped before the classifier.
+        aux_width: Channels of the auxiliary head; ``None`` leaves it out.
+
+    Shape:
+        features[i]: (B, channels[i], H / strides[i], W / strides[i])
+        out: (B, num_classes, H / strides[-4], W / strides[-4])
+        aux: (B, num_classes, H / strides[-2], W / strides[-2]), in training
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        num_classes: int,
+        width: int = 512,
+        bins: tuple[int, ...] = (1, 2, 3, 6),
+        dropout: float = 0.1,
+        aux_width: int | None = 256,
+    ) -> None:
+        super().__init__()
+        *lower, deepest = channels[-4:]
+        self.bins = bins
+        self.pool = PyramidPooling(deepest, width=width, outputs=width, bins=bins)
+        self.laterals = nn.ModuleList(ConvNormAct(inputs, width, kernel=1) for inputs in lower)
+        self.smooth = nn.ModuleList(ConvNormAct(width, width) for _ in lower)
+        self.fuse = ConvNormAct(width * (len(lower) + 1), width)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = Classifier(width, num_classes)
+        self.aux = fcn_head(channels[-2], aux_width, num_classes) if aux_width else None
+
+    def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        *lower, deepest = features[-4:]
+        pyramid = [lateral(x) for lateral, x in zip(self.laterals, lower, strict=True)]
+        pyramid.append(self.pool(deepest))
+        for i in reversed(range(len(lower))):
+            pyramid[i] = pyramid[i] + resize(pyramid[i + 1], pyramid[i].shape[-2:])
+        for i, smooth in enumerate(self.smooth):
+            pyramid[i] = smooth(pyramid[i])
+        # The convolution of all levels side by side, each as large as the finest.
+        conv, norm, activation = self.fuse
+        assert isinstance(conv, nn.Conv2d)
+        finest, *coarser = pyramid
+        own, *others = conv.weight.split(finest.shape[1], 1)
+        x = F.conv2d(finest, own, conv.bias, padding=1)
+        for level, weight in zip(coarser, others, strict=True):
+            x = x + conv_resized(level, finest.shape[-2:], weight)
+        outputs = {"out": self.classifier(self.dropout(activation(norm(x))))}
+        if self.training and self.aux is not None:
+            outputs["aux"] = self.aux(features[-2])
+        return outputs

@@ -1,0 +1,69 @@
+"""The file of a model's weights: one of the user's, or one of torchvision's, downloaded once."""
+
+import http.client
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision import models
+
+from segkit.core.errors import CheckpointError, ConfigError, closest
+
+SECONDS = 30
+"""Longest time without a byte before a download counts as failed."""
+
+
+def locate(backbone: str, weights: str) -> tuple[Path, str]:
+    """Return the file that ``weights`` means for a backbone, and what to call it in a report.
+
+    Torchvision's weights are looked for where torch keeps its downloads, and downloaded if they
+    are not there.
+
+    Args:
+        backbone: A name of ``BACKBONES``.
+        weights: ``imagenet``, another name of torchvision's weights, or a file.
+
+    Raises:
+        ConfigError: Torchvision has no such weights, and there is no such file.
+        CheckpointError: The download failed.
+    """
+    names: Mapping[str, Any] = {}
+    if backbone in models.list_models():
+        names = models.get_model_weights(backbone).__members__
+    name = "DEFAULT" if weights == "imagenet" else weights
+    if name in names:
+        return _downloaded(names[name].url), str(names[name])
+    if weights == "imagenet":
+        raise ConfigError(
+            f"model.weights: torchvision has no weights for '{backbone}'; give a file, or null"
+        )
+    if not Path(weights).exists():
+        raise ConfigError(
+            f"model.weights: there is no file '{weights}'{closest(weights, ('imagenet', *names))}"
+        )
+    return Path(weights), weights
+
+
+def _downloaded(url: str) -> Path:
+    """Return the file of a published address in torch's cache, downloaded if it is not there."""
+    name = url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if path.exists():
+        return path
+    digest = name.rpartition(".")[0].rpartition("-")[2]
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SECONDS)  # torch waits for ever
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), digest)
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the digest
+        raise CheckpointError(
+            f"model.weights: {url} cannot be downloaded to {path} "
+            f"({str(error) or type(error).__name__}); "
+            "put the file there, or name a copy of it by model.weights=PATH"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+    return path

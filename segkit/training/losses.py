@@ -1,0 +1,871 @@
+"""Losses over logits and class indices; 255 is ignored; all in fp32, also under autocast.
+
+Most of them are functions of a few sums over pixels, so those sums are what is computed (once, by
+:class:`Pixels`), what is shared between the terms of a :class:`Criterion`, and what is summed over
+the ranks: the loss, and its gradient, are those of the global batch. OHEM, Lovász and MS-SSIM are
+no functions of sums; they are computed on each rank's own batch.
+
+A batch may come in several parts (``train.accumulate``). Then the loss of the step is the mean of
+its parts' losses, each of them scored against the :class:`WholeStep`: see :attr:`Loss.shares`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from segkit.core.config import Component, build
+from segkit.core.distributed import sum_over_ranks, world_size
+from segkit.core.errors import ConfigError
+from segkit.core.labels import IGNORE
+
+
+class WholeStep:
+    """What the parts of one step share: counts of classes, and sums where they were collected.
+
+    Args:
+        targets: Of all parts of this rank.
+
+    Attributes:
+        parts: How many.
+        count: (images, 256), valid and ignored pixels of each class in the images of all parts.
+        sums: :attr:`Pixels.sums` of each output over all parts and ranks, from
+            :meth:`Criterion.collect`.
+
+    Shape:
+        targets: (B, H, W) each
+    """
+
+    def __init__(self, targets: Sequence[Tensor]) -> None:
+        self.parts = len(targets)
+        self.count = torch.cat([_count(target) for target in targets])
+        self.sums: dict[str, Tensor] = {}
+
+
+class Pixels:
+    """Logits and target as the losses read them, each quantity computed once.
+
+    Args:
+        logits: Any floating type; everything below is at least fp32.
+        target: Class indices, ``IGNORE`` where there is none.
+        across_ranks: Whether :meth:`total` sums over the ranks of a distributed run.
+        step: The step of which these pixels are a part; none: they are all of it.
+        output: Name of the decoder's output.
+
+    Shape:
+        logits: (B, C, H, W)
+        target: (B, H, W), uint8 or int64
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        across_ranks: bool = False,
+        step: WholeStep | None = None,
+        output: str = "out",
+    ) -> None:
+        if logits.dim() != 4 or target.shape != logits.shape[:1] + logits.shape[2:]:
+            raise ValueError(
+                f"expected logits (B, C, H, W) and target (B, H, W), "
+                f"got {tuple(logits.shape)} and {tuple(target.shape)}"
+            )
+        self.logits = logits
+        self.target = target
+        self.across_ranks = across_ranks
+        self.step = step
+        self.output = output
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """(B, H, W): where the target is not ``IGNORE``."""
+        return self.target != IGNORE
+
+    @cached_property
+    def index(self) -> Tensor:
+        """(B, H, W) int64: the target, 0 where it is ignored."""
+        return self.target.long() * self.valid
+
+    @cached_property
+    def _softmax_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        return _SoftmaxSums.apply(self.logits, self.target)
+
+    @property
+    def log_true(self) -> Tensor:
+        """(B, H, W): log-probability of the true class, 0 where ignored."""
+        return self._softmax_sums[0]
+
+    @property
+    def area(self) -> Tensor:
+        """(B, C): sum of each class's probability over the valid pixels."""
+        return self._softmax_sums[1]
+
+    @property
+    def log_area(self) -> Tensor:
+        """(B, C): sum of each class's log-probability over the valid pixels."""
+        return self._softmax_sums[2]
+
+    @cached_property
+    def count(self) -> Tensor:
+        """(B, C): valid pixels of each true class."""
+        return self.by_class(torch.ones_like(self.log_true))
+
+    @cached_property
+    def intersection(self) -> Tensor:
+        """(B, C): sum of the true class's probability, by true class."""
+        return self.by_class(self.log_true.exp())
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """(3, 1, C): intersection, area and count of the batch; of the step where collected."""
+        sums = torch.stack([self.intersection, self.area, self.count]).sum(1, keepdim=True)
+        if self.step is None or self.output not in self.step.sums:
+            return self.total(sums)
+        # The step's value, and this part's gradient. Gradients are averaged over parts and ranks.
+        averaged = self.step.parts * (world_size() if self.across_ranks else 1)
+        return self.step.sums[self.output] + averaged * (sums - sums.detach())
+
+    @property
+    def step_count(self) -> Tensor:
+        """(images, C): :attr:`count` of all images of the step."""
+        if self.step is None:
+            return self.count
+        return self.step.count[:, : self.logits.shape[1]].to(_at_least_fp32(self.logits))
+
+    @property
+    def step_valid(self) -> Tensor:
+        """(): valid pixels of the step."""
+        return self.valid.sum() if self.step is None else self.step.count[:, :IGNORE].sum()
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """(B, C, H, W): for the losses that need all of them."""
+        return self.logits.to(_at_least_fp32(self.logits)).softmax(1)
+
+    def by_class(self, values: Tensor) -> Tensor:
+        """(B, H, W) summed over the valid pixels of each true class: (B, C)."""
+        # Row by row first: sums stay accurate, and parallel additions seldom meet on one address.
+        rows = values.new_zeros(*values.shape[:2], self.logits.shape[1])
+        return rows.scatter_add(2, self.index, values * self.valid).sum(1)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over the ranks, where the loss is asked for the global batch."""
+        return sum_over_ranks(x) if self.across_ranks else x
+
+    def mean(self, total: Tensor, count: Tensor) -> Tensor:
+        """``total / count`` of the global batch; 0, with a gradient, where nothing is counted."""
+        total, count = self.total(torch.stack([total, count.to(total)])).unbind()
+        return total / torch.where(count > 0, count, 1)
+
+    def step_mean(self, total: Tensor, step_count: Tensor) -> Tensor:
+        """``total`` by the average count of the step's parts, over the ranks.
+
+        The mean of this over the parts is the mean over the whole step.
+        """
+        return self.mean(total, step_count if self.step is None else step_count / self.step.parts)
+
+
+class Loss(nn.Module):
+    """A loss of :class:`Pixels`: callable alone, or as a term of a :class:`Criterion`.
+
+    Attributes:
+        shares: By what the mean over the parts of a step is the loss of the whole step: by counts,
+            which the masks tell; by sums, which a first pass over the parts must collect; or by
+            nothing, so that it is the mean of separate losses.
+
+    Shape:
+        logits: (B, C, H, W)
+        target: (B, H, W), uint8 or int64, ``IGNORE`` where there is none
+        loss: (), fp32 (float64 for float64 logits)
+    """
+
+    shares: Literal["counts", "sums", "nothing"] = "counts"
+
+    def of(self, pixels: Pixels) -> Tensor:
+        """The loss of pixels that other losses may share."""
+        raise NotImplementedError
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        with _no_autocast(logits):
+            return self.of(Pixels(logits, target, across_ranks=self.training))
+
+
+class CrossEntropy(Loss):
+    """Mean negative log-probability of the true class.
+
+    Args:
+        class_weights: One for each class; the mean is then over weights, as PyTorch has it.
+        label_smoothing: Share of the target spread evenly over all classes.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        class_weights: tuple[float, ...] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_share("label_smoothing", label_smoothing)
+        self.register_buffer("class_weights", _weights(class_weights), persistent=False)
+        self.label_smoothing = label_smoothing
+
+    def of(self, pixels: Pixels) -> Tensor:
+        log_true = pixels.by_class(pixels.log_true)
+        weights = _ones_or(self.class_weights, log_true)
+        loss = -(log_true * weights).sum()
+        if self.label_smoothing:
+            spread = -(pixels.log_area * weights).mean(1).sum()
+            loss = torch.lerp(loss, spread, self.label_smoothing)
+        return pixels.step_mean(loss, (pixels.step_count * weights).sum())
+
+
+class Focal(Loss):
+    """Cross-entropy that pixels contribute less to the surer they are: ``(1 - p)^gamma``.
+
+    Lin et al. 2017, https://arxiv.org/abs/1708.02002
+
+    Args:
+        gamma: 0 is cross-entropy.
+        alpha: Factor of each class; the mean is over pixels, whatever their factors.
+
+    Departs from the paper: softmax over many classes; see :class:`SigmoidFocal` for its own form.
+    """
+
+    alpha: Tensor | None
+
+    def __init__(self, *, gamma: float = 2.0, alpha: tuple[float, ...] | None = None) -> None:
+        super().__init__()
+        _check_not_negative("gamma", gamma)
+        self.register_buffer("alpha", _weights(alpha), persistent=False)
+        self.gamma = gamma
+
+    def of(self, pixels: Pixels) -> Tensor:
+        # The floor keeps the derivative of the power finite at p = 1 for any gamma.
+        doubt = (-pixels.log_true.expm1()).clamp_min(torch.finfo(pixels.log_true.dtype).eps)
+        losses = pixels.by_class(-pixels.log_true * doubt**self.gamma)
+        return pixels.step_mean((losses * _ones_or(self.alpha, losses)).sum(), pixels.step_valid)
+
+
+class SigmoidFocal(Loss):
+    """Focal loss of each class against the rest, mean over pixels and classes.
+
+    Lin et al. 2017, https://arxiv.org/abs/1708.02002
+
+    Args:
+        gamma: 0 is binary cross-entropy.
+        alpha: Factor of the true class, with ``1 - alpha`` for the others; none: no factors.
+    """
+
+    def __init__(self, *, gamma: float = 2.0, alpha: float | None = None) -> None:
+        super().__init__()
+        _check_not_negative("gamma", gamma)
+        if alpha is not None:
+            _check_share("alpha", alpha)
+        self.gamma = gamma
+        self.alpha = alpha
+
+    def of(self, pixels: Pixels) -> Tensor:
+        true, others = _SigmoidFocalSums.apply(pixels.logits, pixels.target, self.gamma)
+        right, wrong = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
+        loss = right * true + wrong * others
+        return pixels.step_mean(loss, pixels.step_valid * pixels.logits.shape[1])
+
+
+class Tversky(Loss):
+    """1 - Tversky index ``TP / (TP + alpha FP + beta FN)`` of probabilities, mean over classes.
+
+    Salehi et al. 2017, https://arxiv.org/abs/1706.05721
+
+    Args:
+        alpha: Weight of false positives.
+        beta: Weight of false negatives.
+        smooth: Added above and below, in pixels.
+        per_image: Index of each image, then the mean; else one index for the whole batch.
+        classes: The mean is over classes present in the target, or over all.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.3,
+        beta: float = 0.7,
+        smooth: float = 0.0,
+        per_image: bool = False,
+        classes: Literal["present", "all"] = "present",
+    ) -> None:
+        super().__init__()
+        for name, value in (("alpha", alpha), ("beta", beta), ("smooth", smooth)):
+            _check_not_negative(name, value)
+        self.alpha = alpha
+        self.beta = beta
+        self.smooth = smooth
+        self.per_image = per_image
+        self.classes = classes
+        self.shares = "counts" if per_image else "sums"
+
+    def of(self, pixels: Pixels) -> Tensor:
+        sums = pixels.sums
+        if self.per_image:
+            sums = torch.stack([pixels.intersection, pixels.area, pixels.count])
+        true_positive, predicted, truth = sums
+        errors = self.alpha * (predicted - true_positive) + self.beta * (truth - true_positive)
+        below = (true_positive + errors + self.smooth).clamp_min(1e-7)
+        index = (true_positive + self.smooth) / below
+        counted = self._counted(truth)
+        loss = ((1 - index) * counted).sum()
+        if self.per_image:
+            return pixels.step_mean(loss, self._counted(pixels.step_count).sum())
+        return loss / counted.sum().clamp_min(1)
+
+    def _counted(self, truth: Tensor) -> Tensor:
+        """Which classes of each image the mean is over."""
+        present = truth > 0
+        if self.classes == "all":
+            return present.any(1, keepdim=True).expand_as(truth)
+        return present
+
+
+class Dice(Tversky):
+    """1 - Dice coefficient ``(2 I + smooth) / (P + T + smooth)``, mean over classes.
+
+    Milletari et al. 2016, https://arxiv.org/abs/1606.04797
+
+    Args:
+        smooth: Added above and below, in pixels.
+        per_image: Coefficient of each image, then the mean; else one for the whole batch.
+        classes: The mean is over classes present in the target, or over all.
+
+    Departs from the paper: plain sums in place of sums of squares below, as is usual by now.
+    """
+
+    def __init__(
+        self,
+        *,
+        smooth: float = 0.0,
+        per_image: bool = False,
+        classes: Literal["present", "all"] = "present",
+    ) -> None:
+        super().__init__(
+            alpha=0.5, beta=0.5, smooth=smooth / 2, per_image=per_image, classes=classes
+        )
+
+
+class Jaccard(Tversky):
+    """1 - intersection over union ``(I + smooth) / (P + T - I + smooth)``, mean over classes.
+
+    Rahman and Wang 2016, https://doi.org/10.1007/978-3-319-50835-1_22
+
+    Args:
+        smooth: Added above and below, in pixels.
+        per_image: IoU of each image, then the mean; else one for the whole batch.
+        classes: The mean is over classes present in the target, or over all.
+    """
+
+    def __init__(
+        self,
+        *,
+        smooth: float = 0.0,
+        per_image: bool = False,
+        classes: Literal["present", "all"] = "present",
+    ) -> None:
+        super().__init__(alpha=1.0, beta=1.0, smooth=smooth, per_image=per_image, classes=classes)
+
+
+class OHEMCrossEntropy(Loss):
+    """Cross-entropy over the hard pixels only (online hard example mining).
+
+    Shrivastava et al. 2016, https://arxiv.org/abs/1604.03540
+
+    Args:
+        threshold: A pixel is hard where its true class has a lower probability than this.
+        min_kept: So many pixels of a rank's batch, the hardest, count as hard in any case.
+
+    Departs from the common code, which keeps ``p < max(threshold, p[min_kept])``: pixels that tie
+    at the limit are all kept, so the selection is never empty by a tie.
+    """
+
+    shares = "nothing"
+
+    def __init__(self, *, threshold: float = 0.7, min_kept: int = 100_000) -> None:
+        super().__init__()
+        _check_share("threshold", threshold)
+        _check_not_negative("min_kept", min_kept)
+        self.threshold = threshold
+        self.min_kept = min_kept
+
+    def of(self, pixels: Pixels) -> Tensor:
+        surety = pixels.log_true.detach().masked_fill(~pixels.valid, math.inf).flatten()
+        kept = min(self.min_kept, surety.numel())
+        if not kept:
+            limit = surety.new_tensor(-math.inf)
+        elif torch.are_deterministic_algorithms_enabled():  # torch 2.9 refuses kthvalue on CUDA
+            limit = surety.sort().values[kept - 1]
+        else:
+            limit = surety.kthvalue(kept).values
+        threshold = math.log(self.threshold) if self.threshold else -math.inf
+        hard = ((surety < threshold) | (surety <= limit)) & pixels.valid.flatten()
+        return pixels.mean(-(pixels.log_true.flatten() * hard).sum(), hard.sum())
+
+
+class Lovasz(Loss):
+    """Lovász-softmax: the convex extension of IoU, over each rank's own batch.
+
+    Berman et al. 2018, https://arxiv.org/abs/1705.08790
+
+    Args:
+        per_image: Loss of each image, then the mean; else over the batch as one image.
+
+    The mean is over classes present in the target.
+    """
+
+    shares = "nothing"
+
+    def __init__(self, *, per_image: bool = False) -> None:
+        super().__init__()
+        self.per_image = per_image
+
+    def of(self, pixels: Pixels) -> Tensor:
+        images: list[slice | int] = [slice(None)]
+        if self.per_image:
+            images = list(range(len(pixels.target)))
+        losses = []
+        for image in images:
+            valid = pixels.valid[image].flatten()
+            target = pixels.target[image].flatten()
+            present = pixels.count[image].reshape(-1, pixels.count.shape[1]).sum(0)
+            by_class = [
+                _lovasz(probability.flatten(), target == c, valid)
+                for c, probability in enumerate(pixels.probabilities.transpose(0, 1)[:, image])
+                if present[c] > 0
+            ]
+            if by_class:
+                losses.append(torch.stack(by_class).mean())
+        if not losses:
+            return pixels.area.sum()  # no valid pixel: 0, with a gradient
+        return torch.stack(losses).mean()
+
+
+class MSSSIM(Loss):
+    """1 - multi-scale structural similarity of probabilities and one-hot target.
+
+    Wang et al. 2003, https://doi.org/10.1109/ACSSC.2003.1292216
+    Huang et al. 2020 (UNet 3+), https://arxiv.org/abs/2004.08790
+
+    Computed for each image and class of a rank's batch, then averaged; ignored pixels are 0 in both
+    maps. Five scales need 176 pixels on the shorter side: smaller images take fewer, with their
+    weights renormalized, and less than 11 pixels a smaller window.
+
+    Departs from the paper: similarities are moved from -1..1 to 0..1 before the powers, because the
+    power of a negative number is NaN.
+    """
+
+    shares = "nothing"
+    scale_weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    window = 11
+    sigma = 1.5
+
+    def of(self, pixels: Pixels) -> Tensor:
+        x = pixels.probabilities * pixels.valid[:, None]
+        y = torch.zeros_like(x).scatter_(1, pixels.index[:, None], 1.0) * pixels.valid[:, None]
+        side = min(x.shape[2:])
+        window = min(self.window, side - (side + 1) % 2)
+        weights = self.scale_weights[: (side // window).bit_length()]
+        kernel = self._gaussian(window, x)
+        similarity = torch.ones_like(x[:, :, 0, 0])
+        for scale, weight in enumerate(weights, 1):
+            luminance, structure = _ssim(x, y, kernel)
+            if scale == len(weights):
+                structure = luminance * structure
+            value = (structure.mean((2, 3)) + 1) / 2
+            similarity = similarity * value.clamp_min(1e-6) ** (weight / sum(weights))
+            if scale < len(weights):
+                x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        return 1 - similarity.mean()
+
+    def _gaussian(self, window: int, like: Tensor) -> Tensor:
+        at = torch.arange(window, dtype=like.dtype, device=like.device) - window // 2
+        return (-(at**2) / (2 * self.sigma**2)).softmax(0)
+
+
+class Presence(nn.Module):
+    """Binary cross-entropy of which classes an image holds, for a decoder's presence output.
+
+    Args:
+        background: Whether class 0 is scored too; it is nearly always there.
+
+    Shape:
+        logits: (B, C)
+        target: (B, H, W); an image without a valid pixel is left out
+    """
+
+    def __init__(self, *, background: bool = True) -> None:
+        super().__init__()
+        self.background = background
+
+    def forward(self, logits: Tensor, target: Tensor, step: WholeStep | None = None) -> Tensor:
+        with _no_autocast(logits):
+            logits = logits.to(_at_least_fp32(logits))
+            seen = logits.new_zeros(len(target), IGNORE + 1)
+            seen.scatter_(1, target.flatten(1).long(), 1.0)
+            first = 0 if self.background else 1
+            truth = seen[:, first : logits.shape[1]]
+            losses = F.binary_cross_entropy_with_logits(logits[:, first:], truth, reduction="none")
+            known = seen[:, :IGNORE].any(1, keepdim=True).expand_as(losses)
+            count = known.sum()
+            if step is not None:
+                images = step.count[:, :IGNORE].any(1).sum()
+                count = images * losses.shape[1] / step.parts
+            sums = torch.stack([(losses * known).sum(), count.to(losses)])
+            total, count = sum_over_ranks(sums) if self.training else sums
+            return total / torch.where(count > 0, count, 1)
+
+
+class Criterion(nn.Module):
+    """Weighted sum of losses over the outputs of a decoder.
+
+    Map outputs (4-D) are scored by every map loss, presence outputs (2-D) by :class:`Presence`: the
+    one among the terms, or a plain one.
+
+    Args:
+        terms: (name, weight, loss) each; a name is a part of the returned dict.
+        aux_weight: Weight of every output but ``out``; one number, or one for each in their order.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[tuple[str, float, nn.Module]],
+        *,
+        aux_weight: float | tuple[float, ...] = 0.4,
+    ) -> None:
+        super().__init__()
+        if len({name for name, _, _ in terms}) < len(terms):
+            raise ConfigError("loss.terms: two terms have one name; one of them would be enough")
+        self.weights = {"presence": 1.0, **{name: weight for name, weight, _ in terms}}
+        self.losses = nn.ModuleDict({name: loss for name, _, loss in terms})
+        self.needs_presence = "presence" in self.losses
+        if not self.needs_presence:
+            self.losses["presence"] = Presence()
+        self.aux_weight = aux_weight
+
+    def sharing(self, what: str) -> list[str]:
+        """Names of the terms that share ``what`` between the parts of a step."""
+        return [name for name, loss in self.losses.items() if getattr(loss, "shares", None) == what]
+
+    @torch.no_grad()
+    def collect(self, outputs: Mapping[str, Tensor], target: Tensor, step: WholeStep) -> None:
+        """Add a part's sums to those of its step, before the parts are scored."""
+        for name, logits in outputs.items():
+            if logits.dim() == 4:
+                with _no_autocast(logits):
+                    sums = Pixels(logits, target, across_ranks=self.training).sums
+                step.sums[name] = step.sums.get(name, 0) + sums
+
+    def forward(
+        self, outputs: Mapping[str, Tensor], target: Tensor, step: WholeStep | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its parts before weighting: each term on ``out``, each auxiliary output.
+
+        Args:
+            outputs: Of the decoder.
+            target: Class indices.
+            step: The step that this batch is a part of; none: it is all of it. The mean over the
+                parts is the loss of the step.
+
+        Raises:
+            ConfigError: The decoder's outputs are not those that the configuration is made for.
+        """
+        others = [name for name in outputs if name != "out"]
+        terms = self._terms("out", outputs["out"], target, step)
+        parts = {name: value.detach() for name, value in terms.items()}
+        loss = self._weigh(terms)
+        for name, weight in zip(others, self._aux_weights(len(others)), strict=True):
+            value = self._weigh(self._terms(name, outputs[name], target, step))
+            parts[name] = value.detach()
+            loss = loss + weight * value
+        if self.training and self.needs_presence and all(x.dim() > 2 for x in outputs.values()):
+            raise ConfigError(
+                "loss.terms: 'presence' scores a presence output, and this decoder has none; "
+                "remove the term or turn the decoder's presence head on"
+            )
+        return loss, parts
+
+    def _terms(
+        self, output: str, logits: Tensor, target: Tensor, step: WholeStep | None
+    ) -> dict[str, Tensor]:
+        if logits.dim() == 2:
+            return {"presence": self.losses["presence"](logits, target, step)}
+        with _no_autocast(logits):
+            pixels = Pixels(logits, target, across_ranks=self.training, step=step, output=output)
+            return {
+                name: loss.of(pixels)
+                for name, loss in self.losses.items()
+                if isinstance(loss, Loss)
+            }
+
+    def _weigh(self, terms: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
+
+    def _aux_weights(self, number: int) -> tuple[float, ...]:
+        if isinstance(self.aux_weight, int | float):
+            return (self.aux_weight,) * number
+        if number and len(self.aux_weight) != number:
+            raise ConfigError(
+                f"loss.aux_weight: lists {len(self.aux_weight)} weights, "
+                f"but the decoder has {number} auxiliary outputs"
+            )
+        return self.aux_weight[:number]
+
+
+def build_loss(
+    terms: Sequence[Component],
+    *,
+    num_classes: int | None,
+    aux_weight: float | tuple[float, ...] = 0.4,
+) -> Criterion:
+    """A criterion from the configuration.
+
+    Args:
+        terms: ``{"name": ..., "weight": 1.0, arguments}`` each, of :data:`LOSSES`.
+        num_classes: Checked against weights given for each class; ``None``: not known yet.
+        aux_weight: See :class:`Criterion`.
+
+    Raises:
+        ConfigError: One sentence with the path of the key.
+    """
+    if all(term.get("name") == "presence" for term in map(_as_component, terms)):
+        raise ConfigError("loss.terms: expected at least one loss of the output map")
+    built = []
+    for i, term in enumerate(map(_as_component, terms)):
+        path = f"loss.terms[{i}]"
+        weight = term.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
+            raise ConfigError(f"{path}.weight: expected a number of at least 0, got {weight!r}")
+        loss = build(LOSSES, term, path)
+        for name, values in loss.named_buffers():
+            if num_classes is not None and len(values) != num_classes:
+                raise ConfigError(
+                    f"{path}.{name}: expected {num_classes} numbers, one for each class, "
+                    f"got {len(values)}"
+                )
+        built.append((term["name"], float(weight), loss))
+    return Criterion(built, aux_weight=aux_weight)
+
+
+LOSSES: dict[str, type[nn.Module]] = {
+    "cross_entropy": CrossEntropy,
+    "focal": Focal,
+    "sigmoid_focal": SigmoidFocal,
+    "dice": Dice,
+    "jaccard": Jaccard,
+    "tversky": Tversky,
+    "ohem_cross_entropy": OHEMCrossEntropy,
+    "lovasz": Lovasz,
+    "ms_ssim": MSSSIM,
+    "presence": Presence,
+}
+
+
+class _SoftmaxSums(torch.autograd.Function):
+    """What the losses read of a softmax, without ever holding all of it.
+
+    Returns :attr:`Pixels.log_true`, :attr:`Pixels.area` and :attr:`Pixels.log_area`. Pieces of an
+    image pass through the cache one after the other; backward makes each piece's probabilities
+    anew, so the gradient is the only tensor of the logits' size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = _at_least_fp32(logits)
+        x = logits.flatten(2)
+        labels = target.flatten(1)
+        log_true = x.new_empty(labels.shape, dtype=dtype)
+        log_z = torch.empty_like(log_true)
+        area = x.new_zeros(x.shape[:2], dtype=dtype)
+        log_area = torch.zeros_like(area)
+        for b, part in _pieces(x):
+            scores = x[b, :, part].to(dtype)
+            index, valid = _split(labels[b, part])
+            top = scores.amax(0)
+            powers = (scores - top).exp_()
+            z = powers.sum(0)
+            area[b] += powers @ (valid / z)
+            z = z.log_().add_(top)
+            log_area[b] += scores @ valid.to(dtype) - (z * valid).sum()
+            log_true[b, part] = (scores.gather(0, index)[0] - z).masked_fill_(~valid, 0)
+            # exp(score - inf) = 0: ignored pixels drop out of backward by themselves.
+            log_z[b, part] = z.masked_fill_(~valid, math.inf)
+        ctx.save_for_backward(logits, target, log_z)
+        ctx.set_materialize_grads(False)
+        return log_true.view(target.shape), area, log_area
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_true: Tensor | None, d_area: Tensor | None, d_log_area: Tensor | None
+    ) -> tuple[Tensor, None]:
+        logits, target, log_z = ctx.saved_tensors
+        x = logits.flatten(2)
+        labels = target.flatten(1)
+        gradient = torch.empty_like(x)
+        d_true = torch.zeros_like(log_z) if d_true is None else d_true.flatten(1)
+        with _no_autocast(logits):
+            for b, part in _pieces(x):
+                index, valid = _split(labels[b, part])
+                p = (x[b, :, part] - log_z[b, part]).exp_()
+                at_true = d_true[b, part] * valid
+                pull = at_true
+                if d_area is not None:
+                    pull = pull + d_area[b] @ p
+                if d_log_area is not None:
+                    pull = pull + d_log_area[b].sum()
+                slope = -pull if d_area is None else d_area[b, :, None] - pull
+                p.mul_(slope)
+                if d_log_area is not None:
+                    p.addcmul_(d_log_area[b, :, None], valid.to(p.dtype))
+                gradient[b, :, part] = p.scatter_add_(0, index, at_true[None])
+        return gradient.view(logits.shape), None
+
+
+class _SigmoidFocalSums(torch.autograd.Function):
+    """Sums over the valid pixels of the focal loss of their true class, and of all others.
+
+    In pieces, for the reason given at :class:`_SoftmaxSums`. The true class's logit changes its
+    sign, and then all of them are of wrong classes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+        dtype = _at_least_fp32(logits)
+        x = logits.flatten(2)
+        labels = target.flatten(1)
+        sums = x.new_zeros(2, dtype=dtype)
+        for b, part in _pieces(x):
+            index, valid = _split(labels[b, part])
+            p, surprise = _wrong(x[b, :, part], index, dtype)
+            losses = surprise.mul_(p.pow_(gamma))
+            at_true = losses.gather(0, index)[0] * valid
+            true = at_true.sum()
+            sums += torch.stack([true, (losses.sum(0) * valid).sum() - true])
+        ctx.save_for_backward(logits, target)
+        ctx.gamma = gamma
+        return sums[0], sums[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_true: Tensor, d_others: Tensor) -> tuple[Tensor, None, None]:
+        logits, target = ctx.saved_tensors
+        x = logits.flatten(2)
+        labels = target.flatten(1)
+        gradient = torch.empty_like(x)
+        for b, part in _pieces(x):
+            index, valid = _split(labels[b, part])
+            p, surprise = _wrong(x[b, :, part], index, d_true.dtype)
+            slope = surprise.mul_(1 - p).mul_(ctx.gamma).add_(p).mul_(p.pow_(ctx.gamma))
+            at_true = slope.gather(0, index) * (-d_true * valid)
+            gradient[b, :, part] = slope.mul_(d_others * valid).scatter_(0, index, at_true)
+        return gradient.view(logits.shape), None, None
+
+
+def _wrong(x: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``sigmoid`` and ``softplus`` of the logits, the true class's with the opposite sign.
+
+    Within 1e-7, in a fifth of the time that torch's own softplus takes on the CPU.
+    """
+    x = x.to(dtype, copy=True)
+    x.scatter_(0, index, -x.gather(0, index))
+    softplus = x.abs().sigmoid_().log_().neg_().add_(x.relu())
+    return x.sigmoid_(), softplus
+
+
+def _pieces(x: Tensor) -> Iterator[tuple[int, slice]]:
+    """Cut (B, C, pixels) into pieces of images: small enough for a cache, or whole off the CPU."""
+    pixels = x.shape[2]
+    size = max(1, _PIECE // x.shape[1]) if x.device.type == "cpu" else max(1, pixels)
+    for b in range(len(x)):
+        for start in range(0, pixels, size):
+            yield b, slice(start, start + size)
+
+
+_PIECE = 1 << 18  # numbers, so 1 MiB of fp32
+
+
+def _count(target: Tensor) -> Tensor:
+    """(B, H, W) to (B, 256): pixels of each value, counted without waiting for the device."""
+    rows = torch.zeros(*target.shape[:2], IGNORE + 1, device=target.device)
+    ones = torch.ones(target.shape, device=target.device)
+    return rows.scatter_add_(2, target.long(), ones).sum(1)
+
+
+def _split(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Index to gather by, (1, pixels) int64 with 0 where ignored, and where labels are valid."""
+    valid = labels != IGNORE
+    return (labels * valid).long()[None], valid
+
+
+def _lovasz(probability: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Lovász extension of one class's Jaccard loss, all arguments flat; ``truth`` is not empty."""
+    errors, order = ((truth.to(probability) - probability).abs() * valid).sort(descending=True)
+    truth = truth[order]
+    found = truth.cumsum(0)
+    size = found[-1]
+    union = size + torch.arange(1, len(found) + 1, device=found.device) - found
+    # The difference of successive Jaccard losses, in a form that loses nothing to cancellation.
+    missed = 1 / union.to(errors)
+    wrong = (size - found).to(errors) / (union.to(errors) * (union - 1).clamp_min(1))
+    return errors @ torch.where(truth, missed, wrong)
+
+
+def _ssim(x: Tensor, y: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Luminance and contrast-structure similarity of every window of maps with values in 0..1."""
+    maps = torch.stack([x, y, x * x, y * y, x * y])
+    flat = maps.flatten(0, 2)[:, None]
+    flat = F.conv2d(F.conv2d(flat, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    mean_x, mean_y, xx, yy, xy = flat.view(*maps.shape[:3], *flat.shape[2:])
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    covariance = xy - mean_x * mean_y
+    variances = xx - mean_x**2 + yy - mean_y**2
+    return luminance, (2 * covariance + c2) / (variances + c2)
+
+
+def _at_least_fp32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _weights(values: tuple[float, ...] | None) -> Tensor | None:
+    if values is None:
+        return None
+    if not values or min(values) < 0 or sum(values) == 0:
+        raise ConfigError("expected weights of at least 0, not all 0, one for each class")
+    return torch.tensor(values)
+
+
+def _ones_or(weights: Tensor | None, like: Tensor) -> Tensor:
+    """Weights of the classes, (C,), of ``like``'s type."""
+    return like.new_ones(like.shape[1]) if weights is None else weights.to(like)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name}: expected a number in 0..1, got {value}")
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ConfigError(f"{name}: expected a number of at least 0, got {value}")
+
+
+def _as_component(term: Component | str) -> dict[str, Any]:
+    return {"name": term} if isinstance(term, str) else dict(term)

@@ -1,0 +1,248 @@
+"""Optimizers, learning rate schedules, and the moving average of weights."""
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from segkit.core.config import Component, bind, build
+from segkit.core.errors import ConfigError
+
+NO_DECAY = ("relative_position_bias_table", "layer_scale", "logit_scale", "cpb_mlp")
+"""Parts of the names of parameters of more than one axis that have no weight decay.
+
+It would pull them towards a meaningless 0; Swin's authors exempt theirs, the network that computes
+position biases (``cpb_mlp``) included.
+"""
+
+
+def adamw(
+    groups: Iterable[dict[str, Any]],
+    *,
+    lr: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> AdamW:
+    """Adam with decoupled weight decay.
+
+    Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
+    """
+    return AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True)
+
+
+def sgd(
+    groups: Iterable[dict[str, Any]],
+    *,
+    lr: float,
+    weight_decay: float = 5e-4,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+) -> SGD:
+    """Stochastic gradient descent with momentum."""
+    return SGD(
+        groups,
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        fused=True,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": adamw, "sgd": sgd}
+
+
+def build_optimizer(
+    model: nn.Module,
+    optimizer: Component | str = "adamw",
+    *,
+    lr: float,
+    backbone_lr_factor: float = 1.0,
+    decoder_lr_factor: float = 1.0,
+) -> Optimizer:
+    """An optimizer of the parameters that learn.
+
+    Args:
+        model: Parameters under ``backbone`` are the backbone's, all others the decoder's.
+        optimizer: A name of :data:`OPTIMIZERS`, or ``{"name": ..., arguments}``.
+        lr: Peak learning rate; each group keeps its own share of it as ``base_lr``.
+        backbone_lr_factor: The backbone's share of ``lr``.
+        decoder_lr_factor: The decoder's share of ``lr``.
+
+    Parameters of at most one axis (biases, norms) and :data:`NO_DECAY` have no weight decay.
+    """
+    factors = {"backbone": backbone_lr_factor, "decoder": decoder_lr_factor}
+    groups: dict[tuple[str, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "backbone" if name.startswith("backbone.") else "decoder"
+            decays = parameter.dim() > 1 and not any(part in name for part in NO_DECAY)
+            groups.setdefault((part, decays), []).append(parameter)
+    described = []
+    for (part, decays), parameters in sorted(groups.items()):
+        base_lr = lr * factors[part]
+        group = {"params": parameters, "lr": base_lr, "base_lr": base_lr, "part": part}
+        described.append(group if decays else {**group, "weight_decay": 0.0})
+    return build(OPTIMIZERS, optimizer, "optim.optimizer", groups=described, lr=lr)
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> None:
+    """Give every group ``factor`` times its ``base_lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+# A schedule is a pure function of the step, counted from 0: the factor of the learning rate that
+# this step is taken with. All climb for `warmup` steps from WARMUP_START, reach 1 at step `warmup`,
+# then fall until `total`, and never climb after it.
+
+WARMUP_START = 0.1
+
+
+def cosine(step: int, *, total: int, warmup: int = 0, min_factor: float = 0.0) -> float:
+    """Half a cosine from 1 to ``min_factor``.
+
+    Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983
+    """
+    if step < warmup:
+        return _climb(step, warmup)
+    return _half_cosine(_progress(step, total, warmup), 1.0, min_factor)
+
+
+def poly(
+    step: int, *, total: int, warmup: int = 0, power: float = 0.9, min_factor: float = 0.0
+) -> float:
+    """``(1 - progress) ** power``, from 1 to ``min_factor``.
+
+    Chen et al. 2017, https://arxiv.org/abs/1606.00915
+    """
+    if step < warmup:
+        return _climb(step, warmup)
+    return min_factor + (1 - min_factor) * (1 - _progress(step, total, warmup)) ** power
+
+
+def constant(step: int, *, total: int, warmup: int = 0) -> float:
+    """1."""
+    return _climb(step, warmup) if step < warmup else 1.0
+
+
+def cosine_restarts(
+    step: int,
+    *,
+    total: int,
+    warmup: int = 0,
+    periods: tuple[float, ...] = (3.0, 5.0),
+    peaks: tuple[float, ...] = (1.0, 0.3),
+    min_factor: float = 0.0,
+) -> float:
+    """Half cosines one after the other.
+
+    Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983
+
+    Args:
+        periods: Lengths, relative to one another.
+        peaks: Factor each period starts from.
+        min_factor: What each period falls to.
+    """
+    if len(periods) != len(peaks) or not periods or min(periods) <= 0:
+        raise ConfigError("periods, peaks: expected lists of one length, every period above 0")
+    if step < warmup:
+        return _climb(step, warmup)
+    at = _progress(step, total, warmup) * sum(periods)
+    for period, peak in zip(periods[:-1], peaks, strict=False):
+        if at < period:
+            return _half_cosine(at / period, peak, min_factor)
+        at -= period
+    return _half_cosine(min(1.0, at / periods[-1]), peaks[-1], min_factor)
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "cosine": cosine,
+    "poly": poly,
+    "constant": constant,
+    "cosine_restarts": cosine_restarts,
+}
+
+
+def build_schedule(
+    schedule: Component | str, *, total: int, warmup: int = 0
+) -> Callable[[int], float]:
+    """The factor of the learning rate by step.
+
+    Args:
+        schedule: A name of :data:`SCHEDULES`, or ``{"name": ..., arguments}``.
+        total: Steps of the whole run.
+        warmup: The first of them, which climb.
+
+    Raises:
+        ConfigError: A factor would leave 0..1.
+    """
+    path = "optim.schedule"
+    make = bind(SCHEDULES, schedule, path, given=("step", "total", "warmup"))
+    factor = functools.partial(make, total=total, warmup=warmup)
+    for step in range(0, total + 1, max(1, total // 100)):
+        try:
+            value = factor(step)
+        except ConfigError as error:
+            raise ConfigError(f"{path}.{error}") from error
+        except ArithmeticError as error:
+            raise ConfigError(f"{path}: gives no number at step {step} ({error})") from error
+        if not 0 <= value <= 1:
+            raise ConfigError(
+                f"{path}: gives {value:g} times the learning rate at step {step}; expected 0 to 1"
+            )
+    return factor
+
+
+class EMA:
+    """Exponential moving average of a model, itself a model to evaluate.
+
+    Args:
+        model: The model that learns; unwrapped.
+        decay: Share of the average kept at each update, fewer in the first updates:
+            ``min(decay, (1 + t) / (10 + t))`` at update t, counted from 0.
+
+    Buffers (BatchNorm's statistics are averages already, others are integers) are copied.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float = 0.999) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in ``model``'s weights, after an optimizer step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact continuation needs."""
+        return {"updates": self.updates, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.updates = state["updates"]
+        self.model.load_state_dict(state["model"])
+
+
+def _climb(step: int, warmup: int) -> float:
+    return WARMUP_START + (1 - WARMUP_START) * step / warmup
+
+
+def _progress(step: int, total: int, warmup: int) -> float:
+    """0 at the end of the warm-up, 1 at ``total`` and after."""
+    return min(1.0, (step - warmup) / max(1, total - warmup))
+
+
+def _half_cosine(progress: float, high: float, low: float) -> float:
+    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2

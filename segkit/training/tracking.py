@@ -1,0 +1,301 @@
+"""Trackers: who follows a run besides its log. Their packages are imported only when named."""
+
+import csv
+import importlib
+import io
+import json
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from segkit.core.config import Component, bind
+from segkit.core.errors import ConfigError, SegkitError
+from segkit.core.files import naming, regular, write_text
+from segkit.core.run import Run
+
+Event = Mapping[str, Any]
+
+
+class Tracker(Protocol):
+    """Follows one fold of a run."""
+
+    def event(self, event: Event) -> None:
+        """A line of the log, about this fold."""
+
+    def pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
+        """Pictures of an evaluation, with their captions."""
+
+    def close(self) -> None:
+        """The fold is done, or stopped."""
+
+
+_TABLES = {"step": "steps.csv", "evaluate": "evaluations.csv"}
+
+
+class CSVTracker:
+    """Tables in the fold's folder: ``steps.csv``, ``evaluations.csv``.
+
+    Args:
+        run: The run.
+        fold: Its fold.
+        step: Where the fold goes on; later rows are of a part that was lost, and removed.
+    """
+
+    def __init__(self, *, run: Run, fold: int, step: int) -> None:
+        self._run, self._folder = run, run.fold(fold)
+        self._columns: dict[Path, list[str]] = {}
+        for name in _TABLES.values():
+            path = self._folder / name
+            if path.exists():
+                self._rewind(path, step)
+
+    def _rewind(self, path: Path, step: int) -> None:
+        with naming(path):
+            text = regular(path).read_text(encoding="utf-8", errors="replace")
+        text = text.replace("\0", "")  # a power cut may leave NULs, or a part of a row
+        if not text.strip():
+            write_text(path, "")
+            return
+        try:
+            header, *rows = csv.reader(io.StringIO(text, newline=""))
+            at = header.index("step")
+        except (csv.Error, ValueError) as error:
+            raise SegkitError(f"{path}: is damaged; move it elsewhere, then resume") from error
+        whole = [row for row in rows if len(row) == len(header) and row[at].isdecimal()]
+        kept = io.StringIO(newline="")
+        csv.writer(kept, lineterminator="\n").writerows(
+            [header, *(row for row in whole if int(row[at]) <= step)]
+        )
+        write_text(path, kept.getvalue())
+        self._columns[path] = header
+
+    def event(self, event: Event) -> None:
+        if event["event"] not in _TABLES:
+            return
+        path = self._folder / _TABLES[event["event"]]
+        row = {"epoch": event["epoch"], "step": event["step"], **scalars(event, _names(self._run))}
+        new = path not in self._columns
+        columns = self._columns.setdefault(path, list(row))
+        with path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
+        pass  # a table has no place for them
+
+    def close(self) -> None:
+        pass  # every row is written at once
+
+
+class TensorBoardTracker:
+    """Event files in the run's ``tensorboard/fold0``; needs the package ``tensorboard``.
+
+    A resumed fold hides what was written after the step it goes on from.
+    """
+
+    def __init__(self, *, run: Run, fold: int, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run = run
+        folder = run.folder / "tensorboard" / f"fold{fold}"
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        if not step:
+            text = json.dumps(run.read("config.json"), indent=2)
+            self._writer.add_text("config", f"```\n{text}\n```", 0)
+
+    def event(self, event: Event) -> None:
+        names = _names(self._run)
+        for name, value in scalars(event, names).items():
+            if value is not None:
+                self._writer.add_scalar(name, value, event["step"], walltime=event["time"])
+        if event["event"] == "evaluate":
+            lines = [f"| {' | '.join(row)} |" for row in _table(event, names)]
+            lines.insert(1, "| --- | --- | --- |")
+            self._writer.add_text("classes", "\n".join(lines), event["step"])
+
+    def pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
+        for caption, image in pictures:
+            self._writer.add_image(caption, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    """A run of Weights & Biases for each fold, in a group; needs the package ``wandb``.
+
+    Their ids are kept in the folds' ``wandb.json``: a resumed fold goes on with the same run.
+
+    Args:
+        run: The run.
+        fold: Its fold.
+        step: Where the fold goes on.
+        project: The project's name.
+        entity: The team or user; default: the one logged in.
+        mode: ``offline`` writes to the run's folder, to be sent by ``wandb sync``.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: Run,
+        fold: int,
+        step: int,
+        project: str = "segkit",
+        entity: str | None = None,
+        mode: Literal["online", "offline"] = "online",
+    ) -> None:
+        import wandb
+
+        self._wandb, self._run = wandb, run
+        path = f"fold{fold}/wandb.json"
+        if not (run.folder / path).exists():
+            run.write(path, {"id": secrets.token_hex(4), "project": project, "entity": entity})
+        self._tracked = wandb.init(
+            id=run.read(path)["id"],
+            project=project,
+            entity=entity,
+            mode=mode,
+            group=run.folder.name,
+            name=f"{run.folder.name}-fold{fold}",
+            dir=str(run.folder),
+            config=run.read("config.json"),
+            resume="allow",
+            reinit="finish_previous",
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def event(self, event: Event) -> None:
+        names = _names(self._run)
+        values: dict[str, Any] = {
+            name: value for name, value in scalars(event, names).items() if value is not None
+        }
+        if event["event"] == "evaluate":
+            head, *rows = _table(event, names)
+            values["classes"] = self._wandb.Table(columns=head, data=rows)
+        if values:
+            self._tracked.log(values, step=event["step"])
+
+    def pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
+        shown = [self._wandb.Image(image, caption=caption) for caption, image in pictures]
+        self._tracked.log({"pictures": shown}, step=step)
+
+    def close(self) -> None:
+        self._tracked.finish()
+
+
+TRACKERS = {"csv": CSVTracker, "tensorboard": TensorBoardTracker, "wandb": WandbTracker}
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+_GIVEN = ("run", "fold", "step")
+
+
+def check(specs: Sequence[Component]) -> None:
+    """Find mistakes in ``track.trackers`` before any data is read.
+
+    Raises:
+        ConfigError: An unknown name or argument, or a package that is not installed.
+    """
+    for number, spec in enumerate(specs):
+        path = f"track.trackers[{number}]"
+        bind(TRACKERS, spec, path, given=_GIVEN)
+        package = _PACKAGES.get(spec["name"])
+        if package is None:
+            continue
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(
+                f"{path}: needs the package {package}; pip install {package}"
+            ) from error
+
+
+class Followers:
+    """The trackers of a run: each fold's are opened by its ``start`` or ``resume`` event."""
+
+    def __init__(self, run: Run, specs: Sequence[Component]) -> None:
+        self._run, self._specs = run, specs
+        self._fold: int | None = None
+        self._open: list[Tracker] = []
+
+    def event(self, event: Event) -> None:
+        """Tell the trackers of the event's fold."""
+        if event["event"] in ("start", "resume"):
+            self.close()
+            self._fold = event["fold"]
+            for number, spec in enumerate(self._specs):
+                make = bind(TRACKERS, spec, f"track.trackers[{number}]", given=_GIVEN)
+                self._open.append(make(run=self._run, fold=self._fold, step=event["step"]))
+        elif event.get("fold") == self._fold:
+            for tracker in self._open:
+                tracker.event(event)
+
+    def pictures(self, step: int, pictures: Iterable[tuple[str, Image.Image]]) -> None:
+        """Show pictures to the trackers of the fold under way."""
+        shown = list(pictures) if self._open else []
+        for tracker in self._open if shown else ():
+            tracker.pictures(step, shown)
+
+    def close(self) -> None:
+        """End the trackers that are open."""
+        while self._open:
+            self._open.pop().close()
+
+
+@contextmanager
+def following(run: Run, specs: Sequence[Component]) -> Iterator[Followers]:
+    """Trackers that follow ``run`` until the block ends, in whatever way it does.
+
+    After an error they have five seconds to close: one may wait for a network.
+    """
+    followers = Followers(run, specs)
+    run.followers.append(followers.event)
+    failed = False
+    try:
+        yield followers
+    except (Exception, KeyboardInterrupt):
+        failed = True
+        raise
+    finally:
+        run.followers.remove(followers.event)
+        if failed:
+            closing = threading.Thread(target=_close_quietly, args=(followers,), daemon=True)
+            closing.start()
+            closing.join(5)
+        else:
+            followers.close()
+
+
+def _close_quietly(followers: Followers) -> None:
+    with suppress(Exception):  # the error that ends the run is the one to tell
+        followers.close()
+
+
+def scalars(event: Event, classes: Sequence[str]) -> dict[str, float | None]:
+    """The numbers of a ``step`` or ``evaluate`` event by name, the classes' IoU among them."""
+    values: dict[str, float | None] = {}
+    if event["event"] == "step":
+        values = {key: event[key] for key in ("loss", "lr", "gradient_norm", "images_per_s")}
+        values |= {f"loss/{name}": part for name, part in event["parts"].items()}
+    elif event["event"] == "evaluate":
+        values = {key: event[key] for key in ("miou", "mean_dice", "pixel_accuracy")}
+        values |= dict(zip(("miou_low", "miou_high"), event["interval"], strict=True))
+        values |= {f"iou/{name}": v for name, v in zip(classes, event["iou"], strict=True)}
+    return values
+
+
+def _names(run: Run) -> list[str]:
+    return run.read("classes.json")["classes"]
+
+
+def _table(event: Event, classes: Sequence[str]) -> list[list[Any]]:
+    rows = zip(classes, event["iou"], event["dice"], strict=True)
+    shown = [[name, *("" if v is None else f"{v:.4f}" for v in two)] for name, *two in rows]
+    return [["class", "iou", "dice"], *shown]

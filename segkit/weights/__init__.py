@@ -1,5 +1,0 @@
-"""Weights from elsewhere → this project's names."""
-
-from segkit.weights.loading import Report, load_file, load_state
-
-__all__ = ["Report", "load_file", "load_state"]

@@ -1,0 +1,346 @@
+"""The pipeline as a whole: one pass, a pure function of its numbers, the same on a batch."""
+
+import json
+import pickle
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from segkit.augment import OPERATIONS, Pipeline, generator
+from segkit.augment.color import COLOR, CURVES
+from segkit.augment.filters import FILTERS
+from segkit.augment.geometry import GEOMETRY
+from segkit.augment.mix import MIX
+from segkit.augment.pipeline import Curve, Filter, Mix, Recolor, Warp
+from segkit.core.config import load
+from segkit.core.errors import ConfigError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZE = (65, 97)
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+ARGUMENTS: dict[str, dict] = {
+    "resize": {"size": [51, 70]},
+    "scale": {"range": [0.5, 2.0]},
+    "resized_crop": {"size": [48, 40]},
+    "rotate": {"degrees": [-180, 180]},
+    "crop": {"size": [48, 80], "max_class_share": 0.75},
+    "pad": {"size": [80, 80]},
+    "brightness": {"range": [0.8, 1.2]},
+    "contrast": {"range": [0.8, 1.2]},
+    "saturation": {"range": [0.5, 1.5]},
+    "hue": {"degrees": [-20, 20]},
+    "rgb_shift": {"levels": [-20, 20]},
+    "gamma": {"range": [0.7, 1.4]},
+}
+
+WHOLE = [
+    {"name": "scale", "range": [0.5, 2.0]},
+    {"name": "rotate", "degrees": [-30, 30], "p": 0.5},
+    {"name": "hflip"},
+    {"name": "crop", "size": [48, 64], "max_class_share": 0.75},
+    {"name": "photometric"},
+    {"name": "gamma", "range": [0.7, 1.4], "p": 0.5},
+    {"name": "blur", "p": 0.3},
+    {"name": "noise", "p": 0.3},
+    {"name": "rgb_shift", "levels": [-10, 10]},
+]
+
+
+def sample(size: tuple[int, int] = SIZE, seed: int = 0) -> tuple[Tensor, Tensor]:
+    numbers = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (3, *size), generator=numbers).to(torch.uint8)
+    patches = torch.randint(0, 11, (size[0] // 12 + 1, size[1] // 12 + 1), generator=numbers)
+    mask = patches.repeat_interleave(12, 0).repeat_interleave(12, 1)[: size[0], : size[1]]
+    return image, mask.to(torch.uint8).contiguous()
+
+
+def others(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    return sample((70, 60), seed=int(rng.integers(100)))
+
+
+def pipeline(operations: list, size: tuple[int, int] | None = None) -> Pipeline:
+    return Pipeline(operations, size=size, mean=MEAN, std=STD)
+
+
+def levels(operations: list, size: tuple[int, int] | None = None) -> Pipeline:
+    """A pipeline whose result is in levels of 255."""
+    return Pipeline(operations, size=size, mean=(0, 0, 0), std=(1 / 255,) * 3)
+
+
+def normalized(image: Tensor) -> Tensor:
+    return (image / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def test_nothing_to_do_is_the_image_bit_for_bit() -> None:
+    image, mask = sample()
+    result, same = levels([])(image, mask, generator(0, 0, 0))
+    assert torch.equal(result, image.float())
+    assert torch.equal(same, mask)
+    same.fill_(7)
+    assert not torch.equal(same, mask), "the mask given must not change with the one returned"
+    result, none = pipeline([])(image, None, generator(0, 0, 0))
+    torch.testing.assert_close(result, normalized(image))
+    assert none is None
+
+
+def test_flips_and_crops_are_copies() -> None:
+    image, mask = sample()
+    run = levels([{"name": "hflip", "p": 1}, {"name": "crop", "size": [64, 96]}])
+    result, cropped = run(image, mask, generator(0, 0, 0))
+    windows = [
+        (image.flip(-1)[:, top : top + 64, left : left + 96].float(), mask.flip(-1)[top:, left:])
+        for top in range(2)
+        for left in range(2)
+    ]
+    found = [labels[:64, :96] for pixels, labels in windows if torch.equal(result, pixels)]
+    assert len(found) == 1
+    assert torch.equal(cropped, found[0])
+
+
+def test_padding_is_zero_and_ignored() -> None:
+    image, mask = sample()
+    operations = [
+        {"name": "rotate", "degrees": [45, 45]},
+        {"name": "blur", "sizes": [5]},
+        {"name": "brightness", "range": [1.5, 1.5]},
+        {"name": "pad", "size": [120, 130]},
+    ]
+    result, padded = pipeline(operations)(image, mask, generator(0, 0, 0))
+    assert result.shape == (3, 120, 130)
+    outside = padded == 255
+    assert 0.4 < outside.float().mean() < 0.9
+    assert (result[:, outside] == 0).all()
+    assert (result[:, ~outside] != 0).float().mean() > 0.99
+
+
+def test_size_ends_every_sample_alike() -> None:
+    run = pipeline([{"name": "scale", "range": [0.5, 2.0]}], size=(40, 56))
+    for index in range(10):
+        image, mask = run(*sample(), generator(0, 0, index))
+        assert image.shape == (3, 40, 56)
+        assert mask.shape == (40, 56)
+
+
+def test_geometry_is_one_step_and_color_none_of_its_own() -> None:
+    operations = [
+        {"name": "brightness", "range": [1.1, 1.1]},
+        {"name": "scale", "range": [1.2, 1.2]},
+        {"name": "contrast", "range": [1.1, 1.1]},
+        {"name": "rotate", "degrees": [5, 5]},
+        {"name": "hflip", "p": 1},
+    ]
+    plan = pipeline(operations, size=(32, 32)).plan(SIZE, generator(0, 0, 0))
+    assert [type(step) for step in plan.steps] == [Warp]
+    assert not np.array_equal(plan.color, np.eye(4))
+
+
+def test_filters_stand_where_they_are() -> None:
+    operations = [
+        {"name": "scale", "range": [1.2, 1.2]},
+        {"name": "brightness", "range": [1.1, 1.1]},
+        {"name": "gamma", "range": [2, 2]},
+        {"name": "hflip", "p": 1},
+        {"name": "contrast", "range": [1.1, 1.1]},
+        {"name": "median_blur"},
+        {"name": "contrast", "range": [1.1, 1.1]},
+        {"name": "rotate", "degrees": [5, 5]},
+        {"name": "cutmix"},
+    ]
+    plan = pipeline(operations).plan(SIZE, generator(0, 0, 0), others=others)
+    kinds = [type(step) for step in plan.steps]
+    assert kinds == [Warp, Recolor, Curve, Warp, Recolor, Filter, Warp, Recolor, Mix]
+    assert np.array_equal(plan.color, np.eye(4))
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        {"name": "posterize", "bits": 2},
+        {"name": "solarize", "range": [128, 128]},
+        {"name": "gamma", "range": [3, 3]},
+    ],
+    ids=lambda spec: spec["name"],
+)
+@pytest.mark.parametrize(
+    "move",
+    [{"name": "scale", "range": [0.5, 0.5]}, {"name": "rotate", "degrees": [30, 30]}],
+    ids=lambda spec: spec["name"],
+)
+def test_geometry_after_a_curve_reads_what_the_curve_made(curve: dict, move: dict) -> None:
+    image, mask = sample()
+    result, moved = levels([curve, move])(image, mask, generator(0, 0, 0))
+    curved, _ = levels([curve])(image, mask, generator(0, 0, 0))
+    expected, labels = levels([move])(curved, mask, generator(0, 0, 0))
+    torch.testing.assert_close(result, expected, atol=0.01, rtol=0)
+    assert torch.equal(moved, labels)
+    swapped, _ = levels([move, curve])(image, mask, generator(0, 0, 0))
+    assert (result - swapped).abs().max() > 16
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_configurations_read_each_image_once(path: Path) -> None:
+    cfg = load(path.stem)
+    operations = [{**spec, "p": 1} for spec in cfg.augment.train]
+    plan = pipeline(operations, cfg.augment.size).plan(SIZE, generator(0, 0, 0))
+    assert [type(step) for step in plan.steps] == [Warp]
+
+
+@pytest.mark.parametrize("blur", [{"sizes": [5]}, {"sigma": [1.5, 1.5]}])
+def test_colors_pass_a_blur_and_come_to_the_same(blur: dict) -> None:
+    name = "blur" if "sizes" in blur else "gaussian_blur"
+    colors = [{"name": "contrast", "range": [0.6, 0.6]}, {"name": "hue", "degrees": [20, 20]}]
+    run = pipeline([*colors, {"name": name, **blur}])
+    assert [type(step) for step in run.plan(SIZE, generator(0, 0, 0)).steps] == [Filter]
+    image, _ = sample()
+    result, _ = run(image, None, generator(0, 0, 0))
+    colored, _ = levels(colors)(image, None, generator(0, 0, 0))
+    expected, _ = pipeline([{"name": name, **blur}])(colored, None, generator(0, 0, 0))
+    torch.testing.assert_close(result, expected)
+
+
+def test_order_of_color_and_curve_matters() -> None:
+    image, _ = sample()
+    bright, gamma = {"name": "brightness", "range": [0.5, 0.5]}, {"name": "gamma", "range": [2, 2]}
+    one, _ = levels([bright, gamma])(image, None, generator(0, 0, 0))
+    other, _ = levels([gamma, bright])(image, None, generator(0, 0, 0))
+    value = image.float() / 255
+    torch.testing.assert_close(one, (0.5 * value) ** 2 * 255, atol=0.05, rtol=0)
+    torch.testing.assert_close(other, 0.5 * value**2 * 255, atol=0.05, rtol=0)
+
+
+def test_chance_is_kept() -> None:
+    run = pipeline([{"name": "hflip"}, {"name": "rotate", "degrees": [90, 90], "p": 0.2}])
+    flipped = turned = 0
+    for index in range(500):
+        plan = run.plan((64, 64), generator(3, 0, index))
+        matrix = plan.steps[0].matrix if plan.steps else np.eye(3)
+        turned += abs(matrix[0, 0]) < 0.5
+        flipped += np.linalg.det(matrix) < 0
+    assert 0.42 < flipped / 500 < 0.58
+    assert 0.14 < turned / 500 < 0.26
+
+
+def test_cap_on_the_largest_class_reaches_the_mask() -> None:
+    mask = torch.zeros((200, 200), dtype=torch.uint8)
+    mask[90:130, 90:130] = 1
+    image = mask.expand(3, -1, -1)
+    shares = []
+    for cap in (1.0, 0.75):
+        crop = {"name": "crop", "size": [64, 64], "max_class_share": cap}
+        run = pipeline([{"name": "blur"}, {"name": "hflip"}, crop])
+        parts = [run(image, mask, generator(0, 0, index))[1] for index in range(60)]
+        shares.append(float(np.mean([(part == 0).float().mean() for part in parts])))
+    assert shares[1] < shares[0] - 0.1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(9, 90),
+    width=st.integers(9, 90),
+    names=st.lists(st.sampled_from(sorted({**GEOMETRY, **COLOR, **FILTERS})), max_size=5),
+    seed=st.integers(0, 2**31),
+)
+def test_any_list_runs_on_any_size(height: int, width: int, names: list[str], seed: int) -> None:
+    operations = [{"name": name, "p": 0.8, **ARGUMENTS.get(name, {})} for name in names]
+    image, mask = sample((height, width))
+    run = pipeline(operations)
+    plan = run.plan((height, width), generator(seed, 0, 0), mask)
+    result, moved = run(image, mask, generator(seed, 0, 0))
+    assert result.dtype == torch.float32
+    assert moved.dtype == torch.uint8
+    assert result.shape[1:] == moved.shape == plan.size
+    assert torch.isfinite(result).all()
+    assert set(moved.unique().tolist()) <= {0, 255, *mask.unique().tolist()}
+    low, high = normalized(torch.zeros(3, 1, 1)), normalized(torch.full((3, 1, 1), 255.0))
+    assert (result >= low - 1e-5).all()
+    assert (result <= high + 1e-5).all()
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_operations_are_built_from_json_and_repeat(name: str) -> None:
+    spec = json.loads(json.dumps({"name": name, "p": 1, **ARGUMENTS.get(name, {})}))
+    image, mask = sample()
+    first = pipeline([spec])(image, mask, generator(1, 2, 3), others)
+    again = pipeline([spec])(image, mask, generator(1, 2, 3), others)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert torch.equal(image, sample()[0])
+    assert torch.equal(mask, sample()[1])
+
+
+def test_every_kind_is_in_the_registry() -> None:
+    kinds = (GEOMETRY, COLOR, CURVES, FILTERS, MIX)
+    assert sum(len(kind) for kind in kinds) == len(OPERATIONS)
+
+
+def digest(index: int) -> int:
+    image, mask = pipeline(WHOLE)(*sample(), generator(7, 1, index))
+    return zlib.crc32(image.numpy().tobytes() + mask.numpy().tobytes())
+
+
+def test_another_process_makes_the_same_bytes() -> None:
+    script = "from test_augment_pipeline import digest; print([digest(i) for i in range(6)])"
+    command = [sys.executable, "-c", f"import torch; torch.set_num_threads(1); {script}"]
+    path = [entry for entry in sys.path if entry]
+    code = f"import sys; sys.path[:0] = {[*path, str(__import__('pathlib').Path(__file__).parent)]}"
+    command[2] = f"{code}; {command[2]}"
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == [digest(index) for index in range(6)]
+    assert len({digest(index) for index in range(6)}) == 6
+
+
+def test_a_batch_equals_its_samples() -> None:
+    run = pipeline(
+        [{"name": "copy_paste", "p": 0.5}, *WHOLE, {"name": "jpeg", "p": 0.3}], size=(48, 64)
+    )
+    pairs = [sample((65 + index, 97 - index), seed=index) for index in range(6)]
+    plans = [
+        run.plan(tuple(image.shape[1:]), generator(0, 0, index), mask, others)
+        for index, (image, mask) in enumerate(pairs)
+    ]
+    plans = pickle.loads(pickle.dumps(plans))
+    images, masks = run.render([one for one, _ in pairs], [one for _, one in pairs], plans)
+    assert images.shape == (6, 3, 48, 64)
+    for index, (image, mask) in enumerate(pairs):
+        alone, labels = run(image, mask, generator(0, 0, index), others)
+        torch.testing.assert_close(images[index], alone, atol=1e-3, rtol=0)
+        assert torch.equal(masks[index], labels)
+
+
+def test_pipelines_travel_to_workers() -> None:
+    run = pipeline(WHOLE)
+    copy = pickle.loads(pickle.dumps(run))
+    assert torch.equal(
+        run(*sample(), generator(0, 0, 5))[0], copy(*sample(), generator(0, 0, 5))[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "rotat", "degrees": [0, 1]}, r"augment\.train\[0\]\.name.*rotate"),
+        ({"name": "rotate", "degree": [0, 1]}, r"augment\.train\[0\]\.degree.*degrees"),
+        ({"name": "rotate", "degrees": [30, -30]}, r"augment\.train\[0\].*degrees.*low then high"),
+        ({"name": "rotate", "degrees": "30"}, r"augment\.train\[0\]\.degrees"),
+        ({"name": "hflip", "p": 1.5}, r"augment\.train\[0\]\.p.*0 to 1"),
+        ({"name": "hflip", "p": True}, r"augment\.train\[0\]\.p"),
+        ({"p": 0.5}, r"augment\.train\[0\]\.name"),
+    ],
+)
+def test_bad_operations_are_told_with_their_path(spec: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pipeline([spec])
+
+
+def test_mixtures_need_others() -> None:
+    with pytest.raises(ConfigError, match="other labelled images"):
+        pipeline(["cutmix"])(*sample(), generator(0, 0, 0))

@@ -1,0 +1,306 @@
+"""Image files of every kind: read as upright RGB, or refused in one sentence that names them."""
+
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from segkit.data import images
+from segkit.data.files import MAX_BYTES, check_name, inside, read_json, read_text
+from segkit.data.images import image_size, read_image
+from segkit.core.errors import DataError
+
+HEIGHT, WIDTH = 65, 97
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def picture(seed: int = 0) -> np.ndarray:
+    """(65, 97, 3): no symmetry, smooth enough for JPEG."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    planes = [a * x + b * y for a, b in rng.uniform(0.3, 1.3, (3, 2))]
+    return np.stack(planes, -1).clip(0, 255).astype(np.uint8)
+
+
+def read(path: Path) -> np.ndarray:
+    return read_image(path).permute(1, 2, 0).numpy()
+
+
+def png(
+    path: Path, *, width: int, height: int, depth: int, color: int, samples: bytes = b""
+) -> Path:
+    """A PNG written byte by byte, for kinds that Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(samples)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(picture()).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(read(path), expected)
+    assert image_size(path) == expected.shape[:2]
+    assert (expected.shape[0] == WIDTH) == (orientation >= 5)
+
+
+def test_orientations_by_hand(tmp_path: Path) -> None:
+    """The corner that EXIF calls 0th row, 0th column, for each orientation."""
+    stored = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    upright = {
+        1: [[0, 1, 2], [3, 4, 5]],
+        2: [[2, 1, 0], [5, 4, 3]],
+        3: [[5, 4, 3], [2, 1, 0]],
+        4: [[3, 4, 5], [0, 1, 2]],
+        5: [[0, 3], [1, 4], [2, 5]],
+        6: [[3, 0], [4, 1], [5, 2]],
+        7: [[5, 2], [4, 1], [3, 0]],
+        8: [[2, 5], [1, 4], [0, 3]],
+    }
+    for orientation, expected in upright.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+        assert read_image(tmp_path / "a.png")[0].tolist() == expected
+
+
+def test_orientation_out_of_range_is_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    Image.fromarray(picture()).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read(tmp_path / "a.png"), picture())
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm"])
+def test_rgb_is_read_bit_for_bit(tmp_path: Path, suffix: str) -> None:
+    Image.fromarray(picture()).save(tmp_path / f"a.{suffix}")
+    pixels = read_image(tmp_path / f"a.{suffix}")
+    assert pixels.dtype == torch.uint8
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), picture())
+
+
+def test_gray_and_bilevel_become_three_equal_planes(tmp_path: Path) -> None:
+    gray = picture()[..., 0]
+    Image.fromarray(gray).save(tmp_path / "l.png")
+    Image.fromarray(gray > 60).save(tmp_path / "one.png")
+    assert np.array_equal(read(tmp_path / "l.png"), np.repeat(gray[..., None], 3, 2))
+    assert np.array_equal(read(tmp_path / "one.png")[..., 1], np.where(gray > 60, 255, 0))
+
+
+def test_palette_is_looked_up_with_and_without_transparency(tmp_path: Path) -> None:
+    image = Image.fromarray((picture()[..., 0] % 3).astype(np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 200, 100, 0, 7, 8, 9])
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "clear.png", transparency=bytes([0, 128, 255]))
+    colors = np.array([[10, 20, 30], [200, 100, 0], [7, 8, 9]], np.uint8)
+    expected = colors[picture()[..., 0] % 3]
+    assert np.array_equal(read(tmp_path / "plain.png"), expected)
+    assert np.array_equal(read(tmp_path / "clear.png"), expected)
+
+
+def test_alpha_is_dropped(tmp_path: Path) -> None:
+    alpha = picture(1)[..., :1]
+    Image.fromarray(np.concatenate([picture(), alpha], -1)).save(tmp_path / "rgba.png")
+    Image.fromarray(np.concatenate([picture()[..., :1], alpha], -1)).save(tmp_path / "la.png")
+    assert np.array_equal(read(tmp_path / "rgba.png"), picture())
+    assert np.array_equal(read(tmp_path / "la.png")[..., 2], picture()[..., 0])
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    color = np.full((HEIGHT, WIDTH, 3), [250, 120, 5], np.uint8)
+    Image.fromarray(color).convert("CMYK").save(tmp_path / "a.jpg", quality=98)
+    assert np.abs(read(tmp_path / "a.jpg").astype(int) - color).max() <= 3
+
+
+def test_16_bit_keeps_the_high_byte(tmp_path: Path) -> None:
+    """Pillow by itself would clip gray to 255: nearly every value would be white."""
+    values = np.array([[0, 255, 256], [0x1234, 0x80FF, 0xFFFF]], np.uint16)
+    high = [[0, 0, 1], [0x12, 0x80, 0xFF]]
+    Image.fromarray(values).save(tmp_path / "gray.png")
+    Image.fromarray(values).save(tmp_path / "gray.tif")
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
+    png(tmp_path / "rgb.png", width=3, height=2, depth=16, color=2, samples=rows)
+    for name in ("gray.png", "gray.tif", "rgb.png"):
+        assert read_image(tmp_path / name).tolist() == [high] * 3, name
+
+
+def test_32_bit_samples_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 5), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif cannot be decoded .*32-bit"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((9, 11, 3), value, np.uint8)) for value in (40, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    assert (read(tmp_path / "a.gif") == 40).all()
+    assert (read(tmp_path / "a.png") == 40).all()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7])
+def test_truncated_files_are_refused(tmp_path: Path, suffix: str, share: float) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(picture()).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(DataError, match=rf"a\.{suffix}"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8"])
+def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    for function in (read_image, image_size):
+        with pytest.raises(DataError, match=r"a\.jpg"):
+            function(path)
+
+
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.jpg does not exist"):
+        read_image(tmp_path / "gone.jpg")
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_image(tmp_path)
+
+
+def test_decompression_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
+    """One column more than is taken: 1.2 GB of pixels."""
+    bomb = png(tmp_path / "a.png", width=20_001, height=20_000, depth=8, color=2)
+    for function in (read_image, image_size):
+        with pytest.raises(DataError, match=r"a\.png has 20001 × 20000 pixels"):
+            function(bomb)
+    largest = png(tmp_path / "largest.png", width=20_000, height=20_000, depth=8, color=2)
+    assert image_size(largest) == (20_000, 20_000)
+    png(tmp_path / "b.png", width=2**31 - 1, height=2**31 - 1, depth=8, color=2)
+    with pytest.raises(DataError, match=r"b\.png"):
+        read_image(tmp_path / "b.png")
+
+
+def test_limit_is_on_pixels_not_on_a_side(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", HEIGHT * WIDTH)
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    assert image_size(tmp_path / "a.png") == (HEIGHT, WIDTH)
+    monkeypatch.setattr(images, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    with pytest.raises(DataError, match="97 × 65 pixels; expected at most"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "..", "../a.jpg", "a/../../b.jpg", "a\\..\\b"),
+        *("/etc/passwd", "C:\\a", "C:a", "\\\\server\\a"),
+        *("a\0b", "a\nb", "\ud800.jpg"),
+    ],
+)
+def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="file name"):
+        inside(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a/b.jpg", "..a.jpg", "a..b/c", "été 1.jpg", "a b\u202f"]
+)
+def test_names_within_the_folder_pass(tmp_path: Path, name: str) -> None:
+    check_name(name)
+    assert inside(tmp_path, name) == tmp_path / name
+
+
+def test_symbolic_links_may_not_leave_the_folder(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    (data / "real.jpg").write_bytes(b"x")
+    os.symlink(tmp_path / "secret.jpg", data / "out.jpg")
+    os.symlink(tmp_path, data / "folder")
+    os.symlink(data / "real.jpg", data / "within.jpg")
+    os.symlink(data, tmp_path / "alias")
+    for name in ("out.jpg", "folder/secret.jpg"):
+        with pytest.raises(DataError, match="symbolic link out of the data folder"):
+            inside(data, name)
+    inside(data, "within.jpg")
+    inside(tmp_path / "alias", "real.jpg")  # the folder itself may be a link
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"images": [', "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"[1, 2]", "holds no JSON object but a list"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+        (b'{"a": "\xff"}', "is not UTF-8"),
+    ],
+)
+def test_json_that_is_none_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.json {words}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_huge_or_missing_text_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # sparse: takes no disk
+    with pytest.raises(DataError, match="expected at most"):
+        read_json(tmp_path / "huge.json")
+    with pytest.raises(DataError, match="does not exist"):
+        read_text(tmp_path / "gone.txt")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_text(tmp_path)
+    with pytest.raises(DataError):
+        read_text("a\0b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif", "gif", "ppm"])
+def test_mutated_files_are_read_or_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(picture()).save(path)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    rng = np.random.default_rng(0)
+    warnings.simplefilter("ignore")
+    sentences = []
+    for _ in range(1000):
+        mutated = whole.copy()
+        # mostly in the header, where a byte means most
+        at = (rng.random(rng.integers(1, 6)) ** 3 * len(whole)).astype(int)
+        mutated[at] = rng.integers(0, 256, len(at))
+        path.write_bytes(mutated.tobytes())
+        try:
+            assert read_image(path).shape[0] == 3
+        except DataError as error:
+            sentences.append(str(error))
+    assert 0 < len(sentences) < 1000
+    assert all(str(path) in sentence and "\n" not in sentence for sentence in sentences)

@@ -1,0 +1,237 @@
+"""Batches: the same images in the same order, whoever prepares them."""
+
+import gc
+import multiprocessing
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+from segkit.augment import Pipeline
+from segkit.data.cache import CachedSource
+from segkit.data.loader import TrainImages, TrainOrder, eval_batches, train_batches
+from segkit.data.source import Fault
+from segkit.core.errors import ConfigError, DataError
+
+CPU = torch.device("cpu")
+
+
+class Noise:
+    """A source of random images, every third one larger."""
+
+    classes = ("a", "b", "c")
+    labelled = True
+    faults: tuple[Fault, ...] = ()
+    names = tuple(f"{i}.png" for i in range(11))
+
+    def __init__(self, broken: int | None = None) -> None:
+        self.broken = broken
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, i: int) -> Path:
+        return Path(self.names[i])
+
+    def size(self, i: int) -> tuple[int, int]:
+        return (20, 24) if i % 3 == 0 else (16, 18)
+
+    def image(self, i: int) -> Tensor:
+        if i == self.broken:
+            raise DataError(f"{self.names[i]} is broken")
+        values = np.random.default_rng(i).integers(0, 256, (3, *self.size(i)), np.uint8)
+        return torch.from_numpy(values)
+
+    def mask(self, i: int) -> Tensor:
+        return (self.image(i)[0] % 3).to(torch.uint8)
+
+    def label_digest(self, i: int) -> str:
+        return str(i)
+
+
+def pipeline() -> Pipeline:
+    operations = ["cutmix", "hflip", {"name": "crop", "size": [12, 12]}, "photometric", "noise"]
+    return Pipeline(operations, size=None, mean=(0.5,) * 3, std=(0.2,) * 3)
+
+
+def batches(
+    workers: int = 0,
+    start_step: int = 0,
+    accumulate: int = 1,
+    broken: int | None = None,
+    render: bool = True,
+    source: Any = None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    indices = list(range(11))
+    images = TrainImages(source or Noise(broken), indices, pipeline(), seed=3, render=render)
+    order = TrainOrder(
+        indices, epochs=3, batch_size=4, accumulate=accumulate, seed=3, start_step=start_step
+    )
+    found = train_batches(images, order, workers=workers, device=CPU)
+    return [(image.numpy(), mask.numpy()) for image, mask in found]
+
+
+def joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> bytes:
+    return b"".join(image.tobytes() for image, _ in parts) + b"".join(
+        mask.tobytes() for _, mask in parts
+    )
+
+
+def test_workers_accumulation_and_restarts_change_no_byte() -> None:
+    whole = batches()
+    assert len(whole) == 6
+    assert joined(batches(workers=2)) == joined(whole)
+    assert joined(batches(start_step=4)) == joined(whole[4:])
+    assert joined(batches(accumulate=2)) == joined(whole)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_may_be_forked_or_spawned(start: str) -> None:
+    if start not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {start}")
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(start, force=True)
+    try:
+        assert joined(batches(workers=2)) == joined(batches())
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rendering_by_batch_where_the_model_is_equals_the_workers(workers: int) -> None:
+    for one, other in zip(batches(), batches(workers=workers, render=False), strict=True):
+        np.testing.assert_allclose(one[0], other[0], atol=1e-3, rtol=0)
+        assert np.array_equal(one[1], other[1])
+
+
+def test_the_cache_changes_no_byte(tmp_path: Path) -> None:
+    class Stored(Noise):
+        def path(self, i: int) -> Path:
+            return tmp_path / self.names[i]
+
+    for i in range(11):
+        (tmp_path / Stored.names[i]).write_bytes(bytes([i]))
+    kept = CachedSource(Stored(), tmp_path / "cache", limit=1e6)
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 11
+    assert joined(batches(source=kept)) == joined(batches())
+    assert joined(batches(source=kept, workers=2)) == joined(batches())
+
+
+def test_ranks_share_each_batch() -> None:
+    whole = batches()
+    first, second = run_ranks(batches, 2)
+    for (images, masks), one, two in zip(whole, first, second, strict=True):
+        assert np.array_equal(images, np.concatenate([one[0], two[0]]))
+        assert np.array_equal(masks, np.concatenate([one[1], two[1]]))
+
+
+def test_an_epoch_uses_an_image_at_most_once_and_epochs_differ() -> None:
+    order = TrainOrder(list(range(10, 21)), epochs=2, batch_size=4, accumulate=1, seed=0)
+    first, second = (
+        [index for step in range(epoch * 2, epoch * 2 + 2) for _, index in order.batch(step)]
+        for epoch in range(2)
+    )
+    assert len(set(first)) == len(set(second)) == 8
+    assert set(first) <= set(range(10, 21))
+    assert first != second
+
+
+def test_batches_that_cannot_be_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch_size: is 4, more than the 3"):
+        TrainOrder([1, 2, 3], epochs=1, batch_size=4, accumulate=1, seed=0)
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 4 images cannot be divided"):
+        TrainOrder(list(range(9)), epochs=1, batch_size=4, accumulate=3, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_sentence(workers: int) -> None:
+    with pytest.raises(DataError, match=r"^5\.png is broken$"):
+        batches(workers=workers, broken=5)
+
+
+def test_a_broken_image_is_in_no_cycle() -> None:
+    """A cycle of references would keep the frames around it, and so their loaders and workers."""
+
+    class Held:
+        pass
+
+    def fail() -> weakref.ref:
+        held = Held()
+        with pytest.raises(DataError):
+            list(eval_batches(Noise(5), range(11), labels=True, batch_size=1, workers=0))
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert fail()() is None
+    finally:
+        gc.enable()
+
+
+def test_a_script_ends_by_an_error_while_it_holds_a_loader() -> None:
+    """segkit as a library: Python's own exit would join workers, which ignore SIGTERM."""
+    code = (
+        "import sys, torch; sys.path[:0] = sys.argv[1:]; from test_loader import Noise; "
+        "from segkit.data.loader import eval_batches; "
+        "kept = eval_batches(Noise(), range(11), labels=True, batch_size=1, workers=2); "
+        "next(kept); raise KeyError('mine')"
+    )
+    here = Path(__file__).parent
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(here), str(here.parent)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert shown.returncode == 1
+    assert shown.stderr.splitlines()[-1] == "KeyError: 'mine'"
+
+
+@pytest.mark.parametrize("render", [True, False])
+def test_images_of_several_sizes_are_named(render: bool) -> None:
+    plain = Pipeline([], size=None, mean=(0.5,) * 3, std=(0.2,) * 3)
+    images = TrainImages(Noise(), range(11), plain, seed=0, render=render)
+    order = TrainOrder(range(11), epochs=1, batch_size=8, accumulate=1, seed=0)
+    with pytest.raises(DataError, match=r"augment\.size"):
+        next(train_batches(images, order, workers=0, device=CPU))
+
+
+def evaluated(batch_size: int = 1) -> list[int]:
+    found = []
+    for batch in eval_batches(Noise(), range(11), labels=True, batch_size=batch_size, workers=0):
+        assert batch.masks is not None
+        assert len(batch.indices) == len(batch.images) == len(batch.masks) <= batch_size
+        found += batch.indices
+    return found
+
+
+def test_every_image_is_evaluated_once() -> None:
+    assert evaluated() == list(range(11))
+    assert evaluated(batch_size=4) == list(range(11))
+    shares = run_ranks(evaluated, 3)
+    assert sorted(index for share in shares for index in share) == list(range(11))
+
+
+def test_a_share_of_extra_images_is_drawn_anew_each_epoch() -> None:
+    order = TrainOrder(
+        range(6), epochs=4, batch_size=2, accumulate=1, seed=0, extra=range(6, 14), extra_share=0.5
+    )
+    assert order.steps_per_epoch == 5
+    epochs = []
+    for epoch in range(4):
+        steps = range(epoch * 5, epoch * 5 + 5)
+        drawn = sorted(index for step in steps for _, index in order.batch(step))
+        assert drawn[:6] == [0, 1, 2, 3, 4, 5]
+        assert len(set(drawn)) == 10
+        epochs.append(tuple(drawn[6:]))
+    assert len(set(epochs)) > 1
+    plain = TrainOrder(range(6), epochs=1, batch_size=2, accumulate=1, seed=0)
+    none = TrainOrder(
+        range(6), epochs=1, batch_size=2, accumulate=1, seed=0, extra=range(6, 14), extra_share=0
+    )
+    assert [plain.batch(step) for step in range(3)] == [none.batch(step) for step in range(3)]

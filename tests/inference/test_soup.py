@@ -1,0 +1,432 @@
+"""Soups: the arithmetic by hand, the same bits from the same models, honest selection."""
+
+import math
+import warnings
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from segkit.core import checkpoint, distributed
+from segkit.core.errors import CheckpointError
+from segkit.inference import soup
+
+State = dict[str, Tensor]
+
+
+def _save(path: Path, state: State, **entries: object) -> Path:
+    known = {"classes": ["ground", "litter"], "config": {"note": path.stem}, "init": "start"}
+    checkpoint.save({"model": state, **known, "trained_on": [path.stem], **entries}, path)
+    return path
+
+
+def _points(folder: Path, *points: float) -> list[Path]:
+    """Models whose one weight is a number."""
+    return [
+        _save(folder / f"{index}.pt", {"weight": torch.tensor([float(point)])})
+        for index, point in enumerate(points)
+    ]
+
+
+def _near(target: float) -> soup.Score:
+    """Higher the nearer the weight is to the target."""
+    return lambda state: -abs(float(state["weight"]) - target)
+
+
+def _awkward(seed: int) -> State:
+    """Values that averaging in a careless way would change."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "weight": torch.randn(33, 7, generator=generator) * 1e3,
+        "tiny": torch.tensor([1e-45, 1e-38, -0.0, 0.0, 1 / 3, 16777217.0]),
+        "half": torch.randn(999, generator=generator).half(),
+        "bf16": torch.randn(999, generator=generator).bfloat16(),
+        "double": torch.randn(9, generator=generator).double(),
+        "scalar": torch.tensor(0.1),
+        "last": torch.randn(4, 3, 5, 5, generator=generator).to(memory_format=torch.channels_last),
+        "relative_position_index": torch.arange(169),
+        "num_batches_tracked": torch.tensor(2**53 + 1),
+        "flag": torch.tensor([True, False]),
+    }
+
+
+def _bits(state: State) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {
+        key: (one.dtype, one.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for key, one in state.items()
+    }
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+@pytest.mark.parametrize("kind", ["uniform", "greedy", "learned"])
+def test_identical_models_give_the_same_bits(tmp_path: Path, kind: str, count: int) -> None:
+    paths = [_save(tmp_path / f"{index}.pt", _awkward(0)) for index in range(count)]
+    if kind == "uniform":
+        made = soup.uniform(paths)
+    else:
+        made = getattr(soup, kind)(paths, lambda state: 0.5)
+    assert _bits(made.model) == _bits(_awkward(0))
+    assert len(made.members) == (1 if kind == "learned" else count)
+
+
+def test_uniform_is_the_mean_and_leaves_the_files_alone(tmp_path: Path) -> None:
+    paths = [_save(tmp_path / f"{seed}.pt", _awkward(seed)) for seed in range(5)]
+    before = [path.read_bytes() for path in paths]
+    made = soup.uniform(paths)
+    for key in ("weight", "half", "bf16", "double", "last"):
+        values = torch.stack([_awkward(seed)[key].double() for seed in range(5)])
+        mean = values.mean(0)
+        rounding = 4 * torch.finfo(made.model[key].dtype).eps * mean.abs().max()
+        assert (made.model[key].double() - mean).abs().max() < rounding
+        if key in ("half", "bf16"):  # averaged in float32 and rounded once
+            assert (made.model[key] == mean.to(made.model[key].dtype)).float().mean() > 0.99
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_integers_are_the_first_ones_and_not_averaged(tmp_path: Path) -> None:
+    states = [{"weight": torch.tensor([1.0]), "count": torch.tensor([n, 7])} for n in (3, 4, 9)]
+    paths = [_save(tmp_path / f"{n}.pt", state) for n, state in enumerate(states)]
+    assert soup.uniform(paths).model["count"].tolist() == [3, 7]
+    best_is_last = soup.greedy(paths, lambda state: 0, scores=[0.0, 0.1, 0.2])
+    assert best_is_last.model["count"].tolist() == [9, 7]
+
+
+def test_greedy_by_hand(tmp_path: Path) -> None:
+    # Alone: 4 -> -1, 7 -> -2, 1 -> -4, 20 -> -15, against a target of 5.
+    paths = _points(tmp_path, 20, 1, 7, 4)
+    made = soup.greedy(paths, _near(5))
+    # 4; (4+7)/2 = 5.5 is kept; (4+7+1)/3 = 4 is refused; (4+7+20)/3 is refused.
+    assert made.model["weight"].item() == 5.5
+    assert made.members == [paths[2], paths[3]]
+    steps = [(Path(one["file"]).stem, one["score"], one["kept"]) for one in made.recipe["steps"]]
+    assert steps[0] == ("2", -0.5, True)
+    assert steps[1] == ("1", -1.0, False)
+    assert steps[2][0] == "0"
+    assert not steps[2][2]
+    assert made.recipe["refused"] == [str(paths[0]), str(paths[1])]
+    assert made.recipe["score"] == -0.5
+    assert [one["weight"] for one in made.recipe["ingredients"]] == [0, 0, 0.5, 0.5]
+    assert [one["score"] for one in made.recipe["ingredients"]] == [-15, -4, -2, -1]
+    assert made.recipe["ingredients"][0]["sha256"] == checkpoint.digest(paths[0])
+
+
+def test_greedy_members_weigh_the_same_in_any_order(tmp_path: Path) -> None:
+    values = [1.0, 2.0, 4.0, 10.0]
+    paths = _points(tmp_path, *values)
+    for scores in ([4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0], [3.0, 1.0, 4.0, 2.0]):
+        made = soup.greedy(paths, lambda state: 9.0, scores=scores)
+        assert made.model["weight"].item() == pytest.approx(4.25, abs=1e-6)  # not 10/2 + 4/4 + ...
+        assert [one["weight"] for one in made.recipe["ingredients"]] == [0.25] * 4
+
+
+def test_greedy_adds_what_is_not_worse_and_starts_with_the_best(tmp_path: Path) -> None:
+    paths = _points(tmp_path, 0, 8)
+    assert soup.greedy(paths, lambda state: 1.0, scores=[0.0, 1.0]).model["weight"].item() == 4
+    assert soup.greedy(paths, lambda state: 0.99, scores=[0.0, 1.0]).model["weight"].item() == 8
+
+
+def test_a_diverged_ingredient_is_last_and_refused(tmp_path: Path) -> None:
+    paths = _points(tmp_path, math.nan, 4, 6)
+    made = soup.greedy(paths, _near(5))
+    assert made.model["weight"].item() == 5
+    assert made.recipe["refused"] == [str(paths[0])]
+
+
+def test_learned_weights_find_what_equal_weights_cannot(tmp_path: Path) -> None:
+    paths = _points(tmp_path, 0, 10, 50)
+    target = 2.4
+    greedy = soup.greedy(paths, _near(target))
+    learned = soup.learned(paths, _near(target), shares=(0.5, 0.25, 0.1), rounds=8)
+    assert greedy.recipe["score"] == pytest.approx(-2.4)
+    assert learned.recipe["score"] > -0.2
+    weights = [one["weight"] for one in learned.recipe["ingredients"]]
+    assert sum(weights) == pytest.approx(1)
+    mixed = sum(w * v for w, v in zip(weights, (0, 10, 50), strict=True))
+    assert learned.model["weight"].item() == pytest.approx(mixed, rel=1e-5)
+
+
+def test_learned_stops_when_a_round_changes_nothing(tmp_path: Path) -> None:
+    paths = _points(tmp_path, 5, 0)
+    made = soup.learned(paths, _near(5), rounds=50)
+    assert made.members == [paths[0]]
+    assert len(made.recipe["steps"]) == 3
+
+
+def test_barrier_by_hand(tmp_path: Path) -> None:
+    left, right = _points(tmp_path, -1, 1)
+    two_valleys = {"score": lambda state: abs(float(state["weight"])), "scores": (1.0, 1.0)}
+    assert soup.barrier(left, right, **two_valleys) == 1
+    one_valley = {"score": lambda state: 1 - abs(float(state["weight"])), "scores": (0.0, 0.0)}
+    assert soup.barrier(left, right, **one_valley) == -1
+
+
+def test_barriers_are_those_of_the_best_with_each(tmp_path: Path) -> None:
+    paths = _points(tmp_path, 4, -6, 8)
+    own = [0.9, 0.5, 0.7]
+    heights = {-1.0: 0.3, 6.0: 0.75}  # the score at the midpoints of 4 with -6 and with 8
+    with pytest.warns(UserWarning, match="different valleys") as caught:
+        found = soup.check_barriers(
+            paths, lambda state: heights[float(state["weight"])], scores=own
+        )
+    assert [one["files"] for one in found] == [[str(paths[0]), str(path)] for path in paths[1:]]
+    assert [one["barrier"] for one in found] == pytest.approx([0.7 - 0.3, 0.8 - 0.75])
+    (message,) = [str(one.message) for one in caught]
+    assert f"{paths[0]} and {paths[1]} " in message  # 0.3 is below both; 0.75 is above 0.7
+
+
+def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
+    for name, average in (("a", 1.0), ("b", 3.0)):
+        ema = {"updates": 9, "model": {"weight": torch.tensor([average])}}
+        _save(tmp_path / f"{name}.pt", {"weight": torch.tensor([100.0])}, ema=ema)
+    _save(tmp_path / "c.pt", {"weight": torch.tensor([5.0])}, ema=None)
+    made = soup.uniform([tmp_path / f"{name}.pt" for name in "abc"])
+    assert made.model["weight"].item() == 3
+
+
+def test_a_soup_verifies_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, verified = _points(tmp_path, 0, 1, 2), []
+    digest = checkpoint.digest
+
+    def noted(path: Path) -> str:
+        verified.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "digest", noted)
+    soup.uniform(paths)
+    assert verified == paths
+
+
+@pytest.mark.parametrize(
+    ("state", "entries", "message"),
+    [
+        ({"weight": torch.zeros(2)}, {}, "'weight'.*another|another.*'weight'"),
+        ({"weight": torch.zeros(1), "bias": torch.zeros(1)}, {}, "'bias'"),
+        ({"weight": torch.zeros(1, dtype=torch.int64)}, {}, "another architecture"),
+        ({"weight": torch.zeros(1)}, {"classes": ["ground", "paper"]}, "other classes"),
+    ],
+)
+def test_different_models_are_refused(
+    tmp_path: Path, state: State, entries: dict[str, object], message: str
+) -> None:
+    good = _points(tmp_path, 0)
+    bad = _save(tmp_path / "bad.pt", state, **entries)
+    with pytest.raises(CheckpointError, match=message) as error:
+        soup.uniform([*good, bad])
+    assert str(bad) in str(error.value)
+
+
+def test_no_ingredients() -> None:
+    with pytest.raises(CheckpointError, match="at least one"):
+        soup.uniform([])
+
+
+def test_a_damaged_ingredient_is_refused(tmp_path: Path) -> None:
+    paths = _points(tmp_path, 0, 1)
+    content = bytearray(paths[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    paths[1].write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        soup.uniform(paths)
+
+
+def test_different_starts_warn_and_name_the_pairs(tmp_path: Path) -> None:
+    state = {"weight": torch.zeros(1)}
+    starts = {"a": "one", "b": "two", "c": "one"}
+    paths = [_save(tmp_path / f"{name}.pt", state, init=init) for name, init in starts.items()]
+    with pytest.warns(UserWarning, match="different weights") as caught:
+        soup.uniform(paths)
+    (message,) = [str(one.message) for one in caught]
+    assert f"{paths[0]} and {paths[1]}" in message
+    assert f"{paths[1]} and {paths[2]}" in message
+    assert f"{paths[0]} and {paths[2]}" not in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        soup.uniform([paths[0], paths[2]])
+
+
+def test_a_selection_that_leaks_is_refused_with_its_number(tmp_path: Path) -> None:
+    state = {"weight": torch.zeros(1)}
+    folds = {"a": ["1", "2", "3"], "b": ["3", "4"], "c": ["5"]}
+    paths = [_save(tmp_path / f"{name}.pt", state, trained_on=on) for name, on in folds.items()]
+    assert soup.check_selection(paths, ["6", "7"]) == 0
+    with pytest.raises(CheckpointError, match="3 of the 4 images") as error:
+        soup.check_selection(paths, ["2", "3", "4", "6"])
+    assert str(paths[0]) in str(error.value)
+    assert str(paths[2]) not in str(error.value)
+    assert soup.check_selection(paths, ["2", "3", "4", "6"], allow_leak=True) == 3
+
+
+def test_a_checkpoint_that_hides_what_it_trained_on_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.pt"
+    checkpoint.save({"model": {}, "classes": []}, path)
+    with pytest.raises(CheckpointError, match="does not record"):
+        soup.check_selection([path], ["1"])
+    assert soup.check_selection([path], ["1"], allow_leak=True) == 0
+
+
+def test_a_soup_is_a_checkpoint_and_an_ingredient(tmp_path: Path) -> None:
+    paths = _points(tmp_path, 4, 7, 100)
+    made = soup.greedy(paths, _near(5))
+    checkpoint.save(soup.as_checkpoint(made), tmp_path / "soup.pt")
+    state = checkpoint.load(tmp_path / "soup.pt")
+    assert state["model"]["weight"].item() == 5.5
+    assert state["soup"] == made.recipe
+    assert state["trained_on"] == ["0", "1"]  # of the members, not of the refused one
+    assert state["classes"] == ["ground", "litter"]
+    assert state["score"] == -0.5
+    with pytest.raises(CheckpointError, match="1 of the 1"):
+        soup.check_selection([tmp_path / "soup.pt"], ["1"])
+    again = soup.uniform([tmp_path / "soup.pt", paths[1]])
+    assert again.model["weight"].item() == 6.25
+
+
+class _TwoNorms(nn.Sequential):
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        generator = torch.Generator().manual_seed(0)
+        super().__init__(
+            nn.BatchNorm2d(3), nn.Conv2d(3, 5, 3, padding=1), nn.Dropout(0.5), nn.BatchNorm2d(5)
+        )
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+
+
+def _images(*counts: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 3, 9, 7, generator=generator) * (n + 1) + n for n in counts]
+
+
+def test_batchnorm_statistics_are_those_of_the_whole_pass() -> None:
+    model = nn.BatchNorm2d(3)
+    batches = _images(4, 4, 1)  # a short last batch, far from the others
+    assert soup.reestimate_batchnorm(model, batches) == 1
+    values = torch.cat(batches).double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model.running_mean.double(), values.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.running_var.double(), values.var(1), rtol=1e-5, atol=1e-5)
+
+
+def test_batchnorm_of_one_batch_equals_torchs_in_every_layer() -> None:
+    (batch,) = _images(6)
+    ours, theirs = _TwoNorms().eval(), _TwoNorms().eval()
+    assert soup.reestimate_batchnorm(ours, [batch]) == 2
+    for layer in (theirs[0], theirs[3]):
+        layer.train().momentum = 1.0
+    theirs(batch)
+    for index in (0, 3):
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(
+                getattr(ours[index], name), getattr(theirs[index], name), rtol=1e-5, atol=1e-5
+            )
+    assert not ours.training
+
+
+def test_batchnorm_reestimation_repeats_and_restores() -> None:
+    model = _TwoNorms().train()
+    soup.reestimate_batchnorm(model, _images(4, 3))
+    first = {key: value.clone() for key, value in model.state_dict().items()}
+    soup.reestimate_batchnorm(model, _images(4, 3))
+    assert all(
+        torch.equal(value, first[key])
+        for key, value in model.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    )
+    assert all(layer.training for layer in model.modules())
+    assert not model[0]._forward_pre_hooks
+
+
+class _Frozen(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> "_Frozen":
+        return super().train(False)
+
+
+def test_frozen_batchnorm_is_left_alone() -> None:
+    frozen = _Frozen(3)
+    model = nn.Sequential(frozen, nn.BatchNorm2d(3)).train()
+    assert soup.reestimate_batchnorm(model, _images(4)) == 1
+    assert frozen.running_mean.tolist() == [0, 0, 0]
+    assert model[1].running_mean.abs().min() > 0.1
+
+
+class _WithAuxiliaryHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.auxiliary = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.auxiliary(x) if self.training else self.main(x)
+
+
+def test_batchnorm_that_only_training_runs_stays_as_it_is() -> None:
+    model = _WithAuxiliaryHead()
+    assert soup.reestimate_batchnorm(model, _images(4)) == 1
+    assert model.auxiliary.running_mean.tolist() == [0, 0, 0]
+    assert model.main.running_mean.abs().min() > 0.1
+
+
+def test_no_batchnorm_reads_no_batches() -> None:
+    def batches() -> Iterator[Tensor]:
+        raise AssertionError
+        yield
+
+    assert soup.reestimate_batchnorm(nn.Conv2d(3, 3, 1), batches()) == 0
+
+
+def test_batchnorm_without_batches() -> None:
+    with pytest.raises(ValueError, match="at least one batch"):
+        soup.reestimate_batchnorm(nn.BatchNorm2d(3), [])
+
+
+def test_the_norm_of_a_soup_is_wrong_until_it_is_reestimated(tmp_path: Path) -> None:
+    """Two sharp models whose features are each other's negatives: the mean has no spread left."""
+    images = _images(8)[0]
+    paths = []
+    for name, sign in (("a", 1.0), ("b", -0.9)):
+        model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.BatchNorm2d(2))
+        nn.init.constant_(model[0].weight, sign)
+        soup.reestimate_batchnorm(model, [images])
+        paths.append(_save(tmp_path / f"{name}.pt", model.state_dict()))
+    model.load_state_dict(soup.uniform(paths).model)
+    model.eval()
+    assert model(images).std() < 0.1
+    soup.reestimate_batchnorm(model, [images])
+    assert model(images).std() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["greedy", "learned"])
+def test_two_sets_of_weights_at_most(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = _points(tmp_path, 0, 1, 2, 3, 4, 5)
+    read, made, alive = soup._weights, [], []
+
+    def tracked(path: Path) -> State:
+        state = read(path)
+        made.append(weakref.ref(state["weight"]))
+        alive.append(sum(one() is not None for one in made))
+        return state
+
+    monkeypatch.setattr(soup, "_weights", tracked)
+    getattr(soup, kind)(paths, lambda state: float(len(made) % 3), scores=[0.0] * 6)
+    assert len(made) >= 6
+    assert max(alive) == 2
+
+
+def _statistics_of_a_share() -> list[list[float]]:
+    model = nn.BatchNorm2d(3)
+    soup.reestimate_batchnorm(model, _images(4, 4, 1)[distributed.rank() :: 2])
+    assert model.running_mean is not None
+    assert model.running_var is not None
+    return [model.running_mean.tolist(), model.running_var.tolist()]
+
+
+@pytest.mark.slow
+def test_ranks_share_the_pass_over_the_images() -> None:
+    first, second = run_ranks(_statistics_of_a_share, 2)
+    values = torch.cat(_images(4, 4, 1)).transpose(0, 1).flatten(1)
+    assert first == second
+    torch.testing.assert_close(torch.tensor(first[0]), values.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(first[1]), values.var(1), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,351 @@
+"""The pages in a real browser."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser
+from made_run import CLASSES, NASTY, Drawn, made_run
+
+from segkit.commands.report import main as report
+from segkit.core import config
+from segkit.report import findings, survey
+from segkit.report.data_page import explore_page
+from segkit.report.findings import Part
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    made_run(folder / "one")
+    made_run(folder / f"two {NASTY.replace('/', '')}", folds=1, optim__lr="0.5")
+    report([str(folder)])
+    source, cfg = Drawn(20), config.Config(note=NASTY)
+    parts = [Part("train", source, survey(source, "reading"))]
+    page = explore_page(cfg, parts, findings(cfg, parts), title=NASTY)
+    (folder / "explore.html").write_text(page, encoding="utf-8")
+    return {
+        "run": folder / "one" / "report.html",
+        "index": folder / "index.html",
+        "explore": folder / "explore.html",
+    }
+
+
+NAMES = ("run", "index", "explore")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_leaves_the_page_and_nothing_fails(
+    browser: Browser, pages: dict[str, Path], name: str
+) -> None:
+    browser.open(pages[name])
+    browser.run("scrollTo(0, document.body.scrollHeight)")
+    asked = [one for one in browser.requests if not one.startswith("data:")]
+    assert asked == [pages[name].resolve().as_uri()]
+    assert browser.trouble == []
+    broken = "[...document.images].filter((one) => one.complete && !one.naturalWidth).length"
+    assert browser.run(broken) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_of_the_data_is_text(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    browser.open(pages[name])
+    assert browser.run("document.querySelectorAll('[onerror], img[src=x]').length") == 0
+    assert NASTY in browser.run("document.body.textContent")
+
+
+def test_the_policy_forbids_foreign_scripts(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    ran = """(() => {
+      const script = document.createElement("script");
+      script.textContent = "window.ran = true";
+      document.body.append(script);
+      const image = document.createElement("img");
+      image.src = "https://example.org/a.png";
+      document.body.append(image);
+      return window.ran === true;
+    })()"""
+    assert browser.run(ran) is False
+    assert any("Content Security Policy" in one for one in browser.trouble)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_page_is_as_wide_as_the_window(
+    browser: Browser, pages: dict[str, Path], name: str, width: int
+) -> None:
+    browser.open(pages[name], width=width)
+    assert browser.run("document.documentElement.scrollWidth") <= width
+
+
+def test_curves_have_the_points_of_the_log(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    found = browser.run(
+        """Object.fromEntries([...document.querySelectorAll(".chart")].map((chart) => [
+             chart.querySelector("figcaption").textContent,
+             [...chart.querySelectorAll("path[data-points]")].map(
+               (path) => path.getAttribute("d").match(/[ML]/g).length)]))"""
+    )
+    assert found == {
+        "Loss": [40, 40],
+        "Mean IoU on the validation images": [2, 2],
+        "Learning rate": [40, 40],
+        "Images a second": [40, 40],
+    }
+
+
+READOUT = "document.querySelectorAll('.chart')[2].querySelector('.readout').textContent"
+
+
+def test_pointer_and_keys_read_a_chart(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    box = browser.run(
+        """(() => {
+          const svg = document.querySelectorAll(".chart svg")[2];
+          svg.scrollIntoView({ behavior: "instant", block: "center" });
+          const { left, top, width, height } = svg.getBoundingClientRect();
+          return { left, top, width, height };
+        })()"""
+    )
+    assert browser.run(READOUT) == "fold 0 0.004fold 1 0.004"  # the last ones
+    x, y = box["left"] + 46, box["top"] + box["height"] / 2
+    browser.drag((x, y), (x, y))
+    assert browser.run(READOUT).startswith("step 1fold 0 1.0e-4")
+    browser.run("document.querySelectorAll('.chart svg')[2].focus()")
+    browser.press("ArrowRight")
+    assert browser.run(READOUT).startswith("step 2fold 0 2.0e-4")
+    browser.press("End")
+    assert browser.run(READOUT).startswith("step 40fold 0 0.004")
+
+
+STAGE = "[...document.querySelectorAll('.card:not([hidden]) .stage')][0]"
+
+
+def test_the_slider_uncovers_truth_and_prediction(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    box = browser.run(
+        f"""(() => {{
+          {STAGE}.scrollIntoView({{ behavior: "instant", block: "center" }});
+          const {{ left, top, width, height }} = {STAGE}.getBoundingClientRect();
+          return {{ left, top, width, height }};
+        }})()"""
+    )
+
+    def clip(layer: str) -> str:
+        return browser.run(f"getComputedStyle({STAGE}.querySelector('.{layer}')).clipPath")
+
+    y = box["top"] + box["height"] / 2
+    start = box["left"] + box["width"] / 2
+    browser.drag((start, y), (box["left"] + 2, y))
+    at = float(browser.run(f"{STAGE}.querySelector('input').value"))
+    assert at < 5
+    assert f"{at:g}%" in clip("predicted")
+    browser.run(f"{STAGE}.querySelector('input').focus()")
+    browser.press("ArrowRight")
+    moved = float(browser.run(f"{STAGE}.querySelector('input').value"))
+    assert moved == at + 1
+    assert f"{moved:g}%" in clip("predicted")
+
+
+def choose(browser: Browser, selector: str, value: str) -> None:
+    browser.run(
+        f"""(() => {{
+          const control = document.querySelector({json.dumps(selector)});
+          control.value = {json.dumps(value)};
+          control.dispatchEvent(new Event("change"));
+        }})()"""
+    )
+
+
+def shown(browser: Browser) -> list[dict[str, Any]]:
+    cards = "[...document.querySelectorAll('.card:not([hidden])')]"
+    return browser.run(f"{cards}.map((card) => ({{ ...card.dataset }}))")
+
+
+def test_pictures_sort_and_filter(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    assert len(shown(browser)) == 8
+    browser.run("document.getElementById('more').click()")
+    cards = shown(browser)
+    assert len(cards) == 16
+    ious = [float(card["miou"]) for card in cards]
+    assert ious == sorted(ious)
+    choose(browser, "#order", "best")
+    assert [float(card["miou"]) for card in shown(browser)] == sorted(ious, reverse=True)
+    choose(browser, "#order", "worst")
+    choose(browser, "#of-class", "2")
+    filtered = shown(browser)
+    assert 0 < len(filtered) < 16
+    of_class = [dict(one.split(":") for one in card["iou"].split()) for card in filtered]
+    values = [float(one["2"]) for one in of_class]
+    assert values == sorted(values)
+    assert f"{len(filtered)} of 16" in browser.run("document.getElementById('count').textContent")
+
+
+def test_every_view_shows_its_layers(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    layers = ("truth", "predicted", "errors")
+    for view, visible in {
+        "photograph": (), "truth": ("truth",), "predicted": ("predicted",), "errors": ("errors",),
+        "compare": ("truth", "predicted"),
+    }.items():  # fmt: skip
+        browser.run(f"document.querySelector('[name=view][value={view}]').click()")
+        for layer in layers:
+            opacity = browser.run(f"getComputedStyle({STAGE}.querySelector('.{layer}')).opacity")
+            assert (float(opacity) > 0) == (layer in visible), (view, layer)
+    browser.run("document.querySelector('[name=view][value=all]').click()")
+    panels = "document.querySelector('.card:not([hidden]) .panels').children"
+    sizes = browser.run(f"[...{panels}].map((one) => one.getBoundingClientRect().width > 0)")
+    assert sizes == [False, True, True, True, True]
+
+
+def test_tables_sort(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    column = """[...document.querySelectorAll(".classes tbody tr")].map(
+      (row) => Number(row.cells[2].dataset.value))"""
+    unsorted = browser.run(column)
+    browser.run("document.querySelectorAll('.classes thead button')[1].focus()")
+    browser.press("Enter")
+    assert browser.run(column) == sorted(unsorted, reverse=True)
+    browser.press(" ")
+    assert browser.run(column) == sorted(unsorted)
+    assert browser.run("document.querySelector('.classes [aria-sort]').cellIndex") == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_keyboard_reaches_every_control(
+    browser: Browser, pages: dict[str, Path], name: str
+) -> None:
+    browser.open(pages[name])
+    wanted = browser.run(
+        """(() => {
+          window.reached = new Set();
+          document.addEventListener("focusin", (event) => window.reached.add(event.target));
+          const all = "a[href], button, select, summary, input, svg[tabindex], .scroll";
+          window.controls = [...document.querySelectorAll(all)].filter(
+            (one) => one.checkVisibility() && (one.type !== "radio" || one.checked));
+          return window.controls.length;
+        })()"""
+    )
+    for _ in range(wanted + 5):
+        browser.press("Tab")
+    missed = "window.controls.filter((one) => !window.reached.has(one)).map((one) => one.outerHTML)"
+    assert browser.run(missed) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_control_and_picture_has_a_name(
+    browser: Browser, pages: dict[str, Path], name: str
+) -> None:
+    browser.open(pages[name])
+    browser.send("Accessibility.enable")
+    nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+    browser.send("Accessibility.disable")
+    roles = {"button", "link", "slider", "combobox", "radio", "image", "radiogroup"}
+    nameless = [
+        node["role"]["value"]
+        for node in nodes
+        if not node["ignored"]
+        and node["role"]["value"] in roles
+        and not node.get("name", {}).get("value", "").strip()
+    ]
+    assert nameless == []
+
+
+CONTRAST = """(() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const pixel = (colors) => {  // colors over each other, the lowest first
+    canvas.clearRect(0, 0, 1, 1);
+    for (const color of colors) {
+      canvas.fillStyle = color;
+      canvas.fillRect(0, 0, 1, 1);
+    }
+    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (color) => {
+    const [r, g, b] = color.map((v) => v / 255).map(
+      (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  document.querySelectorAll("details").forEach((one) => (one.open = true));
+  const poor = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let seen = 0;
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.textContent.trim() || !element.checkVisibility()) continue;
+    if (element.closest("script, style, option, .unseen")) continue;
+    const behind = [];
+    for (let one = element; one; one = one.parentElement) {
+      behind.unshift(getComputedStyle(one).backgroundColor);
+    }
+    const style = getComputedStyle(element);
+    const text = element.closest("svg") ? style.fill : style.color;
+    const [a, b] = [light(pixel(behind)), light(pixel([...behind, text]))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const large = parseFloat(style.fontSize) >= 24;
+    seen += 1;
+    if (ratio < (large ? 3 : 4.5)) poor.push(
+      [walker.currentNode.textContent.trim().slice(0, 30), ratio.toFixed(2)]);
+  }
+  return { seen, poor };
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("name", NAMES)
+def test_text_has_the_contrast_of_wcag_aa(
+    browser: Browser, pages: dict[str, Path], name: str, dark: bool
+) -> None:
+    browser.open(pages[name], dark=dark)
+    found = browser.run(CONTRAST)
+    assert found["seen"] > 30
+    assert found["poor"] == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_curves_have_the_contrast_of_graphics(
+    browser: Browser, pages: dict[str, Path], dark: bool
+) -> None:
+    browser.open(pages["run"], dark=dark)
+    ratios = browser.run(
+        """(() => {
+          const canvas = document.createElement("canvas").getContext("2d");
+          const light = (name) => {
+            canvas.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(name);
+            canvas.fillRect(0, 0, 1, 1);
+            const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((v) => v / 255).map(
+              (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+          };
+          const ground = light("--panel");
+          return Array.from({ length: 8 }, (_, i) => light(`--s${i}`)).map(
+            (v) => (Math.max(v, ground) + 0.05) / (Math.min(v, ground) + 0.05));
+        })()"""
+    )
+    assert min(ratios) >= 3
+
+
+def test_the_index_links_to_the_runs_and_marks_what_differs(
+    browser: Browser, pages: dict[str, Path]
+) -> None:
+    browser.open(pages["index"])
+    addresses = browser.run("[...document.querySelectorAll('tbody a')].map((one) => one.href)")
+    assert len(addresses) == 2
+    rows = browser.run(
+        """[...document.querySelectorAll("td.differs")].map(
+             (cell) => cell.parentElement.cells[0].textContent)"""
+    )
+    assert rows == ["optim.lr"]
+    assert len(CLASSES) == browser.run(
+        "document.querySelectorAll('section:last-of-type tbody tr').length"
+    )

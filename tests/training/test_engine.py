@@ -1,0 +1,172 @@
+"""One step: what it changes, and what one that is not finite leaves alone."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from segkit import train
+from segkit.core.errors import SegkitError
+from segkit.core.run import Run
+from segkit.models.segmenter import build_model
+from segkit.training.losses import build_loss
+from segkit.training.optim import build_optimizer
+from segkit.training.step import load_model, precision, train_step
+
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, *batches: Any, **options: Any) -> Any:
+    criterion = build_loss(["cross_entropy"], num_classes=3)
+    options = {"amp": None, "scaler": SCALER, "clip_norm": None, **options}
+    return train_step(model, criterion, optimizer, batches, **options)
+
+
+def make(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = build_model(
+        "resnet18_half", {"name": "fcn", "width": 8, "dropout": 0.0, "aux": False}, num_classes=3
+    )
+    return model, build_optimizer(model, "adamw", lr=0.01, **options)
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, 3, 64, 64, generator=rng)
+    return images, torch.randint(0, 3, (2, 64, 64), generator=rng)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(value: float) -> None:
+    model, optimizer = make()
+    step(model, optimizer, batch())
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    images, masks = batch(1)
+    images[0, 0, 0, 0] = value
+    result = step(model, optimizer, (images, masks), clip_norm=1.0)
+    assert not result.finite
+    torch.testing.assert_close(model.state_dict(), before[0], rtol=0, atol=0)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before[1], rtol=0, atol=0)
+    assert step(model, optimizer, batch(1)).finite  # and the next one goes on
+
+
+def test_clipping_bounds_the_gradient_and_tells_its_norm_before() -> None:
+    model, optimizer = make()
+    result = step(model, optimizer, batch(), clip_norm=1e-3)
+    gradients = [one.grad for one in model.parameters() if one.grad is not None]
+    assert float(result.gradient_norm) > 1e-2
+    assert float(torch.nn.utils.get_total_norm(gradients)) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_parts_average_to_the_whole_batch() -> None:
+    whole, parts = make()[0].eval(), make()[0].eval()  # BatchNorm sees each part alone
+    images, masks = batch()
+    steps = [
+        step(model, torch.optim.SGD(model.parameters(), lr=0.1), *batches)
+        for model, batches in (
+            (whole, [(images, masks)]),
+            (parts, [(images[:1], masks[:1]), (images[1:], masks[1:])]),
+        )
+    ]
+    torch.testing.assert_close(steps[0].loss, steps[1].loss)
+    torch.testing.assert_close(whole.state_dict(), parts.state_dict(), rtol=0, atol=1e-6)
+
+
+def test_bf16_trains_in_full_precision_weights() -> None:
+    model, optimizer = make()
+    easy = batch()[0], torch.ones(2, 64, 64, dtype=torch.long)
+    losses = [float(step(model, optimizer, easy, amp=torch.bfloat16).loss) for _ in range(10)]
+    assert losses[-1] < losses[0] / 2
+    assert {one.dtype for one in model.parameters()} == {torch.float32}
+
+
+def test_precision() -> None:
+    cpu = torch.device("cpu")
+    names = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert {name: precision(name, cpu) for name in names} == names
+    assert precision("auto", cpu) in (None, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+def test_steps_on_cuda_follow_those_on_the_cpu(amp: torch.dtype | None) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        model = make()[0].to(device, memory_format=torch.channels_last)
+        optimizer = build_optimizer(model, "adamw", lr=0.01)
+        scaler = torch.amp.GradScaler(device, enabled=amp is torch.float16 and device == "cuda")
+        images, masks = (one.to(device) for one in batch())
+        options = {"amp": amp if device == "cuda" else None, "scaler": scaler}
+        results.append([
+            float(step(model, optimizer, (images, masks), **options).loss) for _ in range(8)
+        ])  # fmt: skip
+    assert results[1] == pytest.approx(results[0], rel=0.1)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of a training on a demo set, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    demo = {"name": "demo", "root": "demo", "train": 12, "test": 1, "size": 32}
+    config = {
+        "data": {"train": demo, "folds": 2, "workers": 0},
+        "model": {
+            "backbone": "resnet18_half",
+            "decoder": {"name": "fcn", "width": 8, "aux": False},
+        },
+        "train": {"epochs": 2, "batch_size": 2, "log_every": 1},
+    }
+    Path("tiny.json").write_text(json.dumps(config))
+    return ["--cfg", "tiny.json", "--folds", "0", "--run-dir", "run"]
+
+
+def test_bad_steps_are_logged_with_their_images_and_end_the_run(tiny: list[str]) -> None:
+    settings = ["--set", "optim.lr=1e30", "--set", "train.max_bad_steps=2"]
+    with pytest.raises(SegkitError, match=r"2 steps in a row.*batch_01.*optim\.lr"):
+        train.main([*tiny, *settings])
+    bad = [one for one in Run(Path("run")).events() if one["event"] == "non-finite"]
+    assert len(bad) == 2
+    assert all(name.startswith("batch_01/") for one in bad for name in one["images"])
+
+
+def test_deterministic_runs_are_equal_to_the_bit(tiny: list[str]) -> None:
+    states = []
+    try:
+        for run in ("run", "again"):
+            train.main([*tiny[:-1], run, "--set", "train.deterministic=true"])
+            assert torch.are_deterministic_algorithms_enabled()
+            states.append(Run(Path(run)).last(0))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert states[0] is not None
+    torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=0, atol=0)
+
+
+def test_a_run_says_which_losses_are_computed_on_each_part(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds: list[list[int]] = []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        assert options["exact"]
+        seeds.append(options["seeds"])
+        return train_step(*args, **options)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    settings = ["accumulate=2", "accumulate_exact=true", "epochs=1", "batch_size=4"]
+    words = [word for one in settings for word in ("--set", f"train.{one}")]
+    train.main([*tiny, *words, "--set", 'loss.terms=["dice","lovasz"]'])
+    assert "train.accumulate=2: lovasz: the mean over the parts" in capsys.readouterr().out
+    assert len({seed for step in seeds for seed in step}) == 2 * len(seeds) > 0
+
+
+def test_a_model_comes_back_from_its_checkpoint_alone(tiny: list[str]) -> None:
+    train.main(tiny)
+    model, config, rest = load_model(Path("run/fold0/best.pt"))
+    assert not model.training
+    assert config.train.epochs == 2
+    assert rest["score"] == Run(Path("run")).read("summary.json")["fold0"]["miou"]
