@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from segkit.core import config
+from segkit.core.errors import DataError
 from segkit.data import CocoSource, MaskSource, open_source
 from segkit.data.cache import CachedSource
 from segkit.data.source import Source
-from segkit.core.errors import DataError
 
 SIZE = (30, 41)
 BYTES = 8 + 4 * SIZE[0] * SIZE[1]

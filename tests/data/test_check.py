@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit.core.config import Data, parse
 from segkit.commands.check import faults, main
+from segkit.core.config import Data, parse
 from segkit.core.errors import ConfigError, DataError
 
 SIZE = 16

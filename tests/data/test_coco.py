@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from segkit.core.errors import DataError
 from segkit.data import coco, files
 from segkit.data.coco import CocoSource
-from segkit.core.errors import DataError
 
 HEIGHT, WIDTH = 6, 8
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from segkit.commands.demo import main
+from segkit.core.errors import DataError
 from segkit.data import demo
 from segkit.data.coco import CocoSource
 from segkit.data.demo import CLASSES, draw_demo, open_demo
-from segkit.commands.demo import main
 from segkit.data.demo.litter import LITTER
 from segkit.data.demo.scene import draw_scene
-from segkit.core.errors import DataError
 
 SMALL = {"train": 6, "test": 4, "size": 65, "seed": 3}
 COMMAND = [sys.executable, "-m", "segkit", "demo"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from segkit.data.folds import Split, class_pixels, make_folds, read_groups, table
 from segkit.core.errors import ConfigError, DataError
+from segkit.data.folds import Split, class_pixels, make_folds, read_groups, table
 
 
 def example(images: int = 120, seed: int = 0) -> tuple[list[str], np.ndarray]:

@@ -15,10 +15,10 @@ from ranks import run_ranks
 from torch import Tensor
 
 from segkit.augment import Pipeline
+from segkit.core.errors import ConfigError, DataError
 from segkit.data.cache import CachedSource
 from segkit.data.loader import TrainImages, TrainOrder, eval_batches, train_batches
 from segkit.data.source import Fault
-from segkit.core.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
 

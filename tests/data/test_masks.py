@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from segkit.data.masks import MaskSource
 from segkit.core.errors import ConfigError, DataError
+from segkit.data.masks import MaskSource
 
 HEIGHT, WIDTH = 65, 97
 CLASSES = ("sky", "road", "tree")

@@ -15,12 +15,12 @@ from test_cache import write_set
 
 from segkit.core import config
 from segkit.core.config import Config
+from segkit.core.run import Run
 from segkit.data import CocoSource, MaskSource, memo, open_source
 from segkit.data.folds import Split
 from segkit.data.loader import digests
 from segkit.data.memo import MEMO
 from segkit.data.source import Source
-from segkit.core.run import Run
 from segkit.train import check_data, divide
 
 IMAGES = 5

@@ -14,11 +14,10 @@ from PIL import Image, ImageOps
 from segkit.commands.explore import main
 from segkit.core import config
 from segkit.core.errors import SegkitError
-from segkit.report import findings, survey
 from segkit.report.data_page import color_statistics, explore_page
 from segkit.report.duplicates import near_duplicates
-from segkit.report.findings import Part
-from segkit.report.survey import areas
+from segkit.report.findings import Part, findings
+from segkit.report.survey import areas, survey
 
 
 def test_areas_by_brute_force() -> None:
