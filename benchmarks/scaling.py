@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
 
 from benchmarks import Figure, arguments, show
-from segkit.core.distributed import convert_sync_batch_norm
+from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
 from segkit.models.segmenter import build_model
 from segkit.training.losses import build_loss
 from segkit.training.optim import build_optimizer

@@ -9,11 +9,11 @@ from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
 from segkit.models.backbones import BACKBONES
 from segkit.models.decoders import DECODERS
-from segkit.models.segmenter import Segmenter, build_model
+from segkit.models.segmenter import Segmenter, build_model, load_model
 from segkit.training.losses import LOSSES, build_loss
 from segkit.training.metrics import confusion_matrix, scores
 from segkit.training.optim import build_optimizer
-from segkit.training.step import load_model, train_step
+from segkit.training.step import train_step
 
 __all__ = [
     "BACKBONES",

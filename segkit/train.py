@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from segkit.augment.pipeline import build_pipeline
 from segkit.commands import console
 from segkit.core import backend, checkpoint, config, distributed
 from segkit.core.config import Config
@@ -37,20 +38,16 @@ from segkit.data.record import data_changes, data_record
 from segkit.data.source import Source, positions
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
+from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
 from segkit.models.segmenter import build_model, check_weights
 from segkit.report import Gallery, class_table, record, score_table, write_run_page
 from segkit.training import tracking
+from segkit.training.evaluate import evaluate
 from segkit.training.losses import Criterion, build_loss
 from segkit.training.metrics import bootstrap_interval, scores
 from segkit.training.optim import EMA, build_optimizer, build_schedule, set_lr
-from segkit.training.step import (
-    build_pipeline,
-    evaluate,
-    precision,
-    recomputes,
-    restore,
-    train_step,
-)
+from segkit.training.state import restore
+from segkit.training.step import precision, recomputes, train_step
 
 MEMORY_TO_BEGIN = (
     "set train.recompute=on or the backbone's checkpointing=true, raise train.accumulate, or lower "
@@ -174,7 +171,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)
     if cfg.train.sync_batch_norm:
-        distributed.convert_sync_batch_norm(model, device)
+        convert_sync_batch_norm(model, device)
     criterion = build_loss(
         cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=len(classes)
     ).to(device)
@@ -565,7 +562,7 @@ def check_memory(
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)
     if cfg.train.sync_batch_norm:
-        distributed.convert_sync_batch_norm(model, device)
+        convert_sync_batch_norm(model, device)
     criterion = build_loss(cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=classes)
     optimizer = build_optimizer(model, cfg.optim.optimizer, lr=cfg.optim.lr)
     ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema is not None else None

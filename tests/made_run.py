@@ -9,8 +9,8 @@ from torch import Tensor
 from segkit.core import config
 from segkit.core.run import Run
 from segkit.report import Gallery, record, write_run_page
+from segkit.training.evaluate import Evaluation, tally
 from segkit.training.metrics import bootstrap_interval, scores
-from segkit.training.step import Evaluation, tally
 
 NASTY = "<img src=x onerror=\"fail()\"> & 'can'"
 CLASSES = ("background", NASTY, "bag", "paper")

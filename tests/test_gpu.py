@@ -29,11 +29,13 @@ from segkit.data import open_source
 from segkit.inference import soup
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
+from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
 from segkit.models.segmenter import build_model
+from segkit.training.evaluate import evaluate
 from segkit.training.losses import LOSSES, build_loss
 from segkit.training.metrics import confusion_matrix
 from segkit.training.optim import build_optimizer
-from segkit.training.step import evaluate, precision, train_step
+from segkit.training.step import precision, train_step
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device(os.environ.get("SEGKIT_TEST_DEVICE", "cuda"))
@@ -363,7 +365,7 @@ def train_rank(device: str, shares: list[slice]) -> list[Tensor]:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1)]
     model = nn.Sequential(*layers).double().to(device)
-    distributed.convert_sync_batch_norm(model, torch.device(device))
+    convert_sync_batch_norm(model, torch.device(device))
     net = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     criterion = build_loss(["cross_entropy", "dice"], num_classes=5).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

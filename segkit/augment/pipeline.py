@@ -12,7 +12,7 @@ from segkit.augment.color import COLOR, CURVES, NO_CHANGE, affine, curved, recol
 from segkit.augment.filters import FILTERS
 from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, Resize, Size, warp
 from segkit.augment.mix import MIX, Others
-from segkit.core.config import build
+from segkit.core.config import Config, build
 from segkit.core.errors import ConfigError
 
 OPERATIONS: dict[str, Callable[..., Any]] = {**GEOMETRY, **COLOR, **CURVES, **FILTERS, **MIX}
@@ -266,3 +266,9 @@ def _warped(
         _, still, _ = warp(image, inside.to(torch.uint8), step.matrix, step.size)
         within = None if still is None else (still == 1).float()
     return warped, labels, within
+
+
+def build_pipeline(config: Config) -> Pipeline:
+    """The augmentation of training images that a configuration asks for."""
+    data, augment = config.data, config.augment
+    return Pipeline(augment.train, size=augment.size, mean=data.mean, std=data.std)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from segkit.core.errors import DataError, quoted
 from segkit.core.labels import IGNORE
-from segkit.data.files import check_name, inside, read_json
 from segkit.data.images import MAX_PIXELS, read_image
+from segkit.data.inputs import check_name, inside, read_json
 from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
 
 MAX_OUTLINE = 1 << 22

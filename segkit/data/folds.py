@@ -11,7 +11,7 @@ import numpy as np
 
 from segkit.core.errors import ConfigError, DataError, quoted
 from segkit.core.files import write_json
-from segkit.data.files import read_json
+from segkit.data.inputs import read_json
 from segkit.data.loader import digests
 from segkit.data.memo import MEMO, on_threads
 from segkit.data.source import Source

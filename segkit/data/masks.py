@@ -11,8 +11,8 @@ from torch import Tensor
 
 from segkit.core.errors import ConfigError, DataError, quoted, reason
 from segkit.core.labels import IGNORE
-from segkit.data.files import check_name, inside, read_text
 from segkit.data.images import SUFFIXES, image_size, open_image, read_image
+from segkit.data.inputs import check_name, inside, read_text
 from segkit.data.memo import MEMO
 from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
 

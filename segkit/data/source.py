@@ -9,7 +9,7 @@ from torch import Tensor
 
 from segkit.core.errors import DataError, quoted
 from segkit.core.labels import IGNORE
-from segkit.data.files import NO_TEXT
+from segkit.data.inputs import NO_TEXT
 from segkit.data.memo import MEMO, on_threads
 
 OnError = Literal["raise", "skip"]

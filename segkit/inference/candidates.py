@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segkit.augment.pipeline import build_pipeline
 from segkit.core import __version__, checkpoint, config, distributed
 from segkit.core.config import Config
 from segkit.core.errors import CheckpointError, SegkitError
@@ -25,15 +26,10 @@ from segkit.inference.predictor import Predictor
 from segkit.inference.tta import View, fit_weights, true_class_samples
 from segkit.inference.voting import HardVote, SoftVote
 from segkit.models.kernels.fuse import fold_batch_norm
+from segkit.models.segmenter import load_model
+from segkit.training.evaluate import Evaluation, predictions, tally
 from segkit.training.metrics import bootstrap_interval, paired_difference, scores
-from segkit.training.step import (
-    Evaluation,
-    build_pipeline,
-    load_model,
-    precision,
-    predictions,
-    tally,
-)
+from segkit.training.step import precision
 
 VOTES = ("soft", "hard", "weighted")
 SOUPS = ("greedy", "uniform", "learned")

@@ -12,7 +12,7 @@ from typing import Any
 
 from segkit.core.errors import DataError, SegkitError
 from segkit.core.files import regular, write_json
-from segkit.data.files import check_name, inside
+from segkit.data.inputs import check_name, inside
 
 NAME = "origin.json"
 _DRAFT = f".{NAME}.writing"  # what a kill may leave of the first one

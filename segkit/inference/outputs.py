@@ -21,7 +21,7 @@ from torch import Tensor
 from segkit.core.errors import DataError
 from segkit.core.files import regular, replacing
 from segkit.core.labels import IGNORE
-from segkit.data.files import inside
+from segkit.data.inputs import inside
 
 Color = tuple[int, int, int]
 Add = Callable[[str, Tensor], None]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from segkit.core.config import Component, build
-from segkit.core.errors import ConfigError
+from segkit.core import checkpoint
+from segkit.core.config import Component, Config, build, parse
+from segkit.core.errors import CheckpointError, ConfigError
 from segkit.models.backbones import BACKBONES
 from segkit.models.decoders import DECODERS
 from segkit.models.export import export
@@ -169,3 +170,38 @@ def _without_values() -> Iterator[None]:
 
 def _name(component: Component | str) -> str:
     return component if isinstance(component, str) else component["name"]
+
+
+def load_model(path: Path, *, verify: bool = True) -> tuple[Segmenter, Config, dict[str, Any]]:
+    """A model from its checkpoint alone, with the configuration it was trained with.
+
+    Args:
+        path: A checkpoint of a run, or a soup; of averaged weights and others, the averaged ones.
+        verify: Compare the file with its digest first.
+
+    Returns:
+        The model in evaluation mode on the CPU, its configuration, and the checkpoint's other
+        entries (``classes``, ``score``, ...).
+    """
+    state = checkpoint.load(path, mmap=True, verify=verify, needs=checkpoint.MODEL)
+    config = parse(state["config"], str(path))
+
+    def build() -> Segmenter:
+        return build_model(
+            config.model.backbone,
+            config.model.decoder,
+            num_classes=len(state["classes"]),
+            freeze_batch_norm=config.model.freeze_batch_norm,
+            initialize=False,
+        )
+
+    try:
+        with torch.device("meta"):  # a model that the file does not hold may be of any size
+            checkpoint.check_fit(build(), checkpoint.weights(state), path)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    model = build()
+    checkpoint.check_weights(model, checkpoint.weights(state), path)
+    model.load_state_dict(checkpoint.weights(state))
+    others = {key: value for key, value in state.items() if key not in ("model", "ema")}
+    return model.eval(), config, others

@@ -26,8 +26,8 @@ from segkit.report.blocks import (
 )
 from segkit.report.gallery import Gallery
 from segkit.report.log import Fold, RunLog
+from segkit.training.evaluate import Evaluation
 from segkit.training.metrics import FEW_IMAGES
-from segkit.training.step import Evaluation
 
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("report.js").read_text(encoding="utf-8")

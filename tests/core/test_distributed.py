@@ -15,6 +15,7 @@ from benchmarks.models import kept_for_backward
 from segkit.core import distributed
 from segkit.core.errors import SegkitError
 from segkit.models.kernels.recompute import recompute_activations
+from segkit.models.kernels.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 
 
 def network() -> nn.Module:
@@ -39,7 +40,7 @@ def global_loss(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def train_rank(shares: list[slice], recomputed: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
     model = network()
-    distributed.convert_sync_batch_norm(model, torch.device("cpu"))
+    convert_sync_batch_norm(model, torch.device("cpu"))
     net = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images, weights = batch()
@@ -66,7 +67,7 @@ def test_uneven_ranks_with_sync_batch_norm_equal_one_process(recomputed: bool) -
 
 def kept_by_rank() -> list[int]:
     model = network()
-    distributed.convert_sync_batch_norm(model, torch.device("cpu"))
+    convert_sync_batch_norm(model, torch.device("cpu"))
     image, _ = batch()
     return [kept_for_backward(model, image, recomputed=recomputed) for recomputed in (False, True)]
 
@@ -83,8 +84,8 @@ def converted_keys() -> tuple[list[str], list[str], bool, bool]:
     model[4].eval()
     keys = list(model.state_dict())
     new = copy.deepcopy(model)
-    distributed.convert_sync_batch_norm(new, torch.device("cpu"))
-    assert isinstance(new[1], distributed.SyncBatchNorm)
+    convert_sync_batch_norm(new, torch.device("cpu"))
+    assert isinstance(new[1], SyncBatchNorm)
     return keys, list(new.state_dict()), new[1].weight.requires_grad, new[4].training
 
 
@@ -97,7 +98,7 @@ def test_conversion_keeps_keys_frozen_weights_and_modes() -> None:
 
 def test_one_process_needs_no_conversion() -> None:
     model = network()
-    distributed.convert_sync_batch_norm(model, torch.device("cpu"))
+    convert_sync_batch_norm(model, torch.device("cpu"))
     assert isinstance(model[1], nn.BatchNorm2d)
     x = torch.ones(3, requires_grad=True)
     assert distributed.sum_over_ranks(x) is x

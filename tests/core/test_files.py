@@ -15,8 +15,8 @@ from segkit.core.errors import DataError, SegkitError
 from segkit.core.files import regular
 from segkit.core.run import Run
 from segkit.data.coco import CocoSource
-from segkit.data.files import inside, read_json, read_text
 from segkit.data.images import image_size, read_image
+from segkit.data.inputs import inside, read_json, read_text
 from segkit.data.loader import digests
 from segkit.data.masks import MaskSource
 from segkit.data.photos import PhotoSource

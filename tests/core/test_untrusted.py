@@ -25,9 +25,9 @@ from segkit.inference import soup
 from segkit.inference.candidates import best_first, load_state
 from segkit.models.pretrained import load_state as load_foreign
 from segkit.models.pretrained.reading import read_file
-from segkit.models.segmenter import Segmenter, build_model
+from segkit.models.segmenter import Segmenter, build_model, load_model
 from segkit.training.optim import EMA, build_optimizer
-from segkit.training.step import load_model, restore
+from segkit.training.state import restore
 
 State = dict[str, Any]
 BACKBONE, DECODER = "resnet18_half", {"name": "fcn", "width": 8, "aux": False}

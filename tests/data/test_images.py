@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 from segkit.core.errors import DataError
 from segkit.data import images
-from segkit.data.files import MAX_BYTES, check_name, inside, read_json, read_text
 from segkit.data.images import image_size, read_image
+from segkit.data.inputs import MAX_BYTES, check_name, inside, read_json, read_text
 
 HEIGHT, WIDTH = 65, 97
 

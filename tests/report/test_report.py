@@ -25,8 +25,8 @@ from segkit.inference.outputs import ERROR, SAFE
 from segkit.report import Gallery, class_table, score_table, write_run_page
 from segkit.report.blocks import document, json_block
 from segkit.report.log import RunLog
+from segkit.training.evaluate import predictions, tally
 from segkit.training.metrics import per_image_miou
-from segkit.training.step import predictions, tally
 
 # ------------------------------------------------------------------------------- the page
 

@@ -12,10 +12,10 @@ from torch import nn
 from segkit import train
 from segkit.core.errors import SegkitError
 from segkit.core.run import Run
-from segkit.models.segmenter import build_model
+from segkit.models.segmenter import build_model, load_model
 from segkit.training.losses import build_loss
 from segkit.training.optim import build_optimizer
-from segkit.training.step import load_model, precision, train_step
+from segkit.training.step import precision, train_step
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 

@@ -273,7 +273,7 @@ OPERATIONS: dict[str, Callable[[Hooks, Any], Compute | None]] = {
     "NativeBatchNormBackward0": _batch_norm,
     "CudnnBatchNormBackward0": _batch_norm,
     "SyncBatchNormBackward": _sync_batch_norm,  # torch.nn.SyncBatchNorm
-    "NormalizeOverRanksBackward": _sync_batch_norm,  # segkit.core.distributed.SyncBatchNorm
+    "NormalizeOverRanksBackward": _sync_batch_norm,  # segkit.models.kernels.sync_batch_norm
     "NativeLayerNormBackward0": _layer_norm,
     "MulBackward0": _product,
     "ReluBackward0": _relu,

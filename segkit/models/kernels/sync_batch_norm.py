@@ -1,0 +1,103 @@
+"""BatchNorm over the batches of all ranks, on the CPU too."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segkit.core.distributed import all_reduce, rank, world_size
+
+
+class NormalizeOverRanks(torch.autograd.Function):
+    """BatchNorm's forward and backward over all ranks, by PyTorch's own fused kernels.
+
+    Given statistics, those kernels yield the normalized input, and in the backward pass the sums
+    over this rank and the part of the gradient that does not flow through the statistics; the rest
+    is one exchange of two sums a channel and one affine pass. It saves what PyTorch's own
+    ``SyncBatchNorm`` saves, in the same order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        parts = x.new_zeros(world_size(), 3, x.shape[1])
+        parts[rank()] = torch.stack([torch.full_like(mean, x.numel() / len(mean)), mean, variance])
+        counts, means, variances = all_reduce(parts).unbind(1)
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total
+        variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), total)
+        ctx.mark_non_differentiable(mean, variance, total)
+        y = nn.functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+        return y, mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+        x, weight, mean, rstd, total = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, rstd**-2, None, None, False, 0.0, [True, True, True]
+        )
+        dweights, dbiases = all_reduce(torch.stack([dweight, dbias]))
+        slope = -weight * rstd**2 * dweights / total
+        shift = -weight * rstd * dbiases / total - slope * mean
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        dx += torch.addcmul(shift.view(shape), x, slope.view(shape))
+        return dx, dweight, dbias, None
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the batches of all ranks, where ``nn.SyncBatchNorm`` refuses (on the CPU).
+
+    Ranks exchange each channel's count, mean and sum of squared deviations once a forward, and
+    combine them as Chan et al. 1979 do, which loses no precision to cancellation.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        x = input if input.dtype == torch.float64 else input.float()
+        weight = x.new_ones(self.num_features) if self.weight is None else self.weight
+        bias = x.new_zeros(self.num_features) if self.bias is None else self.bias
+        y, mean, variance, total = NormalizeOverRanks.apply(x, weight, bias, self.eps)
+        if self.track_running_stats:
+            self._track(mean, variance * total / (total - 1).clamp_min(1))
+        return y.to(input.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
+
+
+def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Give ``model``, in place, BatchNorm over all ranks; one rank needs no change.
+
+    State-dict keys stay as they are. On CUDA these are PyTorch's own ``nn.SyncBatchNorm``.
+    """
+    if world_size() == 1:
+        return
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, but for a model that is one
+        return
+    for name, child in model.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            new = SyncBatchNorm(
+                child.num_features,
+                child.eps,
+                child.momentum,
+                child.affine,
+                child.track_running_stats,
+            )
+            for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(new, key, getattr(child, key))
+            setattr(model, name, new.train(child.training))
+        else:
+            convert_sync_batch_norm(child, device)
