@@ -5,23 +5,19 @@ torchrun --nproc-per-node 4 train.py --cfg swin.json --folds 0
 """
 
 import argparse
-import gc
 import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from segkit.augment.pipeline import build_pipeline
 from segkit.commands import console
@@ -30,24 +26,31 @@ from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.core.run import Run, new_folder, runs
 from segkit.data import SOURCES, open_source
-from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shares, table
+from segkit.data.folds import Split
 from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
 from segkit.data.memo import MEMO
 from segkit.data.pseudo_labelled import PseudoLabelled
-from segkit.data.record import data_changes, data_record
 from segkit.data.source import Source, positions
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
-from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
 from segkit.models.segmenter import build_model, check_weights
 from segkit.report import Gallery, class_table, record, score_table, write_run_page
 from segkit.training import tracking
+from segkit.training.build import (
+    build_training,
+    dropout_seeds,
+    per_part,
+    step_options,
+    train_order,
+    wrap,
+)
 from segkit.training.evaluate import evaluate
-from segkit.training.losses import Criterion, build_loss
+from segkit.training.losses import build_loss
 from segkit.training.metrics import bootstrap_interval, scores
-from segkit.training.optim import EMA, build_optimizer, build_schedule, set_lr
-from segkit.training.state import restore
-from segkit.training.step import precision, recomputes, train_step
+from segkit.training.optim import build_optimizer, build_schedule, set_lr
+from segkit.training.preparation import add_pseudo, check_data, check_folds, check_memory, divide
+from segkit.training.state import TrainState
+from segkit.training.step import Step, train_step
 
 MEMORY_TO_BEGIN = (
     "set train.recompute=on or the backbone's checkpointing=true, raise train.accumulate, or lower "
@@ -101,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
         before = run.optional("summary.json", {})
         summary = {}
         follow = tracking.following(run, cfg.track.trackers)
-        with run.recording(), follow as trackers, Stop() as stop:
+        with run.recording(), follow as trackers, console.Stop() as stop:
             tell_faults((pseudo or train_source, val_source), run, say)
             if pseudo is not None and distributed.is_main():
                 run.log(event="pseudo", round=pseudo.round, images=len(pseudo.extra))
@@ -134,97 +137,118 @@ class Job:
     pseudo: PseudoLabelled | None
     device: torch.device
     resume: bool
-    stop: "Stop"
+    stop: console.Stop
     say: Callable[[str], None]
     trackers: tracking.Followers
 
 
 def train_fold(job: Job, fold: int) -> dict[str, Any]:
-    """One fold, from its first step or from where it stopped, to its last."""
+    """Train a fold from its first step, or from where it stopped, to its last."""
     cfg, run, device, say = job.cfg, job.run, job.device, job.say
-    train_source, val_source = job.train_source, job.val_source
-
-    # ---- data
-    training = positions(train_source, job.split.training(fold))
-    validation = positions(val_source, job.split.folds[fold])
-    train_source, extra = (job.pseudo, job.pseudo.extra) if job.pseudo else (train_source, ())
-    pipeline = build_pipeline(cfg)
-
-    # ---- model, loss, optimizer
-    folder = run.fold(fold)
+    folder, source = run.fold(fold), job.train_source
+    training = positions(source, job.split.training(fold))
+    validation = positions(job.val_source, job.split.folds[fold])
+    if job.pseudo is not None:
+        source = job.pseudo
+    extra = job.pseudo.extra if job.pseudo else ()
     folder.mkdir(exist_ok=True)
-    state = run.last(fold) if job.resume else None
-    classes = list(train_source.classes)
-    model = build_model(
-        cfg.model.backbone,
-        cfg.model.decoder,
-        num_classes=len(classes),
-        weights=cfg.model.weights if state is None else None,
-        freeze_batch_norm=cfg.model.freeze_batch_norm,
-        seed=cfg.train.seed,
-        initialize=state is None,
-    )
-    if model.report is not None:
-        say(model.report.summary())
-    first = distributed.is_main() and state is None
-    init = checkpoint.digest_tensors(model.state_dict()) if first else ""
-    layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
-    model.to(device).to(memory_format=layout)
-    if cfg.train.sync_batch_norm:
-        convert_sync_batch_norm(model, device)
-    criterion = build_loss(
-        cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=len(classes)
-    ).to(device)
-    if cfg.train.accumulate > 1 and (apart := per_part(criterion, cfg)):
+
+    # ---- what learns, and where it stopped
+    saved = run.last(fold) if job.resume else None
+    state, criterion = build_training(
+        cfg, len(source.classes), device,
+        weights=cfg.model.weights if saved is None else None, initialize=saved is None,
+    )  # fmt: skip
+    if state.model.report is not None:
+        say(state.model.report.summary())
+    if saved is not None:
+        state.load_state_dict(saved, folder / "last.pt")
+    elif distributed.is_main():
+        state.init = checkpoint.digest_tensors(state.model.state_dict())
+    if apart := per_part(criterion, cfg) if cfg.train.accumulate > 1 else []:
         say(
             f"train.accumulate={cfg.train.accumulate}: {', '.join(apart)}: the mean over the "
             "parts, not the loss of the whole batch (see docs/training.md)"
         )
-    optimizer = build_optimizer(
-        model, cfg.optim.optimizer, lr=cfg.optim.lr, backbone_lr_factor=cfg.optim.backbone_lr_factor
-    )
-    amp = precision(cfg.train.amp, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema is not None else None
-
-    # ---- where to go on
-    step, bad_in_row, bad_steps, seconds = 0, 0, 0, 0.0
-    top: list[tuple[float, int]] = []
-    if state is not None:
-        restore(folder / "last.pt", state, model, optimizer, scaler, ema)
-        step, init, seconds = state["step"], state["init"], state["seconds"]
-        bad_in_row, bad_steps = state["bad_in_row"], state["bad_steps"]
-        top = [(score, epoch) for score, epoch in state["top"]]
-    order = train_order(cfg, training, extra, start_step=step)
-    if state is not None:
-        say(going_on(fold, step, order, state["config"]["train"]["epochs"]))
+    order = train_order(cfg, training, extra, start_step=state.step)
+    if saved is not None:
+        say(going_on(fold, state.step, order, saved["config"]["train"]["epochs"]))
+    log = StepLog(run, fold, cfg.train.batch_size)
     if distributed.is_main():
-        if job.resume:
-            run.rewind(fold, step if state is not None else -1)
-        if step < order.steps:
-            run.reopen(fold)
-        run.log(
-            event="start" if state is None else "resume", fold=fold, step=step,
-            steps_per_epoch=order.steps_per_epoch,
-            parameters=sum(one.numel() for one in model.parameters()),
-            images=len(training), validation=len(validation),
-        )  # fmt: skip
+        log.begin(state, order, resume=job.resume, saved=saved is not None, validation=validation)
+    about = {
+        "config": config.to_dict(cfg),
+        "classes": list(source.classes),
+        "fold": fold,
+        "trained_on": digests(source, [*training, *extra]) if distributed.is_main() else [],
+        "pseudo_round": job.pseudo.round if job.pseudo else 0,
+    }
+
+    # ---- steps
+    images = TrainImages(
+        source, [*training, *extra], build_pipeline(cfg),
+        seed=cfg.train.seed, render=cfg.augment.device == "cpu",
+    )  # fmt: skip
+    batches = train_batches(images, order, workers=cfg.data.workers, device=device)
     schedule = build_schedule(cfg.optim.schedule, total=order.steps, warmup=cfg.optim.warmup_steps)
-    batches = train_batches(
-        TrainImages(
-            train_source,
-            [*training, *extra],
-            pipeline,
-            seed=cfg.train.seed,
-            render=cfg.augment.device == "cpu",
-        ),
-        order,
-        workers=cfg.data.workers,
-        device=device,
-    )
-    net = wrap(model, cfg, device)
-    predict = Predictor(
-        ema.model if ema is not None else model,
+    options = step_options(cfg, device)
+    net = wrap(state.model, cfg, device)
+    predict = validator(state, cfg, options["amp"])
+    progress = distributed.Progress(
+        None, f"fold {fold}", total=order.steps * cfg.train.batch_size,
+        initial=state.step * cfg.train.batch_size, unit="image", parts=cfg.train.epochs, delay=0,
+    )  # fmt: skip
+    started = time.perf_counter() - state.seconds
+    shapes: list[torch.Size] = []
+    log.restart(state.step)
+    net.train()
+    while state.step < order.steps and not job.stop.signal:
+        parts = list(islice(batches, cfg.train.accumulate))
+        factor = schedule(state.step)
+        set_lr(state.optimizer, factor)
+        shapes, last_shapes = [pixels.shape for pixels, _ in parts], shapes
+        with backend.cudnn_autotuning(shapes == last_shapes):
+            result = train_step(
+                net, criterion, state.optimizer, parts,
+                scaler=state.scaler, seeds=dropout_seeds(cfg, state.step), **options,
+            )  # fmt: skip
+        state.advance(result.finite)
+        epoch, into_epoch = divmod(state.step, order.steps_per_epoch)
+        lr = cfg.optim.lr * factor
+        progress.update(cfg.train.batch_size, partial(note, state.step, order, result.loss, lr))
+        if not result.finite:
+            names = [source.names[index] for _, index in order.batch(state.step - 1)]
+            log.bad_step(state, names, limit=cfg.train.max_bad_steps)
+        if state.step % cfg.train.log_every == 0 or not into_epoch:
+            log.step(state.step, epoch, result, lr)
+
+        # ---- evaluations and saves
+        last_step = state.step == order.steps
+        if last_step or (not into_epoch and epoch % cfg.train.evaluate_every == 0):
+            evaluate_fold(job, fold, epoch, state, predict, validation, about)
+            net.train()
+            log.restart(state.step)
+        due = cfg.train.save_every and state.step % cfg.train.save_every == 0
+        if job.stop.asked(device) or due or not into_epoch or last_step:
+            state.seconds = time.perf_counter() - started
+            if distributed.is_main():
+                everything = {**about, **state.state_dict()}
+                checkpoint.save(everything, folder / "last.pt", keep_previous=True)
+    progress.close()
+    best_score, best_epoch = state.top[0] if state.top else (None, None)
+    return {
+        "miou": best_score,
+        "epoch": best_epoch,
+        "steps": state.step,
+        "bad_steps": state.bad_steps,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def validator(state: TrainState, cfg: Config, amp: torch.dtype | None) -> Predictor:
+    """Return what predicts in evaluations."""
+    return Predictor(
+        state.averaged,
         mean=cfg.data.mean,
         std=cfg.data.std,
         size=cfg.infer.size,
@@ -233,133 +257,128 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         amp=amp,
         channels_last=cfg.train.channels_last,
     )
-    about = {
-        "config": config.to_dict(cfg),
-        "classes": classes,
-        "fold": fold,
-        "trained_on": digests(train_source, [*training, *extra]) if distributed.is_main() else [],
-        "pseudo_round": job.pseudo.round if job.pseudo else 0,
-        "init": init,
-    }
 
-    def save_last() -> None:
+
+def evaluate_fold(
+    job: Job,
+    fold: int,
+    epoch: int,
+    state: TrainState,
+    predict: Predictor,
+    validation: Sequence[int],
+    about: dict[str, Any],
+) -> None:
+    """Evaluate, keep the checkpoint if it is among the best, and bring log and page up to date.
+
+    Args:
+        job: What all folds share.
+        fold: The number of the fold.
+        epoch: Epochs done.
+        state: Its ``top`` takes the score.
+        predict: Of the model to evaluate.
+        validation: Images to evaluate on.
+        about: What a checkpoint holds beside the weights.
+    """
+    cfg, run, source = job.cfg, job.run, job.val_source
+    predict.model.eval()
+    distributed.share_buffers(predict.model)
+    gallery = Gallery(source, validation, size=cfg.track.images)
+    with console.memory_advice(MEMORY_TO_EVALUATE.format(run=run.folder)):
+        evaluation = evaluate(
+            predict.mask, source, validation, device=job.device, watch=gallery.add,
+            batch_size=cfg.infer.batch_size, workers=cfg.data.workers,
+        )  # fmt: skip
+    result = scores(evaluation.matrix)
+    if result.miou is None:
+        raise DataError(f"fold {fold}: no validation image has a labelled pixel")
+    ranked = rank_best([*state.top, (result.miou, epoch)])
+    if distributed.is_main():
+        best = {**about, "init": state.init, "model": predict.model.state_dict()}
+        best |= {"epoch": epoch, "step": state.step, "score": result.miou, "iou": list(result.iou)}
+        keep_best(run.fold(fold), best, ranked, cfg.train.keep)
+        run.log(
+            event="evaluate", fold=fold, epoch=epoch, step=state.step, **result.to_dict(),
+            interval=bootstrap_interval(evaluation.counts),
+        )  # fmt: skip
+    if ranked[0][1] == epoch:
+        job.trackers.pictures(state.step, record(run, fold, state.step, evaluation, gallery))
+    if distributed.is_main():
+        write_run_page(run)
+    state.top = ranked[: cfg.train.keep]
+    job.say(f"fold {fold} epoch {epoch}: mIoU {result.miou:.4f} (best {ranked[0][0]:.4f})")
+    if console.is_verbose():
+        job.say(class_table(source.classes, result.iou))
+
+
+class StepLog:
+    """The log of a fold's steps on rank 0; its rates leave out the time of evaluations."""
+
+    def __init__(self, run: Run, fold: int, batch_size: int) -> None:
+        self.run, self.fold, self.batch_size = run, fold, batch_size
+        self.restart(0)
+
+    def begin(
+        self,
+        state: TrainState,
+        order: TrainOrder,
+        *,
+        resume: bool,
+        saved: bool,
+        validation: Sequence[int],
+    ) -> None:
+        """Log that the fold starts or goes on, without what an interrupted start logged after it.
+
+        Args:
+            state: Where it stands.
+            order: Of its training images.
+            resume: Whether the run was told to go on.
+            saved: Whether the fold goes on from a saved state.
+            validation: Its validation images.
+        """
+        if resume:
+            self.run.rewind(self.fold, state.step if saved else -1)
+        if state.step < order.steps:
+            self.run.reopen(self.fold)
+        self.run.log(
+            event="resume" if saved else "start", fold=self.fold, step=state.step,
+            steps_per_epoch=order.steps_per_epoch,
+            parameters=sum(parameter.numel() for parameter in state.model.parameters()),
+            images=len(order.indices), validation=len(validation),
+        )  # fmt: skip
+
+    def restart(self, step: int) -> None:
+        """Measure the rate from now on."""
+        self._since, self._since_step = time.perf_counter(), step
+
+    def step(self, step: int, epoch: int, result: Step, lr: float) -> None:
+        """Log a step's loss and the rate since the last one that was logged."""
+        if not distributed.is_main():
+            return
+        seconds = time.perf_counter() - self._since
+        rate = (step - self._since_step) * self.batch_size / seconds
+        self.restart(step)
+        self.run.log(
+            event="step", fold=self.fold, epoch=epoch, step=step,
+            loss=round(float(result.loss), 6),
+            parts={name: round(float(part), 6) for name, part in result.parts.items()},
+            lr=lr, gradient_norm=float(result.gradient_norm), images_per_s=round(rate, 2),
+        )  # fmt: skip
+
+    def bad_step(self, state: TrainState, names: Sequence[str], *, limit: int) -> None:
+        """Log a step without a finite gradient; ``limit`` of them in a row end the run."""
         if distributed.is_main():
-            last = {
-                **about,
-                "model": model.state_dict(),
-                "ema": ema.state_dict() if ema is not None else None,
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "step": step,
-                "seconds": seconds + time.perf_counter() - started,
-                "top": [list(one) for one in top],
-                "bad_in_row": bad_in_row,
-                "bad_steps": bad_steps,
-            }
-            checkpoint.save(last, folder / "last.pt", keep_previous=True)
+            self.run.log(event="non-finite", fold=self.fold, step=state.step, images=names)
+        if state.bad_in_row >= limit:
+            raise SegkitError(
+                f"fold {self.fold}: loss or gradient was not finite in {state.bad_in_row} steps in "
+                f"a row, the last on {', '.join(names[:4])}; lower optim.lr, or set optim.clip_norm"
+            )
 
-    # ---- steps
-    def note() -> str:
-        epochs = f"epoch {step / order.steps_per_epoch:.3g} of {cfg.train.epochs}"
-        return f"{epochs}, loss {float(result.loss):.4g}, lr {cfg.optim.lr * factor:.3g}"
 
-    progress = distributed.Progress(
-        None, f"fold {fold}", total=order.steps * cfg.train.batch_size,
-        initial=step * cfg.train.batch_size, unit="image", parts=cfg.train.epochs, delay=0,
-    )  # fmt: skip
-    started = since = time.perf_counter()
-    since_step = step
-    shapes: list[torch.Size] = []
-    net.train()
-    while step < order.steps:
-        parts = list(islice(batches, cfg.train.accumulate))
-        set_lr(optimizer, factor := schedule(step))
-        shapes, last_shapes = [images.shape for images, _ in parts], shapes
-        with backend.cudnn_autotuning(shapes == last_shapes):
-            result = train_step(
-                net, criterion, optimizer, parts,
-                amp=amp, scaler=scaler, clip_norm=cfg.optim.clip_norm,
-                recompute=recomputes(cfg.train.recompute, device),
-                seeds=dropout_seeds(cfg, step), exact=cfg.train.accumulate_exact,
-            )  # fmt: skip
-        step += 1
-        epoch = step // order.steps_per_epoch
-        ends_epoch = step % order.steps_per_epoch == 0
-        progress.update(cfg.train.batch_size, note)
-        if result.finite:
-            bad_in_row = 0
-            if ema is not None:
-                ema.update(model)
-        else:
-            bad_in_row, bad_steps = bad_in_row + 1, bad_steps + 1
-            names = [train_source.names[index] for _, index in order.batch(step - 1)]
-            if distributed.is_main():
-                run.log(event="non-finite", fold=fold, step=step, images=names)
-            if bad_in_row >= cfg.train.max_bad_steps:
-                raise SegkitError(
-                    f"fold {fold}: loss or gradient was not finite in {bad_in_row} steps in a row, "
-                    f"the last on {', '.join(names[:4])}; lower optim.lr, or set optim.clip_norm"
-                )
-        if distributed.is_main() and (step % cfg.train.log_every == 0 or ends_epoch):
-            now = time.perf_counter()
-            rate = (step - since_step) * cfg.train.batch_size / (now - since)
-            since, since_step = now, step
-            terms = {name: round(float(part), 6) for name, part in result.parts.items()}
-            loss = round(float(result.loss), 6)
-            run.log(
-                event="step", fold=fold, epoch=epoch, step=step, loss=loss, parts=terms,
-                lr=cfg.optim.lr * factor,
-                gradient_norm=float(result.gradient_norm), images_per_s=round(rate, 2),
-            )  # fmt: skip
-
-        # ---- evaluations
-        last_step = step == order.steps
-        if last_step or (ends_epoch and epoch % cfg.train.evaluate_every == 0):
-            predict.model.eval()
-            distributed.share_buffers(predict.model)
-            gallery = Gallery(val_source, validation, size=cfg.track.images)
-            with console.memory_advice(MEMORY_TO_EVALUATE.format(run=run.folder)):
-                evaluation = evaluate(
-                    predict.mask, val_source, validation, device=device, watch=gallery.add,
-                    batch_size=cfg.infer.batch_size, workers=cfg.data.workers,
-                )  # fmt: skip
-            found = scores(evaluation.matrix)
-            if found.miou is None:
-                raise DataError(f"fold {fold}: no validation image has a labelled pixel")
-            top = rank_best([*top, (found.miou, epoch)])
-            if distributed.is_main():
-                best = {**about, "model": predict.model.state_dict(), "epoch": epoch, "step": step}
-                best |= {"score": found.miou, "iou": list(found.iou)}
-                keep_best(folder, best, top, cfg.train.keep)
-                run.log(
-                    event="evaluate", fold=fold, epoch=epoch, step=step, **found.to_dict(),
-                    interval=bootstrap_interval(evaluation.counts),
-                )  # fmt: skip
-            if top[0][1] == epoch:
-                job.trackers.pictures(step, record(run, fold, step, evaluation, gallery))
-            if distributed.is_main():
-                write_run_page(run)
-            top = top[: cfg.train.keep]
-            say(f"fold {fold} epoch {epoch}: mIoU {found.miou:.4f} (best {top[0][0]:.4f})")
-            if console.is_verbose():
-                say(class_table(classes, found.iou))
-            net.train()
-            since, since_step = time.perf_counter(), step
-        asked = cfg.train.save_every and step % cfg.train.save_every == 0
-        if job.stop.asked(device) or asked or ends_epoch or last_step:
-            save_last()
-        if job.stop.signal:
-            break
-    progress.close()
-    seconds += time.perf_counter() - started
-    best_score, best_epoch = top[0] if top else (None, None)
-    return {
-        "miou": best_score,
-        "epoch": best_epoch,
-        "steps": step,
-        "bad_steps": bad_steps,
-        "seconds": round(seconds, 1),
-    }
+def note(step: int, order: TrainOrder, loss: Tensor, lr: float) -> str:
+    """Return what a line of progress says of a step."""
+    epochs = f"epoch {step / order.steps_per_epoch:.3g} of {order.epochs}"
+    return f"{epochs}, loss {float(loss):.4g}, lr {lr:.3g}"
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -420,184 +439,6 @@ def find_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
     return run or Run(folder), resume
 
 
-def divide(
-    cfg: Config, train_source: Source, val_source: Source, run: Run, say: Callable[[str], None]
-) -> tuple[Split, dict[str, Any]]:
-    """The run's folds and selection set, and what a new run keeps of the data.
-
-    They are made once, and then read from the run's ``folds.json``.
-
-    Returns:
-        The split, and on rank 0 the contents of JSON files of the run's folder by their names.
-    """
-    if train_source.classes != val_source.classes:
-        raise DataError("data.val: has other classes than data.train; it needs the same ones")
-    split: Split | None = None
-    files: dict[str, Any] = {}
-    path = run.folder / "folds.json"
-    if distributed.is_main() and run.exists and path.exists():
-        split = Split.load(path)
-    elif distributed.is_main():
-        names = train_source.names
-        # Reads every mask, so that a value that is no class ends the run before it begins.
-        pixels = class_pixels(train_source, workers=cfg.data.workers)
-        if val_source is not train_source:
-            class_pixels(val_source, workers=cfg.data.workers)
-            split = Split(folds=(val_source.names,), train=names)
-        else:
-            split = make_folds(
-                names,
-                pixels,
-                folds=cfg.data.folds,
-                selection=cfg.data.selection,
-                seed=cfg.train.seed,
-                groups=read_groups(cfg.data.groups, cfg.data.group_pattern, names),
-            )
-            say(table(split, names, pixels, train_source.classes))
-            files["shares.json"] = [one._asdict() for one in shares(split, names, pixels)]
-        category_ids = getattr(train_source, "category_ids", None)
-        files["folds.json"] = asdict(split)
-        files["classes.json"] = {"classes": train_source.classes, "category_ids": category_ids}
-    return distributed.broadcast(split), files
-
-
-def add_pseudo(
-    cfg: Config,
-    train_source: Source,
-    val_source: Source,
-    split: Split,
-    say: Callable[[str], None],
-) -> PseudoLabelled | None:
-    """The training images with ``data.pseudo`` after them; none of these chooses or validates."""
-    if cfg.data.pseudo is None:
-        return None
-    names = split.selection if val_source is train_source else val_source.names
-    chooses = digests(val_source, positions(val_source, names))
-    joined = PseudoLabelled(train_source, open_source(cfg, "pseudo"), chooses=chooses)
-    say(f"pseudo labels, round {joined.round}: {len(joined.extra)} images")
-    return joined
-
-
-def check_folds(
-    cfg: Config,
-    folds: Sequence[int],
-    split: Split,
-    train_source: Source,
-    val_source: Source,
-    pseudo: PseudoLabelled | None,
-) -> None:
-    """Find out whether each fold has its images, whole batches of them, and steps to warm up in."""
-    extra, warmup = pseudo.extra if pseudo else (), cfg.optim.warmup_steps
-    steps = []
-    for fold in folds:
-        positions(val_source, split.folds[fold])
-        order = train_order(cfg, positions(train_source, split.training(fold)), extra)
-        build_schedule(cfg.optim.schedule, total=order.steps, warmup=warmup)
-        steps.append(order.steps)
-    if warmup >= min(steps) and distributed.is_main():
-        warnings.warn(
-            f"optim.warmup_steps: is {warmup}, but there are {min(steps)} steps, so the learning "
-            "rate never reaches optim.lr; lower it, or train longer",
-            stacklevel=2,
-        )
-
-
-def check_data(
-    run: Run,
-    split: Split,
-    train_source: Source,
-    val_source: Source,
-    pseudo: PseudoLabelled | None,
-) -> dict[str, Any]:
-    """Make sure that a run goes on with the data that it began with.
-
-    Returns:
-        The record of the data as a file of the run, where the run has none yet.
-
-    Raises:
-        DataError: Classes, images or labels are others.
-    """
-    names = {"train": split.training(0), "val": split.folds[0]}
-    if val_source is train_source:
-        names = {"train": (*names["train"], *names["val"], *split.selection)}
-    sources = {"train": train_source, "val": val_source}
-    parts: dict[str, tuple[Source, Sequence[int]]]
-    parts = {part: (sources[part], positions(sources[part], names[part])) for part in names}
-    if pseudo is not None:
-        parts["pseudo"] = pseudo, pseudo.extra
-    record = data_record(parts)
-    if not run.exists or not (run.folder / "classes.json").exists():
-        return {"data.json": record}
-    known = run.optional("data.json", None)
-    before = known if known and known["format"] == record["format"] else {"images": {}}
-    if changes := data_changes({**before, **run.read("classes.json")}, record):
-        raise DataError(
-            f"{run.folder}: began with other data than this ({'; '.join(changes)}); bring that "
-            "back, or start a new run with another --run-dir"
-        )
-    return {} if before["images"] else {"data.json": record}
-
-
-def check_memory(
-    cfg: Config, source: Source, training: Sequence[int], device: torch.device
-) -> None:
-    """Take two steps with a model of their own, so that too little memory is known at once.
-
-    The second one has the optimizer's state beside it. Every part of a step is the first training
-    image, as often as a rank's part holds images.
-    """
-    sample = TrainImages(source, training, build_pipeline(cfg), seed=cfg.train.seed)[0, training[0]]
-    if isinstance(sample, DataError):
-        raise sample
-    share = cfg.train.batch_size // (cfg.train.accumulate * distributed.world_size())
-    images, masks = (one.to(device).expand(share, *one.shape).contiguous() for one in sample[:2])
-    classes = len(source.classes)
-    with device:
-        model = build_model(
-            cfg.model.backbone,
-            cfg.model.decoder,
-            num_classes=classes,
-            freeze_batch_norm=cfg.model.freeze_batch_norm,
-        )
-    layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
-    model.to(device).to(memory_format=layout)
-    if cfg.train.sync_batch_norm:
-        convert_sync_batch_norm(model, device)
-    criterion = build_loss(cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=classes)
-    optimizer = build_optimizer(model, cfg.optim.optimizer, lr=cfg.optim.lr)
-    ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema is not None else None
-    amp = precision(cfg.train.amp, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    net = wrap(model, cfg, device)
-    for _ in range(2):
-        train_step(
-            net, criterion.to(device), optimizer, [(images, masks)] * min(2, cfg.train.accumulate),
-            amp=amp, scaler=scaler, clip_norm=cfg.optim.clip_norm,
-            recompute=recomputes(cfg.train.recompute, device),
-            exact=cfg.train.accumulate_exact,
-        )  # fmt: skip
-    del ema, net, model, criterion, optimizer
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def train_order(
-    cfg: Config, training: Sequence[int], extra: Sequence[int], *, start_step: int = 0
-) -> TrainOrder:
-    """The order of a fold's training images."""
-    return TrainOrder(
-        indices=training,
-        epochs=cfg.train.epochs,
-        batch_size=cfg.train.batch_size,
-        accumulate=cfg.train.accumulate,
-        seed=cfg.train.seed,
-        start_step=start_step,
-        extra=extra,
-        extra_share=cfg.data.pseudo_weight,
-    )
-
-
 def tell_faults(sources: Sequence[Source], run: Run, say: Callable[[str], None]) -> None:
     """Say what was left out of the data, and log what no earlier start has logged."""
     logged = {event["sentence"] for event in run.events() if event["event"] == "fault"}
@@ -636,19 +477,6 @@ def going_on(fold: int, step: int, order: TrainOrder, epochs: int) -> str:
     return sentence
 
 
-def wrap(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
-    """The model as the steps call it: compiled if asked for, in step with the other ranks."""
-    if cfg.train.compile:
-        model.compile()
-    if distributed.world_size() == 1:
-        return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
-
-
 def rank_best(found: list[tuple[float, int]]) -> list[tuple[float, int]]:
     """(score, epoch) from best to worst; of equals the earlier one first."""
     return sorted(found, key=lambda one: (-one[0], one[1]))
@@ -675,70 +503,6 @@ def keep_best(
 def epoch_file(folder: Path, epoch: int) -> Path:
     """Return the file of an epoch's checkpoint."""
     return folder / f"epoch{epoch:04d}.pt"
-
-
-def per_part(criterion: Criterion, cfg: Config) -> list[str]:
-    """Names of the losses that are computed on each part of a step alone."""
-    sums = [] if cfg.train.accumulate_exact else criterion.sharing("sums")
-    return [*sums, *criterion.sharing("nothing")]
-
-
-def dropout_seeds(cfg: Config, step: int) -> list[int]:
-    """A seed for each part of a step on this rank: there is no random state to save.
-
-    Parts are numbered over all ranks, so that 4 parts on one rank draw as 2 on each of two do.
-    """
-    world_size, rank = distributed.world_size(), distributed.rank()
-    parts = range(cfg.train.accumulate)
-    return [mix(cfg.train.seed, step, part * world_size + rank) for part in parts]
-
-
-def mix(*numbers: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
-
-
-class Stop:
-    """Within its block, SIGTERM or SIGINT ends the run, saved, after the step under way.
-
-    A second one ends it at once. torchrun passes on what it gets, so a rank that is in a process
-    group with it gets each signal twice: within two seconds they count once.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.pending = 0
-        self._time = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Stop":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
-        now = time.monotonic()
-        if not self.pending:
-            self.pending, self._time = number, now
-        elif not dist.is_torchelastic_launched() or now - self._time > 2:
-            console.end("interrupted", 130)
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.signal).name
-
-    def asked(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop; all ranks call it after the same step."""
-        if distributed.world_size() == 1:
-            self.signal = self.pending
-        else:
-            asked = torch.tensor([self.pending], device=device)
-            self.signal = int(distributed.maximum(asked))
-        return self.signal > 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from segkit.data.loader import EvalImages, TrainImages
 from segkit.training import tracking
 
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "start": (train, "build_model", 2),  # the first call only checks the configuration
+    "start": (train, "build_training", 1),
     "step": (train, "train_step", 3),
     "evaluation": (train, "evaluate", 1),
     "save": (files, "flush", 2),  # of the first epoch's last.pt: rank 0 has written its draft
@@ -54,7 +54,7 @@ def plant(kind: str, phase: str, marker: Path) -> None:
     """Make a function fail at one of its calls, unless it has before."""
     owner, name, at = PHASES[phase]
     if phase == "save" and os.environ.get("RANK", "0") != "0":
-        owner, name, at = train.Stop, "asked", 2  # the others wait there meanwhile
+        owner, name, at = console.Stop, "asked", 2  # the others wait there meanwhile
     if phase == "tracker that does not close":
         tracking.CSVTracker.close = lambda self: time.sleep(90)  # type: ignore[method-assign]
     whole: Callable[..., Any] = getattr(owner, name)

@@ -29,6 +29,7 @@ from segkit.data.source import Fault
 from segkit.models.segmenter import build_model
 from segkit.train import keep_best, tell_faults
 from segkit.train import main as train_main
+from segkit.training import preparation
 from segkit.training.optim import build_schedule
 
 ROOT = Path(__file__).parents[1]
@@ -333,7 +334,7 @@ def test_too_little_memory_is_known_before_a_folder_is_made(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(train_module, "TELL_MEMORY", ("cpu",))
-    monkeypatch.setattr(train_module, "train_step", step)
+    monkeypatch.setattr(preparation, "train_step", step)
     options = ["--run-dir", "runs/memory", *sets({"train.batch_size": 8, "train.accumulate": 2})]
     with pytest.raises(SegkitError, match=r"out of memory \(2\.00 GiB.*lower train\.batch_size"):
         train_main(["--cfg", "tiny.json", *options])

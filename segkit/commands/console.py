@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from segkit.core import distributed
 from segkit.core.errors import LONGEST, SegkitError, reason, shorten
 
 MEMORY_TO_PREDICT = "lower infer.batch_size, or set infer.tile to a smaller side"
@@ -166,6 +167,49 @@ def _silent(_: str) -> None:
 def _show(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning as people read it, without the line of code that gave it."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+class Stop:
+    """Within its block, SIGTERM or SIGINT ends the run, saved, after the step under way.
+
+    A second one ends it at once. torchrun passes on what it gets, so a rank that is in a process
+    group with it gets each signal twice: within two seconds they count once.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.pending = 0
+        self._time = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if not self.pending:
+            self.pending, self._time = number, now
+        elif not dist.is_torchelastic_launched() or now - self._time > 2:
+            end("interrupted", 130)
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signal).name
+
+    def asked(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop; all ranks call it after the same step."""
+        if distributed.world_size() == 1:
+            self.signal = self.pending
+        else:
+            asked = torch.tensor([self.pending], device=device)
+            self.signal = int(distributed.maximum(asked))
+        return self.signal > 0
 
 
 # ---- ending

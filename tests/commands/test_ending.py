@@ -362,6 +362,6 @@ def test_ranks_get_the_devices_of_their_machine(monkeypatch: pytest.MonkeyPatch)
 def test_a_training_leaves_signals_as_they_were() -> None:
     numbers = signal.SIGTERM, signal.SIGINT
     before = [signal.getsignal(number) for number in numbers]
-    with train.Stop() as stop:
+    with console.Stop() as stop:
         assert signal.getsignal(signal.SIGTERM) == stop._receive
     assert [signal.getsignal(number) for number in numbers] == before

@@ -27,7 +27,7 @@ from segkit.models.pretrained import load_state as load_foreign
 from segkit.models.pretrained.reading import read_file
 from segkit.models.segmenter import Segmenter, build_model, load_model
 from segkit.training.optim import EMA, build_optimizer
-from segkit.training.state import restore
+from segkit.training.state import TrainState
 
 State = dict[str, Any]
 BACKBONE, DECODER = "resnet18_half", {"name": "fcn", "width": 8, "aux": False}
@@ -451,7 +451,8 @@ def test_any_state_is_resumed_or_refused(seed: int, run: Path) -> None:
         checkpoint.save(state, changed)
         try:
             state = checkpoint.load(changed, needs=checkpoint.RESUME)
-            restore(changed, state, learner, optimizer, scaler, EMA(learner))
+            training = TrainState(learner, optimizer, scaler, EMA(learner))
+            training.load_state_dict(state, changed)
             for parameter in learner.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()

@@ -1,0 +1,121 @@
+"""What a configuration asks for, built for a training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from segkit.core import distributed
+from segkit.core.config import Config
+from segkit.data.loader import TrainOrder
+from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
+from segkit.models.segmenter import build_model
+from segkit.training.losses import Criterion, build_loss
+from segkit.training.optim import EMA, build_optimizer
+from segkit.training.state import TrainState
+from segkit.training.step import precision, recomputes
+
+
+def build_training(
+    cfg: Config,
+    num_classes: int,
+    device: torch.device,
+    *,
+    weights: str | None = None,
+    initialize: bool = True,
+) -> tuple[TrainState, Criterion]:
+    """Build the state of a training before its first step, and its loss.
+
+    Args:
+        cfg: All settings.
+        num_classes: Number of classes of the data.
+        device: Of this rank.
+        weights: To start from, as ``model.weights``.
+        initialize: Fill the weights that are not loaded; ``False`` if all of them will be.
+    """
+    model = build_model(
+        cfg.model.backbone,
+        cfg.model.decoder,
+        num_classes=num_classes,
+        weights=weights,
+        freeze_batch_norm=cfg.model.freeze_batch_norm,
+        seed=cfg.train.seed,
+        initialize=initialize,
+    )
+    layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
+    model.to(device).to(memory_format=layout)
+    if cfg.train.sync_batch_norm:
+        convert_sync_batch_norm(model, device)
+    criterion = build_loss(
+        cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=num_classes
+    ).to(device)
+    optimizer = build_optimizer(
+        model, cfg.optim.optimizer, lr=cfg.optim.lr, backbone_lr_factor=cfg.optim.backbone_lr_factor
+    )
+    fp16 = precision(cfg.train.amp, device) is torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema is not None else None
+    return TrainState(model, optimizer, scaler, ema), criterion
+
+
+def step_options(cfg: Config, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of :func:`segkit.training.step.train_step` that are settings."""
+    return {
+        "amp": precision(cfg.train.amp, device),
+        "clip_norm": cfg.optim.clip_norm,
+        "recompute": recomputes(cfg.train.recompute, device),
+        "exact": cfg.train.accumulate_exact,
+    }
+
+
+def wrap(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+    """Return the model as the steps call it: compiled if asked for, in DDP if there are ranks."""
+    if cfg.train.compile:
+        model.compile()
+    if distributed.world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+
+
+def train_order(
+    cfg: Config, training: Sequence[int], extra: Sequence[int], *, start_step: int = 0
+) -> TrainOrder:
+    """The order of a fold's training images."""
+    return TrainOrder(
+        indices=training,
+        epochs=cfg.train.epochs,
+        batch_size=cfg.train.batch_size,
+        accumulate=cfg.train.accumulate,
+        seed=cfg.train.seed,
+        start_step=start_step,
+        extra=extra,
+        extra_share=cfg.data.pseudo_weight,
+    )
+
+
+def per_part(criterion: Criterion, cfg: Config) -> list[str]:
+    """Names of the losses that are computed on each part of a step alone."""
+    sums = [] if cfg.train.accumulate_exact else criterion.sharing("sums")
+    return [*sums, *criterion.sharing("nothing")]
+
+
+def dropout_seeds(cfg: Config, step: int) -> list[int]:
+    """A seed for each part of a step on this rank: there is no random state to save.
+
+    Parts are numbered over all ranks, so that 4 parts on one rank draw as 2 on each of two do.
+    """
+    world_size, rank = distributed.world_size(), distributed.rank()
+    parts = range(cfg.train.accumulate)
+    return [mix(cfg.train.seed, step, part * world_size + rank) for part in parts]
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

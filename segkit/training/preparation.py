@@ -1,0 +1,169 @@
+"""What is found out about a run's data and memory before its first step."""
+
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from segkit.augment.pipeline import build_pipeline
+from segkit.core import distributed
+from segkit.core.config import Config
+from segkit.core.errors import DataError
+from segkit.core.run import Run
+from segkit.data import open_source
+from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shares, table
+from segkit.data.loader import TrainImages, digests
+from segkit.data.pseudo_labelled import PseudoLabelled
+from segkit.data.record import data_changes, data_record
+from segkit.data.source import Source, positions
+from segkit.training.build import build_training, step_options, train_order, wrap
+from segkit.training.optim import build_schedule
+from segkit.training.step import train_step
+
+
+def divide(
+    cfg: Config, train_source: Source, val_source: Source, run: Run, say: Callable[[str], None]
+) -> tuple[Split, dict[str, Any]]:
+    """The run's folds and selection set, and what a new run keeps of the data.
+
+    They are made once, and then read from the run's ``folds.json``.
+
+    Returns:
+        The split, and on rank 0 the contents of JSON files of the run's folder by their names.
+    """
+    if train_source.classes != val_source.classes:
+        raise DataError("data.val: has other classes than data.train; it needs the same ones")
+    split: Split | None = None
+    files: dict[str, Any] = {}
+    path = run.folder / "folds.json"
+    if distributed.is_main() and run.exists and path.exists():
+        split = Split.load(path)
+    elif distributed.is_main():
+        names = train_source.names
+        # Reads every mask, so that a value that is no class ends the run before it begins.
+        pixels = class_pixels(train_source, workers=cfg.data.workers)
+        if val_source is not train_source:
+            class_pixels(val_source, workers=cfg.data.workers)
+            split = Split(folds=(val_source.names,), train=names)
+        else:
+            split = make_folds(
+                names,
+                pixels,
+                folds=cfg.data.folds,
+                selection=cfg.data.selection,
+                seed=cfg.train.seed,
+                groups=read_groups(cfg.data.groups, cfg.data.group_pattern, names),
+            )
+            say(table(split, names, pixels, train_source.classes))
+            files["shares.json"] = [one._asdict() for one in shares(split, names, pixels)]
+        category_ids = getattr(train_source, "category_ids", None)
+        files["folds.json"] = asdict(split)
+        files["classes.json"] = {"classes": train_source.classes, "category_ids": category_ids}
+    return distributed.broadcast(split), files
+
+
+def add_pseudo(
+    cfg: Config,
+    train_source: Source,
+    val_source: Source,
+    split: Split,
+    say: Callable[[str], None],
+) -> PseudoLabelled | None:
+    """The training images with ``data.pseudo`` after them; none of these chooses or validates."""
+    if cfg.data.pseudo is None:
+        return None
+    names = split.selection if val_source is train_source else val_source.names
+    chooses = digests(val_source, positions(val_source, names))
+    joined = PseudoLabelled(train_source, open_source(cfg, "pseudo"), chooses=chooses)
+    say(f"pseudo labels, round {joined.round}: {len(joined.extra)} images")
+    return joined
+
+
+def check_folds(
+    cfg: Config,
+    folds: Sequence[int],
+    split: Split,
+    train_source: Source,
+    val_source: Source,
+    pseudo: PseudoLabelled | None,
+) -> None:
+    """Find out whether each fold has its images, whole batches of them, and steps to warm up in."""
+    extra, warmup = pseudo.extra if pseudo else (), cfg.optim.warmup_steps
+    steps = []
+    for fold in folds:
+        positions(val_source, split.folds[fold])
+        order = train_order(cfg, positions(train_source, split.training(fold)), extra)
+        build_schedule(cfg.optim.schedule, total=order.steps, warmup=warmup)
+        steps.append(order.steps)
+    if warmup >= min(steps) and distributed.is_main():
+        warnings.warn(
+            f"optim.warmup_steps: is {warmup}, but there are {min(steps)} steps, so the learning "
+            "rate never reaches optim.lr; lower it, or train longer",
+            stacklevel=2,
+        )
+
+
+def check_data(
+    run: Run,
+    split: Split,
+    train_source: Source,
+    val_source: Source,
+    pseudo: PseudoLabelled | None,
+) -> dict[str, Any]:
+    """Make sure that a run goes on with the data that it began with.
+
+    Returns:
+        The record of the data as a file of the run, where the run has none yet.
+
+    Raises:
+        DataError: Classes, images or labels are others.
+    """
+    names = {"train": split.training(0), "val": split.folds[0]}
+    if val_source is train_source:
+        names = {"train": (*names["train"], *names["val"], *split.selection)}
+    sources = {"train": train_source, "val": val_source}
+    parts: dict[str, tuple[Source, Sequence[int]]]
+    parts = {part: (sources[part], positions(sources[part], names[part])) for part in names}
+    if pseudo is not None:
+        parts["pseudo"] = pseudo, pseudo.extra
+    record = data_record(parts)
+    if not run.exists or not (run.folder / "classes.json").exists():
+        return {"data.json": record}
+    known = run.optional("data.json", None)
+    before = known if known and known["format"] == record["format"] else {"images": {}}
+    if changes := data_changes({**before, **run.read("classes.json")}, record):
+        raise DataError(
+            f"{run.folder}: began with other data than this ({'; '.join(changes)}); bring that "
+            "back, or start a new run with another --run-dir"
+        )
+    return {} if before["images"] else {"data.json": record}
+
+
+def check_memory(
+    cfg: Config, source: Source, training: Sequence[int], device: torch.device
+) -> None:
+    """Take two steps with a model of their own, so that too little memory is known at once.
+
+    The second one has the optimizer's state beside it. Every part of a step is the first training
+    image, as often as a rank's part holds images.
+    """
+    sample = TrainImages(source, training, build_pipeline(cfg), seed=cfg.train.seed)[0, training[0]]
+    if isinstance(sample, DataError):
+        raise sample
+    share = cfg.train.batch_size // (cfg.train.accumulate * distributed.world_size())
+    images, masks = (x.to(device).expand(share, *x.shape).contiguous() for x in sample[:2])
+    with device:
+        state, criterion = build_training(cfg, len(source.classes), device)
+    net, parts = wrap(state.model, cfg, device), min(2, cfg.train.accumulate)
+    for _ in range(2):
+        train_step(
+            net, criterion, state.optimizer, [(images, masks)] * parts,
+            scaler=state.scaler, **step_options(cfg, device),
+        )  # fmt: skip
+    del state, net, criterion
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
