@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from benchmarks import Figure, clock_for, matmul_rate, show, take_turns, version_of
 from benchmarks.step import CASES, Case, batch, chosen, flops, model_arguments, ours, rates
-from segkit.models.kernels.fuse import fold_batch_norm
+from segkit.models.kernels.fuse import fuse_batch_norm
 
 
 def our_pass(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
     """This library's side."""
-    model = fold_batch_norm(ours(case, device).eval())
+    model = fuse_batch_norm(ours(case, device).eval())
     images = batch(size, device)[0].contiguous(memory_format=torch.channels_last)
     return _inference(model, images, amp)
 

@@ -17,7 +17,7 @@ from torchvision.ops import SqueezeExcitation
 from benchmarks import Figure, arguments, clock_for, show, take_turns
 from segkit.models.backbones.stages import GlobalAverage
 from segkit.models.kernels.depthwise import DepthwiseConv2d
-from segkit.models.layers import conv_doubled
+from segkit.models.kernels.doubled import conv_doubled
 
 PASSES, BATCH = 3, 2
 Layer = Callable[[Tensor], Tensor]

@@ -25,7 +25,7 @@ from segkit.inference import soup
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import View, fit_weights, true_class_samples
 from segkit.inference.voting import HardVote, SoftVote
-from segkit.models.kernels.fuse import fold_batch_norm
+from segkit.models.kernels.fuse import fuse_batch_norm
 from segkit.models.segmenter import load_model
 from segkit.training.evaluate import Evaluation, predictions, tally
 from segkit.training.metrics import bootstrap_interval, paired_difference, scores
@@ -201,7 +201,7 @@ class Combiner:
         if distributed.broadcast(known) == origin:
             return path  # an earlier inference made it of the same ingredients
 
-        predict = self.predictor(paths[0], fold=False)
+        predict = self.predictor(paths[0], fuse=False)
         model = predict.model
 
         def settle(weights: dict[str, Tensor]) -> None:
@@ -209,7 +209,7 @@ class Combiner:
             soup.reestimate_batchnorm(model, self._training_images(run))
 
         def count(images: Images) -> Evaluation:
-            predict.model = fold_batch_norm(model)  # to the bit as every checkpoint is scored
+            predict.model = fuse_batch_norm(model)  # to the bit as every checkpoint is scored
             predicted = self._predictions(predict.mask, images, labels=True)
             return tally(predicted, images.source, images.indices, device=self.device)
 
@@ -299,11 +299,11 @@ class Combiner:
         views: tuple[View, ...] = (),
         *,
         weighed: bool = False,
-        fold: bool = True,
+        fuse: bool = True,
     ) -> Predictor:
         """A checkpoint ready to predict, the way its own configuration says.
 
-        Without ``fold`` it keeps its BatchNorm, and so takes other weights.
+        Without ``fuse`` it keeps its BatchNorm, and so takes other weights.
         """
         self.digest(path)
         model, trained, _ = load_model(path, verify=False)
@@ -311,7 +311,7 @@ class Combiner:
         layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
         model.to(self.device).to(memory_format=layout)
         return Predictor(
-            fold_batch_norm(model) if fold else model,
+            fuse_batch_norm(model) if fuse else model,
             mean=cfg.data.mean,
             std=cfg.data.std,
             size=cfg.infer.size,

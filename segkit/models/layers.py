@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch.nn import functional as F
 
 from segkit.core.config import check_bounds
 from segkit.models.kernels.depthwise import DepthwiseConv2d
+from segkit.models.kernels.doubled import conv_doubled, doubles
+from segkit.models.kernels.resized import conv_resized, resizing_last_pays
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -41,6 +44,8 @@ class ConvNormAct(nn.Sequential):
         separable: A depthwise convolution followed by a pointwise one.
         norm_between: BatchNorm and ReLU between the two as well.
         activation: What follows BatchNorm.
+        conv: The class of a convolution that is not separable; one of several inputs, such as
+            :class:`UpsampledConv2d`, makes this a layer of several inputs.
     """
 
     def __init__(
@@ -54,9 +59,10 @@ class ConvNormAct(nn.Sequential):
         separable: bool = False,
         norm_between: bool = False,
         activation: Callable[[], nn.Module] = lambda: nn.ReLU(inplace=True),
+        conv: type[nn.Conv2d] = nn.Conv2d,
     ) -> None:
         padding = dilation * (kernel // 2)
-        conv: nn.Module
+        first: nn.Module
         if separable:
             depthwise = DepthwiseConv2d(
                 inputs,
@@ -68,13 +74,59 @@ class ConvNormAct(nn.Sequential):
                 bias=bias,
             )
             between = [BatchNorm2d(inputs), nn.ReLU(inplace=True)] if norm_between else []
-            conv = nn.Sequential(depthwise, *between, nn.Conv2d(inputs, outputs, 1, bias=bias))
+            first = nn.Sequential(depthwise, *between, nn.Conv2d(inputs, outputs, 1, bias=bias))
         else:
-            conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias)
-        super().__init__(conv, BatchNorm2d(outputs), activation())
-        for module in conv.modules():
+            first = conv(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias)
+        super().__init__(first, BatchNorm2d(outputs), activation())
+        for module in first.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+
+    def forward(self, *inputs: Any) -> Tensor:
+        conv, norm, activation = self
+        return activation(norm(conv(*inputs)))
+
+
+class UpsampledConv2d(nn.Conv2d):
+    """A 3 x 3 convolution of a deeper map, enlarged (nearest) to a size, beside maps of that size.
+
+    Shape:
+        deeper: (B, C, h, w)
+        skips[i]: (B, C_i, H, W), none or more
+        size: H and W
+        out: (B, N, H, W)
+    """
+
+    def forward(self, deeper: Tensor, skips: Sequence[Tensor], size: Sequence[int]) -> Tensor:  # type: ignore[override]
+        if not doubles(deeper, size):
+            x = torch.cat([resize(deeper, size, mode="nearest"), *skips], 1)
+            return super().forward(x)
+        inputs = deeper.shape[1]
+        x = conv_doubled(deeper, self.weight[:, :inputs], self.bias)
+        if skips:
+            x += F.conv2d(torch.cat(list(skips), 1), self.weight[:, inputs:], padding=1)
+        return x
+
+
+class PyramidConv2d(nn.Conv2d):
+    """A 3 x 3 convolution of a pyramid's levels side by side, each resized to the first.
+
+    Shape:
+        levels[i]: (B, C, H_i, W_i), fine to coarse
+        out: (B, N, H_0, W_0)
+    """
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        finest, *coarser = levels
+        size = finest.shape[-2:]
+        own, *others = self.weight.split(finest.shape[1], 1)
+        x = F.conv2d(finest, own, self.bias, padding=1)
+        for level, weight in zip(coarser, others, strict=True):
+            if resizing_last_pays(level, size):
+                x = x + conv_resized(level, size, weight)
+            else:
+                x = x + F.conv2d(resize(level, size), weight, padding=1)
+        return x
 
 
 class PyramidPooling(nn.Module):
@@ -189,66 +241,6 @@ def resize(
         return x  # a comparison of sizes would tie an exported model to how this one came out
     corners = align_corners if mode == "bilinear" else None
     return F.interpolate(x, size=tuple(size), mode=mode, align_corners=corners)
-
-
-def conv_doubled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x`` doubled (nearest) and convolved by 3x3, in under half of the time.
-
-    Of each 3x3 values of a doubled map only 2x2 differ. Weights that meet the same value are added
-    up first, and the rest is a transposed convolution with 4 products a value in place of 9.
-
-    Shape:
-        x: (B, C, h, w)
-        weight: (N, C, 3, 3)
-        out: (B, N, 2h, 2w)
-    """
-    for axis in (2, 3):
-        before, here, after = weight.unbind(axis)
-        weight = torch.stack([after, here + after, before + here, before], axis)
-    return F.conv_transpose2d(x, weight.transpose(0, 1).to(x.dtype), bias, stride=2, padding=1)
-
-
-def doubles(x: Tensor, size: Sequence[int]) -> bool:
-    """Whether :func:`conv_doubled` to ``size`` is possible, and no dearer than to resize first.
-
-    Never while a model is exported, which has all sizes.
-    """
-    if torch.compiler.is_exporting():
-        return False
-    height, width = x.shape[-2:]
-    return tuple(size) == (2 * height, 2 * width) and height * width >= 256
-
-
-def conv_resized(x: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
-    """``x`` resized (bilinear) and convolved by 3x3, at little more than the smaller map's cost.
-
-    Mixing channels and interpolating may change places: the nine products are made on the map as it
-    is, and two matrix products interpolate, shift and add them up. The resized map is never there.
-
-    Shape:
-        x: (B, C, h, w)
-        weight: (N, C, 3, 3)
-        out: (B, N, *size)
-    """
-    (height, width), pixels = x.shape[-2:], size[0] * size[1]
-    if torch.compiler.is_exporting() or 2 * height * width > pixels:
-        return F.conv2d(resize(x, size), weight, padding=1)
-    products = F.linear(x.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1).flatten(0, 2))
-    products = products.unflatten(3, (3, 3, len(weight))).permute(0, 3, 1, 4, 2, 5)
-    down, across = (
-        _shifted(length, to, products) for length, to in zip((height, width), size, strict=True)
-    )
-    rows = down @ products.reshape(len(x), 3 * height, -1)
-    rows = rows.view(len(x), size[0], 3 * width, len(weight))
-    return (across @ rows).permute(0, 3, 1, 2)
-
-
-def _shifted(length: int, to: int, like: Tensor) -> Tensor:
-    """What interpolates a line and shifts it by 1, 0 and -1: a matrix (to, 3 length)."""
-    exact = torch.promote_types(like.dtype, torch.float32)
-    line = torch.eye(length, dtype=exact, device=like.device)[None]
-    resized = F.pad(F.interpolate(line, to, mode="linear")[0], (1, 1))
-    return torch.cat([resized[:, at : at + to] for at in range(3)]).T.to(like.dtype)
 
 
 def average_pool(x: Tensor, bins: int) -> Tensor:

@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from segkit.core.errors import DataError
-from segkit.data import coco, files
+from segkit.data import coco, inputs
 from segkit.data.coco import CocoSource
 
 HEIGHT, WIDTH = 6, 8
@@ -374,7 +374,7 @@ def test_truncated_json(tmp_path: Path) -> None:
 
 def test_huge_json(tmp_path: Path, monkeypatch) -> None:
     path = save(tmp_path, content())
-    monkeypatch.setattr(files, "MAX_BYTES", 100)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 100)
     with pytest.raises(DataError, match=r"some\.json has \d+ bytes; expected at most 100"):
         CocoSource(annotations=path)
 

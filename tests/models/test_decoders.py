@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from segkit.core.errors import ConfigError
-from segkit.models.decoders import DECODERS, stlnet, unetplusplus
+from segkit.models import layers
+from segkit.models.decoders import DECODERS, stlnet
 from segkit.models.decoders.ocrnet import OCRNet, gather
 from segkit.models.decoders.stlnet import Texture, co_occurrence, maxima, quantize, spread, sums
 from segkit.models.decoders.unet import UNet
 from segkit.models.decoders.unet3plus import UNet3Plus
 from segkit.models.decoders.unetplusplus import UNetPlusPlus
 from segkit.models.decoders.upernet import UPerNet
+from segkit.models.kernels.doubled import conv_doubled, doubles
+from segkit.models.kernels.resized import conv_resized
 from segkit.models.layers import (
     ASPP,
     BatchNorm2d,
     ConvNormAct,
     PyramidPooling,
-    conv_doubled,
-    conv_resized,
-    doubles,
     level_at,
     resize,
 )
@@ -230,6 +230,22 @@ def test_resize_leaves_what_fits_and_obeys_the_corners() -> None:
     assert resize(x, (1, 3), mode="nearest", align_corners=True).flatten().tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_convolution_is_called_as_a_module(name: str) -> None:
+    """Forward hooks see it, and so do counters of operations, pruning and FSDP."""
+    decoder, called = make(name).train(), set()
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda conv, *_: called.add(conv))
+    decoder(maps())
+    missing = [
+        path
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.Conv2d) and module not in called
+    ]
+    assert missing == []
+
+
 def test_convolving_a_doubled_map_is_resizing_and_convolving() -> None:
     rng = torch.Generator().manual_seed(0)
     shapes = (2, 3, 5, 7), (4, 3, 3, 3), (4,)
@@ -278,7 +294,7 @@ def test_unetplusplus_is_the_same_where_no_map_is_doubled(
         for channels, stride in zip(CHANNELS, LAYOUTS["chain"][0], strict=True)
     ]
     found = decoder(features)["out"]
-    monkeypatch.setattr(unetplusplus, "doubles", lambda *_: False)
+    monkeypatch.setattr(layers, "doubles", lambda *_: False)
     torch.testing.assert_close(found, decoder(features)["out"])
 
 

@@ -11,9 +11,9 @@ from made_run import CLASSES, NASTY, Drawn, made_run
 
 from segkit.commands.report import main as report
 from segkit.core import config
-from segkit.report import findings, survey
 from segkit.report.data_page import explore_page
-from segkit.report.findings import Part
+from segkit.report.findings import Part, findings
+from segkit.report.survey import survey
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from segkit.core.errors import ConfigError
-from segkit.models.layers import Classifier, ConvNormAct, conv_doubled, doubles, resize
+from segkit.models.layers import Classifier, ConvNormAct, UpsampledConv2d, resize
 
 
 class UNetPlusPlus(nn.Module):
@@ -116,17 +115,8 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv1 = ConvNormAct(inputs, outputs)
+        self.conv1 = ConvNormAct(inputs, outputs, conv=UpsampledConv2d)
         self.conv2 = ConvNormAct(outputs, outputs)
 
     def forward(self, deeper: Tensor, skips: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        conv, norm, activation = self.conv1
-        assert isinstance(conv, nn.Conv2d)
-        if doubles(deeper, size):
-            inputs = deeper.shape[1]
-            x = conv_doubled(deeper, conv.weight[:, :inputs], conv.bias)
-            if skips:
-                x += F.conv2d(torch.cat(list(skips), 1), conv.weight[:, inputs:], padding=1)
-        else:
-            x = conv(torch.cat([resize(deeper, size, mode="nearest"), *skips], 1))
-        return self.conv2(activation(norm(x)))
+        return self.conv2(self.conv1(deeper, skips, size))

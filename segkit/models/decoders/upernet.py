@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from segkit.models.layers import (
     Classifier,
     ConvNormAct,
+    PyramidConv2d,
     PyramidPooling,
-    conv_resized,
     fcn_head,
     resize,
 )
@@ -52,7 +51,7 @@ class UPerNet(nn.Module):
         self.pool = PyramidPooling(deepest, width=width, outputs=width, bins=bins)
         self.laterals = nn.ModuleList(ConvNormAct(inputs, width, kernel=1) for inputs in lower)
         self.smooth = nn.ModuleList(ConvNormAct(width, width) for _ in lower)
-        self.fuse = ConvNormAct(width * (len(lower) + 1), width)
+        self.fuse = ConvNormAct(width * (len(lower) + 1), width, conv=PyramidConv2d)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = Classifier(width, num_classes)
         self.aux = fcn_head(channels[-2], aux_width, num_classes) if aux_width else None
@@ -65,15 +64,7 @@ class UPerNet(nn.Module):
             pyramid[i] = pyramid[i] + resize(pyramid[i + 1], pyramid[i].shape[-2:])
         for i, smooth in enumerate(self.smooth):
             pyramid[i] = smooth(pyramid[i])
-        # The convolution of all levels side by side, each as large as the finest.
-        conv, norm, activation = self.fuse
-        assert isinstance(conv, nn.Conv2d)
-        finest, *coarser = pyramid
-        own, *others = conv.weight.split(finest.shape[1], 1)
-        x = F.conv2d(finest, own, conv.bias, padding=1)
-        for level, weight in zip(coarser, others, strict=True):
-            x = x + conv_resized(level, finest.shape[-2:], weight)
-        outputs = {"out": self.classifier(self.dropout(activation(norm(x))))}
+        outputs = {"out": self.classifier(self.dropout(self.fuse(pyramid)))}
         if self.training and self.aux is not None:
             outputs["aux"] = self.aux(features[-2])
         return outputs

@@ -1,7 +1,6 @@
-"""BatchNorm folded into the convolutions before it, for models that only predict."""
+"""BatchNorm fused into the convolutions before it, for models that only predict."""
 
 import copy
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,17 +13,17 @@ SIDE = 64
 
 
 @torch.no_grad()
-def fold_batch_norm(model: nn.Module) -> nn.Module:
+def fuse_batch_norm(model: nn.Module) -> nn.Module:
     """A copy whose convolutions do the work of the BatchNorm that follows them in evaluation.
 
-    It follows one if it does so in an ``nn.Sequential``, or if in a pass of a small image it is
-    given the very tensor that the convolution returned.
+    It follows one if in a pass of a small image it is given the very tensor that the convolution
+    returned.
 
     Args:
         model: Maps images to anything.
 
     Returns:
-        The copy, in evaluation mode and for prediction only; what is not folded it shares with the
+        The copy, in evaluation mode and for prediction only; what is not fused it shares with the
         model. Its outputs are the model's up to rounding.
     """
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
@@ -56,13 +55,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         for hook in hooks:
             hook.remove()
     names = {module: name for name, module in model.named_modules()}
-    for sequence in model.modules():
-        if isinstance(sequence, nn.Sequential):
-            for conv, norm in pairwise(sequence):
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
-                    before[norm] = conv
     for norm, conv in before.items():
-        folded = fuse_conv_bn_eval(conv, norm)
-        conv.weight, conv.bias = folded.weight, folded.bias
+        fused = fuse_conv_bn_eval(conv, norm)
+        conv.weight, conv.bias = fused.weight, fused.bias
         model.set_submodule(names[norm], nn.Identity())
     return model

@@ -383,7 +383,7 @@ def test_mistakes_are_told_with_their_path(backbone: Any, decoder: Any, sentence
         build_model(backbone, decoder, num_classes=3)
 
 
-# ---- weights: tests/test_weights.py
+# ---- weights: tests/test_pretrained.py
 
 
 def test_a_backbone_without_published_weights_says_so() -> None:
