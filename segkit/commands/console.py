@@ -5,13 +5,11 @@ threads and ranks that wait in a collective are left, and the message is the las
 """
 
 import argparse
-import errno
 import io
 import json
 import logging
 import multiprocessing.util
 import os
-import re
 import signal
 import sys
 import threading
@@ -27,7 +25,14 @@ import torch
 import torch.distributed as dist
 
 from segkit.core import distributed
-from segkit.core.errors import LONGEST, SegkitError, reason, shorten
+from segkit.core.errors import (
+    LOST_RANK,
+    SegkitError,
+    explain,
+    is_out_of_memory,
+    memory_summary,
+    summary,
+)
 
 MEMORY_TO_PREDICT = "lower infer.batch_size, or set infer.tile to a smaller side"
 """What to do where an evaluation or a prediction needs more memory than there is."""
@@ -47,11 +52,11 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
     except KeyboardInterrupt:
         end("interrupted", 130)
     except Exception as error:
-        sentence = _explain(error)
+        sentence = explain(error)
         if sentence is None or "--debug" in arguments:
             traceback.print_exc()
         if sentence is None:
-            sentence = f"this is a bug, of segkit or of a package: {_summary(error)}"
+            sentence = f"this is a bug, of segkit or of a package: {summary(error)}"
         _report_to_torchrun(sentence)
         end(sentence, 1)
     sys.exit(0)
@@ -92,7 +97,7 @@ def end_without_peer() -> NoReturn:
     Most often the main thread notices too, or has an error of its own: it has two seconds to say.
     """
     time.sleep(2)
-    end(_LOST, 1)
+    end(LOST_RANK, 1)
 
 
 @contextmanager
@@ -101,9 +106,9 @@ def memory_advice(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        raise SegkitError(f"{_memory_summary(error)}: {advice}") from error
+        raise SegkitError(f"{memory_summary(error)}: {advice}") from error
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -212,65 +217,12 @@ class Stop:
         return self.signal > 0
 
 
-# ---- ending
-
-_LOST = (
-    "another rank ended, or did not answer within train.timeout; "
-    "the message of the rank that failed says why"
-)
-_GLOO = r"gloo/transport|timeout caused pair closure|Connection (closed|reset) by peer"
-"""What gloo says of a lost rank; its errors have no type of their own."""
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def _explain(error: BaseException) -> str | None:
-    """One sentence for an error that a user can mend, or None for a bug."""
-    if isinstance(error, SegkitError):
-        return str(error)
-    if isinstance(error, OSError):
-        if error.filename is not None:
-            return f"{shorten(str(error.filename), LONGEST)}: {reason(error)}"
-        return os.strerror(error.errno) if error.errno in _DISK_ERRORS else None
-    if _is_out_of_memory(error):
-        return f"{_memory_summary(error)}: use smaller batches, or fewer processes (data.workers)"
-    if isinstance(error, RuntimeError):
-        if died := re.match(r"DataLoader worker \(pid.*", str(error)):
-            return (
-                f"{died[0].rstrip('. ')}: most often memory ran out; lower data.workers or "
-                "train.batch_size, or give a container more shared memory (/dev/shm)"
-            )
-        if isinstance(error, dist.DistError) or re.search(_GLOO, str(error)):
-            return f"{_LOST} ({_summary(error)})"
-    return None
-
-
 def _report_to_torchrun(sentence: str) -> None:
     """Give torchrun the sentence for its own report, which comes after it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and not sentence.startswith(_LOST):  # the report begins with the first cause
+    if path and not sentence.startswith(LOST_RANK):  # the report begins with the first cause
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    words = r"out of memory|can't allocate memory|not enough memory|STATUS_ALLOC_FAILED"
-    return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
-
-
-def _memory_summary(error: BaseException) -> str:
-    text = str(error)
-    where = next((kind for kind in ("CUDA", "MPS", "XPU") if kind in text), "the machine")
-    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
-    return f"{where} is out of memory" + (f" ({asked[1]} more were needed)" if asked else "")
-
-
-def _summary(error: BaseException) -> str:
-    """Type and first line of an error."""
-    first = str(error).strip().split("\n")[0][:300]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 class _Output(io.FileIO):

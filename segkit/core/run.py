@@ -18,7 +18,7 @@ import torchvision
 
 from segkit.core import __version__, distributed
 from segkit.core.checkpoint import RESUME, load_latest
-from segkit.core.errors import SegkitError, closest, describe, reason, shorten
+from segkit.core.errors import SegkitError, closest, explain, reason, shorten, summary
 from segkit.core.files import fits, is_locked, lock, naming, regular, write_json, write_text
 
 RUNS = Path("runs")
@@ -223,7 +223,7 @@ class Run:
             raise
         except BaseException as error:
             with suppress(OSError):  # of a full disk, which may be the error itself
-                self._record("failed", describe(error))
+                self._record("failed", explain(error) or summary(error))
             raise
         if distributed.is_main():
             self._record("done")

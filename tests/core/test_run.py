@@ -241,6 +241,8 @@ def test_a_run_keeps_how_it_ended(tmp_path: Path) -> None:
     assert not run.resumable()
     assert end(OSError(28, "No space left", "last.pt")) == ("failed", "last.pt: No space left")
     assert end(ZeroDivisionError("by 0")) == ("failed", "ZeroDivisionError: by 0")
+    killed = RuntimeError("DataLoader worker (pid 10815) is killed by signal: Killed. ")
+    assert "lower data.workers" in end(killed)[1]  # as the command prints it
     assert end(SystemExit(0)) == ("stopped", "")
     assert end(None) == ("done", "")
     (run.folder / "status.json").unlink()  # of a version that kept none
