@@ -258,6 +258,7 @@ def test_sigterm_saves_and_exits_with_zero(folder: Path, trained: Path) -> None:
     assert last(folder, "runs/term")["step"] == steps[-1] < 1000
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_twenty_steps_of_one_process(folder: Path, trained: Path) -> None:
     # Cross-entropy and Dice over both ranks' pixels, BatchNorm synchronized. Only rounding differs;
     # BatchNorm over few or nearly equal values would magnify that, hence LayerNorm in the backbone.

@@ -75,7 +75,8 @@ def small_swin(version: Any) -> Segmenter:
     return Segmenter(swin, decoder)
 
 
-@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
 def test_swin_gives_the_same_logits_with_one_window_or_more(version: Any, tmp_path: Path) -> None:
     check(small_swin(version), tmp_path / "model.pt2", (*SIZES, (1, 224, 448), (1, 256, 500)))
 
