@@ -1,1 +1,1 @@
-"""Faster forms of PyTorch's operations, each with the device it is for."""
+"""Faster replacements of PyTorch operations. Each file says on which device it is used."""

@@ -1,4 +1,10 @@
-"""BatchNorm over the batches of all ranks, on the CPU too."""
+"""BatchNorm over the batches of all ranks, on the CPU too.
+
+Replaces ``nn.SyncBatchNorm``, which raises on the CPU.
+Chosen on the CPU for every size; CUDA uses PyTorch's own class.
+Gain: synchronized training on the CPU; its cost is shown by ``python -m benchmarks.scaling
+--sync-batch-norm``.
+"""
 
 from typing import Any
 
@@ -9,12 +15,12 @@ from segkit.core.distributed import all_reduce, rank, world_size
 
 
 class NormalizeOverRanks(torch.autograd.Function):
-    """BatchNorm's forward and backward over all ranks, by PyTorch's own fused kernels.
+    """Forward and backward of BatchNorm over all ranks, with PyTorch's fused kernels.
 
-    Given statistics, those kernels yield the normalized input, and in the backward pass the sums
-    over this rank and the part of the gradient that does not flow through the statistics; the rest
-    is one exchange of two sums a channel and one affine pass. It saves what PyTorch's own
-    ``SyncBatchNorm`` saves, in the same order.
+    Given fixed statistics, these kernels compute the normalized input. In backward they compute the
+    sums over this rank's batch, and the part of the gradient that does not depend on the
+    statistics. What remains is one all-reduce of two sums per channel and one affine operation.
+    The saved tensors are those of PyTorch's ``SyncBatchNorm``, in the same order.
     """
 
     @staticmethod
@@ -46,10 +52,10 @@ class NormalizeOverRanks(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batches of all ranks, where ``nn.SyncBatchNorm`` refuses (on the CPU).
+    """BatchNorm over the batches of all ranks on the CPU, where ``nn.SyncBatchNorm`` raises.
 
-    Ranks exchange each channel's count, mean and sum of squared deviations once a forward, and
-    combine them as Chan et al. 1979 do, which loses no precision to cancellation.
+    Ranks exchange each channel's count, mean and variance once per forward pass, and combine them
+    as in Chan et al. 1979, which loses no precision to cancellation.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -72,20 +78,21 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance, share)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance, momentum)
 
 
 def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Give ``model``, in place, BatchNorm over all ranks; one rank needs no change.
+    """Replace each BatchNorm of ``model`` by one over all ranks, in place.
 
-    State-dict keys stay as they are. On CUDA these are PyTorch's own ``nn.SyncBatchNorm``.
+    State-dict keys stay the same. With one rank nothing is changed. CUDA gets PyTorch's own
+    ``nn.SyncBatchNorm``.
     """
     if world_size() == 1:
         return
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, but for a model that is one
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, unless model is a BatchNorm
         return
     for name, child in model.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
