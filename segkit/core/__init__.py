@@ -1,3 +1,3 @@
-"""What everything stands on: configuration, processes, files, checkpoints, errors."""
+"""Base package: configuration, distributed processes, files, checkpoints, errors."""
 
 __version__ = "0.1.0"

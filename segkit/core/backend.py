@@ -8,9 +8,9 @@ import torch
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Make PyTorch refuse operations whose result differs from run to run, or allow them.
+    """Turn PyTorch's deterministic algorithms on or off.
 
-    Call it before CUDA is used: cuBLAS reads its variable when it starts.
+    Must be called before CUDA is used: cuBLAS reads its environment variable when it starts.
     """
     torch.use_deterministic_algorithms(enabled)
     if enabled:
@@ -19,11 +19,11 @@ def set_deterministic(enabled: bool) -> None:
 
 @contextmanager
 def cudnn_autotuning(enabled: bool) -> Iterator[None]:
-    """A context in which cuDNN times its algorithms for each new shape, or does not.
+    """Turn cuDNN's autotuning on or off within the block.
 
-    That pays where shapes repeat, as those of crops do. For images of any size it is slower: each
-    new shape is timed again. Deterministic algorithms turn it off, since the fastest differs from
-    run to run.
+    Autotuning times every algorithm once per new shape, so it is faster where shapes repeat (crops)
+    and slower for images of many sizes. It is always off with deterministic algorithms, since the
+    fastest algorithm differs from run to run.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = enabled and not torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""Saving what must not be lost: atomic, verified, loaded without running code."""
+"""Checkpoint files: written atomically, verified by a digest, loaded without running code."""
 
 import hashlib
 import os
@@ -21,52 +21,52 @@ from segkit.core.files import regular, replacing
 FORMAT = 1
 
 MODEL = ("config", "classes", "model")
-"""Entries that rebuild a model."""
+"""Entries needed to rebuild a model."""
 
 RESUME = (
     *(*MODEL, "ema", "optimizer", "scaler", "init", "step", "seconds"),
     *("top", "bad_in_row", "bad_steps"),
 )
-"""Entries that an interrupted training goes on from."""
+"""Entries needed to resume training."""
 
 DEPTH = 64
-"""Deepest nesting of lists and dicts in a file that is read."""
+"""Maximum nesting depth of lists and dicts in a file that is read."""
 
 VALUES = 10_000_000
-"""Most values in the lists and dicts of a file that is read."""
+"""Maximum number of values in the lists and dicts of a file that is read."""
 
 _COMMENT = b"sha256:"
 _TAIL = 2 + len(_COMMENT) + 64
 
 
 def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -> None:
-    """Write a checkpoint so that a kill at any moment leaves a whole file under ``path``.
+    """Write a checkpoint atomically: a kill at any moment leaves a complete file at ``path``.
 
-    It is written to a temporary name, given its own SHA-256 as the zip archive's comment, flushed
-    to the disk and renamed; then the folder is flushed.
+    The file is written under a temporary name, its SHA-256 is added as the zip archive's comment,
+    it is flushed to disk and renamed; then the folder is flushed.
 
     Args:
-        state: Tensors and Python scalars, strings, lists and dicts; nothing else loads back.
-        path: Where it goes.
-        keep_previous: The file already there stays, as ``*.previous.pt``, for :func:`load_latest`.
+        state: Tensors and Python scalars, strings, lists and dicts; nothing else can be loaded.
+        path: Destination.
+        keep_previous: Keep an existing file as ``*.previous.pt``, for :func:`load_latest`.
     """
     with replacing(path, durable=True) as draft:
         with draft.open("wb") as file:
             try:
                 torch.save({"format": FORMAT, **state}, file)
             except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # a full disk, which torch only hints at
-                    # No variable may hold it: that makes a cycle with the frames it was raised in.
+                if isinstance(error.__context__, OSError):  # such as a full disk
+                    # Not bound to a variable: that would create a reference cycle with the frames.
                     raise OSError(
                         error.__context__.errno, error.__context__.strerror, str(path)
                     ) from None
                 raise
-        found = hashlib.sha256()
+        sha256 = hashlib.sha256()
         with draft.open("r+b") as file:
             length = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
             file.seek(0)
-            _feed(found, file, length)
-            comment = _COMMENT + found.hexdigest().encode()
+            _feed(sha256, file, length)
+            comment = _COMMENT + sha256.hexdigest().encode()
             file.seek(length)
             file.write(struct.pack("<H", len(comment)) + comment)
         if keep_previous and path.exists():
@@ -76,17 +76,17 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
 def load(
     path: Path, *, mmap: bool = False, verify: bool = True, needs: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Only tensors and plain values load; code never runs.
+    """Load a checkpoint onto the CPU. Only tensors and plain values are loaded; no code runs.
 
     Args:
         path: A file written by :func:`save`.
         mmap: Map tensors instead of reading them.
         verify: Compare the file with its digest first.
-        needs: Entries that it must have, such as :data:`MODEL`.
+        needs: Required entries, such as :data:`MODEL`.
 
     Raises:
-        CheckpointError: Missing, damaged, not a checkpoint, without one of ``needs``, with an entry
-            of another kind than segkit writes, or of a newer format.
+        CheckpointError: The file is missing, damaged, not a checkpoint or of a newer format, lacks
+            one of ``needs``, or has an entry of the wrong type.
     """
     if verify:
         digest(path)
@@ -95,7 +95,7 @@ def load(
         refuse_compressed(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # what a forged file makes of the unpickler is of any type
+    except Exception as error:  # a forged file can make the unpickler raise any type
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint ({_first(error)})"
         ) from error
@@ -118,14 +118,14 @@ def load(
 
 
 def load_latest(path: Path, *, needs: Sequence[str] = ()) -> dict[str, Any] | None:
-    """The newest whole state under ``path``: itself, or the one kept before it with a warning.
+    """Load ``path``; if it is damaged, warn and load the file that ``keep_previous`` kept.
 
     Args:
         path: As in :func:`load`.
         needs: As in :func:`load`.
 
     Returns:
-        ``None`` where neither was ever written.
+        The state, or ``None`` if neither file exists.
     """
     candidates = [file for file in (path, previous(path)) if os.path.lexists(file)]
     failures: list[CheckpointError] = []
@@ -144,41 +144,41 @@ def load_latest(path: Path, *, needs: Sequence[str] = ()) -> dict[str, Any] | No
 
 
 def link(path: Path, name: Path) -> None:
-    """Give a checkpoint a second name; a copy of it where the disk has no links."""
+    """Give a checkpoint a second name: a hard link, or a copy where links are not supported."""
     with replacing(name, durable=True) as draft:
         draft.unlink(missing_ok=True)
         try:
             os.link(path, draft)
-        except OSError:  # this file system has no hard links
+        except OSError:  # no hard links on this file system
             shutil.copyfile(path, draft)
 
 
 def digest_tensors(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names and values of a state dict, in hexadecimal."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of the names and values of a state dict, in hexadecimal."""
+    sha256 = hashlib.sha256()
     for name, tensor in state.items():
-        found.update(name.encode())
+        sha256.update(name.encode())
         values = tensor.detach().cpu().contiguous().view(-1)
-        found.update(values.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha256.update(values.view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def previous(path: Path) -> Path:
-    """Where :func:`save` keeps the state before the newest."""
+    """Return the path where :func:`save` keeps the checkpoint before the newest."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What predicts in a checkpoint: the moving average of the weights where it holds one."""
+    """Return the weights to predict with: the moving average if the checkpoint has one."""
     average = state.get("ema")
     return state["model"] if average is None else average["model"]
 
 
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse weights that a model should not load.
+    """Check that weights match a model and are finite.
 
     Raises:
-        CheckpointError: They are of another model, or hold NaN or infinity.
+        CheckpointError: They are of another model, or contain NaN or infinity.
     """
     check_fit(model, tensors, path)
     for name, tensor in tensors.items():
@@ -189,7 +189,7 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
 
 
 def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse weights of another model; this one may be on the device ``meta``.
+    """Check that weights match a model, which may be on the device ``meta``.
 
     Raises:
         CheckpointError: Names, shapes or types differ.
@@ -200,28 +200,29 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> No
         if name not in tensors or name not in own:
             lacks = "lack" if name in own else "have"
             raise CheckpointError(f"{path}: its weights {lacks} {quoted(name)}; {advice}")
-        theirs, ours = tensors[name], own[name]
-        if theirs.shape != ours.shape:
+        tensor, expected = tensors[name], own[name]
+        if tensor.shape != expected.shape:
             raise CheckpointError(
-                f"{path}: {quoted(name)} has shape {list(theirs.shape)}, the model expects "
-                f"{list(ours.shape)}; {advice}"
+                f"{path}: {quoted(name)} has shape {list(tensor.shape)}, the model expects "
+                f"{list(expected.shape)}; {advice}"
             )
-        if theirs.is_floating_point() != ours.is_floating_point():
+        if tensor.is_floating_point() != expected.is_floating_point():
             raise CheckpointError(
-                f"{path}: {quoted(name)} has type {theirs.dtype}, the model expects {ours.dtype}"
+                f"{path}: {quoted(name)} has type {tensor.dtype}, the model expects "
+                f"{expected.dtype}"
             )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
+    """Return whether a tensor contains neither NaN nor infinity."""
     if not tensor.is_floating_point():
         return True
-    wide = tensor if tensor.element_size() > 1 else tensor.float()  # 8 bits are hardly supported
+    wide = tensor if tensor.element_size() > 1 else tensor.float()  # for 8-bit floats
     return bool(wide.isfinite().all())
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a zip archive, if a damaged one."""
+    """Return whether a file is a zip archive, intact or damaged."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -229,10 +230,10 @@ def is_archive(path: Path) -> bool:
 
 
 def refuse_compressed(path: Path) -> None:
-    """Refuse an archive with compressed entries, which PyTorch would map as if they were not.
+    """Check that no entry of an archive is compressed: PyTorch would map its bytes unread.
 
     Raises:
-        CheckpointError: It has some, or is damaged.
+        CheckpointError: An entry is compressed, or the archive is damaged.
     """
     if not is_archive(path):
         return
@@ -250,10 +251,11 @@ def refuse_compressed(path: Path) -> None:
 
 
 def refuse_forged(state: Any, path: Path) -> None:
-    """Refuse what no honest file holds, so that whoever walks over ``state`` comes to an end.
+    """Check that ``state`` has a bounded size and plain tensors, so that it is safe to iterate.
 
     Raises:
-        CheckpointError: Lists or dicts without end, or tensors that are not plain values.
+        CheckpointError: ``state`` is nested too deeply (or in itself), has too many values, or has
+            tensors that are not plain dense values.
     """
     level, count = [("", state)], 0
     for _ in range(DEPTH):
@@ -262,15 +264,17 @@ def refuse_forged(state: Any, path: Path) -> None:
         if not level:
             return
         if count > VALUES:
-            raise CheckpointError(f"{path}: holds more than {VALUES:,} values; it is no checkpoint")
+            raise CheckpointError(
+                f"{path}: has more than {VALUES:,} values; it is not a checkpoint"
+            )
         for name, value in level:
             if isinstance(value, Tensor) and (odd := _odd(value)):
                 raise CheckpointError(f"{path}: {quoted(name)} {odd}; expected plain dense tensors")
-    raise CheckpointError(f"{path}: is nested deeper than {DEPTH} levels; it is no checkpoint")
+    raise CheckpointError(f"{path}: is nested deeper than {DEPTH} levels; it is not a checkpoint")
 
 
 def _inside(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yield what the containers among ``values`` hold, by its key or by the container's name."""
+    """Yield the items of the containers in ``values``, named by key or by the container's name."""
     for name, value in values:
         if isinstance(value, Mapping):
             yield from ((str(key), inner) for key, inner in value.items())
@@ -279,7 +283,7 @@ def _inside(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def _odd(tensor: Tensor) -> str:
-    """What keeps a tensor from being plain values in memory; empty if nothing does."""
+    """Return why a tensor is not a plain dense tensor; an empty string if it is one."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"is a {type(tensor).__name__}"
     if tensor.is_nested:
@@ -293,7 +297,7 @@ def _odd(tensor: Tensor) -> str:
     if tensor.is_complex():
         return "is a complex tensor"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return "has more values than the file has for it"
+        return "is larger than its data in the file"
     return ""
 
 
@@ -365,11 +369,11 @@ _KINDS: dict[str, tuple[str, Check]] = {
     "pseudo_round": ("a number", _or_none(_is_count)),
     **dict.fromkeys(("fold", "epoch", "step", "bad_in_row", "bad_steps"), ("a number", _is_count)),
 }
-"""What the entries that segkit writes are; others are not looked at."""
+"""Type of each entry that segkit writes: description and check. Other entries are ignored."""
 
 
 def stored_digest(path: Path) -> str | None:
-    """The SHA-256 that a file ends with where :func:`save` wrote it; ``None`` in other files."""
+    """Return the SHA-256 that :func:`save` stored at the end of a file, or ``None``."""
     with regular(path).open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL))
@@ -380,28 +384,28 @@ def stored_digest(path: Path) -> str | None:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 that a checkpoint carries, in hexadecimal, once its bytes were found to match.
+    """Verify a checkpoint against its stored SHA-256 and return the digest, in hexadecimal.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or carries none.
+        CheckpointError: The file is missing or damaged, or has no digest.
     """
     with _readable(path):
         expected = stored_digest(path)
         if expected is None:
             if is_archive(path):
-                raise CheckpointError(f"{path}: carries no digest; segkit did not write it")
+                raise CheckpointError(f"{path}: has no digest; segkit did not write it")
             raise CheckpointError(f"{path}: is damaged or not a checkpoint")
-        found = hashlib.sha256()
+        sha256 = hashlib.sha256()
         with path.open("rb") as file:
-            _feed(found, file, path.stat().st_size - _TAIL)
-    if found.hexdigest() != expected:
+            _feed(sha256, file, path.stat().st_size - _TAIL)
+    if sha256.hexdigest() != expected:
         raise CheckpointError(f"{path}: is damaged (its bytes do not match its digest)")
     return expected
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn an OSError of the file system into a CheckpointError."""
+    """Convert an OSError into a CheckpointError."""
     try:
         yield
     except FileNotFoundError:

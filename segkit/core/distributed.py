@@ -1,4 +1,4 @@
-"""Processes that train together: the process group, reductions, rank 0's progress."""
+"""Distributed training: the process group, collectives, progress on rank 0."""
 
 import hashlib
 import logging
@@ -21,17 +21,17 @@ from segkit.core.peers import watch_ranks
 
 
 def rank() -> int:
-    """This process's number, 0 to ``world_size() - 1``."""
+    """Return this process's rank, 0 to ``world_size() - 1``."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the one that writes and prints."""
+    """Return whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
@@ -39,18 +39,18 @@ def is_main() -> bool:
 def session(
     device: str | None = None, timeout: float = 30.0, *, on_lost: Callable[[], None] | None = None
 ) -> Iterator[torch.device]:
-    """The process group torchrun asked for (NCCL on CUDA, else gloo), and this rank's device.
+    """Open torchrun's process group (NCCL on CUDA, else gloo) and yield this rank's device.
 
     Args:
-        device: As torch names it, such as ``"cpu"``, ``"cuda:1"`` or ``"mps"``; default CUDA where
-            there is one. Without a number, each rank of a machine gets its own; with one, they
-            share it (by gloo, as NCCL cannot).
-        timeout: Minutes a rank waits for the others in one exchange before it ends with an error.
+        device: A name of torch's, such as ``"cpu"``, ``"cuda:1"`` or ``"mps"``; default CUDA if
+            available. Without an index, each rank of a machine gets its own device; with an index,
+            all ranks share the device (through gloo; NCCL does not support that).
+        timeout: Minutes that a rank waits for the others in a collective before it raises an error.
         on_lost: Called from a thread when the process of another rank ends before its session
             does; see :func:`segkit.core.peers.watch_ranks`.
 
     Raises:
-        SegkitError: There is no such device here, or not all ranks met.
+        SegkitError: The device does not exist, or not all ranks connected in time.
     """
     here = _choose_device(device)
     if here.type != "cpu":
@@ -71,7 +71,7 @@ def session(
     announce_end = None if on_lost is None else watch_ranks(store, rank, world_size, on_lost)
     try:
         yield here
-    except SystemExit:  # all ranks have agreed to stop
+    except SystemExit:  # all ranks agreed to stop
         _leave(announce_end)
         raise
     _leave(announce_end)  # not after an error: that would wait for the other ranks
@@ -84,7 +84,7 @@ def _leave(announce_end: Callable[[], None] | None) -> None:
 
 
 def _choose_device(name: str | None) -> torch.device:
-    """This rank's device."""
+    """Return this rank's device."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -93,7 +93,7 @@ def _choose_device(name: str | None) -> torch.device:
     known = "cpu" if kind == "cpu" else f"cpu, {kind}, {kind}:0 to {kind}:{count - 1}"
     try:
         device = torch.device(name)
-    except RuntimeError:  # torch knows no such word
+    except RuntimeError:  # not a device name of torch
         device = torch.device("meta")
     if device.type not in ("cpu", kind):
         raise SegkitError(
@@ -112,54 +112,56 @@ def _choose_device(name: str | None) -> torch.device:
 
 
 def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
-    """A part of torchrun's store that no earlier start of these ranks has written to.
+    """Return a namespace of torchrun's store that no earlier start of these ranks has used.
 
-    torchrun keeps its store when it starts ranks again, and they would look for each other at the
-    addresses that dead ones left there. So each process brings a word of its own; rank 0 reads out
-    the words it finds, until every rank has heard its own.
+    torchrun keeps its store when it restarts ranks, so they would find the addresses of dead
+    processes there. Therefore each process stores a unique token, rank 0 publishes the list of
+    tokens, and the ranks count the confirmations of each list until all have confirmed the same.
     """
     store = dist.PrefixStore("segkit", store)
     store.set_timeout(timedelta(minutes=timeout))
-    word, heard = uuid4().hex, set[str]()
-    store.set(f"rank {rank}", word)
+    token, confirmed = uuid4().hex, set[str]()
+    store.set(f"rank {rank}", token)
     deadline = time.monotonic() + 60 * timeout
     while time.monotonic() < deadline:
         if rank == 0:
-            words = [store.get(f"rank {one}").decode() for one in range(world_size)]
-            store.set("words", " ".join(words))
-        words = store.get("words").decode().split()
-        meeting = hashlib.sha256(" ".join(words).encode()).hexdigest()
-        if len(words) == world_size and words[rank] == word and meeting not in heard:
-            heard.add(meeting)
-            store.add(meeting, 1)
-        if meeting in heard and store.add(meeting, 0) == world_size:
-            return dist.PrefixStore(meeting, store)
+            tokens = [store.get(f"rank {number}").decode() for number in range(world_size)]
+            store.set("words", " ".join(tokens))
+        tokens = store.get("words").decode().split()
+        namespace = hashlib.sha256(" ".join(tokens).encode()).hexdigest()
+        if len(tokens) == world_size and tokens[rank] == token and namespace not in confirmed:
+            confirmed.add(namespace)
+            store.add(namespace, 1)
+        if namespace in confirmed and store.add(namespace, 0) == world_size:
+            return dist.PrefixStore(namespace, store)
         time.sleep(0.01)
-    raise SegkitError(f"not all {world_size} ranks met within {timeout:g} minutes (train.timeout)")
+    raise SegkitError(
+        f"not all {world_size} ranks connected within {timeout:g} minutes (train.timeout)"
+    )
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this function."""
     if world_size() > 1:
         dist.barrier()
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """Sum ``x`` over the ranks, in place and without a gradient."""
+    """Sum ``x`` over the ranks, in place and without gradient, and return it."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def maximum(x: Tensor) -> Tensor:
-    """Largest ``x`` of the ranks, in place."""
+    """Replace ``x`` by its maximum over the ranks, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's ``value`` (a picklable object of our own making) on every rank."""
+    """Return rank 0's ``value`` (a trusted, picklable object) on every rank."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
@@ -167,7 +169,7 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's ``value`` (a picklable object of our own making) on rank 0, elsewhere none."""
+    """Return every rank's ``value`` (a trusted, picklable object) on rank 0, ``[]`` elsewhere."""
     if world_size() == 1:
         return [value]
     boxes = [None] * world_size() if is_main() else None
@@ -176,7 +178,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers: without synchronization each has its own statistics."""
+    """Broadcast rank 0's buffers; unsynchronized BatchNorm has different statistics per rank."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -193,30 +195,29 @@ class _SumForGlobalLoss(torch.autograd.Function):
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of ``x`` over the ranks, for losses that are functions of sums over the global batch.
+    """Return the sum of ``x`` over the ranks, for losses of sums over the global batch.
 
-    Every rank then holds the same loss value, and its gradient with respect to its own pixels,
-    times the world size: DistributedDataParallel's mean of gradients is then exactly the gradient
-    of the global batch's loss.
+    Every rank gets the same loss value. Backward multiplies the gradient by the world size, so that
+    DistributedDataParallel's mean over ranks is exactly the gradient of the global batch's loss.
     """
     return _SumForGlobalLoss.apply(x) if world_size() > 1 else x
 
 
 class Progress:
-    """How far a loop is, told on rank 0: a bar on a terminal, elsewhere a line now and then.
+    """Progress of a loop on rank 0: a bar on a terminal, otherwise a line from time to time.
 
-    A line follows each part of the loop, and each minute within a long one. A command that was
-    told to be quiet shows neither.
+    A line is printed after each part of the loop, and every minute within a long part.
+    Nothing is shown if the command is quiet.
 
     Args:
-        iterable: What is looped over; ``None`` where :meth:`update` is called.
-        description: Of the loop.
-        total: Items of the whole loop; default the length of ``iterable``, if it has one.
-        initial: Items that an earlier start has done.
-        unit: An item, in the singular.
-        parts: Equal parts of the loop that are followed by a line.
-        delay: Seconds without lines at the beginning: a short loop needs none.
-        clock: Gives the time in seconds.
+        iterable: Items to iterate over; ``None`` if the loop calls :meth:`update` itself.
+        description: Name of the loop.
+        total: Number of items; default the length of ``iterable``, if it has one.
+        initial: Items already done, such as before a run was resumed.
+        unit: Name of an item, in the singular.
+        parts: Number of equal parts of the loop; a line is printed after each.
+        delay: Seconds at the beginning without lines, so that short loops print none.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -258,8 +259,8 @@ class Progress:
         """Count items as done.
 
         Args:
-            count: How many.
-            note: What a bar or a line ends with; called only when one is shown.
+            count: Number of items.
+            note: Returns the text at the end of a bar or line; called only when one is shown.
         """
         before, self._done = self._done, self._done + count
         if self._hidden:

@@ -1,4 +1,4 @@
-"""Files written whole, of which a reader sees the old or the new one; only regular ones read."""
+"""Files: atomic writing, reading of regular files only, locks, shapes of JSON values."""
 
 import errno
 import json
@@ -27,13 +27,13 @@ _KINDS = {
 
 
 def regular(path: Path | str) -> Path:
-    """Return ``path`` if it is a regular file, to be opened next.
+    """Return ``path`` if it is a regular file.
 
-    Every file that segkit did not just write is opened through this function: to open or read a
-    named pipe, a device or a socket can wait for ever.
+    segkit calls this before it opens any file that it did not just write: opening or reading a
+    named pipe, a device or a socket can block forever.
 
     Raises:
-        OSError: There is no such file, or it is a folder or of another kind.
+        OSError: The file does not exist or is not a regular file.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -46,14 +46,14 @@ def regular(path: Path | str) -> Path:
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
-    """A draft to write, which takes the place of ``path`` when the block ends without an error.
+    """Yield a temporary path, which is renamed to ``path`` if the block ends without an error.
 
     Args:
-        path: Its folder is made if need be.
-        durable: Flush the file before it is renamed and the folder after, so that a power cut too
-            finds the old one or the new one.
-        shared: Other processes may write the same path at the same time: the draft has a name of
-            its own.
+        path: Destination; its folder is created if necessary.
+        durable: Flush the file before it is renamed and the folder after, so that even after a
+            power cut either the old or the new file is there.
+        shared: Give the temporary file a unique name, because other processes may write the same
+            path at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid4().hex if shared else ''}writing")
@@ -71,7 +71,7 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give the name of ``path`` to an error that has none, such as that of a full disk."""
+    """Set the file name of an OSError that has none, such as that of a full disk, to ``path``."""
     try:
         yield
     except OSError as error:
@@ -81,18 +81,18 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a UTF-8 file, whole or not at all; ``durable`` as in :func:`replacing`."""
+    """Write a UTF-8 file atomically; ``durable`` as in :func:`replacing`."""
     with replacing(path, durable=durable) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Write a JSON file, whole or not at all; ``durable`` as in :func:`replacing`."""
+    """Write a JSON file atomically; ``durable`` as in :func:`replacing`."""
     write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the names in a folder, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -101,22 +101,22 @@ def flush(path: Path) -> None:
 
 
 PATIENCE = 2.0
-"""Seconds that :func:`lock` tries for: a killed process may need a moment to end."""
+"""Seconds that :func:`lock` retries: a killed process may need a moment to end."""
 
 
 def lock(path: Path, patience: float | None = None) -> TextIO:
-    """Lock a file, which is made if need be, until it is closed or this process ends in any way.
+    """Lock a file, created if necessary, until it is closed or this process ends in any way.
 
-    The lock is a record lock of POSIX, which the system releases. Forked processes do not inherit
-    it: once its process was killed, data-loader workers that outlive it do not hold it. It works
-    over NFS too, between machines. Where a system or a file system has no locks, a warning says so.
+    This is a POSIX record lock, which the system releases. Forked processes do not inherit it, so
+    data-loader workers that outlive a killed process do not hold it. It works between machines over
+    NFS. If the system or the file system has no locks, a warning is given.
 
     Args:
-        path: Of the file.
-        patience: Seconds to try for; default :data:`PATIENCE`.
+        path: Path of the file.
+        patience: Seconds to retry; default :data:`PATIENCE`.
 
     Raises:
-        BlockingIOError: Another process holds the lock; ``strerror`` says which.
+        BlockingIOError: Another process holds the lock; ``strerror`` names it.
     """
     if os.path.lexists(path):
         regular(path)
@@ -136,7 +136,7 @@ def lock(path: Path, patience: float | None = None) -> TextIO:
 
 
 def _try_lock(file: TextIO, path: Path) -> bool:
-    """Return False if another process has the lock."""
+    """Lock the file; return False if another process holds the lock."""
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, "this system has none")
@@ -145,15 +145,15 @@ def _try_lock(file: TextIO, path: Path) -> bool:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
         warnings.warn(
-            f"{path}: file locks do not work here ({error.strerror}); see to it yourself that no "
-            "other process trains in this folder",
+            f"{path}: file locks do not work here ({error.strerror}); make sure that no other "
+            "process trains in this folder",
             stacklevel=3,
         )
     return True
 
 
 def is_locked(path: Path) -> bool:
-    """Return True if another process holds the :func:`lock`; never call it on one's own lock."""
+    """Return whether another process holds the :func:`lock`; the holder must not call this."""
     if fcntl is None or not os.path.lexists(path):
         return False
     with regular(path).open("rb") as file:
@@ -165,14 +165,14 @@ def is_locked(path: Path) -> bool:
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Return True if a JSON value has a shape.
+    """Return whether a JSON value has a given shape.
 
     Args:
-        value: As :func:`json.loads` returns it.
-        shape: A type (an integer is a ``float`` too, a bool is no ``int``); ``None``; ``Any``; a
-            tuple of alternatives; ``[shape]`` for a list of any length, ``[shape, shape, ...]`` for
-            one of that length; ``{str: shape}`` for an object with any keys; ``{"key": shape}`` for
-            one that has at least these keys.
+        value: Value returned by :func:`json.loads`.
+        shape: A type (an integer is also a ``float``, a bool is not an ``int``); ``None``; ``Any``;
+            a tuple of alternatives; ``[shape]`` for a list of any length, ``[shape, shape, ...]``
+            for a list of that length; ``{str: shape}`` for an object with any keys;
+            ``{"key": shape}`` for an object that has at least these keys.
     """
     if shape is Any:
         return True

@@ -1,4 +1,4 @@
-"""What the values of a mask mean: class indices from 0 up, and one that is no class."""
+"""Values of a mask: class indices from 0 up, and one value to ignore."""
 
 IGNORE = 255
-"""The mask value that no loss and no metric counts."""
+"""Mask value that losses and metrics ignore."""

@@ -1,4 +1,4 @@
-"""Noticing that another rank's process has ended, in whatever way."""
+"""Detect that the process of another rank ended, for any reason."""
 
 import os
 import selectors
@@ -12,7 +12,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 _TOKEN = 32
-_PATIENCE = 60.0  # seconds for all ranks to connect; they have just met
+_PATIENCE = 60.0  # seconds for all ranks to connect
 
 
 def watch_ranks(
@@ -20,25 +20,25 @@ def watch_ranks(
 ) -> Callable[[], None]:
     """Call ``on_lost`` once, from a thread, when the process of another rank ends unannounced.
 
-    Every rank holds a TCP connection to rank 0; the kernel closes those of a process that ends, be
-    it killed. NCCL does not notice such an end, nor does gloo always. When rank 0 has lost a rank,
-    it ends too, and so all others notice.
+    Every rank has a TCP connection to rank 0, which the kernel closes when a process ends, also
+    when it is killed. NCCL does not detect such an end, and gloo not always. When rank 0 loses a
+    rank, it ends too, so that all other ranks detect it.
 
     Args:
-        store: Of the process group.
-        rank: This process's number.
-        world_size: How many there are.
+        store: Store of the process group.
+        rank: Rank of this process.
+        world_size: Number of ranks.
         on_lost: Must end the process.
 
     Returns:
-        A function that announces the end of this rank's part.
+        A function that announces the regular end of this rank.
     """
     connections = _accept_all(store, world_size - 1) if rank == 0 else [_connect(store)]
     known = [connection for connection in connections if connection is not None]
     if len(known) < len(connections):
         warnings.warn(
-            f"rank {rank} has no connection to watch other ranks by: should one of them end by an "
-            "error, this is noticed after train.timeout only",
+            f"rank {rank} could not connect to watch other ranks: if one of them ends with an "
+            "error, this is detected only after train.timeout",
             stacklevel=2,
         )
     threading.Thread(target=_watch, args=(known, on_lost), daemon=True).start()
@@ -52,7 +52,7 @@ def watch_ranks(
 
 
 def _accept_all(store: dist.Store, count: int) -> list[socket.socket | None]:
-    """Connections of ``count`` other ranks, None for each that did not come."""
+    """Return connections of ``count`` other ranks, None for each that did not connect."""
     family = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)[0][0]
     token = uuid4().hex
     connections: list[socket.socket | None] = []

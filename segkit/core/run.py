@@ -1,4 +1,4 @@
-"""A run's folder: it explains itself to whoever opens it."""
+"""The folder of a run: its files, its lock, its log and its state."""
 
 import json
 import math
@@ -28,13 +28,13 @@ FREE = {
     *("train.save_every", "train.log_every", "train.timeout"),
     "infer.batch_size",
 }
-"""Settings that a resumed run may change: no weight depends on them."""
+"""Settings that a resumed run may change: the trained weights do not depend on them."""
 
 GROWS = "train.epochs"
-"""A setting that a resumed run may raise, and lower down to what is done."""
+"""Setting that a resumed run may raise, or lower down to the epochs already begun."""
 
 LOST_MACHINE = 180.0
-"""Seconds after which a file server has freed the locks of a machine that was lost."""
+"""Seconds until a file server releases the locks of a lost machine."""
 
 SHAPES: dict[str, Any] = {
     "config.json": {str: Any},
@@ -62,10 +62,10 @@ SHAPES: dict[str, Any] = {
     "status.json": {"state": str, "sentence": str},
     "wandb.json": {"id": str},
 }
-"""What readers of a run's JSON files need of them; see :func:`segkit.core.files.fits`."""
+"""Required shape of a run's JSON files; see :func:`segkit.core.files.fits`."""
 
 EVENT = {"event": str, "time": float}
-"""What every line of ``log.jsonl`` has."""
+"""Required shape of every line of ``log.jsonl``."""
 
 EVENTS: dict[str, Any] = {
     "start": {"fold": int, "step": int, "parameters": int},
@@ -78,22 +78,22 @@ EVENTS: dict[str, Any] = {
     "non-finite": {"fold": int, "step": int, "images": [str]},
     "fault": {"file": str, "sentence": str},
 }
-"""What each kind of event has besides."""
+"""Additional keys required of each kind of event."""
 
 
 class Run:
     """The folder of one training run.
 
-    ``config.json`` (resolved), ``folds.json``, ``classes.json``, ``environment.json``,
-    ``data.json`` (what it trains on), ``log.jsonl``, ``status.json`` (how it stands),
-    ``summary.json``, and for each fold ``fold0/`` with ``last.pt``, ``best.pt`` and the top-k;
-    ``lock`` is locked by the process that trains.
+    It contains ``config.json`` (resolved), ``folds.json``, ``classes.json``, ``environment.json``,
+    ``data.json`` (the data it trains on), ``log.jsonl``, ``status.json``, ``summary.json``, and for
+    each fold ``fold0/`` with ``last.pt``, ``best.pt`` and the top-k checkpoints; the process that
+    trains locks ``lock``.
 
     Args:
-        folder: Created by :meth:`create`; opened as it is here.
+        folder: Path of the folder. The constructor creates nothing; see :meth:`create`.
 
     Attributes:
-        followers: Called with every event after it was written.
+        followers: Functions that are called with every event after it was written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,7 +103,7 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> "Run":
-        """A new run folder, or with ``resume`` the same one again: :meth:`check`, :meth:`begin`."""
+        """Create a run folder, or with ``resume`` continue in it (:meth:`check`, :meth:`begin`)."""
         run = cls(folder)
         run.check(config, resume=resume)
         run.begin(config)
@@ -111,15 +111,15 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder holds a run: ``config.json`` is written last when one begins."""
+        """True if the folder holds a run: :meth:`begin` writes ``config.json`` last."""
         return os.path.lexists(self.folder / "config.json")
 
     def check(self, config: Mapping[str, Any], *, resume: bool) -> None:
-        """Make sure that the folder may begin a run, or go on with its own; nothing is made yet.
+        """Check that a run may begin in the folder, or continue; creates nothing.
 
-        A run that is there already is locked: it goes on in one process (and its ranks) at a time.
-        A job that torchrun starts again waits for the lock: where its machine was lost, a file
-        server frees it after some time.
+        An existing run is locked: only one process (and its ranks) may continue it at a time. A job
+        that torchrun restarts waits for the lock, because a file server releases the lock of a lost
+        machine only after some time.
 
         Raises:
             SegkitError: The folder belongs to another run, or to a run with another configuration,
@@ -150,16 +150,16 @@ class Run:
             )
 
     def begin(self, config: Mapping[str, Any], files: Mapping[str, Any] = {}) -> None:
-        """Make the folder, or go on in it.
+        """Create the folder, or continue in it.
 
         Args:
-            config: As :meth:`check` has seen it.
+            config: The configuration given to :meth:`check`.
             files: JSON files of a new run, by name.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._take_lock()
-            self.check(config, resume=False)  # another process may have begun one meanwhile
+            self.check(config, resume=False)  # another process may have begun a run meanwhile
             files = {**files, "environment.json": environment()}
         self._cut_log()
         for name, value in files.items():
@@ -178,9 +178,9 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path | None) -> "Run":
-        """An existing run: the folder named (also by its name in ``runs/``).
+        """Return an existing run: a folder, or a name in ``runs/``.
 
-        Without a name it is the run started last of those that have a model.
+        Without a name, return the most recently started run that has a model.
         """
         if folder is None:
             trained = next((run for run in runs() if run.folds()), None)
@@ -191,7 +191,7 @@ class Run:
                 )
             return trained
         for path in (Path(folder), RUNS / folder):
-            if os.path.isfile(path / "config.json"):  # False also for too long a name
+            if os.path.isfile(path / "config.json"):  # also False if the name is too long
                 return cls(path)
         known = [path.parent.name for path in RUNS.glob("*/config.json")]
         raise SegkitError(
@@ -199,21 +199,21 @@ class Run:
         )
 
     def interrupted_here(self) -> bool:
-        """Whether torchrun starts again the job that began this run and has not finished it.
+        """Return whether torchrun is restarting the job that began this run and did not finish it.
 
-        It does so after a failure, and when a machine joins or leaves. The job is known by its
-        ``--rdzv-id``, or where it has none by torchrun's process.
+        torchrun does so after a failure and when a machine joins or leaves. The job is identified
+        by its ``--rdzv-id``, or by torchrun's process if it has none.
         """
         job = _job()
         if job is None or not self.exists or (self.folder / "summary.json").exists():
             return False
         return self.optional("environment.json", {}).get("job") == job
 
-    # ---- how it ends
+    # ---- state
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep in ``status.json`` that this run is under way, and how it ends; on all ranks."""
+        """Write to ``status.json`` that the run is in progress, and how it ends; on all ranks."""
         if distributed.is_main():
             self._record("running")
         try:
@@ -222,7 +222,7 @@ class Run:
             self._record("stopped")
             raise
         except BaseException as error:
-            with suppress(OSError):  # of a full disk, which may be the error itself
+            with suppress(OSError):  # the disk may be full, which may be the error itself
                 self._record("failed", explain(error) or summary(error))
             raise
         if distributed.is_main():
@@ -230,14 +230,14 @@ class Run:
 
     def _record(self, state: str, sentence: str = "") -> None:
         known = self.optional("status.json", {}) if state == "failed" else {}
-        if known.get("state") != "failed":  # the first rank that fails has the reason
+        if known.get("state") != "failed":  # the first rank that failed knows the cause
             self.write("status.json", {"state": state, "sentence": sentence})
 
     def state(self) -> tuple[str, str]:
-        """Return how the run stands, and why it failed.
+        """Return the state of the run and, if it failed, the error.
 
-        ``running``, ``done``, ``stopped`` (by a signal, or killed) or ``failed``. Not to be asked
-        by the process that trains: it would lose its lock.
+        The state is ``running``, ``done``, ``stopped`` (by a signal, or killed) or ``failed``. The
+        process that trains must not call this: it would lose its lock.
         """
         if is_locked(self.folder / "lock"):
             return "running", ""
@@ -246,17 +246,17 @@ class Run:
         return "stopped" if status["state"] == "running" else status["state"], status["sentence"]
 
     def resumable(self) -> bool:
-        """Whether ``--resume`` may pick this run: it has something saved, or did not fail."""
+        """Return whether ``--resume`` may choose this run: it has a checkpoint, or did not fail."""
         saved = any(self.folder.glob("fold*/last.pt"))
         status = self.optional("status.json", {})
         return saved or status.get("state") != "failed"
 
     def fold(self, number: int) -> Path:
-        """The folder of one fold's checkpoints."""
+        """Return the folder of a fold's checkpoints."""
         return self.folder / f"fold{number}"
 
     def folds(self) -> list[int]:
-        """Folds that have a best checkpoint."""
+        """Return the folds that have a best checkpoint."""
         names = (path.parent.name for path in self.folder.glob("fold*/best.pt"))
         return sorted(int(name[4:]) for name in names if name[4:].isdecimal())
 
@@ -264,7 +264,7 @@ class Run:
         """Read a JSON file of the run.
 
         Raises:
-            SegkitError: It is missing, unreadable, damaged, or not of its shape in :data:`SHAPES`.
+            SegkitError: It is missing, unreadable or damaged, or differs from :data:`SHAPES`.
         """
         path = self.folder / name
         try:
@@ -281,7 +281,7 @@ class Run:
         return SegkitError(f"{self.folder / name}: is damaged, or of another version of segkit")
 
     def category_ids(self) -> dict[int, int] | None:
-        """Return the class index of each category id of the labels; ``None`` if they had none."""
+        """Return the class index of each category id; ``None`` if the labels have no ids."""
         known = self.read("classes.json")["category_ids"]
         try:
             return None if known is None else {int(key): index for key, index in known.items()}
@@ -289,7 +289,7 @@ class Run:
             raise self._damaged("classes.json") from error
 
     def optional(self, name: str, default: Any) -> Any:
-        """Read a JSON file that the run can do without; one that is damaged is left out."""
+        """Read an optional JSON file; ``default`` if missing, or with a warning if damaged."""
         if not os.path.lexists(self.folder / name):
             return default
         try:
@@ -299,11 +299,11 @@ class Run:
             return default
 
     def write(self, name: str, value: Any) -> None:
-        """Replace a JSON file of the run, whole or not at all; after a power cut, too."""
+        """Replace a JSON file of the run atomically, even in a power cut."""
         write_json(self.folder / name, value, durable=True)
 
     def log(self, **event: Any) -> None:
-        """Append one event to ``log.jsonl``, and tell the followers."""
+        """Append an event to ``log.jsonl`` and call the followers."""
         event = {"time": round(time.time(), 3), **event}
         path = self.folder / "log.jsonl"
         with naming(path), path.open("a", encoding="utf-8") as file:
@@ -312,7 +312,7 @@ class Run:
             follow(event)
 
     def _cut_log(self) -> None:
-        """Remove a last line of ``log.jsonl`` that a kill or a power cut left without an end."""
+        """Remove an incomplete last line of ``log.jsonl``, left by a kill or a power cut."""
         lines = self._lines()
         if lines and not lines[-1].endswith(b"\n"):
             path = self.folder / "log.jsonl"
@@ -320,12 +320,12 @@ class Run:
                 os.truncate(path, sum(map(len, lines[:-1])))
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Read the events of ``log.jsonl``.
+        """Yield the events of ``log.jsonl``.
 
-        A last line cut by a kill is left out; so is one that is damaged or lacks what events of its
-        kind have, with a warning.
+        An incomplete last line is skipped. Lines that are damaged or lack keys of their kind of
+        event are skipped with a warning.
         """
-        strange = []
+        invalid = []
         for number, line in enumerate(self._lines(), 1):
             event = _parse(line)
             if event is not None and fits(
@@ -333,11 +333,11 @@ class Run:
             ):
                 yield event
             elif line.endswith(b"\n"):
-                strange.append(number)
-        if strange:
+                invalid.append(number)
+        if invalid:
             warnings.warn(
-                f"{self.folder / 'log.jsonl'}: {len(strange)} lines are damaged or of another "
-                f"version of segkit, the first is line {strange[0]}; left out",
+                f"{self.folder / 'log.jsonl'}: {len(invalid)} lines are damaged or of another "
+                f"version of segkit, the first is line {invalid[0]}; left out",
                 stacklevel=2,
             )
 
@@ -349,7 +349,7 @@ class Run:
             return file.readlines()
 
     def epochs_begun(self) -> int:
-        """Epochs that the furthest fold has taken a step of, as the log has it."""
+        """Return the number of epochs begun by the furthest fold, according to the log."""
         steps_per_epoch: dict[int, Any] = {}
         begun = 0
         for event in self.events():
@@ -362,7 +362,7 @@ class Run:
         return begun
 
     def reopen(self, fold: int) -> None:
-        """Remove a fold from ``summary.json``: it is trained further."""
+        """Remove a fold from ``summary.json``, because its training continues."""
         path = self.folder / "summary.json"
         summary = self.optional(path.name, {})
         if summary.pop(f"fold{fold}", None) is None:
@@ -373,7 +373,7 @@ class Run:
             path.unlink()
 
     def rewind(self, fold: int, step: int) -> None:
-        """Drop events of ``fold`` after ``step``: a resumed run writes them again."""
+        """Remove events of ``fold`` after ``step``: a resumed run writes them again."""
         kept = []
         for event in map(_parse, self._lines()):
             if event is None:
@@ -384,12 +384,12 @@ class Run:
         write_text(self.folder / "log.jsonl", "".join(kept), durable=True)
 
     def last(self, fold: int) -> dict[str, Any] | None:
-        """The state to resume ``fold`` from, if it was ever saved."""
+        """Load the state to resume ``fold`` from; ``None`` if none was saved."""
         return load_latest(self.fold(fold) / "last.pt", needs=RESUME)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Read a line of ``log.jsonl``; ``None`` if it is cut or no JSON object."""
+    """Parse a line of ``log.jsonl``; return ``None`` if it is incomplete or not a JSON object."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -398,7 +398,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def runs(name: str | None = None) -> list[Run]:
-    """The runs in ``runs/``, or those of configuration ``name``; the ones started last first."""
+    """Return the runs in ``runs/``, or those of the configuration ``name``; newest first."""
     folders = [path.parent for path in RUNS.glob("*/config.json")]
     if name is not None:
         own = re.compile(re.escape(name) + r"-\d{8}-\d{6}")  # as new_folder names them
@@ -411,12 +411,12 @@ def _started(folder: Path) -> float:
 
 
 def new_folder(name: str) -> Path:
-    """A folder for a run that starts now."""
+    """Return a folder for a run that starts now."""
     return RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on besides the configuration."""
+    """Return what a result depends on in addition to the configuration: versions and hardware."""
     return {
         "command": " ".join(sys.argv),
         "segkit": __version__,
@@ -432,7 +432,7 @@ def environment() -> dict[str, Any]:
 
 
 def _job() -> str | None:
-    """What torchrun calls this job; without a name, which torchrun process has started it."""
+    """Return torchrun's name of this job, or its process if the job has no name."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     job = os.environ["TORCHELASTIC_RUN_ID"]
@@ -440,16 +440,16 @@ def _job() -> str | None:
 
 
 def _holds_others(folder: Path) -> bool:
-    """Whether there are files that a kill during :meth:`Run.begin` did not leave."""
+    """Return whether the folder has files other than those of an interrupted :meth:`Run.begin`."""
     names = {path.name for path in folder.iterdir()}
-    if "lock" not in names:  # which is made first
+    if "lock" not in names:  # "lock" is created first
         return bool(names)
     known = {*SHAPES, "folds.json", "lock"}
     return any(name not in known and not name.endswith(".json.writing") for name in names)
 
 
 def _differences(known: Any, wanted: Any, path: str = "") -> list[str]:
-    """Paths of the keys that differ between two configurations."""
+    """Return the paths of the keys that differ between two configurations."""
     if isinstance(known, Mapping) and isinstance(wanted, Mapping):
         keys = sorted({*known, *wanted})
         return [

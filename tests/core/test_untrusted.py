@@ -105,7 +105,7 @@ def test_lists_and_dicts_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(checkpoint, "VALUES", 100_000)
-    words = "it is no checkpoint"
+    words = "it is not a checkpoint"
     refused(read, saved({"model": {}, "config": make(), "classes": []}, tmp_path), words)
     if read is read_file:
         torch.save(make(), tmp_path / "foreign.pth")
@@ -173,7 +173,7 @@ ODD: dict[str, tuple[str, Callable[[], Tensor]]] = {
     "nested": ("nested|NestedTensor", lambda: torch.nested.nested_tensor([torch.ones(2)])),
     "quantized": ("is a quantized tensor", quantized),
     "complex": ("is a complex tensor", lambda: torch.ones(2, dtype=torch.complex64)),
-    "expanded": ("has more values than the file", lambda: torch.ones(1).expand(2**40)),
+    "expanded": ("is larger than its data in the file", lambda: torch.ones(1).expand(2**40)),
 }
 
 
