@@ -438,7 +438,7 @@ def test_a_run_goes_on_with_its_own_data_only(
     shutil.rmtree("own")
     Path(before).rename("own")
     if words:
-        assert str(ended.value).startswith("runs/own: began with other data than this (")
+        assert str(ended.value).startswith("runs/own: the data changed since the run began (")
     else:
         assert str(ended.value) == "3"  # equal bytes are the same data, whenever they were written
     for word in words:

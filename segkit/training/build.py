@@ -1,4 +1,4 @@
-"""What a configuration asks for, built for a training."""
+"""Build the model, loss, optimizer and training order that a configuration describes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,14 +27,15 @@ def build_training(
     weights: str | None = None,
     initialize: bool = True,
 ) -> tuple[TrainState, Criterion]:
-    """Build the state of a training before its first step, and its loss.
+    """Return the training state before the first step, and the loss.
 
     Args:
         cfg: All settings.
         num_classes: Number of classes of the data.
-        device: Of this rank.
-        weights: To start from, as ``model.weights``.
-        initialize: Fill the weights that are not loaded; ``False`` if all of them will be.
+        device: Device of this rank.
+        weights: Pretrained weights to start from, as in ``model.weights``.
+        initialize: Initialize weights that are not loaded; ``False`` if a checkpoint will replace
+            all of them.
     """
     model = build_model(
         cfg.model.backbone,
@@ -62,7 +63,7 @@ def build_training(
 
 
 def step_options(cfg: Config, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of :func:`segkit.training.step.train_step` that are settings."""
+    """Return the arguments of :func:`segkit.training.step.train_step` set by the configuration."""
     return {
         "amp": precision(cfg.train.amp, device),
         "clip_norm": cfg.optim.clip_norm,
@@ -72,7 +73,7 @@ def step_options(cfg: Config, device: torch.device) -> dict[str, Any]:
 
 
 def wrap(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
-    """Return the model as the steps call it: compiled if asked for, in DDP if there are ranks."""
+    """Return the model, compiled if configured, and wrapped in DDP if there are several ranks."""
     if cfg.train.compile:
         model.compile()
     if distributed.world_size() == 1:
@@ -87,7 +88,7 @@ def wrap(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
 def train_order(
     cfg: Config, training: Sequence[int], extra: Sequence[int], *, start_step: int = 0
 ) -> TrainOrder:
-    """The order of a fold's training images."""
+    """Return the order of a fold's training images."""
     return TrainOrder(
         indices=training,
         epochs=cfg.train.epochs,
@@ -101,15 +102,16 @@ def train_order(
 
 
 def per_part(criterion: Criterion, cfg: Config) -> list[str]:
-    """Names of the losses that are computed on each part of a step alone."""
+    """Return the names of the losses that are computed on each part of a step separately."""
     sums = [] if cfg.train.accumulate_exact else criterion.sharing("sums")
     return [*sums, *criterion.sharing("nothing")]
 
 
 def dropout_seeds(cfg: Config, step: int) -> list[int]:
-    """A seed for each part of a step on this rank: there is no random state to save.
+    """Return a dropout seed for each part of a step on this rank; no random state is saved.
 
-    Parts are numbered over all ranks, so that 4 parts on one rank draw as 2 on each of two do.
+    Parts are numbered over all ranks: 4 parts on one rank use the same seeds as 2 parts on each of
+    two ranks.
     """
     world_size, rank = distributed.world_size(), distributed.rank()
     parts = range(cfg.train.accumulate)
@@ -117,5 +119,5 @@ def dropout_seeds(cfg: Config, step: int) -> list[int]:
 
 
 def mix(*numbers: int) -> int:
-    """One seed from several numbers."""
+    """Return one seed computed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

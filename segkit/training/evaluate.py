@@ -1,4 +1,4 @@
-"""Evaluation: predictions compared with labels, as integer counts summed over the ranks."""
+"""Evaluation: compare predictions with labels; integer counts, summed over the ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from segkit.data.source import Source
 from segkit.training.metrics import counts_of, image_matrices
 
 Watch = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called during an evaluation with an image's index, predicted mask, true mask, counts (C, 3)."""
+"""Evaluation callback: called with an image's index, predicted mask, true mask, counts (C, 3)."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Integer counts of an evaluation, the same on every rank.
+    """Integer counts of an evaluation, equal on every rank.
 
     Shape:
-        counts: (N, C, 3) int64; for each image and class the pixels right, true and predicted.
-        matrix: (C, C) int64, rows truth; the sum over all images.
+        counts: (N, C, 3) int64; correct, true and predicted pixels of each image and class.
+        matrix: (C, C) int64, rows are the truth; the sum over all images.
     """
 
     names: list[str]
@@ -39,17 +39,17 @@ def predictions(
     workers: int = 0,
     left_out: dict[int, str] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """This rank's share of ``indices``: index, prediction, and with ``labels`` the true mask.
+    """Yield (index, prediction, true mask or None) for this rank's share of ``indices``.
 
     Args:
         predict: Maps images, (B, 3, H, W) uint8, to masks or probabilities.
         source: The images.
-        indices: Which of them.
-        labels: Whether to read masks too.
-        batch_size: Images of one size predicted together.
-        workers: Processes that read images.
-        left_out: Takes a sentence for each image that cannot be read; without it the first such
-            image is an error.
+        indices: Images to predict, over all ranks.
+        labels: Also read the true masks.
+        batch_size: Number of images of equal size that are predicted together.
+        workers: Number of processes that read images.
+        left_out: Filled with an error message for each image that cannot be read, by index; without
+            it, the first such image raises an error.
     """
     for batch in eval_batches(
         source,
@@ -72,14 +72,14 @@ def tally(
     description: str = "evaluate",
     watch: Watch | None = None,
 ) -> Evaluation:
-    """Compare masks with labels; every image counts once, however many ranks share them.
+    """Compare predicted masks with labels; every image counts once for any number of ranks.
 
     Args:
-        predicted: This rank's share: index, predicted mask, true mask.
+        predicted: (index, predicted mask, true mask) for this rank's share.
         source: The images.
-        indices: All of them, over all ranks.
-        device: Where ranks exchange their counts.
-        description: Of the progress bar.
+        indices: All evaluated images, over all ranks.
+        device: Device on which ranks exchange their counts.
+        description: Label of the progress bar.
         watch: Called with each image of this rank's share.
     """
     classes = len(source.classes)
@@ -89,9 +89,9 @@ def tally(
     share = len(indices[rank() :: world_size()])
     for index, mask, truth in Progress(predicted, description, total=share, unit="image"):
         mask = mask.cpu()
-        [found] = image_matrices(mask[None], truth[None], classes)
-        counts[row[index]] = counts_of(found)
-        matrix += found
+        [image_matrix] = image_matrices(mask[None], truth[None], classes)
+        counts[row[index]] = counts_of(image_matrix)
+        matrix += image_matrix
         if watch is not None:
             watch(index, mask, truth, counts[row[index]])
     return Evaluation(
@@ -112,7 +112,7 @@ def evaluate(
     description: str = "evaluate",
     watch: Watch | None = None,
 ) -> Evaluation:
-    """:func:`tally` of :func:`predictions`; ``predict`` maps images to masks."""
+    """Return :func:`tally` of :func:`predictions`; ``predict`` maps images to masks."""
     predicted = predictions(
         predict, source, indices, labels=True, batch_size=batch_size, workers=workers
     )

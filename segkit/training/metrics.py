@@ -1,6 +1,6 @@
-"""Scores from integer counts: one confusion matrix, summed over images and ranks, never averaged.
+"""Metrics computed from one integer confusion matrix, summed over images and ranks.
 
-Counts are int64 and add up, so shards of a data set sum to the whole. Ratios are taken last.
+Counts are int64 and additive, so the shards of a data set sum to the whole. Ratios come last.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,14 +15,14 @@ from torch import Tensor
 from segkit.core.labels import IGNORE
 
 FEW_IMAGES = 30
-"""Below this number of images, tables say that an interval of the mean IoU may miss too often."""
+"""With fewer images, tables note that intervals of the mean IoU may be unreliable."""
 
 
 def classes_of(logits: Tensor) -> Tensor:
-    """The class of largest logit at each pixel, the first of equals.
+    """Return the class of the largest logit at each pixel; the lowest index among equal logits.
 
-    Plane by plane into uint8: on the CPU many times faster than ``argmax`` over an axis that is not
-    the last in memory, and without its int64.
+    Compares plane by plane into uint8: on the CPU many times faster than ``argmax`` over an axis
+    that is not the last in memory, and without an int64 result.
 
     Shape:
         logits: (B, C, H, W), C up to 255
@@ -31,24 +31,24 @@ def classes_of(logits: Tensor) -> Tensor:
     if logits.shape[1] > IGNORE:
         raise ValueError(f"expected at most {IGNORE} classes, got {logits.shape[1]}")
     classes = torch.zeros_like(logits[:, 0], dtype=torch.uint8)
-    for image, found in zip(logits, classes, strict=True):
+    for image, mask in zip(logits, classes, strict=True):
         if image.stride(0) == 1 and image.numel() > len(image):  # channels_last
-            found.copy_(image.argmax(0))
+            mask.copy_(image.argmax(0))
             continue
         best = image[0].clone()
         for c, plane in enumerate(image[1:], 1):
             better = (plane > best).view(torch.uint8).mul_(c)
-            torch.maximum(found, better, out=found)  # c grows, so the last to be better stays
+            torch.maximum(mask, better, out=mask)  # c grows, so the last improvement remains
             torch.maximum(best, plane, out=best)
     return classes
 
 
 def image_matrices(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """A confusion matrix of each image; rows are the truth.
+    """Return the confusion matrix of each image; rows are the truth.
 
     Args:
         predicted: Logits, or class indices.
-        target: Class indices, 255 where a pixel does not count.
+        target: Class indices, 255 for ignored pixels.
         num_classes: C.
 
     Shape:
@@ -57,29 +57,29 @@ def image_matrices(predicted: Tensor, target: Tensor, num_classes: int) -> Tenso
         matrices: (B, C, C) int64
 
     Raises:
-        ValueError: A value that is no class, in the target or among the predictions.
+        ValueError: The target or the prediction holds a value that is no class index.
     """
     if predicted.dim() == 4:
         predicted = classes_of(predicted)
     if predicted.shape != target.shape:
         raise ValueError(
-            f"expected predictions and target of one size, "
+            f"expected predictions and target of the same size, "
             f"got {tuple(predicted.shape)} and {tuple(target.shape)}"
         )
     predicted, target = _as_bytes(predicted, "prediction"), _as_bytes(target, "target")
     if predicted.numel() and (largest := int(predicted.max())) >= num_classes:
         raise ValueError(f"prediction holds {largest}, but there are {num_classes} classes")
-    # Every value of a byte has a row, so that no pixel needs a test: ignored and wrong ones are
-    # told apart when they have been counted.
+    # Each uint8 value has a row, so no pixel needs a test: ignored and invalid values are
+    # separated after counting.
     bins = (IGNORE + 1) * num_classes
     code_type = torch.int16 if bins <= torch.iinfo(torch.int16).max else torch.int32
     rows = target.new_zeros((len(target), IGNORE + 1, num_classes), dtype=torch.int64)
-    for b, (one, truth) in enumerate(zip(predicted, target, strict=True)):
-        code = truth.to(code_type).mul_(num_classes).add_(one)
+    for b, (mask, truth) in enumerate(zip(predicted, target, strict=True)):
+        code = truth.to(code_type).mul_(num_classes).add_(mask)
         rows[b] = torch.bincount(code.flatten(), minlength=bins).view(-1, num_classes)
-    wrong = rows[:, num_classes:IGNORE].sum((0, 2))
-    if wrong.any():
-        value = num_classes + int(wrong.nonzero()[0])
+    invalid = rows[:, num_classes:IGNORE].sum((0, 2))
+    if invalid.any():
+        value = num_classes + int(invalid.nonzero()[0])
         raise ValueError(
             f"target holds {value}, but there are {num_classes} classes and {IGNORE} for ignored"
         )
@@ -87,24 +87,24 @@ def image_matrices(predicted: Tensor, target: Tensor, num_classes: int) -> Tenso
 
 
 def confusion_matrix(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """The sum of :func:`image_matrices`, (C, C) int64; rows are the truth."""
+    """Return the sum of :func:`image_matrices`, (C, C) int64; rows are the truth."""
     return image_matrices(predicted, target, num_classes).sum(0)
 
 
 def image_counts(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """What IoU needs of each image and class: pixels (right, true, predicted), (B, C, 3) int64."""
+    """Return (correct, true, predicted) pixels of each image and class, (B, C, 3) int64."""
     return counts_of(image_matrices(predicted, target, num_classes))
 
 
 def counts_of(matrices: Tensor) -> Tensor:
-    """Pixels (right, true, predicted) of each class: (..., C, C) to (..., C, 3)."""
+    """Return (correct, true, predicted) pixels of each class: (..., C, C) to (..., C, 3)."""
     right = matrices.diagonal(dim1=-2, dim2=-1)
     return torch.stack([right, matrices.sum(-1), matrices.sum(-2)], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Scores of a set of images, each in 0..1; a class in neither truth nor prediction has none."""
+    """Scores of a set of images, in 0..1; None for a class in neither truth nor prediction."""
 
     miou: float | None
     mean_dice: float | None
@@ -114,16 +114,16 @@ class Scores:
     absent: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the scores as JSON values."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
 
 def scores(matrix: Tensor, *, include_background: bool = True) -> Scores:
-    """Scores from a confusion matrix of any number of images.
+    """Return the scores of a confusion matrix of any number of images.
 
     Args:
-        matrix: Integers, rows are the truth.
-        include_background: Whether class 0 takes part in the means.
+        matrix: Integer counts; rows are the truth.
+        include_background: Include class 0 in the means.
 
     Shape:
         matrix: (C, C)
@@ -143,7 +143,7 @@ def scores(matrix: Tensor, *, include_background: bool = True) -> Scores:
 
 
 def per_image_miou(counts: Tensor, *, include_background: bool = True) -> Tensor:
-    """Mean IoU of each image over the classes it holds or was given; NaN for an image without any.
+    """Return each image's mean IoU over its true or predicted classes; NaN if it has none.
 
     Shape:
         counts: (..., C, 3), from :func:`image_counts`
@@ -162,28 +162,29 @@ def bootstrap_interval(
     seed: int = 0,
     include_background: bool = True,
 ) -> tuple[float, float]:
-    """Interval of the mean IoU over all images like these, from redrawn sets (bootstrap).
+    """Return a bootstrap confidence interval of the mean IoU.
 
     Efron 1979, https://doi.org/10.1214/aos/1176344552
     Hesterberg 2015, https://doi.org/10.1080/00031305.2015.1089789
 
     Args:
-        level: How often such an interval is meant to hold the mean IoU.
-        rounds: Number of redrawn sets.
-        seed: Of the draws.
-        include_background: Whether class 0 takes part in the mean.
+        counts: Pixel counts of the images.
+        level: Confidence level.
+        rounds: Number of bootstrap samples.
+        seed: Seed of the samples.
+        include_background: Include class 0 in the mean.
 
     Shape:
         counts: (N, C, 3), from :func:`image_counts`
 
-    Departs from the plain percentile interval, which lies too low where a class is in few images: a
-    redrawn set without any image of such a class leaves it out of its mean (false predictions alone
+    Departs from the plain percentile interval, which is too low if few images have a class: a
+    sample without any image of a class leaves that class out of its mean (false predictions alone
     would count as IoU 0), and the quantiles are Hesterberg's expanded ones. Bias-corrected
-    quantiles (BC, BCa) hold the mean IoU less often than these.
+    quantiles (BC, BCa) contain the mean IoU less often.
     """
     redrawn = _resampled(_resamples(len(counts), rounds, seed), counts)
     labelled = redrawn[..., 1] > 0
-    redrawn[~labelled & counts[..., 1].any(0).cpu()] = 0  # neither true nor predicted: no IoU
+    redrawn[~labelled & counts[..., 1].any(0).cpu()] = 0  # no true or predicted pixel: no IoU
     values = per_image_miou(redrawn, include_background=include_background)
     return _interval(values, _expanded(level, len(counts)))
 
@@ -197,28 +198,28 @@ def paired_difference(
     seed: int = 0,
     include_background: bool = True,
 ) -> tuple[float, float, float]:
-    """Mean IoU of b minus that of a on the same images, and its interval (low, high).
+    """Return the mean IoU of b minus that of a on the same images, and its interval (low, high).
 
-    Both are scored on the same redrawn sets, so what makes a set easy or hard cancels out;
-    arguments as in :func:`bootstrap_interval`.
+    Both are scored on the same bootstrap samples, so the samples' difficulty cancels out.
+    Arguments as in :func:`bootstrap_interval`.
     """
     if counts_a.shape != counts_b.shape:
         raise ValueError(
             f"expected counts of the same images and classes, "
             f"got {tuple(counts_a.shape)} and {tuple(counts_b.shape)}"
         )
-    weights = _resamples(len(counts_a), rounds, seed)
+    samples = _resamples(len(counts_a), rounds, seed)
     whole = torch.ones(1, len(counts_a), dtype=torch.float64)
     difference, redrawn = (
-        per_image_miou(_resampled(w, counts_b), include_background=include_background)
-        - per_image_miou(_resampled(w, counts_a), include_background=include_background)
-        for w in (whole, weights)
+        per_image_miou(_resampled(draws, counts_b), include_background=include_background)
+        - per_image_miou(_resampled(draws, counts_a), include_background=include_background)
+        for draws in (whole, samples)
     )
     return (float(difference), *_interval(redrawn, level))
 
 
 def _as_bytes(x: Tensor, what: str) -> Tensor:
-    """Class indices as uint8."""
+    """Return class indices as uint8, after checking their range."""
     if x.dtype != torch.uint8 and x.numel():
         for extreme in map(int, x.aminmax()):
             if not 0 <= extreme <= IGNORE:
@@ -231,23 +232,23 @@ def _number(x: Tensor) -> float | None:
 
 
 def _resamples(images: int, rounds: int, seed: int) -> Tensor:
-    """How often each image is drawn in each round, (rounds, images)."""
+    """Return the number of times that each round draws each image, (rounds, images)."""
     if not images:
         raise ValueError("expected counts of at least one image")
     rng = np.random.default_rng(seed)
     return torch.from_numpy(rng.multinomial(images, [1 / images] * images, rounds)).double()
 
 
-def _resampled(weights: Tensor, counts: Tensor) -> Tensor:
-    """Counts of redrawn sets, (rounds, C, 3)."""
-    return (weights @ counts.cpu().flatten(1).double()).view(len(weights), *counts.shape[1:])
+def _resampled(draws: Tensor, counts: Tensor) -> Tensor:
+    """Return the counts of bootstrap samples, (rounds, C, 3)."""
+    return (draws @ counts.cpu().flatten(1).double()).view(len(draws), *counts.shape[1:])
 
 
 def _expanded(level: float, images: int) -> float:
-    """The level whose percentile interval is as wide as that of Student's t is at ``level``.
+    """Return the level whose percentile interval is as wide as Student's t interval at ``level``.
 
-    Redrawn sets vary less than new ones by ``(N - 1) / N``, and the normal quantile is too small
-    where the variance is estimated from few images (Hesterberg 2015, section 3.2).
+    The variance of bootstrap samples is too small by ``(N - 1) / N``, and so is the normal quantile
+    if the variance is estimated from few images (Hesterberg 2015, section 3.2).
     """
     if images == 1:
         return level

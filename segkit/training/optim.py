@@ -14,10 +14,10 @@ from segkit.core.config import Component, bind, build
 from segkit.core.errors import ConfigError
 
 NO_DECAY = ("relative_position_bias_table", "layer_scale", "logit_scale", "cpb_mlp")
-"""Parts of the names of parameters of more than one axis that have no weight decay.
+"""Name parts of parameters that have more than one axis but no weight decay.
 
-It would pull them towards a meaningless 0; Swin's authors exempt theirs, the network that computes
-position biases (``cpb_mlp``) included.
+0 is no meaningful target for them. The authors of Swin exempt the same parameters, including the
+network that computes position biases (``cpb_mlp``).
 """
 
 
@@ -29,7 +29,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> AdamW:
-    """Adam with decoupled weight decay.
+    """Return Adam with decoupled weight decay.
 
     Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
     """
@@ -44,7 +44,7 @@ def sgd(
     momentum: float = 0.9,
     nesterov: bool = False,
 ) -> SGD:
-    """Stochastic gradient descent with momentum."""
+    """Return stochastic gradient descent with momentum."""
     return SGD(
         groups,
         lr=lr,
@@ -66,14 +66,14 @@ def build_optimizer(
     backbone_lr_factor: float = 1.0,
     decoder_lr_factor: float = 1.0,
 ) -> Optimizer:
-    """An optimizer of the parameters that learn.
+    """Build an optimizer of the parameters that require gradients.
 
     Args:
         model: Parameters under ``backbone`` are the backbone's, all others the decoder's.
         optimizer: A name of :data:`OPTIMIZERS`, or ``{"name": ..., arguments}``.
-        lr: Peak learning rate; each group keeps its own share of it as ``base_lr``.
-        backbone_lr_factor: The backbone's share of ``lr``.
-        decoder_lr_factor: The decoder's share of ``lr``.
+        lr: Peak learning rate; each group stores its own as ``base_lr``.
+        backbone_lr_factor: Factor on ``lr`` for the backbone.
+        decoder_lr_factor: Factor on ``lr`` for the decoder.
 
     Parameters of at most one axis (biases, norms) and :data:`NO_DECAY` have no weight decay.
     """
@@ -93,20 +93,20 @@ def build_optimizer(
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
-    """Give every group ``factor`` times its ``base_lr``."""
+    """Set the learning rate of every group to ``factor`` times its ``base_lr``."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
-# A schedule is a pure function of the step, counted from 0: the factor of the learning rate that
-# this step is taken with. All climb for `warmup` steps from WARMUP_START, reach 1 at step `warmup`,
-# then fall until `total`, and never climb after it.
+# A schedule is a pure function of the step, counted from 0; it returns the factor on the learning
+# rate for that step. All schedules rise linearly from WARMUP_START to 1 over `warmup` steps, then
+# fall until step `total`, and never rise after it.
 
 WARMUP_START = 0.1
 
 
 def cosine(step: int, *, total: int, warmup: int = 0, min_factor: float = 0.0) -> float:
-    """Half a cosine from 1 to ``min_factor``.
+    """Return half a cosine from 1 to ``min_factor``.
 
     Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983
     """
@@ -118,7 +118,7 @@ def cosine(step: int, *, total: int, warmup: int = 0, min_factor: float = 0.0) -
 def poly(
     step: int, *, total: int, warmup: int = 0, power: float = 0.9, min_factor: float = 0.0
 ) -> float:
-    """``(1 - progress) ** power``, from 1 to ``min_factor``.
+    """Return ``(1 - progress) ** power``, scaled to fall from 1 to ``min_factor``.
 
     Chen et al. 2017, https://arxiv.org/abs/1606.00915
     """
@@ -128,7 +128,7 @@ def poly(
 
 
 def constant(step: int, *, total: int, warmup: int = 0) -> float:
-    """1."""
+    """Return 1 after the warm-up."""
     return _climb(step, warmup) if step < warmup else 1.0
 
 
@@ -141,17 +141,17 @@ def cosine_restarts(
     peaks: tuple[float, ...] = (1.0, 0.3),
     min_factor: float = 0.0,
 ) -> float:
-    """Half cosines one after the other.
+    """Return several half cosines in sequence.
 
     Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983
 
     Args:
-        periods: Lengths, relative to one another.
-        peaks: Factor each period starts from.
-        min_factor: What each period falls to.
+        periods: Lengths of the periods, relative to each other.
+        peaks: Factor at the start of each period.
+        min_factor: Factor at the end of each period.
     """
     if len(periods) != len(peaks) or not periods or min(periods) <= 0:
-        raise ConfigError("periods, peaks: expected lists of one length, every period above 0")
+        raise ConfigError("periods, peaks: expected lists of equal length, every period above 0")
     if step < warmup:
         return _climb(step, warmup)
     at = _progress(step, total, warmup) * sum(periods)
@@ -173,15 +173,15 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 def build_schedule(
     schedule: Component | str, *, total: int, warmup: int = 0
 ) -> Callable[[int], float]:
-    """The factor of the learning rate by step.
+    """Build a function that maps a step to the factor on the learning rate.
 
     Args:
         schedule: A name of :data:`SCHEDULES`, or ``{"name": ..., arguments}``.
-        total: Steps of the whole run.
-        warmup: The first of them, which climb.
+        total: Number of steps of the whole run.
+        warmup: Number of warm-up steps among them.
 
     Raises:
-        ConfigError: A factor would leave 0..1.
+        ConfigError: A factor is outside 0..1.
     """
     path = "optim.schedule"
     make = bind(SCHEDULES, schedule, path, given=("step", "total", "warmup"))
@@ -192,23 +192,23 @@ def build_schedule(
         except ConfigError as error:
             raise ConfigError(f"{path}.{error}") from error
         except ArithmeticError as error:
-            raise ConfigError(f"{path}: gives no number at step {step} ({error})") from error
+            raise ConfigError(f"{path}: returns no number at step {step} ({error})") from error
         if not 0 <= value <= 1:
             raise ConfigError(
-                f"{path}: gives {value:g} times the learning rate at step {step}; expected 0 to 1"
+                f"{path}: factor on the learning rate is {value:g} at step {step}; expected 0 to 1"
             )
     return factor
 
 
 class EMA:
-    """Exponential moving average of a model, itself a model to evaluate.
+    """Exponential moving average of a model's weights; ``model`` is the averaged model.
 
     Args:
-        model: The model that learns; unwrapped.
-        decay: Share of the average kept at each update, fewer in the first updates:
+        model: The trained model, without DDP or other wrappers.
+        decay: Share of the average that an update keeps; smaller in the first updates:
             ``min(decay, (1 + t) / (10 + t))`` at update t, counted from 0.
 
-    Buffers (BatchNorm's statistics are averages already, others are integers) are copied.
+    Buffers are copied: BatchNorm's statistics are averages already, and others are integers.
     """
 
     def __init__(self, model: nn.Module, *, decay: float = 0.999) -> None:
@@ -218,19 +218,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in ``model``'s weights, after an optimizer step."""
+        """Update the average with ``model``'s weights, after an optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-        for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            ours.copy_(theirs)
+        for averaged, current in zip(self.model.buffers(), model.buffers(), strict=True):
+            averaged.copy_(current)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact continuation needs."""
+        """Return the state needed to continue exactly."""
         return {"updates": self.updates, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Load a state returned by :meth:`state_dict`."""
         self.updates = state["updates"]
         self.model.load_state_dict(state["model"])
 
@@ -240,7 +240,7 @@ def _climb(step: int, warmup: int) -> float:
 
 
 def _progress(step: int, total: int, warmup: int) -> float:
-    """0 at the end of the warm-up, 1 at ``total`` and after."""
+    """Return 0 at the end of the warm-up, and 1 at ``total`` and after it."""
     return min(1.0, (step - warmup) / max(1, total - warmup))
 
 

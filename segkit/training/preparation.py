@@ -1,4 +1,4 @@
-"""What is found out about a run's data and memory before its first step."""
+"""Folds of a run, and checks of its data and memory before the first step."""
 
 import gc
 import warnings
@@ -27,15 +27,15 @@ from segkit.training.step import train_step
 def divide(
     cfg: Config, train_source: Source, val_source: Source, run: Run, say: Callable[[str], None]
 ) -> tuple[Split, dict[str, Any]]:
-    """The run's folds and selection set, and what a new run keeps of the data.
+    """Return the run's folds and selection set, and the files that a new run writes about them.
 
-    They are made once, and then read from the run's ``folds.json``.
+    The split is made once, and then read from the run's ``folds.json``.
 
     Returns:
-        The split, and on rank 0 the contents of JSON files of the run's folder by their names.
+        The split, and on rank 0 the contents of JSON files for the run's folder, by file name.
     """
     if train_source.classes != val_source.classes:
-        raise DataError("data.val: has other classes than data.train; it needs the same ones")
+        raise DataError("data.val: has other classes than data.train; both need the same classes")
     split: Split | None = None
     files: dict[str, Any] = {}
     path = run.folder / "folds.json"
@@ -43,7 +43,7 @@ def divide(
         split = Split.load(path)
     elif distributed.is_main():
         names = train_source.names
-        # Reads every mask, so that a value that is no class ends the run before it begins.
+        # Reads every mask, so that an invalid class index is found before training starts.
         pixels = class_pixels(train_source, workers=cfg.data.workers)
         if val_source is not train_source:
             class_pixels(val_source, workers=cfg.data.workers)
@@ -58,7 +58,7 @@ def divide(
                 groups=read_groups(cfg.data.groups, cfg.data.group_pattern, names),
             )
             say(table(split, names, pixels, train_source.classes))
-            files["shares.json"] = [one._asdict() for one in shares(split, names, pixels)]
+            files["shares.json"] = [row._asdict() for row in shares(split, names, pixels)]
         category_ids = getattr(train_source, "category_ids", None)
         files["folds.json"] = asdict(split)
         files["classes.json"] = {"classes": train_source.classes, "category_ids": category_ids}
@@ -72,12 +72,15 @@ def add_pseudo(
     split: Split,
     say: Callable[[str], None],
 ) -> PseudoLabelled | None:
-    """The training images with ``data.pseudo`` after them; none of these chooses or validates."""
+    """Return the training images followed by those of ``data.pseudo``, or None without any.
+
+    Images that validate or select models may not be pseudo-labelled.
+    """
     if cfg.data.pseudo is None:
         return None
     names = split.selection if val_source is train_source else val_source.names
-    chooses = digests(val_source, positions(val_source, names))
-    joined = PseudoLabelled(train_source, open_source(cfg, "pseudo"), chooses=chooses)
+    held_out = digests(val_source, positions(val_source, names))
+    joined = PseudoLabelled(train_source, open_source(cfg, "pseudo"), chooses=held_out)
     say(f"pseudo labels, round {joined.round}: {len(joined.extra)} images")
     return joined
 
@@ -90,7 +93,7 @@ def check_folds(
     val_source: Source,
     pseudo: PseudoLabelled | None,
 ) -> None:
-    """Find out whether each fold has its images, whole batches of them, and steps to warm up in."""
+    """Check that each fold has its images and a whole batch; warn if the warm-up is too long."""
     extra, warmup = pseudo.extra if pseudo else (), cfg.optim.warmup_steps
     steps = []
     for fold in folds:
@@ -113,13 +116,13 @@ def check_data(
     val_source: Source,
     pseudo: PseudoLabelled | None,
 ) -> dict[str, Any]:
-    """Make sure that a run goes on with the data that it began with.
+    """Check that a resumed run has the data that it began with.
 
     Returns:
-        The record of the data as a file of the run, where the run has none yet.
+        The record of the data, by file name, if the run has none yet; else an empty dict.
 
     Raises:
-        DataError: Classes, images or labels are others.
+        DataError: Classes, images or labels have changed.
     """
     names = {"train": split.training(0), "val": split.folds[0]}
     if val_source is train_source:
@@ -136,8 +139,8 @@ def check_data(
     before = known if known and known["format"] == record["format"] else {"images": {}}
     if changes := data_changes({**before, **run.read("classes.json")}, record):
         raise DataError(
-            f"{run.folder}: began with other data than this ({'; '.join(changes)}); bring that "
-            "back, or start a new run with another --run-dir"
+            f"{run.folder}: the data changed since the run began ({'; '.join(changes)}); "
+            "restore the data, or start a new run with another --run-dir"
         )
     return {} if before["images"] else {"data.json": record}
 
@@ -145,10 +148,10 @@ def check_data(
 def check_memory(
     cfg: Config, source: Source, training: Sequence[int], device: torch.device
 ) -> None:
-    """Take two steps with a model of their own, so that too little memory is known at once.
+    """Run two training steps with a temporary model, so that too little memory fails at once.
 
-    The second one has the optimizer's state beside it. Every part of a step is the first training
-    image, as often as a rank's part holds images.
+    Only the second step includes the memory of the optimizer's state. Each part repeats the first
+    training image.
     """
     sample = TrainImages(source, training, build_pipeline(cfg), seed=cfg.train.seed)[0, training[0]]
     if isinstance(sample, DataError):

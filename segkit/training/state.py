@@ -1,4 +1,4 @@
-"""The state of a training: what ``last.pt`` holds, and what a resumed one goes on from."""
+"""The training state: saved in ``last.pt``, and loaded when a run is resumed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,19 +17,19 @@ from segkit.training.optim import EMA
 
 @dataclass
 class TrainState:
-    """Everything of a training that changes from step to step.
+    """Everything in a training that changes from step to step.
 
     Args:
-        model: Without any wrapper.
-        optimizer: Of the model's parameters.
-        scaler: Of the gradients; enabled for fp16 only.
+        model: The model without DDP or other wrappers.
+        optimizer: Optimizer of the model's parameters.
+        scaler: Gradient scaler; enabled for fp16 only.
         ema: The moving average of the model, if there is one.
-        init: Digest of the weights that the training began with.
-        step: Optimizer steps taken.
-        seconds: Time spent training, evaluations included.
+        init: Digest of the initial weights.
+        step: Number of optimizer steps taken.
+        seconds: Time spent training, including evaluations.
         top: (score, epoch) of the checkpoints that are kept, from best to worst.
-        bad_in_row: Steps without a finite gradient since the last one with one.
-        bad_steps: All steps without a finite gradient.
+        bad_in_row: Number of consecutive steps without a finite gradient, up to the last step.
+        bad_steps: Number of all steps without a finite gradient.
     """
 
     model: Segmenter
@@ -45,7 +45,7 @@ class TrainState:
 
     @property
     def averaged(self) -> nn.Module:
-        """The model to evaluate: the moving average, if there is one."""
+        """Return the model to evaluate: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.model
 
     def advance(self, finite: bool) -> None:
@@ -75,14 +75,14 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], path: Path) -> None:
-        """Take the state of ``last.pt``.
+        """Load the state saved in ``last.pt``.
 
         Args:
-            state: Its entries.
-            path: The file, for errors.
+            state: Entries of the file.
+            path: The file, named in errors.
 
         Raises:
-            CheckpointError: The state is of another model or optimizer.
+            CheckpointError: The state does not fit the model or the optimizer.
         """
         checkpoint.check_weights(self.model, state["model"], path)
         self.model.load_state_dict(state["model"])
@@ -110,15 +110,15 @@ def _load_optimizer(
             for name, tensor in tensors.items()
         )
         same &= len({frozenset(tensors) for tensors in optimizer.state.values()}) <= 1
-    # PyTorch reads the entries as they come, and a file may hold anything in their place.
+    # PyTorch does not validate the entries, and a damaged file may hold anything.
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: its optimizer or scaler cannot be read ({e!r:.200})") from e
     if not same:
         raise CheckpointError(f"{path}: its optimizer is of another model, or has other settings")
 
 
-def _same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """Return whether two groups of an optimizer are equal but for the step's learning rate."""
+def _same_settings(expected: Mapping[str, Any], loaded: Mapping[str, Any]) -> bool:
+    """Return whether two parameter groups have equal settings, except for the learning rate."""
     return all(
-        theirs[key] == value for key, value in mine.items() if key not in ("params", "lr")
-    ) and isinstance(theirs["lr"], float)
+        loaded[key] == value for key, value in expected.items() if key not in ("params", "lr")
+    ) and isinstance(loaded["lr"], float)

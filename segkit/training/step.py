@@ -1,4 +1,4 @@
-"""One training step, and the precision it computes in."""
+"""The training step, its precision, and its recomputation setting."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,13 +17,13 @@ from segkit.training.losses import Criterion, WholeStep
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step has to tell; tensors, so that asking for them is what waits.
+    """Result of a training step; values are tensors, so only reading them waits for the device.
 
     Args:
-        loss: Of the step's batch, over all ranks.
-        parts: The loss by its terms.
-        gradient_norm: Before clipping.
-        finite: Whether the weights moved.
+        loss: Loss of the step's batch, over all ranks.
+        parts: The loss of each term, by name.
+        gradient_norm: Norm of the gradient before clipping.
+        finite: True if the gradient was finite and the weights were updated.
     """
 
     loss: Tensor
@@ -45,24 +45,24 @@ def train_step(
     seeds: Sequence[int] | None = None,
     exact: bool = False,
 ) -> Step:
-    """Forward, loss and backward over the parts of a batch, then one optimizer step.
+    """Run forward, loss and backward over the parts of a batch, then one optimizer step.
 
-    A step whose gradient is not finite leaves weights, optimizer and BatchNorm statistics as they
-    were. The gradient is that of all ranks, so all of them decide alike.
+    If the gradient is not finite, weights, optimizer and BatchNorm statistics stay unchanged.
+    The gradient is that of all ranks, so they all make the same decision.
 
     Args:
         model: Plain or DistributedDataParallel; in training mode.
         criterion: Maps (outputs, masks) to (loss, parts).
-        optimizer: Holds the model's parameters.
-        batches: (images, masks) of each part, on the model's device; see :attr:`Loss.shares` for
-            which losses are those of the whole batch.
-        amp: Precision of autocast; ``None`` for none.
-        scaler: Enabled for fp16 only.
-        clip_norm: Largest norm of the gradient.
-        recompute: Compute outputs of norms and activations again in backward, to save memory.
-        seeds: Of each part's dropout; default: from torch's own generator.
-        exact: Pass over the parts twice where a loss needs sums over all of them (Dice and its
-            like), so that it is the loss of the whole batch, too.
+        optimizer: Optimizer of the model's parameters.
+        batches: (images, masks) of each part, on the model's device; :attr:`Loss.shares` tells
+            which losses equal those of the whole batch.
+        amp: Precision of autocast; ``None`` turns autocast off.
+        scaler: Gradient scaler; enabled for fp16 only.
+        clip_norm: Largest norm of the gradient; ``None`` for no clipping.
+        recompute: Recompute outputs of norms and activations in backward, to save memory.
+        seeds: Dropout seed of each part; default: torch's own generator.
+        exact: Run the forward pass twice if a loss needs sums over all parts (such as Dice), so
+            that it equals the loss of the whole batch.
     """
     saving = recompute_activations if recompute else nullcontext
     statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -76,31 +76,32 @@ def train_step(
         with saving(), torch.autocast(images.device.type, amp, enabled=amp is not None):
             return model(images)
 
-    alone = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
+    without_sync = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
     if whole is not None and exact and criterion.sharing("sums"):
         seeds = seeds or torch.randint(2**62, (len(batches),)).tolist()
-        # Not under no_grad, where attention may take other kernels, which draw another dropout.
+        # Not under no_grad: attention could choose another kernel, with different dropout masks.
         for number, (_, masks) in enumerate(batches):
-            with alone():
+            with without_sync():
                 criterion.collect(forward(number), masks, whole)
         for buffer, before in statistics:
             buffer.copy_(before)
     values: list[Tensor] = []
     for number, (_, masks) in enumerate(batches):
-        with alone() if number < len(batches) - 1 else nullcontext():
+        with without_sync() if number < len(batches) - 1 else nullcontext():
             loss, parts = criterion(forward(number), masks, whole)
             scaler.scale(loss / len(batches)).backward()
         values.append(torch.stack([loss.detach(), *parts.values()]))
     value = torch.stack(values).mean(0)
-    if criterion.sharing("nothing"):  # each rank has a value of its own
+    if criterion.sharing("nothing"):  # the value differs between ranks
         value = all_reduce(value) / world_size()
     scaler.unscale_(optimizer)
-    learning = [one for one in model.parameters() if one.grad is not None]
-    norm = get_total_norm([one.grad for one in learning if one.grad is not None], foreach=True)
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    norm = get_total_norm(gradients, foreach=True)
     finite = bool(norm.isfinite())
     if finite:
         if clip_norm is not None:
-            clip_grads_with_norm_(learning, clip_norm, norm, foreach=True)
+            clip_grads_with_norm_(trained, clip_norm, norm, foreach=True)
         scaler.step(optimizer)
     else:
         for buffer, before in statistics:
@@ -110,9 +111,9 @@ def train_step(
 
 
 def precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """What ``train.amp`` means on ``device``: bf16, fp16, or ``None`` for full precision.
+    """Return the dtype of ``train.amp`` on ``device``: bf16, fp16, or ``None`` for full precision.
 
-    ``auto`` is bf16 where the hardware computes in it, else fp16 on CUDA, else full precision.
+    ``auto`` is bf16 where the hardware supports it, else fp16 on CUDA, else full precision.
     """
     if amp == "off":
         return None
@@ -133,9 +134,9 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def recomputes(setting: str, device: torch.device) -> bool:
-    """Return whether ``train.recompute`` recomputes on ``device``.
+    """Return whether ``train.recompute`` turns recomputation on for ``device``.
 
-    ``auto`` does on the CPU, where it costs next to nothing, and does not on a GPU, where it costs
-    2 to 27 % of a step (on an H200).
+    ``auto`` is on for the CPU, where it costs almost nothing, and off for a GPU, where it costs
+    2 to 27 % of a step (measured on an H200).
     """
     return device.type == "cpu" if setting == "auto" else setting == "on"

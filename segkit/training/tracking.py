@@ -1,4 +1,4 @@
-"""Trackers: who follows a run besides its log. Their packages are imported only when named."""
+"""Experiment trackers; an optional package is imported only if its tracker is configured."""
 
 import csv
 import importlib
@@ -23,28 +23,28 @@ Event = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """Follows one fold of a run."""
+    """A tracker of one fold of a run."""
 
     def event(self, event: Event) -> None:
-        """A line of the log, about this fold."""
+        """Record an event of the log about this fold."""
 
     def pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
-        """Pictures of an evaluation, with their captions."""
+        """Record pictures of an evaluation, as (caption, picture)."""
 
     def close(self) -> None:
-        """The fold is done, or stopped."""
+        """Finish tracking; called when the fold ends or is interrupted."""
 
 
 _TABLES = {"step": "steps.csv", "evaluate": "evaluations.csv"}
 
 
 class CSVTracker:
-    """Tables in the fold's folder: ``steps.csv``, ``evaluations.csv``.
+    """A tracker that writes ``steps.csv`` and ``evaluations.csv`` to the fold's folder.
 
     Args:
         run: The run.
-        fold: Its fold.
-        step: Where the fold goes on; later rows are of a part that was lost, and removed.
+        fold: Index of the fold.
+        step: Step from which the fold continues; rows of later steps are removed.
     """
 
     def __init__(self, *, run: Run, fold: int, step: int) -> None:
@@ -58,7 +58,7 @@ class CSVTracker:
     def _rewind(self, path: Path, step: int) -> None:
         with naming(path):
             text = regular(path).read_text(encoding="utf-8", errors="replace")
-        text = text.replace("\0", "")  # a power cut may leave NULs, or a part of a row
+        text = text.replace("\0", "")  # a power failure may leave NULs or incomplete rows
         if not text.strip():
             write_text(path, "")
             return
@@ -89,16 +89,16 @@ class CSVTracker:
             writer.writerow(row)
 
     def pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
-        pass  # a table has no place for them
+        pass  # a table holds no pictures
 
     def close(self) -> None:
-        pass  # every row is written at once
+        pass  # every row is written immediately
 
 
 class TensorBoardTracker:
-    """Event files in the run's ``tensorboard/fold0``; needs the package ``tensorboard``.
+    """A tracker that writes TensorBoard event files to the run's ``tensorboard/fold0``.
 
-    A resumed fold hides what was written after the step it goes on from.
+    Needs the package ``tensorboard``. A resumed fold hides events after the step it resumes from.
     """
 
     def __init__(self, *, run: Run, fold: int, step: int) -> None:
@@ -130,17 +130,18 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of Weights & Biases for each fold, in a group; needs the package ``wandb``.
+    """A tracker that records each fold as a Weights & Biases run, grouped by run folder.
 
-    Their ids are kept in the folds' ``wandb.json``: a resumed fold goes on with the same run.
+    Needs the package ``wandb``. The id is saved in the fold's ``wandb.json``, so a resumed fold
+    continues the same run.
 
     Args:
         run: The run.
-        fold: Its fold.
-        step: Where the fold goes on.
-        project: The project's name.
-        entity: The team or user; default: the one logged in.
-        mode: ``offline`` writes to the run's folder, to be sent by ``wandb sync``.
+        fold: Index of the fold.
+        step: Step from which the fold continues.
+        project: Name of the project.
+        entity: Team or user; default: the user logged in.
+        mode: ``offline`` writes to the run's folder; ``wandb sync`` uploads it later.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ _GIVEN = ("run", "fold", "step")
 
 
 def check(specs: Sequence[Component]) -> None:
-    """Find mistakes in ``track.trackers`` before any data is read.
+    """Check ``track.trackers`` before any data is read.
 
     Raises:
         ConfigError: An unknown name or argument, or a package that is not installed.
@@ -218,7 +219,7 @@ def check(specs: Sequence[Component]) -> None:
 
 
 class Followers:
-    """The trackers of a run: each fold's are opened by its ``start`` or ``resume`` event."""
+    """The trackers of a run, opened by the ``start`` or ``resume`` event of each fold."""
 
     def __init__(self, run: Run, specs: Sequence[Component]) -> None:
         self._run, self._specs = run, specs
@@ -226,7 +227,7 @@ class Followers:
         self._open: list[Tracker] = []
 
     def event(self, event: Event) -> None:
-        """Tell the trackers of the event's fold."""
+        """Pass the event to the trackers of its fold."""
         if event["event"] in ("start", "resume"):
             self.close()
             self._fold = event["fold"]
@@ -238,22 +239,22 @@ class Followers:
                 tracker.event(event)
 
     def pictures(self, step: int, pictures: Iterable[tuple[str, Image.Image]]) -> None:
-        """Show pictures to the trackers of the fold under way."""
+        """Pass pictures to the trackers of the current fold."""
         shown = list(pictures) if self._open else []
         for tracker in self._open if shown else ():
             tracker.pictures(step, shown)
 
     def close(self) -> None:
-        """End the trackers that are open."""
+        """Close all open trackers."""
         while self._open:
             self._open.pop().close()
 
 
 @contextmanager
 def following(run: Run, specs: Sequence[Component]) -> Iterator[Followers]:
-    """Trackers that follow ``run`` until the block ends, in whatever way it does.
+    """Yield trackers of ``run`` that are closed when the block ends, also after an error.
 
-    After an error they have five seconds to close: one may wait for a network.
+    After an error they have five seconds to close, because a tracker may wait for a network.
     """
     followers = Followers(run, specs)
     run.followers.append(followers.event)
@@ -274,12 +275,12 @@ def following(run: Run, specs: Sequence[Component]) -> Iterator[Followers]:
 
 
 def _close_quietly(followers: Followers) -> None:
-    with suppress(Exception):  # the error that ends the run is the one to tell
+    with suppress(Exception):  # only the error that ended the run is reported
         followers.close()
 
 
 def scalars(event: Event, classes: Sequence[str]) -> dict[str, float | None]:
-    """The numbers of a ``step`` or ``evaluate`` event by name, the classes' IoU among them."""
+    """Return the numbers of a ``step`` or ``evaluate`` event by name, with each class's IoU."""
     values: dict[str, float | None] = {}
     if event["event"] == "step":
         values = {key: event[key] for key in ("loss", "lr", "gradient_norm", "images_per_s")}
@@ -297,5 +298,5 @@ def _names(run: Run) -> list[str]:
 
 def _table(event: Event, classes: Sequence[str]) -> list[list[Any]]:
     rows = zip(classes, event["iou"], event["dice"], strict=True)
-    shown = [[name, *("" if v is None else f"{v:.4f}" for v in two)] for name, *two in rows]
+    shown = [[name, *("" if v is None else f"{v:.4f}" for v in pair)] for name, *pair in rows]
     return [["class", "iou", "dice"], *shown]

@@ -113,7 +113,7 @@ def test_a_prediction_that_is_no_class_is_named() -> None:
 
 def test_sizes_that_differ_are_refused() -> None:
     logits, target = batch()
-    with pytest.raises(ValueError, match=r"one size.*\(3, 65, 97\) and \(3, 65, 96\)"):
+    with pytest.raises(ValueError, match=r"same size.*\(3, 65, 97\) and \(3, 65, 96\)"):
         confusion_matrix(logits, target[..., 1:], 4)
 
 
