@@ -428,7 +428,7 @@ def test_criterion_refuses_what_the_decoder_does_not_give() -> None:
         ([{"name": "dice", "smoth": 1.0}], r"loss\.terms\[0\]\.smoth.*did you mean 'smooth'"),
         ([{"name": "focal", "gamma": -1.0}], r"loss\.terms\[0\].*gamma"),
         ([{"name": "ms_ssim", "window": 7}], r"loss\.terms\[0\]\.window"),
-        (["dice", {"name": "dice", "smooth": 1.0}], "two terms have one name"),
+        (["dice", {"name": "dice", "smooth": 1.0}], "two terms have the same name"),
         (
             [{"name": "cross_entropy", "class_weights": [1.0, 2.0]}],
             r"loss\.terms\[0\]\.class_weights: expected 3 numbers.*got 2",
