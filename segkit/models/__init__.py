@@ -1,1 +1,1 @@
-"""Backbones, decoders, the network of both, and the weights to start from."""
+"""Backbones, decoders, the models built from both, and pretrained weights."""

@@ -1,4 +1,4 @@
-"""A network as one file that runs without this library: a torch.export program, or ONNX."""
+"""Export of a model to a file that runs without this library: torch.export or ONNX."""
 
 import importlib.util
 import operator
@@ -13,22 +13,22 @@ from torch.export import Dim
 from segkit.core.errors import SegkitError
 
 EXAMPLE = (2, 3, 161, 193)
-"""A shape to trace with; no two sizes are alike, so that none is taken for another."""
+"""Shape of the traced image. All sizes differ, so that none is mistaken for another."""
 
 
 def export(model: nn.Module, path: str | Path) -> None:
-    """Write what the network does in evaluation, for batches, heights and widths of any size.
+    """Write the model's evaluation forward pass, for any batch size, height and width.
 
-    A ``.pt2`` file is read back by ``torch.export.load(path).module()``, which maps an image to
-    the same dict as the model. An ``.onnx`` file has the input ``image`` and the output ``out``.
-    Images smaller than some cells of the deepest feature map are refused by the program.
+    A ``.pt2`` file is read by ``torch.export.load(path).module()``, which maps an image to the same
+    dict as the model. An ``.onnx`` file has the input ``image`` and the output ``out``. The program
+    rejects images smaller than a few pixels of the deepest feature map.
 
     Args:
-        model: A :class:`segkit.models.segmenter.Segmenter`; its mode is left as it was.
-        path: Ends in ``.pt2`` or ``.onnx``; a file that is there is replaced.
+        model: A :class:`segkit.models.segmenter.Segmenter`; its training mode is not changed.
+        path: File to write, ending in ``.pt2`` or ``.onnx``; an existing file is replaced.
 
     Raises:
-        SegkitError: Another ending, or packages that ONNX needs are not installed.
+        SegkitError: If ``path`` has another suffix, or packages that ONNX needs are not installed.
     """
     path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
@@ -41,37 +41,37 @@ def export(model: nn.Module, path: str | Path) -> None:
         )
     training = model.training
     image = next(model.parameters()).new_zeros(EXAMPLE)
-    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    dynamic = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     try:
         with torch.no_grad(), _any_pooled_size():
             program = torch.export.export(
                 model.eval(),
                 (image,),
-                dynamic_shapes={"image": free},
-                prefer_deferred_runtime_asserts_over_guards=True,  # else any guard is an error
+                dynamic_shapes={"image": dynamic},
+                prefer_deferred_runtime_asserts_over_guards=True,  # else every guard is an error
             )
     finally:
         model.train(training)
     if path.suffix == ".pt2":
         torch.export.save(program, path)
     else:
-        with _any_pooled_size():  # the program is traced once more
+        with _any_pooled_size():  # the program is traced again
             torch.onnx.export(program, (), path, output_names=["out"], verbose=False)
 
 
 @contextmanager
 def _any_pooled_size() -> Iterator[None]:
-    """Let a max pooling be traced for any size, as torch 2.14 does by itself.
+    """Make max pooling traceable for any size, as it is from torch 2.14 on.
 
-    Before, torch asks for the remainder of its division, though ``//`` rounds down without it, and
-    the program refuses every size that leaves another remainder than the example's.
+    Older versions compute the remainder of a division that ``//`` already rounds down, and so the
+    program rejects every size whose remainder differs from the example's.
     """
     if torch.__version__ >= "2.14":
         yield
         return
-    before = _meta_registrations.div_rtn
+    original = _meta_registrations.div_rtn
     _meta_registrations.div_rtn = operator.floordiv
     try:
         yield
     finally:
-        _meta_registrations.div_rtn = before
+        _meta_registrations.div_rtn = original

@@ -1,4 +1,4 @@
-"""The layers decoders are made of."""
+"""Layers that decoders share."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,12 +15,12 @@ from segkit.models.kernels.resized import conv_resized, resizing_last_pays
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that also trains where a channel has one value: a batch of 1, pooled to a point.
+    """BatchNorm that also trains on one value per channel, such as a batch of 1 pooled to 1 x 1.
 
     Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167
 
-    Departs from torch, which raises there (a single value has no variance): that one batch is
-    normalized by the running statistics, which it leaves as they are.
+    Departs from torch, which raises there, as a single value has no variance: such a batch is
+    normalized by the running statistics, and does not change them.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,20 +32,20 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class ConvNormAct(nn.Sequential):
-    """A convolution that keeps the size, BatchNorm and an activation.
+    """A convolution of unchanged size, BatchNorm and an activation.
 
     Args:
-        inputs: Channels in.
-        outputs: Channels out.
+        inputs: Input channels.
+        outputs: Output channels.
         kernel: Side of the kernel, odd.
-        dilation: Spacing of the kernel's values.
-        bias: Give the convolution a bias, though BatchNorm takes it away again: some published
-            weights have one.
-        separable: A depthwise convolution followed by a pointwise one.
-        norm_between: BatchNorm and ReLU between the two as well.
-        activation: What follows BatchNorm.
-        conv: The class of a convolution that is not separable; one of several inputs, such as
-            :class:`UpsampledConv2d`, makes this a layer of several inputs.
+        dilation: Dilation of the kernel.
+        bias: Give the convolution a bias. BatchNorm cancels it, but some published weights have
+            one.
+        separable: Use a depthwise convolution followed by a pointwise one.
+        norm_between: Also put BatchNorm and ReLU between these two.
+        activation: Makes the module that follows BatchNorm.
+        conv: The class of the convolution, if not separable. One with several inputs, such as
+            :class:`UpsampledConv2d`, gives this layer the same inputs.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class ConvNormAct(nn.Sequential):
 
 
 class UpsampledConv2d(nn.Conv2d):
-    """A 3 x 3 convolution of a deeper map, enlarged (nearest) to a size, beside maps of that size.
+    """A 3 x 3 convolution of a deeper map, upsampled (nearest), concatenated with skips.
 
     Shape:
         deeper: (B, C, h, w)
-        skips[i]: (B, C_i, H, W), none or more
+        skips[i]: (B, C_i, H, W), zero or more
         size: H and W
         out: (B, N, H, W)
     """
@@ -109,7 +109,7 @@ class UpsampledConv2d(nn.Conv2d):
 
 
 class PyramidConv2d(nn.Conv2d):
-    """A 3 x 3 convolution of a pyramid's levels side by side, each resized to the first.
+    """A 3 x 3 convolution of the concatenated levels of a pyramid, each resized to the first.
 
     Shape:
         levels[i]: (B, C, H_i, W_i), fine to coarse
@@ -119,9 +119,9 @@ class PyramidConv2d(nn.Conv2d):
     def forward(self, levels: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
         finest, *coarser = levels
         size = finest.shape[-2:]
-        own, *others = self.weight.split(finest.shape[1], 1)
-        x = F.conv2d(finest, own, self.bias, padding=1)
-        for level, weight in zip(coarser, others, strict=True):
+        finest_weight, *coarser_weights = self.weight.split(finest.shape[1], 1)
+        x = F.conv2d(finest, finest_weight, self.bias, padding=1)
+        for level, weight in zip(coarser, coarser_weights, strict=True):
             if resizing_last_pays(level, size):
                 x = x + conv_resized(level, size, weight)
             else:
@@ -130,14 +130,14 @@ class PyramidConv2d(nn.Conv2d):
 
 
 class PyramidPooling(nn.Module):
-    """A map, and beside it what it looks like averaged over 1, 4, 9 and 36 parts of the image.
+    """Pyramid pooling module: a map concatenated with its averages over grids of several sizes.
 
     Zhao et al. 2017, https://arxiv.org/abs/1612.01105
 
     Args:
-        inputs: Channels in.
+        inputs: Input channels.
         width: Channels of each grid of averages.
-        outputs: Channels out.
+        outputs: Output channels.
         bins: Side of each grid.
 
     Shape:
@@ -161,18 +161,18 @@ class PyramidPooling(nn.Module):
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: the same map seen through differently dilated kernels.
+    """Atrous spatial pyramid pooling: convolutions of one map with several dilations.
 
     Chen et al. 2017, https://arxiv.org/abs/1706.05587
 
     Args:
-        inputs: Channels in.
-        width: Channels of each branch, and out.
-        rates: Dilation of each 3x3 branch; a 1x1 branch and the image's average are always there.
-        separable: Make the 3x3 branches depthwise and pointwise.
-        norm_between: BatchNorm and ReLU between the two as well.
+        inputs: Input channels.
+        width: Channels of each branch and of the output.
+        rates: Dilation of each 3x3 branch; a 1x1 branch and the image's average are always added.
+        separable: Use depthwise and pointwise convolutions in the 3x3 branches.
+        norm_between: Also put BatchNorm and ReLU between these two.
         kernel: Side of the kernel that joins the branches.
-        dropout: Share of values dropped from the output.
+        dropout: Dropout probability of the output.
 
     Shape:
         x: (B, inputs, h, w)
@@ -205,18 +205,18 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         average = self.average(average_pool(x, 1)).expand(-1, -1, *x.shape[-2:])
-        views = [*(branch(x) for branch in self.branches), average]
-        return self.dropout(self.project(torch.cat(views, 1)))
+        maps = [*(branch(x) for branch in self.branches), average]
+        return self.dropout(self.project(torch.cat(maps, 1)))
 
 
 def fcn_head(inputs: int, width: int, num_classes: int, *, dropout: float = 0.1) -> nn.Sequential:
-    """One 3x3 convolution and a classifier: FCN's own head and the usual auxiliary one."""
+    """Return a 3x3 convolution and a classifier: the head of FCN and the usual auxiliary head."""
     block = ConvNormAct(inputs, width)
     return nn.Sequential(*block, nn.Dropout(dropout), Classifier(width, num_classes))
 
 
 class Classifier(nn.Conv2d):
-    """The convolution that ends in logits, scaled to its width: narrow decoders learn at once."""
+    """The convolution that computes logits. Xavier initialization lets narrow decoders train."""
 
     def __init__(self, inputs: int, num_classes: int, *, kernel: int = 1) -> None:
         super().__init__(inputs, num_classes, kernel, padding=kernel // 2)
@@ -228,27 +228,27 @@ class Classifier(nn.Conv2d):
 def resize(
     x: Tensor, size: Sequence[int], *, mode: str = "bilinear", align_corners: bool = False
 ) -> Tensor:
-    """``x`` at a height and width, itself where it has them already.
+    """Resize ``x`` to a height and width; return ``x`` itself if it has them.
 
     Args:
         x: (B, C, h, w)
         size: Height and width.
         mode: ``bilinear`` or ``nearest``.
-        align_corners: Place the grid on the corner pixels' centers instead of the image's edges;
-            some published weights were trained so. Of no effect on ``nearest``.
+        align_corners: Align the centers of the corner pixels instead of the image's edges; some
+            published weights were trained so. Ignored for ``nearest``.
     """
     if not torch.compiler.is_exporting() and x.shape[-2:] == tuple(size):
-        return x  # a comparison of sizes would tie an exported model to how this one came out
+        return x  # during export, comparing sizes would fix the result of the comparison
     corners = align_corners if mode == "bilinear" else None
     return F.interpolate(x, size=tuple(size), mode=mode, align_corners=corners)
 
 
 def average_pool(x: Tensor, bins: int) -> Tensor:
-    """Averages over a grid of ``bins`` x ``bins`` parts of a map: (B, C, bins, bins).
+    """Return the averages of a map over a grid of ``bins`` x ``bins`` parts: (B, C, bins, bins).
 
-    The same averages are two products with matrices where torch's own operation falls short: while
-    a model is exported (it takes only sizes that ``bins`` divides) and with deterministic
-    algorithms (it has no deterministic gradient on CUDA).
+    Uses two matrix products where ``F.adaptive_avg_pool2d`` does not work: during export (it needs
+    sizes divisible by ``bins``) and with deterministic algorithms (its gradient on CUDA is not
+    deterministic).
     """
     if bins == 1 or not (
         torch.compiler.is_exporting() or torch.are_deterministic_algorithms_enabled()
@@ -260,7 +260,7 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
 
 
 def _averages(length: int, bins: int, like: Tensor) -> Tensor:
-    """A matrix whose rows average over ``bins`` parts of a line, (bins, length)."""
+    """Return a (bins, length) matrix whose rows average over ``bins`` parts of a row of pixels."""
     at = torch.arange(length, device=like.device)
     part = torch.arange(bins, device=like.device)[:, None]
     inside = (at >= part * length // bins) & (at < ((part + 1) * length + bins - 1) // bins)
@@ -269,7 +269,7 @@ def _averages(length: int, bins: int, like: Tensor) -> Tensor:
 
 @contextmanager
 def exactly(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """``tensors`` in float32 at least, and autocast off, for what half precision cannot tell."""
+    """Yield ``tensors`` in at least float32, with autocast off, where half precision is too low."""
     device = tensors[0].device.type
     halved = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if halved else nullcontext():
@@ -277,5 +277,5 @@ def exactly(*tensors: Tensor) -> Iterator[list[Tensor]]:
 
 
 def level_at(stride: int, strides: Sequence[int]) -> int:
-    """Index of the first level at least as coarse as ``stride``; the last one if none is."""
-    return next((i for i, own in enumerate(strides) if own >= stride), len(strides) - 1)
+    """Return the index of the first level with at least this stride, or of the last level."""
+    return next((i for i, value in enumerate(strides) if value >= stride), len(strides) - 1)

@@ -1,4 +1,4 @@
-"""A backbone and a decoder as one network."""
+"""The segmentation model: a backbone and a decoder."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,18 +23,19 @@ from segkit.models.pretrained.reading import read_file
 
 
 class Segmenter(nn.Module):
-    """Image to logits at the image's size.
+    """A model that maps images to logits of the same size.
 
     Args:
-        backbone: Gives feature maps, shallow to deep. Where some of its parts serve a single map,
-            its ``only_for(level)`` gives them.
-        decoder: Turns maps into a dict of logits: ``out``, and ``aux*`` in training. ``reads``,
-            if it has that, are the maps it uses; ``align_corners`` is how its logits are resized.
-        freeze_batch_norm: Keep the backbone's BatchNorm as it is, statistics and weights.
+        backbone: Maps an image to a list of feature maps, shallow to deep. Its optional method
+            ``only_for(level)`` returns the module that only this feature map needs.
+        decoder: Maps feature maps to a dict of logits: ``out``, and ``aux*`` in training. Its
+            optional attribute ``reads`` lists the feature maps it uses; ``align_corners`` says how
+            its logits are resized.
+        freeze_batch_norm: Do not change the backbone's BatchNorm, neither statistics nor weights.
 
     Shape:
         image: (B, 3, H, W), normalized
-        logits: (B, num_classes, H, W), or (B, num_classes) where a decoder judges the whole image
+        logits: (B, num_classes, H, W), or (B, num_classes) for logits of the whole image
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
         self.freeze_batch_norm = freeze_batch_norm
-        self.report: Report | None = None  # what build_model loaded
+        self.report: Report | None = None  # set by build_model if it loads weights
         self.align_corners: bool = getattr(decoder, "align_corners", False)
         if freeze_batch_norm:
             for norm in self._frozen():
@@ -71,13 +72,13 @@ class Segmenter(nn.Module):
         return self
 
     def export(self, path: str | Path) -> None:
-        """Write a program that runs without this library: :func:`segkit.models.export.export`."""
+        """Write a file that runs without this library; see :func:`segkit.models.export.export`."""
         export(self, path)
 
     def _unused(self) -> list[nn.Module]:
-        """Parts that serve only maps the decoder does not use.
+        """Return the modules that only feature maps unused by the decoder need.
 
-        Distributed training would wait for their gradients.
+        They are frozen, as distributed training would wait for their gradients.
         """
         backbone: Any = self.backbone
         reads: Sequence[int] | None = getattr(self.decoder, "reads", None)
@@ -107,17 +108,17 @@ def build_model(
         backbone: A name of ``BACKBONES``, or ``{"name": ..., arguments}``.
         decoder: A name of ``DECODERS``, or ``{"name": ..., arguments}``.
         num_classes: Number of logit planes.
-        weights: ``imagenet`` for the best that torchvision has for this backbone, another name of
-            its weights such as ``IMAGENET1K_V1``, or a file.
-        freeze_batch_norm: Keep the backbone's BatchNorm as loaded.
-        seed: Of the weights that are not loaded: equal seeds start equal, whatever the global
-            random state, which is left as it was.
-        initialize: ``False`` leaves most parameters as memory holds them, which is fast: for a
-            model whose whole state is loaded next.
+        weights: ``imagenet`` for torchvision's best weights of this backbone, the name of others
+            such as ``IMAGENET1K_V1``, or a file.
+        freeze_batch_norm: Do not train the backbone's BatchNorm, neither statistics nor weights.
+        seed: Seed of the weights that are not loaded. The global random state has no effect on
+            them and is not changed.
+        initialize: ``False`` leaves most parameters uninitialized, which is fast, for a model whose
+            whole state is loaded next.
 
     Raises:
-        ConfigError: An unknown name or argument, or weights that this backbone does not have.
-        CheckpointError: A file that does not hold this backbone's weights.
+        ConfigError: If a name or argument is unknown, or this backbone has no such weights.
+        CheckpointError: If a file does not hold weights of this backbone.
 
     Returns:
         The model; its ``report`` says what was loaded.
@@ -146,11 +147,11 @@ def build_model(
 
 
 def check_weights(model: Segmenter, backbone: Component | str, weights: str) -> None:
-    """Raise what :func:`build_model` with ``weights`` would raise; torchvision's are downloaded.
+    """Raise what :func:`build_model` would raise for ``weights``; torchvision's are downloaded.
 
     Args:
-        model: Built without weights; it is not touched, and may be on the device ``meta``.
-        backbone: The one it was built with.
+        model: A model built without weights, which is not changed; may be on the device ``meta``.
+        backbone: The backbone it was built with.
         weights: As in :func:`build_model`.
     """
     path, source = locate(_name(backbone), weights)
@@ -159,7 +160,7 @@ def check_weights(model: Segmenter, backbone: Component | str, weights: str) -> 
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """Make the functions of ``torch.nn.init`` leave tensors as they are."""
+    """Make the functions of ``torch.nn.init`` leave tensors unchanged."""
     names = [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]
     with ExitStack() as stack:
         for name in names:
@@ -173,10 +174,10 @@ def _name(component: Component | str) -> str:
 
 
 def load_model(path: Path, *, verify: bool = True) -> tuple[Segmenter, Config, dict[str, Any]]:
-    """A model from its checkpoint alone, with the configuration it was trained with.
+    """Load a model from its checkpoint, with the configuration it was trained with.
 
     Args:
-        path: A checkpoint of a run, or a soup; of averaged weights and others, the averaged ones.
+        path: A checkpoint of a run, or a soup. If it has averaged weights, these are loaded.
         verify: Compare the file with its digest first.
 
     Returns:
@@ -196,7 +197,7 @@ def load_model(path: Path, *, verify: bool = True) -> tuple[Segmenter, Config, d
         )
 
     try:
-        with torch.device("meta"):  # a model that the file does not hold may be of any size
+        with torch.device("meta"):  # an invalid configuration may describe a model of any size
             checkpoint.check_fit(build(), checkpoint.weights(state), path)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
