@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, strict JSON, ``--set``; knows no component."""
+"""Configuration of a run: frozen dataclasses, strict JSON, ``--set``; independent of components."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from segkit.core.errors import ConfigError, closest, quoted, reason, shorten
 from segkit.core.files import regular
 
 Component = Mapping[str, Any]
-"""``{"name": ..., other arguments}``, or the name alone: a class or function of a registry."""
+"""Class or function of a registry: ``{"name": ..., other arguments}``, or the name alone."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -32,166 +32,192 @@ def _setting(default: Any, help: str, low: float | None = None, high: float | No
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the photographs and their labels are, and how they are divided."""
+    """Images and labels, and their division into folds."""
 
     train: Component | None = _setting(None, "labelled images: coco, masks or demo")
     val: Component | None = _setting(None, "fixed validation images, in place of folds")
     test: Component | None = _setting(None, "images to predict, labelled or not")
     test_labels: Component | None = _setting(None, "the test images with labels, to score only")
     pseudo: Component | None = _setting(
-        None, "images that models labelled (infer.py --pseudo), to train on besides"
+        None, "pseudo-labelled images (infer.py --pseudo), as additional training images"
     )
     pseudo_weight: float = _setting(
-        1.0, "share of the pseudo-labelled images in each epoch, drawn anew", low=0.0, high=1.0
+        1.0,
+        "share of the pseudo-labelled images in each epoch, drawn again for each",
+        low=0.0,
+        high=1.0,
     )
-    folds: int = _setting(5, "parts of the k-fold; each validates once", low=2, high=1000)
+    folds: int = _setting(5, "number of folds; each is used for validation once", low=2, high=1000)
     selection: float = _setting(
-        0.1, "share of images held out of every fold, to choose soups", low=0.0, high=0.9
+        0.1,
+        "share of images held out of every fold: the selection set, which chooses soups",
+        low=0.0,
+        high=0.9,
     )
-    groups: str | None = _setting(None, "JSON file {file name: group}; a group is never divided")
+    groups: str | None = _setting(None, "JSON file {file name: group}; a group is never split")
     group_pattern: str | None = _setting(
-        None, "regular expression whose one group, in the file name, is the image's group"
+        None, "regular expression with one group, which matches the image's group in its file name"
     )
-    mean: tuple[float, float, float] = _setting(IMAGENET_MEAN, "of R, G, B in 0..1")
-    std: tuple[float, float, float] = _setting(IMAGENET_STD, "of R, G, B in 0..1", low=1e-6)
-    workers: int = _setting(2, "processes a rank that prepare batches", low=0, high=256)
-    cache: str = _setting("cache", "folder of decoded training images and masks")
+    mean: tuple[float, float, float] = _setting(IMAGENET_MEAN, "mean of R, G, B in 0..1")
+    std: tuple[float, float, float] = _setting(
+        IMAGENET_STD, "standard deviation of R, G, B in 0..1", low=1e-6
+    )
+    workers: int = _setting(2, "data-loader workers per rank", low=0, high=256)
+    cache: str = _setting("cache", "folder for decoded training images and masks")
     cache_gb: float = _setting(
-        4.0, "most gigabytes in that folder (4 bytes a pixel); 0: decode each time", low=0.0
+        4.0, "maximum gigabytes in that folder (4 bytes per pixel); 0: no cache", low=0.0
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A backbone, a decoder and the weights to start from."""
+    """Backbone, decoder and initial weights."""
 
     backbone: Component = _setting({"name": "resnet50"}, "a name, or a name with arguments")
     decoder: Component = _setting({"name": "upernet"}, "a name, or a name with arguments")
     weights: str | None = _setting(
-        None, "'imagenet', a name of torchvision's weights, or a checkpoint file"
+        None, "'imagenet', the name of torchvision weights, or a checkpoint file"
     )
-    freeze_batch_norm: bool = _setting(False, "keep the backbone's BatchNorm as loaded")
+    freeze_batch_norm: bool = _setting(
+        False, "freeze the weights and statistics of the backbone's BatchNorm"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What is done to a training image, in this order."""
+    """Augmentation of training images, in this order."""
 
     train: tuple[Component, ...] = _setting(
-        (), "operations by name, each with 'p' and its arguments"
+        (), "operations, each with its name, probability 'p' and arguments"
     )
     size: tuple[int, int] | None = _setting(
-        None, "height and width every training image ends with", low=1, high=65536
+        None, "height and width of training images after augmentation", low=1, high=65536
     )
     device: Literal["cpu", "model"] = _setting(
-        "cpu", "who renders: the workers, or the model's device, a batch at a time"
+        "cpu", "where images are transformed: in the workers, or in batches on the model's device"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A weighted sum of losses, on the output and on auxiliary outputs."""
+    """Weighted sum of losses of the output and the auxiliary outputs."""
 
     terms: tuple[Component, ...] = _setting(
         ({"name": "cross_entropy"},), "losses, each with an optional 'weight'"
     )
     aux_weight: float | tuple[float, ...] = _setting(
-        0.4, "weight of auxiliary outputs, one number or one for each", low=0.0
+        0.4, "weight of the auxiliary outputs: one number, or one per output", low=0.0
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """How weights move."""
+    """Optimizer and learning rate."""
 
     optimizer: Component = _setting({"name": "adamw", "weight_decay": 0.01}, "adamw or sgd")
     lr: float = _setting(6e-5, "peak learning rate", low=0.0)
-    backbone_lr_factor: float = _setting(1.0, "the backbone's share of lr", low=0.0)
+    backbone_lr_factor: float = _setting(1.0, "factor on lr for the backbone", low=0.0)
     schedule: Component = _setting({"name": "cosine"}, "cosine, poly, constant or cosine_restarts")
-    warmup_steps: int = _setting(0, "steps of linear warm-up", low=0)
-    clip_norm: float | None = _setting(None, "largest norm of the gradient", low=0.0)
+    warmup_steps: int = _setting(0, "number of steps of linear warm-up", low=0)
+    clip_norm: float | None = _setting(None, "maximum norm of the gradient", low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """The loop."""
+    """Training loop."""
 
     epochs: int = _setting(100, "passes over the training images", low=1)
-    batch_size: int = _setting(8, "images an optimizer step, over all ranks together", low=1)
+    batch_size: int = _setting(8, "images per optimizer step, over all ranks", low=1)
     accumulate: int = _setting(
         1,
-        "parts a rank's batch is computed in, one after the other; dice, jaccard and tversky are "
-        "then the mean over parts, unless accumulate_exact; ohem_cross_entropy, lovasz, ms_ssim "
-        "and BatchNorm see each part alone",
+        "number of parts that a rank's batch is computed in (gradient accumulation); dice, jaccard "
+        "and tversky are then the mean over parts, unless accumulate_exact is set; "
+        "ohem_cross_entropy, lovasz, ms_ssim and BatchNorm are computed per part",
         low=1,
     )
     accumulate_exact: bool = _setting(
-        False, "dice, jaccard and tversky of all parts together, by a second forward pass of each"
+        False, "dice, jaccard and tversky over the whole batch, by a second forward pass per part"
     )
-    seed: int = _setting(0, "of weights, folds, order and augmentation", low=0, high=2**31)
+    seed: int = _setting(0, "seed of weights, folds, order and augmentation", low=0, high=2**31)
     amp: Literal["auto", "off", "bf16", "fp16"] = _setting(
-        "auto", "automatic mixed precision; auto picks what the hardware is fast at"
+        "auto", "automatic mixed precision; auto chooses the fastest type of the hardware"
     )
     recompute: Literal["auto", "on", "off"] = _setting(
         "auto",
-        "save memory by computing outputs of norms and activations again in backward; auto does so "
-        "on the CPU only, as it slows a GPU down",
+        "save memory: recompute outputs of norms and activations in backward; auto: only on the "
+        "CPU, because it is slower on a GPU",
     )
     channels_last: bool = _setting(True, "memory format of images and weights")
     compile: bool = _setting(False, "torch.compile the model")
-    sync_batch_norm: bool = _setting(True, "BatchNorm over all ranks when there are several")
-    deterministic: bool = _setting(False, "refuse operations that differ from run to run")
-    ema: float | None = _setting(None, "decay of the moving average of weights", low=0.0, high=1.0)
-    evaluate_every: int = _setting(1, "epochs between evaluations; the last is always one", low=1)
+    sync_batch_norm: bool = _setting(True, "synchronize BatchNorm over all ranks")
+    deterministic: bool = _setting(False, "use deterministic algorithms only")
+    ema: float | None = _setting(
+        None, "decay of the moving average of the weights", low=0.0, high=1.0
+    )
+    evaluate_every: int = _setting(
+        1, "epochs between evaluations; the last epoch is always evaluated", low=1
+    )
     save_every: int = _setting(
-        0, "steps between saves of last.pt besides each epoch; 0: none", low=0
+        0,
+        "steps between saves of last.pt, in addition to one per epoch; 0: no additional saves",
+        low=0,
     )
-    keep: int = _setting(3, "best checkpoints kept of each fold", low=1)
+    keep: int = _setting(3, "number of best checkpoints kept per fold", low=1)
     log_every: int = _setting(
-        20, "steps between lines of the log; the last step of an epoch has one too", low=1
+        20, "steps between lines of the log; the last step of an epoch is always logged", low=1
     )
-    max_bad_steps: int = _setting(20, "non-finite steps in a row that end the run", low=1)
+    max_bad_steps: int = _setting(
+        20, "number of consecutive non-finite steps that end the run", low=1
+    )
     timeout: float = _setting(
-        30.0, "minutes ranks wait for each other before one counts as lost", low=0.1, high=1440.0
+        30.0,
+        "minutes that a rank waits for the others before it ends with an error",
+        low=0.1,
+        high=1440.0,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Infer:
-    """How evaluation and infer.py predict."""
+    """Prediction, in evaluations and in infer.py."""
 
     size: int | None = _setting(
-        None, "longest side a photograph is resized to for the model", low=1, high=65536
+        None, "longer side that images are resized to for the model", low=1, high=65536
     )
-    batch_size: int = _setting(1, "images of one size predicted together", low=1)
-    tta: tuple[str, ...] = _setting(("flips",), "views of --tta")
+    batch_size: int = _setting(1, "number of images (of equal size) predicted together", low=1)
+    tta: tuple[str, ...] = _setting(("flips",), "views of test-time augmentation (--tta)")
     merge: Literal["mean", "logits", "geometric", "max"] = _setting("mean", "how views are merged")
     palette: Literal["safe", "contest"] = _setting(
-        "safe", "colors of masks, overlays and pages: for color-blind eyes too, or the contest's"
+        "safe", "colors of masks, overlays and pages: safe for color blindness, or the contest's"
     )
     outputs: tuple[Literal["overlays", "sheets", "coco", "csv", "soft"], ...] = _setting(
-        ("overlays", "coco", "csv"), "what infer.py writes besides the masks"
+        ("overlays", "coco", "csv"), "outputs of infer.py in addition to the masks"
     )
     batch_norm_images: int = _setting(
-        512, "training images that give a soup its BatchNorm statistics", low=1
+        512, "number of training images to compute a soup's BatchNorm statistics with", low=1
     )
-    tile: int | None = _setting(None, "side of tiles, for images larger than memory", low=32)
-    overlap: float = _setting(0.25, "share of a tile its neighbour covers too", low=0.0, high=0.9)
+    tile: int | None = _setting(None, "side of tiles, for images that do not fit in memory", low=32)
+    overlap: float = _setting(
+        0.25, "share of a tile that overlaps the next tile", low=0.0, high=0.9
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Track:
-    """Who follows a run, besides its log and its page."""
+    """Trackers of a run, in addition to its log and page."""
 
-    trackers: tuple[Component, ...] = _setting((), "csv, tensorboard, wandb, any number of them")
+    trackers: tuple[Component, ...] = _setting((), "any of csv, tensorboard, wandb")
     images: int = _setting(
-        20, "validation images a fold on the page, the worst and others; 0: none", low=0, high=1000
+        20,
+        "validation images per fold on the page, the worst and others; 0: none",
+        low=0,
+        high=1000,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All of a run's settings. ``note`` is free text."""
+    """All settings of a run. ``note`` is free text."""
 
     note: str = _setting("", "free text")
     data: Data = field(default_factory=Data)
@@ -205,21 +231,21 @@ class Config:
 
 
 def load(name: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration.
+    """Load a configuration.
 
     Args:
         name: A path, or a file of ``configs/`` with or without ``.json``.
-        overrides: ``section.key=value`` each; the value is JSON, or else a string as it stands.
+        overrides: ``section.key=value`` each; a value that is not valid JSON is a string.
 
     Raises:
-        ConfigError: One sentence with the path of the key, what was expected, the nearest word.
+        ConfigError: The message names the key, what was expected and the most similar name.
     """
     path = find(name)
     return override(parse(read_json(path), str(path)), overrides)
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
-    """``config`` with ``section.key=value`` applied, in order."""
+    """Return ``config`` with each ``section.key=value`` applied, in order."""
     raw = to_dict(config)
     for text in overrides:
         _apply(raw, text)
@@ -227,12 +253,12 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def find(name: str | Path) -> Path:
-    """The file a user means: a path as it is, or a name in a ``configs`` folder."""
+    """Return the path of a configuration: an existing path, or a name in a ``configs`` folder."""
     package = Path(__file__).resolve().parents[1]
     folders = [Path("configs"), package / "configs"]
     named = [folder / f"{name}{end}" for folder in folders for end in ("", ".json")]
     for path in (Path(name), *named):
-        # os.path's tests are False also for a name longer than a file may have
+        # os.path.exists does not raise for a name that is too long for a file, unlike Path
         if os.path.exists(path) and not os.path.isdir(path):
             return path
     known = {path.stem for folder in folders for path in folder.glob("*.json")}
@@ -240,7 +266,7 @@ def find(name: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file: UTF-8, no repeated key, no NaN or infinity."""
+    """Read a JSON object from a file: UTF-8, no repeated keys, no NaN or infinity."""
     try:
         text = regular(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -259,7 +285,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse(raw: Mapping[str, Any], where: str = "") -> Config:
-    """A checked configuration from a plain mapping; ``where`` names its origin in errors."""
+    """Convert a mapping to a checked configuration; ``where`` names its origin in errors."""
     try:
         return _convert_dataclass(raw, Config, "")
     except ConfigError as error:
@@ -267,12 +293,12 @@ def parse(raw: Mapping[str, Any], where: str = "") -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved configuration as plain JSON values; :func:`parse` reads it back equal."""
+    """Convert a configuration to plain JSON values; :func:`parse` is the inverse."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def describe() -> str:
-    """Every field with its type, default and one line, for ``--help``."""
+    """Return help text of every setting, with its type and default, for ``--help``."""
     lines = ["settings (in the file, or by --set section.key=value):"]
     for section in dataclasses.fields(Config):
         lines.append("")
@@ -280,7 +306,10 @@ def describe() -> str:
             lines.append(_describe(section, section.name))
             continue
         lines.append(f"  {section.name}: {(section.type.__doc__ or '').strip()}")
-        lines += [_describe(one, f"{section.name}.{one.name}") for one in _fields(section.type)]
+        lines += [
+            _describe(setting, f"{section.name}.{setting.name}")
+            for setting in _fields(section.type)
+        ]
     return "\n".join(lines)
 
 
@@ -293,13 +322,13 @@ def bind(
     """Check a component against its constructor's signature and annotations.
 
     Args:
-        registry: Name to class or function.
+        registry: Classes or functions by name.
         spec: ``{"name": ..., arguments}``, or the name alone.
-        path: Where the component stands in the configuration, for errors.
-        given: Arguments the caller adds later; the configuration may not set them.
+        path: Key of the component in the configuration, for errors.
+        given: Arguments that the caller adds later; the configuration must not set them.
 
     Returns:
-        The constructor with the configured arguments, each of its annotated type.
+        The constructor with the configured arguments, converted to their annotated types.
     """
     if isinstance(spec, str):
         spec = {"name": spec}
@@ -335,10 +364,10 @@ def bind(
 def build(
     registry: Mapping[str, Callable[..., Any]], spec: Component | str, path: str, **given: Any
 ) -> Any:
-    """:func:`bind`, then call; what the constructor itself refuses is told with ``path``.
+    """Build a component: :func:`bind`, then call; errors of the constructor name ``path``.
 
-    Numbers that PyTorch refuses, such as a negative size, are the configuration's mistake where it
-    sets arguments; without any they are a fault of segkit's, and pass as they are.
+    An error of PyTorch, such as for a negative size, becomes a ConfigError if the configuration
+    sets arguments of the component; otherwise it is a bug of segkit, and is raised unchanged.
     """
     make = bind(registry, spec, path, given=tuple(given))
     try:
@@ -356,10 +385,10 @@ def build(
 
 
 def check_bounds(low: float, high: float, **arguments: float | Sequence[float]) -> None:
-    """Refuse arguments of a component that are, or hold, a number outside ``low`` to ``high``.
+    """Check that arguments of a component (numbers or sequences) are within ``low`` to ``high``.
 
     Raises:
-        ConfigError: One sentence with the name of the argument.
+        ConfigError: A number is outside; the message names the argument.
     """
     for name, value in arguments.items():
         for number in value if isinstance(value, Sequence) else (value,):
@@ -375,7 +404,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     repeated = {key for key in keys if keys.count(key) > 1}
     if repeated:
-        raise ValueError(f"the key {quoted(min(repeated))} stands twice in one object")
+        raise ValueError(f"the key {quoted(min(repeated))} is duplicated in one object")
     return dict(pairs)
 
 
@@ -391,7 +420,7 @@ def _apply(raw: dict[str, Any], text: str) -> None:
     try:
         parsed = json.loads(value, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        parsed = value  # not JSON: a string, so that paths and names need no quotes
+        parsed = value  # a string, so that paths and names need no quotes
     at: Any = raw
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth])
@@ -424,23 +453,23 @@ def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
 def _convert_dataclass(raw: Any, cls: Any, path: str) -> Any:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path}: expected an object, got {_kind(raw)}")
-    known = {one.name: one for one in _fields(cls)}
+    known = {setting.name: setting for setting in _fields(cls)}
     values = {}
     for key, value in raw.items():
         here = f"{path}.{shorten(str(key))}" if path else shorten(str(key))
         if key not in known:
             raise ConfigError(f"{here}: unknown key{closest(str(key), known)}")
-        one = known[key]
-        if dataclasses.is_dataclass(one.type):
-            values[key] = _convert_dataclass(value, one.type, here)
+        setting = known[key]
+        if dataclasses.is_dataclass(setting.type):
+            values[key] = _convert_dataclass(value, setting.type, here)
         else:
-            values[key] = _convert(value, one.type, here)
-            _check_range(values[key], one, here)
+            values[key] = _convert(value, setting.type, here)
+            _check_range(values[key], setting, here)
     return cls(**values)
 
 
-def _check_range(value: Any, one: dataclasses.Field, path: str) -> None:
-    low, high = one.metadata.get("low"), one.metadata.get("high")
+def _check_range(value: Any, setting: dataclasses.Field, path: str) -> None:
+    low, high = setting.metadata.get("low"), setting.metadata.get("high")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool):
             if low is not None and number < low:
@@ -450,7 +479,7 @@ def _check_range(value: Any, one: dataclasses.Field, path: str) -> None:
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
-    """``value`` as the annotated type: lists become tuples, ints serve as floats, no more."""
+    """Convert ``value`` to its annotated type: lists to tuples, ints to floats, nothing else."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     refusal = f"{path}: expected {_spell(hint)}, got {_kind(value)}"
     if hint is Any:
@@ -479,8 +508,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         else:
             raise ConfigError(f"{path}: expected {_spell(hint)}, got {len(value)} values")
         return tuple(
-            _convert(one, h, f"{path}[{i}]")
-            for i, (one, h) in enumerate(zip(value, hints, strict=True))
+            _convert(item, item_hint, f"{path}[{i}]")
+            for i, (item, item_hint) in enumerate(zip(value, hints, strict=True))
         )
     if _is_mapping(hint) and isinstance(value, str):
         return {"name": value}
@@ -495,7 +524,7 @@ def _is_mapping(hint: Any) -> bool:
 
 
 def _shape_fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of the kind ``hint`` asks for, its inside not looked at."""
+    """Return whether ``value`` is of the type ``hint``; items of containers are not checked."""
     origin = typing.get_origin(hint)
     if hint is Any:
         return True
@@ -529,14 +558,14 @@ def _finite(value: float, path: str) -> float:
 
 
 def _spell(hint: Any) -> str:
-    """An annotation in a user's words."""
+    """Return an annotation in plain words, for messages."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_spell(option) for option in inner)
     if origin is Literal:
         return "one of " + ", ".join(repr(word) for word in inner)
     if origin is tuple and not (len(inner) == 2 and inner[1] is Ellipsis):
-        return f"a list of {len(inner)} ({', '.join(_spell(one) for one in inner)})"
+        return f"a list of {len(inner)} ({', '.join(map(_spell, inner))})"
     if origin in _SEQUENCES:
         return f"a list ({_spell(inner[0])} each)" if inner else "a list"
     if _is_mapping(hint):
@@ -553,9 +582,9 @@ def _kind(value: Any) -> str:
     return f"{json.dumps(value):.60}"
 
 
-def _describe(one: dataclasses.Field, path: str) -> str:
-    default = one.default
+def _describe(setting: dataclasses.Field, path: str) -> str:
+    default = setting.default
     if default is dataclasses.MISSING:
-        default = one.default_factory() if callable(one.default_factory) else None
-    kind = f"{_spell(one.type)}; default {json.dumps(default)}"
-    return f"    {path}\n        {one.metadata['help']} ({kind})"
+        default = setting.default_factory() if callable(setting.default_factory) else None
+    kind = f"{_spell(setting.type)}; default {json.dumps(default)}"
+    return f"    {path}\n        {setting.metadata['help']} ({kind})"

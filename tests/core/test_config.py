@@ -105,7 +105,7 @@ def test_bad_values_are_named(raw: dict, words: list[str]) -> None:
         (b"\xff\xfe{}", "UTF-8"),
         (b"{", "not valid JSON"),
         (b"[1]", "a JSON object"),
-        (b'{"note": "a", "note": "b"}', "twice"),
+        (b'{"note": "a", "note": "b"}', "duplicated"),
         (b'{"optim": {"lr": NaN}}', "NaN"),
         (b'{"optim": {"lr": Infinity}}', "Infinity"),
         (b"[" * 100_000, "not valid JSON"),
