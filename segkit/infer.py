@@ -9,7 +9,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,76 +25,97 @@ from segkit.core.files import write_json
 from segkit.core.labels import IGNORE
 from segkit.core.run import Run
 from segkit.data import open_source
-from segkit.data.loader import digests
 from segkit.data.photos import PhotoSource
 from segkit.data.source import Source, background_of, positions
+from segkit.inference.candidate_predictor import CandidatePredictor
 from segkit.inference.candidates import (
     SOUPS,
     VOTES,
     Candidate,
-    Combiner,
-    Images,
-    load_state,
-    resolve,
-    share,
+    final_candidate,
+    rival_candidates,
 )
 from segkit.inference.origin import claim
 from segkit.inference.outputs import PALETTES
 from segkit.inference.pseudo import Confidence, confident, pseudo_file
 from segkit.inference.results import Results
+from segkit.inference.run_soups import RunSoups
+from segkit.inference.scoring import Scorer
+from segkit.inference.trained_run import Images, TrainedRun, common_selection, labelled_digests
 from segkit.inference.tta import parse_views
 from segkit.report import write_run_page
 from segkit.training.metrics import FEW_IMAGES
 
 SCORES = "scores.json"
 
+OPTIONS = {
+    "allow_leak=True": "--allow-leak",
+    "kind='uniform'": "--soup uniform",
+    **{f"vote='{vote}'": f"--vote {vote}" for vote in VOTES},
+}
+"""Arguments that errors of the library name, and the options of this command for them."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Predict as the command line asks."""
     args = parse_arguments(argv)
-    runs = [Run.open(name) for name in args.run_dir or [None]]
-    cfg = resolve(runs[0], args.set)
+    runs = [TrainedRun(Run.open(name), args.set) for name in args.run_dir or [None]]
+    cfg = runs[0].config
     views = parse_views(args.tta or cfg.infer.tta) if args.tta is not None else ()
     say = console.voice(quiet=args.quiet, verbose=args.verbose)
     if args.weigh_views and cfg.infer.merge != "mean":
-        raise ConfigError("infer.merge: --weigh-views weighs the mean of probabilities; use 'mean'")
+        raise ConfigError("infer.merge: --weigh-views needs the mean of probabilities; use 'mean'")
     left_out: list[str] = []
     lost = console.end_without_peer
     with (
         distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device,
         console.memory_advice(console.MEMORY_TO_PREDICT),
+        naming_options(),
     ):
         photos = open_photos(args, cfg)
-        out, soups = claim_folders(args, runs[0], photos.source)
+        out, folder = claim_folders(args, runs[0], photos.source)
+        predictor = CandidatePredictor(runs, device, folder=folder, allow_leak=args.allow_leak)
         votes = VOTES if args.compare else (args.vote,)
-        combiner = Combiner(
-            runs, soups, device, overrides=args.set, votes=votes, allow_leak=args.allow_leak
-        )
-        final = combiner.candidate(
-            kind=args.soup, views=views, weighed=args.weigh_views, vote=args.vote
+        scorer = Scorer(predictor, votes=votes)
+        soups = RunSoups(scorer, folder, allow_leak=args.allow_leak)
+        final = final_candidate(
+            runs,
+            kind=args.soup,
+            views=views,
+            fitted=args.weigh_views,
+            vote=args.vote,
+            soup_of=soups.soup,
         )
 
-        # ---- the result, and what it and its rivals are worth where labels can tell
-        results, photos = write_results(combiner, final, photos, out)
+        # ---- the results
+        results, photos = write_results(predictor, final, photos, out)
         if args.pseudo:
-            write_pseudo(args, combiner, final, photos)
+            write_pseudo(args, predictor, final, photos)
+
+        # ---- scores of the final candidate and its rivals, where there are labels
         truth = open_truth(args, cfg, photos)
         if truth is not None:
-            combiner.score(final, truth, results.mask)
-        columns = [one for one in (combiner.selection(runs), truth) if one is not None]
-        rivals = []
+            scorer.evaluate_masks(final, truth, results.mask)
+        columns = [images for images in (common_selection(runs), truth) if images is not None]
+        candidates = [final] if columns else []
         if columns and (args.compare or (truth is not None and not args.brief)):
-            kinds = (
-                SOUPS
-                if args.compare
-                else dict.fromkeys(["uniform", "greedy", args.soup or "greedy"])
+            few = dict.fromkeys(["uniform", "greedy", args.soup or "greedy"])
+            rivals = rival_candidates(
+                runs,
+                final,
+                kinds=SOUPS if args.compare else few,
+                votes=votes,
+                everything=args.compare,
+                soup_of=soups.soup,
             )
-            rivals = combiner.rivals(final, kinds, everything=args.compare)
-        rows = [combiner.row(one, final, columns) for one in [*rivals, final] if columns]
+            candidates = [*rivals, final]
+        rows = [scorer.row(candidate, final, columns) for candidate in candidates]
+
+        # ---- scores.json, the page, the table
         if distributed.is_main():
             write_json(out / SCORES, rows)
             if out.resolve() == (runs[0].folder / "infer").resolve():
-                write_run_page(runs[0])  # results elsewhere change nothing on the run's page
+                write_run_page(runs[0].run)  # results elsewhere change nothing on the run's page
             if rows:
                 say(table(rows, columns))
             say(f"written: {out}")
@@ -106,8 +128,22 @@ def main(argv: Sequence[str]) -> None:
         raise DataError(f"{len(left_out)} of {count} images cannot be read and have no results")
 
 
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Replace the arguments that errors of the library name by this command's options."""
+    try:
+        yield
+    except SegkitError as error:
+        sentence = str(error)
+        for argument, option in OPTIONS.items():
+            sentence = sentence.replace(argument, option)
+        if sentence == str(error):
+            raise
+        raise type(error)(sentence) from error
+
+
 def open_photos(args: argparse.Namespace, cfg: Config) -> Images:
-    """What to predict."""
+    """Return the images to predict."""
     if args.images:
         source: Source = PhotoSource(paths=tuple(args.images))
     elif cfg.data.test is not None:
@@ -118,8 +154,8 @@ def open_photos(args: argparse.Namespace, cfg: Config) -> Images:
     return Images("test", source, list(range(len(source))), left_out={} if args.images else None)
 
 
-def claim_folders(args: argparse.Namespace, run: Run, source: Source) -> tuple[Path, Path]:
-    """Return the folders of results and of soups; these and that of --pseudo are now segkit's."""
+def claim_folders(args: argparse.Namespace, run: TrainedRun, source: Source) -> tuple[Path, Path]:
+    """Mark the folders of results, of soups and of --pseudo as segkit's; return the first two."""
     test = args.out or run.folder / "infer"
     out = run.folder / "infer-images" if args.images and not args.out else test
     if args.pseudo and args.pseudo.resolve() in (out.resolve(), test.resolve()):
@@ -132,7 +168,7 @@ def claim_folders(args: argparse.Namespace, run: Run, source: Source) -> tuple[P
 
 
 def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images | None:
-    """The labels of what was predicted, if they are known."""
+    """Return the predicted images with their labels, if there are labels."""
     if args.images or (cfg.data.test_labels is None and not photos.source.labelled):
         return None
     source = open_source(cfg, "test_labels") if cfg.data.test_labels else photos.source
@@ -140,17 +176,17 @@ def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images 
 
 
 def write_results(
-    combiner: Combiner, candidate: Candidate, photos: Images, out: Path
+    predictor: CandidatePredictor, candidate: Candidate, photos: Images, out: Path
 ) -> tuple[Results, Images]:
     """Predict and write the images that are not there yet, every rank its share.
 
     Returns:
         The results, and the images without those that could not be read.
     """
-    run = combiner.runs[0]
-    infer = combiner.config(run).infer
-    classes = load_state(candidate.paths[0])["classes"]
-    category_ids = run.category_ids()
+    run = predictor.runs[0]
+    infer = run.config.infer
+    classes = checkpoint.entries(candidate.paths[0])["classes"]
+    category_ids = run.run.category_ids()
     results = Results(
         out,
         photos.source,
@@ -159,14 +195,15 @@ def write_results(
         background=background_of(classes, category_ids),
         colors=PALETTES[infer.palette],
     )
-    origin = combiner.origin(candidate)
+    origin = predictor.origin(candidate)
     missing = replace(photos, indices=results.start(origin, others=[SCORES]))
     soft = "soft" in infer.outputs
-    found = (combiner.probabilities if soft else combiner.masks)(candidate, missing)
-    total = len(share(missing))
-    for index, one, _ in distributed.Progress(found, "predict", total=total, unit="image", delay=0):
-        mask = one.max(0).indices.to(torch.uint8) if soft else one
-        results.write(index, mask, one if soft else None)
+    predicted = (predictor.probabilities if soft else predictor.masks)(candidate, missing)
+    total = len(missing.share())
+    shown = distributed.Progress(predicted, "predict", total=total, unit="image", delay=0)
+    for index, prediction, _ in shown:
+        mask = prediction.max(0).indices.to(torch.uint8) if soft else prediction
+        results.write(index, mask, prediction if soft else None)
     if photos.left_out is not None:
         parts = distributed.gather(photos.left_out)
         left_out = distributed.broadcast(
@@ -184,29 +221,30 @@ def write_results(
 
 
 def write_pseudo(
-    args: argparse.Namespace, combiner: Combiner, candidate: Candidate, photos: Images
+    args: argparse.Namespace, predictor: CandidatePredictor, candidate: Candidate, photos: Images
 ) -> None:
-    """Write what the candidate is sure of as labels to train on, and links to the images."""
+    """Write the candidate's confident predictions as labels to train on, and link the images."""
     folder, source = args.pseudo, photos.source
-    states = [load_state(path, "trained_on") for path in candidate.paths]
+    needs = (*checkpoint.MODEL, "trained_on")
+    states = [checkpoint.entries(path, needs) for path in candidate.paths]
     classes = states[0]["classes"]
-    known = combiner.labelled()
-    marks = zip(photos.indices, digests(source, photos.indices), strict=True)
+    known = labelled_digests(predictor.runs)
+    marks = zip(photos.indices, photos.digests(), strict=True)
     images = replace(photos, indices=[index for index, mark in marks if mark not in known])
-    thresholds = find_thresholds(args, combiner, candidate, images)
+    thresholds = find_thresholds(args, predictor, candidate, images)
     info = {
         "round": 1 + max(state.get("pseudo_round") or 0 for state in states),
         "candidate": candidate.name,
-        "models": [combiner.digest(path) for path in candidate.paths],
+        "models": [predictor.digest(path) for path in candidate.paths],
         "thresholds": thresholds,
-        "trained_on": sorted({one for state in states for one in state["trained_on"]}),
+        "trained_on": sorted({mark for state in states for mark in state["trained_on"]}),
     }
     labels = Results(folder, source, indices=images.indices, classes=classes, outputs=())
     links = {index: f"images/{source.names[index]}" for index in images.indices}
     missing = labels.start(
-        {**combiner.origin(candidate), **info}, others=["pseudo.json", *links.values()]
+        {**predictor.origin(candidate), **info}, others=["pseudo.json", *links.values()]
     )
-    for index, scored, _ in combiner.probabilities(candidate, replace(images, indices=missing)):
+    for index, scored, _ in predictor.probabilities(candidate, replace(images, indices=missing)):
         labels.write(index, confident(scored, thresholds))
     distributed.barrier()
     if not distributed.is_main():
@@ -234,10 +272,10 @@ def write_pseudo(
 
 
 def find_thresholds(
-    args: argparse.Namespace, combiner: Combiner, candidate: Candidate, images: Images
+    args: argparse.Namespace, predictor: CandidatePredictor, candidate: Candidate, images: Images
 ) -> list[float]:
-    """The probability from which each class is believed."""
-    classes = len(load_state(candidate.paths[0])["classes"])
+    """Return the lowest probability of a pseudo label, for each class."""
+    classes = len(checkpoint.entries(candidate.paths[0])["classes"])
     given = args.quantile or args.confidence
     if len(given) not in (1, classes):
         raise SegkitError(
@@ -247,33 +285,34 @@ def find_thresholds(
     if not args.quantile:
         return each
     count = Confidence(classes)
-    for _, scored, _ in combiner.probabilities(candidate, images):
+    for _, scored, _ in predictor.probabilities(candidate, images):
         count.add(scored)
-    count.counts = distributed.all_reduce(count.counts.to(combiner.device)).cpu()
+    count.counts = distributed.all_reduce(count.counts.to(predictor.device)).cpu()
     return count.thresholds(each)
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[Images]) -> str:
-    """The candidates' mean IoU with 95 % intervals, in 80 columns.
+    """Return the candidates' mean IoU with 95 % intervals as a table of 80 columns.
 
-    A sign says whether a line is better or worse than the last one on the same images, or whether
-    these are too few to tell (a paired bootstrap: what makes a set easy falls on both).
+    A sign says whether a line is significantly better or worse than the last one on the same images
+    (paired bootstrap: difficult images affect both).
     """
-    titles = [f"{one.title} ({len(one.indices)} images)  " for one in columns]
+    titles = [f"{images.title} ({len(images.indices)} images)  " for images in columns]
     lines = ["mean IoU".ljust(28) + "".join(title.rjust(26) for title in titles)]
     for row in rows:
         cells = []
-        for one in columns:
-            found = row[one.title]
-            low, high = found["interval"]
-            cells.append(f"{found['miou']:.3f} [{low:.3f}, {high:.3f}] {_sign(found)}".rjust(26))
+        for images in columns:
+            score = row[images.title]
+            low, high = score["interval"]
+            cells.append(f"{score['miou']:.3f} [{low:.3f}, {high:.3f}] {_sign(score)}".rjust(26))
         lines.append(_fit(row["name"], 28).ljust(28) + "".join(cells))
     notes = ["> better, < worse, = not told apart from the last line (paired bootstrap, 95 %)"]
-    for one in columns:
-        if len(one.indices) < FEW_IMAGES:
-            notes.append(f"few {one.title} images ({len(one.indices)}): its intervals are rough")
-        if trained := max(row[one.title]["trained_on"] for row in rows):
-            notes.append(f"up to {trained} of the {one.title} images were trained on")
+    for images in columns:
+        if len(images.indices) < FEW_IMAGES:
+            count = len(images.indices)
+            notes.append(f"few {images.title} images ({count}): its intervals are rough")
+        if trained := max(row[images.title]["trained_on"] for row in rows):
+            notes.append(f"up to {trained} of the {images.title} images were trained on")
     width = len(lines[0].rstrip())
     return "\n".join(
         [*lines[:-1], "-" * width, console.bold(lines[-1]), *(notes if rows[1:] else notes[1:])]
@@ -281,14 +320,14 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[Images]) -> str:
 
 
 def _fit(name: str, width: int) -> str:
-    """A long name without its middle: its run is told by the start, what was done by the end."""
+    """Return a name, without its middle if it is too long; the end says what the candidate is."""
     return name if len(name) <= width else f"{name[: width - 19]}…{name[-18:]}"
 
 
-def _sign(found: dict[str, Any]) -> str:
-    if "final_minus_this" not in found:
+def _sign(score: dict[str, Any]) -> str:
+    if "final_minus_this" not in score:
         return " "
-    low, high = found["final_minus_this"]["interval"]
+    low, high = score["final_minus_this"]["interval"]
     return "<" if low > 0 else ">" if high < 0 else "="
 
 
@@ -307,7 +346,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--weigh-views", action="store_true",
-        help="weigh each view by what it is worth on the selection set",
+        help="fit a coefficient for each view on the selection set",
     )  # fmt: skip
     parser.add_argument(
         "--vote", default="soft", choices=VOTES, help="how several models decide; default soft"
@@ -350,7 +389,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def fraction(text: str) -> float:
-    """A number from 0 to 1 on the command line."""
+    """Return a command-line argument as a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:

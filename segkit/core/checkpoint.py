@@ -117,6 +117,18 @@ def load(
     return state
 
 
+def entries(path: Path, needs: Sequence[str] = MODEL) -> dict[str, Any]:
+    """Return a checkpoint's entries, its tensors left in the file until they are used.
+
+    The file is not verified, so that this is fast: :func:`digest` does that, once.
+
+    Args:
+        path: As in :func:`load`.
+        needs: As in :func:`load`.
+    """
+    return load(path, mmap=True, verify=False, needs=needs)
+
+
 def load_latest(path: Path, *, needs: Sequence[str] = ()) -> dict[str, Any] | None:
     """Load ``path``; if it is damaged, warn and load the file that ``keep_previous`` kept.
 

@@ -2,10 +2,9 @@
 
 Wortsman et al. 2022, https://arxiv.org/abs/2203.05482
 
-However many ingredients, there are never more than two sets of weights in memory: the soup so far
-and one ingredient, mapped from its file, that turns into the next candidate where it lies. Floating
-tensors are averaged in float32 or better; integer buffers (Swin's index tables, BatchNorm's
-counters) stay as they are in the ingredient the soup began with.
+At most two sets of weights are in memory: the soup so far, and an ingredient, mapped from its file,
+that the next mixture overwrites in place. Floating-point tensors are averaged in float32 or better.
+Integer buffers (Swin's index tables, BatchNorm's counters) are those of the first ingredient mixed.
 """
 
 import math
@@ -24,18 +23,26 @@ from segkit.core import checkpoint
 from segkit.core.distributed import all_reduce
 from segkit.core.errors import CheckpointError
 
+_NEEDS = ("classes", "model")
+"""Entries of an ingredient."""
+
 State = dict[str, Tensor]
 Score = Callable[[State], float]
-"""Rates weights on the selection set; higher is better. See ``reestimate_batchnorm`` first."""
+"""Returns the score of weights on the selection set; higher is better. A model with BatchNorm calls
+:func:`reestimate_batchnorm` first."""
+
+
+class LeakError(CheckpointError):
+    """A checkpoint trained, or may have trained, on images that are to choose."""
 
 
 @dataclass(frozen=True)
 class Soup:
-    """A mixture and how it came about.
+    """Mixed weights, and a record of how they were mixed.
 
     Args:
         model: A state dict.
-        recipe: Its kind, every ingredient's file, SHA-256, own score and weight in the mixture,
+        recipe: The kind, every ingredient's file, SHA-256, own score and coefficient (``weight``),
             the score after each step and whether it was kept; JSON can hold it.
     """
 
@@ -44,12 +51,16 @@ class Soup:
 
     @property
     def members(self) -> list[Path]:
-        """The ingredients that are in the mixture."""
-        return [Path(one["file"]) for one in self.recipe["ingredients"] if one["weight"] > 0]
+        """The ingredients whose coefficient is above zero."""
+        ingredients = self.recipe["ingredients"]
+        return [Path(entry["file"]) for entry in ingredients if entry["weight"] > 0]
 
 
 def uniform(paths: Sequence[Path]) -> Soup:
-    """The mean of all ingredients.
+    """Return the mean of all ingredients.
+
+    Args:
+        paths: Checkpoints.
 
     Raises:
         CheckpointError: A checkpoint cannot be read, or does not match the first one.
@@ -62,14 +73,14 @@ def uniform(paths: Sequence[Path]) -> Soup:
 
 
 def greedy(paths: Sequence[Path], score: Score, *, scores: Sequence[float] | None = None) -> Soup:
-    """Ingredients from best to worst, each added to the mean unless that lowers the score.
+    """Return the mean of ingredients added from best to worst unless one lowers the score.
 
-    All members weigh the same: the mean runs over whole ingredients, not over halves of halves.
+    All members have the same coefficient.
 
     Args:
         paths: Checkpoints.
-        score: On images that no ingredient trained on; see ``check_selection``.
-        scores: Of each ingredient alone, where they are known; default ``score`` of each.
+        score: On images that no ingredient trained on; see :func:`check_selection`.
+        scores: Scores of the ingredients alone; computed by default.
 
     Raises:
         CheckpointError: A checkpoint cannot be read, or does not match the first one.
@@ -86,8 +97,8 @@ def greedy(paths: Sequence[Path], score: Score, *, scores: Sequence[float] | Non
             soup, best = candidate, value
             members.append(index)
         del candidate
-    weights = [1 / len(members) if index in members else 0.0 for index in range(len(paths))]
-    return recipe.soup(soup, weights, best)
+    coefficients = [1 / len(members) if index in members else 0.0 for index in range(len(paths))]
+    return recipe.soup(soup, coefficients, best)
 
 
 def learned(
@@ -98,18 +109,19 @@ def learned(
     shares: Sequence[float] = (0.5, 0.25, 0.1),
     rounds: int = 2,
 ) -> Soup:
-    """A weight for each ingredient, found by line search on the score itself.
+    """Return a mixture whose coefficients are found by line search on the score.
 
-    From the best ingredient on, the soup moves towards each ingredient by the first share that
-    raises the score. (The paper's own learned soup descends the gradient of a loss with all
-    ingredients in memory; this one needs two, and climbs the score that counts.)
+    The soup begins as the best ingredient. For each ingredient it tries the shares in order and
+    keeps the first mixture that raises the score.
+
+    Departs from the paper: that optimizes a loss by gradient, with all ingredients in memory.
 
     Args:
         paths: Checkpoints.
-        score: On images that no ingredient trained on; see ``check_selection``.
-        scores: Of each ingredient alone, where they are known; default ``score`` of each.
-        shares: Of the ingredient in the moved soup, each tried in this order.
-        rounds: Passes over the ingredients; ends early when one changes nothing.
+        score: On images that no ingredient trained on; see :func:`check_selection`.
+        scores: Scores of the ingredients alone; computed by default.
+        shares: Coefficients of the added ingredient to try, in this order.
+        rounds: Passes over the ingredients; ends early if a pass changes nothing.
 
     Raises:
         CheckpointError: A checkpoint cannot be read, or does not match the first one.
@@ -117,12 +129,12 @@ def learned(
     recipe = _Recipe("learned", paths)
     order = recipe.rank(score, scores)
     best = recipe.score(order[0])
-    weights = [float(index == order[0]) for index in range(len(paths))]
+    coefficients = [float(index == order[0]) for index in range(len(paths))]
     soup = _weights(paths[order[0]])
     for _ in range(rounds):
         before = best
         for index in order:
-            if weights[index] == 1:
+            if coefficients[index] == 1:
                 continue
             for share in shares:
                 candidate = _weights(paths[index])
@@ -130,26 +142,26 @@ def learned(
                 value = score(candidate)
                 if recipe.step(index, share, value, kept=value > best):
                     soup, best = candidate, value
-                    weights = [weight * (1 - share) for weight in weights]
-                    weights[index] += share
+                    coefficients = [value * (1 - share) for value in coefficients]
+                    coefficients[index] += share
                     break
                 del candidate
         if best == before:
             break
-    return recipe.soup(soup, weights, best)
+    return recipe.soup(soup, coefficients, best)
 
 
 def barrier(first: Path, second: Path, score: Score, *, scores: tuple[float, float]) -> float:
-    """How far the score at the midpoint of two ingredients falls below the mean of their own.
+    """Return the mean score of two ingredients minus the score of their midpoint.
 
-    Far above zero, the two lie in different valleys of the loss, and no soup of them is any good:
-    as a rule, because their decoders started from different random weights.
+    Far above zero, the two are not linearly mode-connected and every soup of them is worse than
+    they are, usually because their decoders were initialized differently.
 
     Args:
         first: A checkpoint.
-        second: Another one.
-        score: Rates the midpoint.
-        scores: The two ingredients' own.
+        second: Another checkpoint.
+        score: Scores the midpoint.
+        scores: Scores of the two ingredients.
     """
     midpoint = _weights(second)
     _mix(_weights(first), midpoint, 0.5, into=midpoint)
@@ -159,77 +171,78 @@ def barrier(first: Path, second: Path, score: Score, *, scores: tuple[float, flo
 def check_barriers(
     paths: Sequence[Path], score: Score, *, scores: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """The :func:`barrier` between the best ingredient and each other one.
+    """Return the :func:`barrier` between the best ingredient and each other one.
 
-    Warns of a midpoint below both of its ends: there mixing can only do harm.
+    Warns of a midpoint that scores below both ingredients.
 
     Args:
         paths: Checkpoints.
-        score: Rates a midpoint.
-        scores: Of each ingredient alone.
+        score: Scores a midpoint.
+        scores: Scores of the ingredients alone.
 
     Returns:
         ``files`` and ``barrier`` of each pair; JSON can hold it.
     """
     best = max(range(len(paths)), key=lambda index: _ordered(scores[index]))
-    found = []
+    barriers = []
     for index in range(len(paths)):
         if index == best:
             continue
         ends = scores[best], scores[index]
         height = barrier(paths[best], paths[index], score, scores=ends)
-        found.append({"files": [str(paths[best]), str(paths[index])], "barrier": height})
+        barriers.append({"files": [str(paths[best]), str(paths[index])], "barrier": height})
         if height > sum(ends) / 2 - min(ends):
             warnings.warn(
-                f"{paths[best]} and {paths[index]} lie in different valleys: midway between them "
-                f"the score is {height:.3f} below the mean of their own, so a soup of both is of "
-                "no use; let them vote, or train both from the same pretrained weights",
+                f"{paths[best]} and {paths[index]} are not linearly mode-connected: the score of "
+                f"their midpoint is {height:.3f} below the mean of their own, so a soup of both is "
+                "of no use; let them vote, or train both from the same pretrained weights",
                 stacklevel=2,
             )
-    return found
+    return barriers
 
 
 def check_selection(
     paths: Sequence[Path], selection: Collection[str], *, allow_leak: bool = False
 ) -> int:
-    """Count the images of a selection set that an ingredient trained on; refuse any.
+    """Return how many images of a selection set an ingredient trained on; refuse any by default.
 
-    A score on such images is too good for that ingredient and for every soup it is in, so it may
-    not choose anything: each fold of a k-fold has trained on the other folds' validation images.
+    A score on such images is too high for that ingredient and for every soup it is in, so it must
+    not choose anything. Each fold of a k-fold trains on the other folds' validation images.
 
     Args:
         paths: Checkpoints, which record the digests of the images they trained on.
         selection: Digests of the images that choose.
-        allow_leak: Return the number instead of refusing.
+        allow_leak: Return the number even if it is not zero.
 
     Raises:
-        CheckpointError: Images leak, or a checkpoint does not record what it trained on.
+        LeakError: Images leak, or a checkpoint does not record what it trained on.
     """
     chosen, leaked, guilty = set(selection), set[str](), []
     for path in paths:
-        state = _state(path)
+        state = checkpoint.entries(path, _NEEDS)
         if "trained_on" not in state and not allow_leak:
-            raise CheckpointError(
-                f"{path}: does not record which images it trained on, so a score may be too good; "
-                "pass --allow-leak to use it all the same"
+            raise LeakError(
+                f"{path}: does not record which images it trained on, so its score may be too "
+                "high; use another checkpoint, or pass allow_leak=True"
             )
-        found = chosen.intersection(state.get("trained_on", ()))
-        leaked |= found
-        guilty += [str(path)] if found else []
+        seen = chosen.intersection(state.get("trained_on", ()))
+        leaked |= seen
+        guilty += [str(path)] if seen else []
     if leaked and not allow_leak:
-        raise CheckpointError(
+        raise LeakError(
             f"{len(leaked)} of the {len(chosen)} images that would choose were trained on by "
-            f"{', '.join(guilty)}; hold out a selection set (data.selection), or pass --allow-leak"
+            f"{', '.join(guilty)}; hold out a selection set (data.selection), or pass "
+            "allow_leak=True"
         )
     return len(leaked)
 
 
 def as_checkpoint(soup: Soup) -> dict[str, Any]:
-    """A checkpoint of a soup, to save: whatever reads a model's checkpoint reads it too.
+    """Return the entries of a soup's checkpoint, which loads like that of a trained model.
 
-    It counts as trained on every image that any member trained on.
+    Its ``trained_on`` has every image that any member trained on.
     """
-    states = [_state(path) for path in soup.members]
+    states = [checkpoint.entries(path, _NEEDS) for path in soup.members]
     trained_on = sorted({image for state in states for image in state.get("trained_on", ())})
     kept = ("config", "classes", "init", "fold", "epoch", "step")
     return {
@@ -245,17 +258,17 @@ def as_checkpoint(soup: Soup) -> dict[str, Any]:
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Replace BatchNorm's statistics by those of one pass over training images.
 
-    The mean of several models' statistics is not the statistics of their mean. The new ones are
-    the exact mean and variance of every value that reached the layer in the whole pass, over all
-    ranks, whatever the batch sizes (Wu and Johnson 2021, https://arxiv.org/abs/2105.07576); a
-    running mean of batch statistics, as ``torch.optim.swa_utils.update_bn`` takes, weighs a short
-    last batch like a full one and leaves out the variance between batches.
+    A soup needs this: the mean of several models' statistics is not the statistics of the mean
+    model. The new ones are the exact mean and variance of all values that reach the layer, over all
+    ranks and batch sizes (Wu and Johnson 2021, https://arxiv.org/abs/2105.07576). Unlike them, the
+    running mean of ``torch.optim.swa_utils.update_bn`` counts a short last batch like a full one
+    and omits the variance between batches.
 
     Args:
-        model: Its frozen layers (those that stay in evaluation mode) are left alone, and dropout is
-            off during the pass.
-        batches: Normalized images, two or more at a time, on the model's device. Not read when no
-            layer needs it.
+        model: Its frozen layers (those that stay in evaluation mode) do not change. Dropout is off
+            during the pass.
+        batches: Normalized images, two or more at a time, on the model's device. Not read if no
+            layer needs them.
 
     Returns:
         The number of layers that were changed.
@@ -294,7 +307,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     for layer in layers:
         total, values, squares = all_reduce(sums[layer])
         if not total.any():
-            continue  # it belongs to an auxiliary head, which only training runs
+            continue  # the layer is of an auxiliary head, which runs in training only
         mean = values / total
         assert layer.running_mean is not None
         assert layer.running_var is not None
@@ -307,7 +320,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
 
 class _Recipe:
-    """Checks ingredients against the first of them, and writes down what becomes of them."""
+    """Compares ingredients with the first of them, and records the soup's making."""
 
     def __init__(self, kind: str, paths: Sequence[Path]) -> None:
         if not paths:
@@ -317,7 +330,7 @@ class _Recipe:
         self.sha256 = [checkpoint.digest(path) for path in paths]
         self.scores: list[float | None] = [None] * len(paths)
         self.steps: list[dict[str, Any]] = []
-        first, *others = states = [_state(path) for path in paths]
+        first, *others = states = [checkpoint.entries(path, _NEEDS) for path in paths]
         for path, other in zip(paths[1:], others, strict=True):
             _compare(paths[0], first, path, other)
         self.dtypes = {key: tensor.dtype for key, tensor in checkpoint.weights(first).items()}
@@ -325,42 +338,43 @@ class _Recipe:
         apart = [f"{a} and {b}" for a, b in combinations(starts, 2) if starts[a] != starts[b]]
         if apart:
             warnings.warn(
-                f"these started from different weights, and a soup of them may be no model at all: "
-                f"{'; '.join(apart)}",
+                "these were initialized with different weights, so a soup of them may be of no "
+                f"use: {'; '.join(apart)}",
                 stacklevel=3,
             )
 
     def rank(self, score: Score, scores: Sequence[float] | None) -> list[int]:
-        """Ingredients from best to worst; one whose score is not a number comes last."""
-        found = [score(_weights(path)) for path in self.paths] if scores is None else scores
-        self.scores = [_ordered(one) for one in found]
+        """Return ingredients from best to worst; those with a score of NaN come last."""
+        if scores is None:
+            scores = [score(_weights(path)) for path in self.paths]
+        self.scores = [_ordered(value) for value in scores]
         return sorted(range(len(self.paths)), key=self.score, reverse=True)
 
     def score(self, index: int) -> float:
-        """An ingredient's own score."""
+        """Return the score of an ingredient alone."""
         value = self.scores[index]
         assert value is not None
         return value
 
     def step(self, index: int, share: float, score: float, *, kept: bool) -> bool:
-        """Note a candidate; returns whether it was kept."""
+        """Record a trial mixture, and return ``kept``."""
         file = str(self.paths[index])
         self.steps.append({"file": file, "share": share, "score": score, "kept": kept})
         return kept
 
-    def soup(self, model: State, weights: Sequence[float], score: float | None = None) -> Soup:
-        """The finished soup, in its ingredients' own types."""
-        columns = zip(self.paths, self.sha256, self.scores, weights, strict=True)
+    def soup(self, model: State, coefficients: Sequence[float], score: float | None = None) -> Soup:
+        """Return the soup, its tensors in the types of the first ingredient."""
+        columns = zip(self.paths, self.sha256, self.scores, coefficients, strict=True)
         ingredients = [
-            {"file": str(path), "sha256": digest, "score": own, "weight": weight}
-            for path, digest, own, weight in columns
+            {"file": str(path), "sha256": digest, "score": own, "weight": coefficient}
+            for path, digest, own, coefficient in columns
         ]
         recipe = {
             "kind": self.kind,
             "score": score,
             "ingredients": ingredients,
             "steps": self.steps,
-            "refused": [one["file"] for one in ingredients if one["weight"] == 0],
+            "refused": [entry["file"] for entry in ingredients if entry["weight"] == 0],
         }
         return Soup({key: tensor.to(self.dtypes[key]) for key, tensor in model.items()}, recipe)
 
@@ -382,25 +396,20 @@ def _compare(
 
 
 def _shapes(model: State) -> dict[str, tuple[tuple[int, ...], bool]]:
-    return {key: (tuple(one.shape), one.is_floating_point()) for key, one in model.items()}
+    return {key: (tuple(x.shape), x.is_floating_point()) for key, x in model.items()}
 
 
 def _ordered(score: float) -> float:
-    """A score that can be compared: what is not a number is below all."""
+    """Return the score, minus infinity in place of NaN."""
     return -math.inf if math.isnan(score) else float(score)
 
 
-def _state(path: Path) -> dict[str, Any]:
-    """A checkpoint, its tensors left in the file, which is verified elsewhere and once only."""
-    return checkpoint.load(path, mmap=True, verify=False, needs=("classes", "model"))
-
-
 def _weights(path: Path) -> State:
-    """A checkpoint's weights, averaged ones where it has them, in float32 or better.
+    """Return a checkpoint's weights, averaged ones where it has them, in float32 or better.
 
-    They are mapped from the file privately: writing to them copies the page and not the file.
+    They are mapped from the file privately: writing to them does not change the file.
     """
-    state = checkpoint.weights(_state(path))
+    state = checkpoint.weights(checkpoint.entries(path, _NEEDS))
     return {
         key: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         if tensor.is_floating_point()
@@ -410,17 +419,17 @@ def _weights(path: Path) -> State:
 
 
 _PIECE = 2**18
-"""Numbers that are mixed at a time: the largest weights would be a quarter of a state dict more."""
+"""Values mixed at a time, so that temporary tensors are small."""
 
 
 def _mix(soup: State, other: State, share: float, *, into: State) -> None:
-    """``(1 - share) * soup + share * other``, written over one of the two."""
+    """Write ``(1 - share) * soup + share * other`` into one of the two."""
     for key, mine in soup.items():
         if mine.is_floating_point():
             rows = max(1, _PIECE // max(1, math.prod(mine.shape[1:])))
-            parts = (torch.atleast_1d(one).split(rows) for one in (mine, other[key], into[key]))
+            parts = (torch.atleast_1d(x).split(rows) for x in (mine, other[key], into[key]))
             for own, another, result in zip(*parts, strict=True):
-                # In this form a difference of zero changes nothing, not even the sign of a zero.
+                # In this form equal values stay equal to the bit, even the sign of a zero.
                 torch.sub(own, own - another, alpha=share, out=result)
         else:
             into[key] = mine

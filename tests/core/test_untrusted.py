@@ -22,7 +22,7 @@ from segkit.core.config import Config, override, to_dict
 from segkit.core.errors import CheckpointError, SegkitError
 from segkit.core.run import Run
 from segkit.inference import soup
-from segkit.inference.candidates import best_first, load_state
+from segkit.inference.candidates import best_first
 from segkit.models.pretrained import load_state as load_foreign
 from segkit.models.pretrained.reading import read_file
 from segkit.models.segmenter import Segmenter, build_model, load_model
@@ -215,7 +215,7 @@ def test_integers_are_no_weights(sound: State) -> None:
 
 
 @pytest.mark.parametrize("name", checkpoint.MODEL)
-@pytest.mark.parametrize("read", [load_model, load_state, lambda path: best_first([path])])
+@pytest.mark.parametrize("read", [load_model, checkpoint.entries, lambda path: best_first([path])])
 def test_entries_that_a_model_needs(
     read: Callable[[Path], Any], name: str, sound: State, tmp_path: Path
 ) -> None:

@@ -168,7 +168,7 @@ def test_barriers_are_those_of_the_best_with_each(tmp_path: Path) -> None:
     paths = _points(tmp_path, 4, -6, 8)
     own = [0.9, 0.5, 0.7]
     heights = {-1.0: 0.3, 6.0: 0.75}  # the score at the midpoints of 4 with -6 and with 8
-    with pytest.warns(UserWarning, match="different valleys") as caught:
+    with pytest.warns(UserWarning, match="not linearly mode-connected") as caught:
         found = soup.check_barriers(
             paths, lambda state: heights[float(state["weight"])], scores=own
         )
@@ -253,7 +253,7 @@ def test_a_selection_that_leaks_is_refused_with_its_number(tmp_path: Path) -> No
     folds = {"a": ["1", "2", "3"], "b": ["3", "4"], "c": ["5"]}
     paths = [_save(tmp_path / f"{name}.pt", state, trained_on=on) for name, on in folds.items()]
     assert soup.check_selection(paths, ["6", "7"]) == 0
-    with pytest.raises(CheckpointError, match="3 of the 4 images") as error:
+    with pytest.raises(soup.LeakError, match=r"3 of the 4 images.*pass allow_leak=True") as error:
         soup.check_selection(paths, ["2", "3", "4", "6"])
     assert str(paths[0]) in str(error.value)
     assert str(paths[2]) not in str(error.value)

@@ -1,0 +1,234 @@
+"""Predicting images with a candidate: its checkpoints, views and vote."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segkit.core import __version__, checkpoint, config, distributed
+from segkit.core.errors import SegkitError
+from segkit.inference import soup
+from segkit.inference.candidates import Candidate
+from segkit.inference.predictor import Predictor
+from segkit.inference.trained_run import Images, TrainedRun, common_selection
+from segkit.inference.tta import View, fit_weights, true_class_samples
+from segkit.inference.voting import HardVote, SoftVote
+from segkit.models.kernels.fuse import fuse_batch_norm
+from segkit.models.segmenter import load_model
+from segkit.training.evaluate import predictions
+from segkit.training.step import precision
+
+Predictions = Iterator[tuple[int, Tensor, Tensor | None]]
+"""Index of an image, its mask or probabilities, and its true mask where that is known."""
+
+
+class CandidatePredictor:
+    """Predicts images with any candidate of some runs.
+
+    Args:
+        runs: The images that all of them held out fit view coefficients; the first one's
+            configuration sets the batch size and the workers.
+        device: This rank's.
+        folder: Folder of temporary files, for votes too large for memory.
+        allow_leak: Fit view coefficients even on images that a checkpoint trained on.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[TrainedRun],
+        device: torch.device,
+        *,
+        folder: Path,
+        allow_leak: bool = False,
+    ) -> None:
+        self.runs, self.device, self.folder = runs, device, folder
+        self._allow_leak = allow_leak
+        folder.mkdir(parents=True, exist_ok=True)
+        # To verify a file is to read all of it.
+        self._digests: dict[Path, str] = {}
+        # Fitting them predicts the selection set once per view.
+        self._view_coefficients: dict[tuple[Path, tuple[View, ...]], tuple[float, ...]] = {}
+
+    def masks(self, candidate: Candidate, images: Images) -> Predictions:
+        """Yield the candidate's masks of this rank's share of the images."""
+        if len(candidate.paths) == 1:
+            predict = self._member(candidate, candidate.paths[0])
+            yield from self.predictions(predict.mask, images, labels=images.source.labelled)
+        else:
+            (vote,) = self.cast(candidate, images, [candidate.vote])
+            for place, index in enumerate(images.share()):
+                if index not in (images.left_out or ()):
+                    yield index, vote.result(place), images.truth(index)
+
+    def probabilities(self, candidate: Candidate, images: Images) -> Predictions:
+        """Yield the candidate's probabilities of this rank's share of the images.
+
+        Raises:
+            SegkitError: The candidate is a hard vote.
+        """
+        if len(candidate.paths) == 1:
+            predict = self._member(candidate, candidate.paths[0])
+            yield from self.predictions(predict, images, labels=False)
+        else:
+            (vote,) = self.cast(candidate, images, [candidate.vote])
+            if not isinstance(vote, SoftVote):
+                raise SegkitError(
+                    "a hard vote has no probabilities, which pseudo labels and the output 'soft' "
+                    "need; use vote='soft' or vote='weighted'"
+                )
+            for place, index in enumerate(images.share()):
+                if index not in (images.left_out or ()):
+                    yield index, vote.probabilities(place), None
+
+    def cast(
+        self, candidate: Candidate, images: Images, votes: Collection[str]
+    ) -> list[HardVote | SoftVote]:
+        """Return the checkpoints' votes on this rank's share, of several kinds in one pass.
+
+        Raises:
+            SegkitError: The checkpoints have different classes, or one has no IoU for its
+                coefficients in a weighted vote.
+        """
+        states = [checkpoint.entries(path) for path in candidate.paths]
+        if any(state["classes"] != states[0]["classes"] for state in states):
+            raise SegkitError("the runs have different classes, so they cannot vote together")
+        for path, state in zip(candidate.paths, states, strict=True):
+            if "weighted" in votes and "iou" not in state:
+                raise SegkitError(
+                    f"{path}: has no IoU of its classes, the coefficients of a weighted vote; "
+                    "train with data.selection above 0, or use vote='soft' or vote='hard'"
+                )
+        mine = images.share()
+        shapes, classes = [images.source.size(index) for index in mine], len(states[0]["classes"])
+        coefficients = torch.tensor([[iou or 0.0 for iou in s.get("iou", ())] for s in states])
+        ballots: list[HardVote | SoftVote] = [
+            HardVote(shapes, classes, folder=self.folder)
+            if vote == "hard"
+            else SoftVote(
+                shapes,
+                classes,
+                weights=coefficients if vote == "weighted" else None,
+                folder=self.folder,
+            )
+            for vote in votes
+        ]
+        place = {index: number for number, index in enumerate(mine)}
+        for voter, path in enumerate(candidate.paths):
+            predict = self._member(candidate, path)
+            for index, scored, _ in self.predictions(predict, images, labels=False):
+                for ballot in ballots:
+                    ballot.add(place[index], scored, voter=voter)
+        return ballots
+
+    def origin(self, candidate: Candidate) -> dict[str, Any]:
+        """Return all that a candidate's predictions depend on; JSON can hold it."""
+        models = []
+        for path in candidate.paths:
+            trained = config.parse(checkpoint.entries(path)["config"], str(path))
+            infer = asdict(config.override(trained, self.runs[0].overrides).infer)
+            del infer["outputs"], infer["tta"]
+            fitted = self.view_coefficients(path, candidate.views) if candidate.fitted else None
+            models.append({"sha256": self.digest(path), "infer": infer, "view_weights": fitted})
+        return {
+            "segkit": __version__,
+            "device": self.device.type,
+            "models": models,
+            "views": [str(view) for view in candidate.views],
+            "vote": candidate.way.vote,
+        }
+
+    def digest(self, path: Path) -> str:
+        """Return a checkpoint's digest; the file is read and verified once."""
+        if path not in self._digests:
+            self._digests[path] = checkpoint.digest(path)
+        return self._digests[path]
+
+    def load(
+        self,
+        path: Path,
+        *,
+        views: tuple[View, ...] = (),
+        coefficients: Sequence[float] | None = None,
+        fuse: bool = True,
+    ) -> Predictor:
+        """Return a checkpoint's predictor, set up by its own configuration and the overrides.
+
+        Args:
+            path: The checkpoint, verified first.
+            views: See :class:`segkit.inference.predictor.Predictor`.
+            coefficients: One for each view; default equal.
+            fuse: Fuse BatchNorm; without, the model can load other weights.
+        """
+        self.digest(path)
+        model, trained, _ = load_model(path, verify=False)
+        cfg = config.override(trained, self.runs[0].overrides)
+        layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
+        model.to(self.device).to(memory_format=layout)
+        return Predictor(
+            fuse_batch_norm(model) if fuse else model,
+            mean=cfg.data.mean,
+            std=cfg.data.std,
+            size=cfg.infer.size,
+            views=views,
+            merge=cfg.infer.merge,
+            weights=coefficients,
+            tile=cfg.infer.tile,
+            overlap=cfg.infer.overlap,
+            amp=precision(cfg.train.amp, self.device),
+            channels_last=cfg.train.channels_last,
+        )
+
+    def view_coefficients(self, path: Path, views: tuple[View, ...]) -> tuple[float, ...]:
+        """Return a checkpoint's coefficient for each view, fitted on the selection set.
+
+        Raises:
+            SegkitError: The runs have no selection set in common.
+            LeakError: The checkpoint trained on some of it.
+        """
+        if (path, views) not in self._view_coefficients:
+            images = common_selection(self.runs)
+            if images is None:
+                raise SegkitError(
+                    "view coefficients are fitted on a selection set; "
+                    "train with data.selection above 0"
+                )
+            soup.check_selection([path], images.digests(), allow_leak=self._allow_leak)
+            self._view_coefficients[path, views] = self._fit_coefficients(path, views, images)
+        return self._view_coefficients[path, views]
+
+    def _fit_coefficients(
+        self, path: Path, views: tuple[View, ...], images: Images
+    ) -> tuple[float, ...]:
+        row = {index: number for number, index in enumerate(images.indices)}
+        predict = self.load(path)
+        samples = torch.zeros(len(views), len(row), 1024)
+        for number, view in enumerate(views):
+            predict.views = (view,)
+            for index, scored, mask in self.predictions(predict, images, labels=True):
+                assert mask is not None
+                samples[number, row[index]] = true_class_samples(scored, mask).cpu()
+        samples = distributed.all_reduce(samples.to(self.device)).cpu().flatten(1)
+        return tuple(fit_weights(samples[:, ~samples[0].isnan()]))
+
+    def predictions(
+        self, predict: Callable[[Tensor], Tensor], images: Images, *, labels: bool
+    ) -> Predictions:
+        """Yield ``predict`` of this rank's share of the images, and true masks with ``labels``."""
+        cfg = self.runs[0].config
+        return predictions(
+            predict,
+            images.source,
+            images.indices,
+            labels=labels,
+            batch_size=cfg.infer.batch_size,
+            workers=cfg.data.workers,
+            left_out=images.left_out,
+        )
+
+    def _member(self, candidate: Candidate, path: Path) -> Predictor:
+        """Return the predictor of a candidate's checkpoint, with the candidate's views."""
+        fitted = self.view_coefficients(path, candidate.views) if candidate.fitted else None
+        return self.load(path, views=candidate.views, coefficients=fitted)

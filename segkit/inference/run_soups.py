@@ -1,0 +1,166 @@
+"""Soups of a run's folds: ingredients, selection, BatchNorm, and the file."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from segkit.core import __version__, checkpoint, config, distributed
+from segkit.core.errors import CheckpointError, SegkitError
+from segkit.inference import soup
+from segkit.inference.candidates import Candidate
+from segkit.inference.scoring import Scorer, mean_iou
+from segkit.inference.trained_run import Images, TrainedRun
+from segkit.models.kernels.fuse import fuse_batch_norm
+from segkit.training.evaluate import Evaluation
+from segkit.training.metrics import scores
+
+
+class RunSoups:
+    """Makes soups of runs' folds, as files in a folder.
+
+    Args:
+        scorer: Scores ingredients and soups.
+        folder: Where the soups are saved.
+        allow_leak: Choose even by images that an ingredient trained on; the soup's recipe has
+            their number.
+    """
+
+    def __init__(self, scorer: Scorer, folder: Path, *, allow_leak: bool = False) -> None:
+        self._scorer, self._folder, self._allow_leak = scorer, folder, allow_leak
+        folder.mkdir(parents=True, exist_ok=True)
+        # All kinds of soups share them; each is an evaluation of a midpoint.
+        self._barriers: dict[Path, list[dict[str, Any]]] = {}
+
+    def soup(self, run: TrainedRun, kind: str) -> Path:
+        """Return the checkpoint of a run's soup; that of a single fold is its own.
+
+        A soup that is in the folder already, of the same ingredients and settings, is kept.
+
+        Args:
+            run: Its best checkpoints are the ingredients.
+            kind: ``"greedy"``, ``"uniform"`` or ``"learned"``.
+
+        Raises:
+            SegkitError: The kind needs a selection set and the run has none.
+            LeakError: An ingredient trained on images of the selection set.
+            CheckpointError: A file that is no soup has the soup's name.
+        """
+        paths = run.best_checkpoints()
+        if len(paths) == 1:
+            return paths[0]
+        selection = run.selection()
+        leaked = self._check_selection(run, kind, paths, selection)
+        path = self._folder / f"{kind}-soup-of-{run.folder.name}.pt"
+        origin = self._origin(run, kind, paths, selection)
+        known = _origin_of(path) if path.exists() else None
+        if distributed.broadcast(known) != origin:
+            state = self._make(run, kind, paths, selection, Candidate("", (path,)))
+            state["soup"] |= {"leaked": leaked, "origin": origin}
+            if distributed.is_main():
+                checkpoint.save(state, path)
+            distributed.barrier()
+        return path
+
+    def _check_selection(
+        self, run: TrainedRun, kind: str, paths: Sequence[Path], selection: Images | None
+    ) -> int:
+        """Return how many images of the selection set the ingredients trained on."""
+        if selection is not None:
+            allow_leak = self._allow_leak or kind == "uniform"  # which chooses nothing
+            return soup.check_selection(paths, selection.digests(), allow_leak=allow_leak)
+        if kind != "uniform":
+            raise SegkitError(
+                f"{run.folder}: held no selection set out, which a {kind} soup needs; "
+                "train with data.selection above 0, or use kind='uniform'"
+            )
+        return 0
+
+    def _make(
+        self,
+        run: TrainedRun,
+        kind: str,
+        paths: Sequence[Path],
+        selection: Images | None,
+        result: Candidate,
+    ) -> dict[str, Any]:
+        """Return a soup's checkpoint, and record its evaluation for ``result``."""
+        trial = _Trial(self._scorer, run, paths[0], selection)
+        barriers: list[dict[str, Any]] = []
+        own: list[float] = []
+        if selection is not None:
+            evaluations = [self._scorer.evaluation(Candidate("", (p,)), selection) for p in paths]
+            own = [mean_iou(evaluation) for evaluation in evaluations]
+            if run.folder not in self._barriers:
+                heights = soup.check_barriers(paths, trial.score, scores=own)
+                self._barriers[run.folder] = heights
+            barriers = self._barriers[run.folder]
+        if kind == "uniform":
+            mixed = soup.uniform(paths)
+        else:
+            mix = soup.greedy if kind == "greedy" else soup.learned
+            mixed = mix(paths, trial.score, scores=own)
+        if len(mixed.members) > 1:
+            trial.load(mixed.model)
+            mixed = replace(mixed, model=trial.model.state_dict())
+        state = soup.as_checkpoint(replace(mixed, recipe={**mixed.recipe, "barriers": barriers}))
+        if selection is not None:
+            trial.model.load_state_dict(mixed.model)
+            counted = trial.evaluate()
+            state |= {"score": mean_iou(counted), "iou": list(scores(counted.matrix).iou)}
+            self._scorer.record(result, selection, counted)
+        return state
+
+    def _origin(
+        self, run: TrainedRun, kind: str, paths: Sequence[Path], selection: Images | None
+    ) -> str:
+        """Return a digest of all that a soup depends on."""
+        chosen_by = selection.digests() if selection else []
+        files = [self._scorer.predictor.digest(path) for path in paths]
+        everything = [__version__, kind, files, chosen_by, config.to_dict(run.config)]
+        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+
+
+class _Trial:
+    """A model that is given the weights of one mixture after another, to score them."""
+
+    def __init__(
+        self, scorer: Scorer, run: TrainedRun, path: Path, selection: Images | None
+    ) -> None:
+        self._scorer, self._run, self._selection = scorer, run, selection
+        self._predict = scorer.predictor.load(path, fuse=False)
+        self.model = self._predict.model
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Load weights and estimate the BatchNorm statistics that belong to them."""
+        self.model.load_state_dict(weights)
+        batches = self._run.training_batches(self._scorer.predictor.device)
+        soup.reestimate_batchnorm(self.model, batches)
+
+    def score(self, weights: dict[str, Tensor]) -> float:
+        """Return the mean IoU of weights on the selection set."""
+        self.load(weights)
+        return mean_iou(self.evaluate())
+
+    def evaluate(self) -> Evaluation:
+        """Return the counts of the model on the selection set."""
+        assert self._selection is not None
+        # Fused as every checkpoint is when it is scored, so that the scores are equal to the bit.
+        self._predict.model = fuse_batch_norm(self.model)
+        return self._scorer.evaluate(self._predict.mask, self._selection)
+
+
+def _origin_of(path: Path) -> str | None:
+    """Return the digest, in a soup's file, of all that the soup depended on.
+
+    Raises:
+        CheckpointError: It is no soup, and so must not be overwritten.
+    """
+    recipe = checkpoint.entries(path).get("soup")
+    if recipe is None:
+        raise CheckpointError(f"{path}: holds no soup, which is to be written here; move the file")
+    return recipe.get("origin")

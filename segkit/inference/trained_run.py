@@ -1,0 +1,138 @@
+"""Trained runs as inference needs them: configuration, images, checkpoints."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from segkit.augment.pipeline import build_pipeline
+from segkit.core import config, distributed
+from segkit.core.config import Config
+from segkit.core.errors import SegkitError
+from segkit.core.run import Run
+from segkit.data import open_source
+from segkit.data.folds import Split
+from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
+from segkit.data.source import Source, positions
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some images of a source, and the column of the table for their scores.
+
+    Args:
+        title: Title of the column.
+        source: Where the images are read from.
+        indices: Their indices in the source.
+        left_out: Takes a sentence for each image that cannot be read, by its index; without it
+            the first such image is an error.
+    """
+
+    title: str
+    source: Source
+    indices: list[int]
+    left_out: dict[int, str] | None = None
+
+    def share(self) -> list[int]:
+        """Return the indices of this rank's images."""
+        return self.indices[distributed.rank() :: distributed.world_size()]
+
+    def digests(self) -> list[str]:
+        """Return the digests of the image files."""
+        return digests(self.source, self.indices)
+
+    def truth(self, index: int) -> Tensor | None:
+        """Return the true mask of an image, ``None`` in a source without labels."""
+        return self.source.mask(index) if self.source.labelled else None
+
+
+class TrainedRun:
+    """A run to predict with.
+
+    Args:
+        run: Its folder.
+        overrides: Settings in place of the run's own, such as ``("infer.tile=512",)``.
+    """
+
+    def __init__(self, run: Run, overrides: Sequence[str] = ()) -> None:
+        self.run, self.overrides = run, overrides
+        self._sources: dict[str, Source] = {}  # opening one may parse a large COCO file
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.folder
+
+    @cached_property
+    def config(self) -> Config:
+        """The run's configuration with the overrides."""
+        own = config.parse(self.run.read("config.json"), str(self.folder))
+        return config.override(own, self.overrides)
+
+    def source(self, part: str) -> Source:
+        """Return a part of the run's data, such as ``"train"``; each is opened once."""
+        if part not in self._sources:
+            self._sources[part] = open_source(self.config, part)
+        return self._sources[part]
+
+    def best_checkpoints(self) -> list[Path]:
+        """Return the best checkpoint of every fold that has one."""
+        paths = [self.run.fold(number) / "best.pt" for number in self.run.folds()]
+        if not paths:
+            raise SegkitError(f"{self.folder}: has no best.pt in any fold yet; let it train on")
+        return paths
+
+    def selection(self) -> Images | None:
+        """Return the run's selection set, or its fixed validation images."""
+        split = Split.load(self.folder / "folds.json")
+        has_val = bool(self.config.data.val)
+        part, names = ("val", split.folds[0]) if has_val else ("train", split.selection)
+        if not names:
+            return None
+        source = self.source(part)
+        return Images("selection", source, positions(source, names))
+
+    def training_batches(self, device: torch.device) -> Iterator[Tensor]:
+        """Return batches of augmented training images, ``infer.batch_norm_images`` in all."""
+        cfg = self.config
+        source = self.source("train")
+        split = Split.load(self.folder / "folds.json")
+        names = {name for fold in range(len(split.folds)) for name in split.training(fold)}
+        indices = positions(source, sorted(names))
+        images = TrainImages(source, indices, build_pipeline(cfg), seed=cfg.train.seed)
+        size = cfg.train.batch_size
+        order = TrainOrder(indices, epochs=1, batch_size=size, accumulate=1, seed=cfg.train.seed)
+        batches = train_batches(images, order, workers=cfg.data.workers, device=device)
+        count = max(1, cfg.infer.batch_norm_images // size)
+        shown = distributed.Progress(islice(batches, count), "BatchNorm", total=count, unit="batch")
+        return (image for image, _ in shown)
+
+
+def common_selection(runs: Sequence[TrainedRun]) -> Images | None:
+    """Return the images that every run held out, ``None`` if there are none."""
+    sets = []
+    for run in runs:
+        held_out = run.selection()
+        if held_out is None:
+            return None
+        sets.append(held_out)
+    first, *others = sets
+    held_by_others = [set(images.digests()) for images in others]
+    own = zip(first.indices, first.digests(), strict=True)
+    indices = [index for index, mark in own if all(mark in held_out for held_out in held_by_others)]
+    return replace(first, indices=indices) if indices else None
+
+
+def labelled_digests(runs: Sequence[TrainedRun]) -> set[str]:
+    """Return the digests of the runs' labelled images, which train, validate or choose."""
+    known: set[str] = set()
+    for run in runs:
+        for part in ("train", "val"):
+            if getattr(run.config.data, part) is not None:
+                source = run.source(part)
+                known.update(digests(source, range(len(source))))
+    return known
