@@ -1,4 +1,4 @@
-"""Augmentation: a pure function of (seed, epoch, sample index) that touches the pixels once."""
+"""Augmentation as a pure function of (seed, epoch, sample index) that resamples each image once."""
 
 from segkit.augment.pipeline import OPERATIONS, Pipeline, Plan, generator
 

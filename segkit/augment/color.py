@@ -1,8 +1,8 @@
-"""Color: every operation is a 4×4 matrix on (R, G, B, 1) in 0..1; a curve is one lookup table.
+"""Color operations: 4×4 matrices on (R, G, B, 1) in 0..1, and curves as lookup tables.
 
-Matrices multiply and are applied once. Nothing is cut off to 0..1 between them, only after their
-product: a pixel too bright for one operation comes back with the next, where a chain of 8-bit
-images would have lost it.
+Matrices are multiplied and applied once. Values are clipped to 0..1 only after the product: a value
+that one operation pushes above 1 and the next brings back is kept, where a chain of 8-bit images
+would lose it.
 """
 
 import math
@@ -21,33 +21,33 @@ NO_CHANGE = np.eye(4)
 UNLIMITED = np.tile([-math.inf, math.inf], (3, 1))
 
 _LUMA = np.array([0.2989, 0.587, 0.114])  # Rec. 601, in torchvision's digits
-_STEPS = 16  # of a curve's table, a level of 8 bits
+_STEPS = 16  # entries of a curve's table per 8-bit level
 
 
 def affine(linear: np.ndarray, offset: np.ndarray | float = 0.0) -> np.ndarray:
-    """The 4×4 matrix of a 3×3 one and of what is added after it."""
+    """Return the 4×4 matrix of a 3×3 matrix followed by an offset."""
     matrix = NO_CHANGE.copy()
     matrix[:3, :3], matrix[:3, 3] = linear, offset
     return matrix
 
 
 def brightening(factor: float) -> np.ndarray:
-    """Multiplies all channels."""
+    """Return the matrix that multiplies all channels by ``factor``."""
     return affine(factor * np.eye(3))
 
 
 def contrasting(factor: float, pivot: float) -> np.ndarray:
-    """Multiplies distances from ``pivot``."""
+    """Return the matrix that multiplies differences from ``pivot`` by ``factor``."""
     return affine(factor * np.eye(3), (1 - factor) * pivot)
 
 
 def saturating(factor: float) -> np.ndarray:
-    """Multiplies distances from gray: 0 is grayscale, 1 is the image."""
+    """Return the matrix that multiplies differences from gray: 0 is grayscale, 1 the image."""
     return affine(factor * np.eye(3) + (1 - factor) * np.tile(_LUMA, (3, 1)))
 
 
 def turning_hue(degrees: float) -> np.ndarray:
-    """Turns colors about the gray axis, red towards yellow towards green."""
+    """Return the matrix that rotates colors about the gray axis, from red to yellow to green."""
     angle = math.radians(degrees)
     cross = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     keep = math.cos(angle) * np.eye(3)
@@ -59,7 +59,7 @@ class Brightness:
     """Multiply all channels by a random factor, as torchvision's ``adjust_brightness`` does.
 
     Args:
-        range: Of the factor; 1 is the image.
+        range: Range of the factor; 1 leaves the image unchanged.
     """
 
     range: tuple[float, float]
@@ -73,14 +73,14 @@ class Brightness:
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """Multiply distances from a fixed gray.
+    """Multiply differences from a fixed gray.
 
-    Departs from torchvision, whose gray is the mean luma of each image: a matrix that depends on no
-    pixel composes with the others.
+    Departs from torchvision, which uses the mean luma of each image: a matrix that is independent
+    of the pixels can be multiplied with the others.
 
     Args:
-        range: Of the factor; 1 is the image.
-        pivot: The gray that stays, in 0..1.
+        range: Range of the factor; 1 leaves the image unchanged.
+        pivot: The gray that does not change, in 0..1.
     """
 
     range: tuple[float, float]
@@ -95,10 +95,10 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True)
 class Saturation:
-    """Multiply distances from each pixel's own gray, as torchvision's ``adjust_saturation`` does.
+    """Multiply differences from each pixel's luma, as torchvision's ``adjust_saturation`` does.
 
     Args:
-        range: Of the factor; 0 is grayscale, 1 is the image.
+        range: Range of the factor; 0 is grayscale, 1 leaves the image unchanged.
     """
 
     range: tuple[float, float]
@@ -112,13 +112,13 @@ class Saturation:
 
 @dataclass(frozen=True, kw_only=True)
 class Hue:
-    """Turn colors about the gray axis.
+    """Rotate colors about the gray axis.
 
-    Departs from a turn in HSV by design: that one is not linear. Grays stay, the mean of R, G and B
-    stays, and at 120 degrees red is green in both.
+    Departs from a hue rotation in HSV, which is not linear. In both, grays and the mean of R, G and
+    B do not change, and 120 degrees turn red into green.
 
     Args:
-        degrees: Range of the turn; 360 is the image again.
+        degrees: Range of the angle; 360 leaves the image unchanged.
     """
 
     degrees: tuple[float, float]
@@ -132,10 +132,10 @@ class Hue:
 
 @dataclass(frozen=True, kw_only=True)
 class RGBShift:
-    """Add a number of its own to each channel.
+    """Add a different random number to each channel.
 
     Args:
-        levels: Range of the numbers, in levels of 255.
+        levels: Range of the numbers, in 8-bit levels.
     """
 
     levels: tuple[float, float]
@@ -149,7 +149,7 @@ class RGBShift:
 
 @dataclass(frozen=True, kw_only=True)
 class Grayscale:
-    """The luma in all three channels. One time in ten unless ``p`` says otherwise."""
+    """Replace all three channels by the luma. ``p`` is 0.1 by default."""
 
     default_p: ClassVar[float] = 0.1
 
@@ -159,19 +159,19 @@ class Grayscale:
 
 @dataclass(frozen=True, kw_only=True)
 class Photometric:
-    """The distortions of SSD, in its order, each half of the time.
+    """Apply the photometric distortions of SSD, each with probability 0.5.
 
-    Brightness, then contrast, saturation and hue, or saturation, hue and contrast, as likely.
-    Liu et al. 2015, https://arxiv.org/abs/1512.02325
+    The order is brightness, then either contrast, saturation, hue or saturation, hue, contrast,
+    with equal probability. Liu et al. 2015, https://arxiv.org/abs/1512.02325
 
     Args:
-        levels: Furthest that brightness adds, in levels of 255.
-        contrast: Range of the factor, about black as there.
-        saturation: Range of the factor.
-        degrees: Furthest that hue turns; OpenCV's 8-bit hue of 18 is 36 degrees.
+        levels: Largest brightness offset, in 8-bit levels.
+        contrast: Range of the contrast factor, relative to black as in the paper's code.
+        saturation: Range of the saturation factor.
+        degrees: Largest hue rotation; 18 in OpenCV's 8-bit hue is 36 degrees.
 
     Departs from the paper's code: saturation and hue are linear (:class:`Saturation`,
-    :class:`Hue`), not steps in HSV, and channels are not swapped.
+    :class:`Hue`), not computed in HSV, and channels are not swapped.
     """
 
     levels: float = 32.0
@@ -203,10 +203,10 @@ class Photometric:
 
 @dataclass(frozen=True, kw_only=True)
 class Gamma:
-    """Raise to a random power, as torchvision's ``adjust_gamma`` does.
+    """Raise values to a random power, as torchvision's ``adjust_gamma`` does.
 
     Args:
-        range: Of the power; below 1 brightens.
+        range: Range of the power; below 1 brightens.
     """
 
     range: tuple[float, float]
@@ -221,10 +221,10 @@ class Gamma:
 
 @dataclass(frozen=True, kw_only=True)
 class Posterize:
-    """Keep the first bits of each channel's eight.
+    """Keep only the most significant bits of each channel.
 
     Args:
-        bits: How many.
+        bits: Number of bits to keep, 1 to 8.
     """
 
     bits: int = 4
@@ -240,10 +240,10 @@ class Posterize:
 
 @dataclass(frozen=True, kw_only=True)
 class Solarize:
-    """Invert what is brighter than a random threshold.
+    """Invert values at or above a random threshold.
 
     Args:
-        range: Of the threshold, in levels of 255.
+        range: Range of the threshold, in 8-bit levels.
     """
 
     range: tuple[float, float] = (128.0, 255.0)
@@ -257,7 +257,7 @@ class Solarize:
 
 
 def curve(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The table of a function from 0..1 to 0..1, at 16 steps a level."""
+    """Return the lookup table of a function from 0..1 to 0..1, with 16 entries per 8-bit level."""
     return function(np.linspace(0, 1, 255 * _STEPS + 1)).astype(np.float32)
 
 
@@ -267,24 +267,24 @@ def recolored(
     """Apply a color matrix.
 
     Args:
-        image: In levels, 0 to 255, of any number type.
-        matrix: (4, 4), from 0..1.
-        unit: What one is in the result: 255 for levels again.
-        limits: (3, 2), the least and most of each channel, in the result's unit.
+        image: Values in 0..255, of any dtype.
+        matrix: (4, 4), for values in 0..1.
+        unit: Scale of the result: 255 gives values in 0..255 again.
+        limits: (3, 2), the minimum and maximum of each channel, in the result's unit.
 
     Shape:
-        image: (3, H, W), float32 in the result
+        image: (3, H, W); the result is float32
     """
     scaled = torch.from_numpy(matrix[:3] * [*[unit / 255] * 3, unit]).float().to(image.device)
     levels = image.to(torch.float32, memory_format=torch.contiguous_format).reshape(3, -1)
     result = torch.addmm(scaled[:, 3:], scaled[:, :3], levels).view(image.shape)
     for channel, (low, high) in zip(result, limits.tolist(), strict=True):
-        channel.clamp_(low, high)  # one after the other: a channel fits the cache
+        channel.clamp_(low, high)  # one at a time: a channel fits in the cache
     return result
 
 
 def curved(image: Tensor, table: np.ndarray) -> Tensor:
-    """Look every value of an image, in levels, up in a curve's table; levels again, float32."""
+    """Look up each value of an image (0..255) in a curve's table; return float32 in 0..255."""
     steps = image.float().mul(_STEPS).round_().clamp_(0, 255 * _STEPS).int()
     levels = torch.from_numpy(table).to(image.device).mul(255)
     return levels.index_select(0, steps.flatten()).view(image.shape)

@@ -1,8 +1,8 @@
-"""Filters: operations that read a pixel's neighbors, or noise; each touches the pixels on its own.
+"""Filters: operations on a neighborhood of each pixel, noise, and JPEG compression.
 
-An operation draws its numbers and gives a :data:`Run`, a function of the image, in levels from 0 to
-255 of any number type, and of the mask. At the border, the outermost pixels go on. A filter is
-``linear`` if a matrix of colors may as well be applied after it as before.
+Calling an operation draws its random numbers and returns a :data:`Run`, a function of (image, mask)
+for images with values in 0..255 of any dtype. Borders are padded with the outermost pixels. A
+filter is ``linear`` if it commutes with a color matrix.
 """
 
 import functools
@@ -32,10 +32,10 @@ def _check_sizes(name: str, sizes: Sequence[int]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Blur:
-    """The mean of a square.
+    """Blur with the mean of a square.
 
     Args:
-        sizes: Sides in pixels to choose from, odd.
+        sizes: Side lengths in pixels to choose from, odd.
     """
 
     sizes: tuple[int, ...] = (3, 5)
@@ -46,15 +46,15 @@ class Blur:
 
     def __call__(self, rng: np.random.Generator) -> Run:
         size = int(rng.choice(self.sizes))
-        return functools.partial(_convolve, weights=[1 / size] * size)
+        return functools.partial(_convolve, kernel=[1 / size] * size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianBlur:
-    """A Gaussian, cut off at three deviations.
+    """Blur with a Gaussian, truncated at three standard deviations.
 
     Args:
-        sigma: Range of the deviation in pixels.
+        sigma: Range of the standard deviation in pixels.
     """
 
     sigma: tuple[float, float] = (0.5, 2.0)
@@ -66,16 +66,16 @@ class GaussianBlur:
     def __call__(self, rng: np.random.Generator) -> Run:
         sigma = draw(rng, self.sigma)
         reach = math.ceil(3 * sigma)
-        weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-        return functools.partial(_convolve, weights=(weights / weights.sum()).tolist())
+        kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+        return functools.partial(_convolve, kernel=(kernel / kernel.sum()).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
 class MedianBlur:
-    """The median of a square, in whole levels.
+    """Replace each pixel by the median of a square, after rounding to 8 bits.
 
     Args:
-        sizes: Sides in pixels to choose from, odd.
+        sizes: Side lengths in pixels to choose from, odd, at most 9.
     """
 
     sizes: tuple[int, ...] = (3, 5)
@@ -91,10 +91,10 @@ class MedianBlur:
 
 @dataclass(frozen=True, kw_only=True)
 class Sharpen:
-    """Away from, or towards, a light blur, as torchvision's ``adjust_sharpness`` does.
+    """Interpolate or extrapolate from a light blur, as torchvision's ``adjust_sharpness`` does.
 
     Args:
-        range: Of the factor: 0 is the blur, 1 the image, 2 sharpens.
+        range: Range of the factor: 0 is the blurred image, 1 the image, 2 sharpens.
     """
 
     range: tuple[float, float] = (1.0, 2.0)
@@ -108,10 +108,10 @@ class Sharpen:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Gaussian noise, on each channel of each pixel its own.
+    """Add Gaussian noise, independent for each channel and pixel.
 
     Args:
-        levels: Range of the deviation, in levels of 255.
+        levels: Range of the standard deviation, in 8-bit levels.
     """
 
     levels: tuple[float, float] = (2.0, 10.0)
@@ -126,10 +126,10 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class JPEG:
-    """The traces of a JPEG file.
+    """Add the artifacts of JPEG compression.
 
     Args:
-        quality: Least and most, as JPEG counts it, 1 to 100.
+        quality: Lowest and highest JPEG quality, 1 to 100.
     """
 
     quality: tuple[int, int] = (40, 90)
@@ -144,12 +144,12 @@ class JPEG:
 
 @dataclass(frozen=True, kw_only=True)
 class _Morphology:
-    """What :class:`Closing` and :class:`Opening` share: a square, on the image or on the mask.
+    """Arguments of :class:`Closing` and :class:`Opening` with a square structuring element.
 
     Args:
-        sizes: Sides of the square in pixels to choose from, odd.
-        on: The image, each channel on its own, or the mask.
-        classes: Of the mask, one after the other.
+        sizes: Side lengths in pixels to choose from, odd.
+        on: ``"image"`` (each channel independently) or ``"mask"``.
+        classes: Classes of the mask to process, in order.
     """
 
     sizes: tuple[int, ...] = (3, 5)
@@ -163,9 +163,9 @@ class _Morphology:
 
 
 class Closing(_Morphology):
-    """Fill what is darker and narrower than a square; of a mask's class, its gaps.
+    """Remove dark details narrower than a square, or fill gaps in a class of the mask.
 
-    A gap takes the class, whatever other class it had; ignored pixels stay ignored.
+    Filled pixels get the class, whichever class they had; ignored pixels stay ignored.
     """
 
     def __call__(self, rng: np.random.Generator) -> Run:
@@ -176,9 +176,9 @@ class Closing(_Morphology):
 
 
 class Opening(_Morphology):
-    """Take away what is brighter and narrower than a square; of a mask's class, its specks.
+    """Remove bright details narrower than a square, or small regions of a class of the mask.
 
-    A speck becomes class 0, the background.
+    Removed pixels of the mask become class 0, the background.
     """
 
     def __call__(self, rng: np.random.Generator) -> Run:
@@ -189,7 +189,7 @@ class Opening(_Morphology):
 
 
 def _continued(image: Tensor, reach: int, dim: int) -> Tensor:
-    """The image with its border continued outwards on both sides of one dimension."""
+    """Return the image with its border replicated on both sides of one dimension."""
     shape = [*image.shape]
     shape[dim] = reach
     before, after = image.narrow(dim, 0, 1), image.narrow(dim, image.shape[dim] - 1, 1)
@@ -197,20 +197,20 @@ def _continued(image: Tensor, reach: int, dim: int) -> Tensor:
 
 
 def _moved(image: Tensor, size: int, dim: int) -> list[Tensor]:
-    """Views of the image moved by each step of a window along one dimension, border continued."""
+    """Return views shifted to each position of a window along one dimension, border replicated."""
     padded = _continued(image, size // 2, dim)
     return [padded.narrow(dim, start, image.shape[dim]) for start in range(size)]
 
 
 def _convolve(
-    image: Tensor, mask: Tensor | None, weights: Sequence[float]
+    image: Tensor, mask: Tensor | None, kernel: Sequence[float]
 ) -> tuple[Tensor, Tensor | None]:
     image = image.float()
     for dim in (-2, -1):
-        first, *others = _moved(image, len(weights), dim)
-        image = first * weights[0]
-        for moved, weight in zip(others, weights[1:], strict=True):
-            image.add_(moved, alpha=weight)
+        first, *others = _moved(image, len(kernel), dim)
+        image = first * kernel[0]
+        for moved, coefficient in zip(others, kernel[1:], strict=True):
+            image.add_(moved, alpha=coefficient)
     return image, mask
 
 
@@ -225,14 +225,14 @@ def _median(image: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tens
 def _sharpen(image: Tensor, mask: Tensor | None, factor: float) -> tuple[Tensor, Tensor | None]:
     image = image.float()
     mean, _ = _convolve(image, None, [1 / 3] * 3)
-    smooth = mean.mul_(9 / 13).add_(image, alpha=4 / 13)  # a square of ones with five in its middle
+    smooth = mean.mul_(9 / 13).add_(image, alpha=4 / 13)  # kernel: 3×3 ones with 5 in the center
     return smooth.lerp_(image, factor).clamp_(0, 255), mask
 
 
 def _add_noise(
     image: Tensor, mask: Tensor | None, deviation: float, seed: int
 ) -> tuple[Tensor, Tensor | None]:
-    # Drawn on the CPU wherever the image is: devices have generators of their own.
+    # Drawn on the CPU, so that every device gives the same noise.
     noise = np.random.default_rng(seed).standard_normal(tuple(image.shape), dtype=np.float32)
     added = torch.from_numpy(noise).to(image.device).mul_(deviation)
     return added.add_(image).clamp_(0, 255), mask
@@ -249,13 +249,14 @@ def _through_jpeg(image: Tensor, mask: Tensor | None, quality: int) -> tuple[Ten
 
 
 def _grown(image: Tensor, size: int) -> Tensor:
-    """The most of a square around each pixel."""
-    for dim in (-2, -1):  # max_pool2d takes ten times as long
+    """Return the maximum of a square around each pixel."""
+    for dim in (-2, -1):  # ten times as fast as max_pool2d
         image = functools.reduce(torch.maximum, _moved(image, size, dim))
     return image
 
 
 def _shrunk(image: Tensor, size: int) -> Tensor:
+    """Return the minimum of a square around each pixel."""
     for dim in (-2, -1):
         image = functools.reduce(torch.minimum, _moved(image, size, dim))
     return image

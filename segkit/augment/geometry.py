@@ -1,8 +1,8 @@
-"""Geometry: every operation is a 3×3 matrix, and the pixels are read once, through their product.
+"""Geometric operations: 3×3 matrices, multiplied so that the pixels are resampled once.
 
-Points, not pixels: pixel i covers [i, i + 1) and its center is i + 0.5, so that resizing is a pure
-scaling and flipping is ``width - x``. A matrix takes a point (x, y, 1) of the output to the point
-of the input it is read from.
+Coordinates are continuous: pixel i covers [i, i + 1) and its center is i + 0.5, so that resizing is
+a pure scaling and flipping is ``width - x``. A matrix maps a point (x, y, 1) of the output to the
+point of the input that is read there.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ Size = tuple[int, int]
 
 IDENTITY = np.eye(3)
 
-_EXACT = 1e-9  # what products of float64 matrices miss whole numbers by is far less
-_SOFT_SHRINK = math.sqrt(2)  # up to here bilinear reads every pixel that matters
+_EXACT = 1e-9  # tolerance for whole numbers; products of float64 matrices are far more exact
+_SOFT_SHRINK = math.sqrt(2)  # up to this factor, bilinear reading skips no pixel that matters
 _CAP_TRIES = 10
 _CAP_GRID = 32
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """What geometry has come to so far, without a pixel touched.
+    """The geometric operations planned so far; no pixel has been read.
 
     Args:
         size: Height and width.
-        matrix: (3, 3), takes its points to points of the last pixels there are.
-        before: (3, 3), takes those to points of the source.
-        source: The source's mask, read by operations that look where classes are.
+        matrix: (3, 3), maps points of the canvas to points of the last rendered image.
+        before: (3, 3), maps points of the last rendered image to points of the source.
+        source: Mask of the source, for operations that depend on the positions of classes.
     """
 
     size: Size
@@ -47,15 +47,18 @@ class Canvas:
     source: Tensor | None = None
 
     def then(self, matrix: np.ndarray, size: Size | None = None) -> "Canvas":
-        """The canvas after one more operation."""
+        """Return the canvas after one more operation."""
         return dataclasses.replace(self, size=size or self.size, matrix=self.matrix @ matrix)
 
     def rendered(self) -> "Canvas":
-        """The canvas once its pixels are there."""
+        """Return the canvas after its pixels have been rendered."""
         return dataclasses.replace(self, matrix=IDENTITY, before=self.before @ self.matrix)
 
     def largest_class_share(self, top: int, left: int, size: Size) -> float:
-        """Of a crop, looked up in the source at a coarse grid; 1 where it holds no label."""
+        """Return the largest class's share of a crop's labelled pixels, or 1 if there are none.
+
+        Looked up in the source at a coarse grid.
+        """
         if self.source is None:
             return 0.0
         (height, width), n = size, _CAP_GRID
@@ -72,22 +75,22 @@ class Canvas:
 
 
 def shifting(x: float, y: float) -> np.ndarray:
-    """Reads from (x, y) further right and down."""
+    """Return the matrix that reads x further right and y further down."""
     return np.array([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]])
 
 
 def scaling(x: float, y: float) -> np.ndarray:
-    """Reads at x and y times the coordinates: above one, the content shrinks."""
+    """Return the matrix that multiplies coordinates: factors above 1 shrink the content."""
     return np.diag([x, y, 1.0])
 
 
 def resizing(old: Size, new: Size) -> np.ndarray:
-    """Stretches a canvas to another size, exactly edge to edge."""
+    """Return the matrix that stretches a canvas to another size, edge to edge."""
     return scaling(old[1] / new[1], old[0] / new[0])
 
 
 def flipping(width: int) -> np.ndarray:
-    """Left and right change places."""
+    """Return the matrix of a horizontal flip."""
     return shifting(width, 0) @ scaling(-1, 1)
 
 
@@ -98,7 +101,7 @@ def _about_center(matrix: np.ndarray, size: Size) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Resize:
-    """Stretch to a size, without regard for the proportions.
+    """Resize to a fixed size; the aspect ratio is not kept.
 
     Args:
         size: Height and width.
@@ -115,10 +118,10 @@ class Resize:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Resize by a random factor, the canvas with its content.
+    """Resize the canvas and its content by a random factor.
 
     Args:
-        range: Of the factor, drawn uniformly; 2 doubles height and width.
+        range: Range of the factor, drawn uniformly; 2 doubles height and width.
     """
 
     range: tuple[float, float]
@@ -135,19 +138,19 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class ResizedCrop:
-    """A random part of the canvas, of random area and proportions, stretched to a size.
+    """Crop a random part of the canvas, of random area and aspect ratio, and resize it.
 
     Szegedy et al. 2014, https://arxiv.org/abs/1409.4842
 
-    Where its pixels are whole pixels of the image, the part is cut out before it is resized, as
-    torchvision does: its outermost pixels see nothing beyond it. Their content lies inwards of
-    where their labels are read: when enlarged, by less than half a pixel of the image; when
-    shrunk, by a tenth of a pixel of the result.
+    If the crop has integer coordinates in the image, it is cut out before it is resized, as in
+    torchvision: its outermost pixels do not depend on pixels outside it. At its border, the image is
+    shifted inwards relative to the mask: by less than half a pixel of the image when enlarged, by a
+    tenth of a pixel of the result when shrunk.
 
     Args:
         size: Height and width of the result.
-        area: Range of the part's share of the canvas's area.
-        ratio: Range of the part's width over its height, drawn uniformly in its logarithm.
+        area: Range of the crop's area as a share of the canvas's area.
+        ratio: Range of the crop's width / height; the logarithm is drawn uniformly.
     """
 
     size: tuple[int, int]
@@ -163,7 +166,7 @@ class ResizedCrop:
         rows, columns = canvas.size
         area = rows * columns * draw(rng, self.area)
         stretch = math.exp(draw(rng, (math.log(self.ratio[0]), math.log(self.ratio[1]))) / 2)
-        # What does not fit is cut to the canvas, in place of trying again as the paper's code does.
+        # A crop that does not fit is clipped to the canvas; the paper's code draws again.
         height = min(rows, max(1, round(math.sqrt(area) / stretch)))
         width = min(columns, max(1, round(math.sqrt(area) * stretch)))
         top = int(rng.integers(rows - height + 1))
@@ -174,7 +177,7 @@ class ResizedCrop:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotate:
-    """Rotate about the center by any angle; the canvas keeps its size.
+    """Rotate about the center by a random angle; the canvas keeps its size.
 
     Args:
         degrees: Range of the angle, counterclockwise.
@@ -194,10 +197,10 @@ class Rotate:
 
 @dataclass(frozen=True, kw_only=True)
 class QuarterTurn:
-    """Rotate by 90, 180 or 270 degrees, each as likely; height and width change places with it.
+    """Rotate by 90, 180 or 270 degrees with equal probability; the canvas rotates too.
 
     Args:
-        turns: Quarter turns to choose from, counterclockwise.
+        turns: Numbers of quarter turns to choose from, counterclockwise.
     """
 
     turns: tuple[int, ...] = (1, 2, 3)
@@ -216,7 +219,7 @@ class QuarterTurn:
 
 @dataclass(frozen=True, kw_only=True)
 class HorizontalFlip:
-    """Left and right change places. Half of the time unless ``p`` says otherwise."""
+    """Flip left and right. ``p`` is 0.5 by default."""
 
     default_p: ClassVar[float] = 0.5
 
@@ -226,7 +229,7 @@ class HorizontalFlip:
 
 @dataclass(frozen=True, kw_only=True)
 class VerticalFlip:
-    """Top and bottom change places. Half of the time unless ``p`` says otherwise."""
+    """Flip top and bottom. ``p`` is 0.5 by default."""
 
     default_p: ClassVar[float] = 0.5
 
@@ -236,11 +239,11 @@ class VerticalFlip:
 
 @dataclass(frozen=True, kw_only=True)
 class Shift:
-    """Move the content; what comes in is padding.
+    """Translate the content; uncovered areas are padding.
 
     Args:
-        x: Range of the way to the right, as a share of the width.
-        y: Range of the way down, as a share of the height.
+        x: Range of the shift to the right, as a share of the width.
+        y: Range of the shift down, as a share of the height.
     """
 
     x: tuple[float, float] = (-0.1, 0.1)
@@ -257,11 +260,11 @@ class Shift:
 
 @dataclass(frozen=True, kw_only=True)
 class Shear:
-    """Lean the content about the center, as torchvision's ``affine`` does, signs included.
+    """Shear the content about the center, with the signs of torchvision's ``affine``.
 
     Args:
-        x: Range in degrees by which vertical lines lean, their top to the right.
-        y: Range in degrees by which horizontal lines lean, their right end up.
+        x: Range of the angle in degrees between sheared and vertical lines, tops to the right.
+        y: Range of the angle in degrees between sheared and horizontal lines, right ends up.
     """
 
     x: tuple[float, float] = (-10.0, 10.0)
@@ -272,7 +275,7 @@ class Shear:
         check("y", self.y, low=-60, high=60)
 
     def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        x, y = (math.tan(math.radians(draw(rng, lean))) for lean in (self.x, self.y))
+        x, y = (math.tan(math.radians(draw(rng, degrees))) for degrees in (self.x, self.y))
         across = np.array([[1.0, x, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
         down = np.array([[1.0, 0.0, 0.0], [y, 1.0, 0.0], [0.0, 0.0, 1.0]])
         return canvas.then(_about_center(across @ down, canvas.size))
@@ -280,10 +283,10 @@ class Shear:
 
 @dataclass(frozen=True, kw_only=True)
 class Perspective:
-    """See the image as a plane from a little aside: each corner moves inwards on its own.
+    """Apply a random perspective transform: each corner moves inwards independently.
 
     Args:
-        amount: Range of the furthest a corner moves, as a share of half a side.
+        amount: Range of the largest distance a corner moves, as a share of half a side.
     """
 
     amount: tuple[float, float] = (0.0, 0.3)
@@ -300,7 +303,7 @@ class Perspective:
 
 
 def _through_corners(output: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """The matrix that takes four points (4, 2) to four others, by its eight linear equations."""
+    """Return the matrix that maps four points (4, 2) to four others: eight linear equations."""
     rows, values = [], []
     for (x, y), (u, v) in zip(output, source, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
@@ -310,12 +313,13 @@ def _through_corners(output: np.ndarray, source: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """A random part of one size; a canvas that is smaller lies somewhere in it, padded.
+    """Crop a random part of fixed size; a smaller canvas is padded, at a random position.
 
     Args:
         size: Height and width.
-        max_class_share: A part in which one class has more of the labelled pixels is given up for
-            another, up to 10 times; the last one stays. Looked up at a 32×32 grid of the source.
+        max_class_share: A crop in which one class has a larger share of the labelled pixels is
+            rejected, at most 10 crops are drawn, and the last one is kept. Evaluated at a 32×32
+            grid of the source.
     """
 
     size: tuple[int, int]
@@ -342,10 +346,10 @@ class Crop:
 
 @dataclass(frozen=True, kw_only=True)
 class Pad:
-    """Pad to at least a size, the same on both sides.
+    """Pad to a minimum size, equally on both sides.
 
     Args:
-        size: Least height and width.
+        size: Minimum height and width.
     """
 
     size: tuple[int, int]
@@ -362,26 +366,27 @@ class Pad:
 def warp(
     image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Read an image and its mask through one matrix.
+    """Resample an image and its mask through one matrix.
 
-    Flips, quarter turns and whole-pixel moves copy. Anything else is bilinear for the image and
-    nearest for the mask. What shrinks is averaged down to the right number of pixels first: always
-    along the axes; when turned, from a factor of √2 (in perspective, that of the output's center;
-    where the horizon crosses the output, no more than that of the image's center).
+    Flips, quarter turns and integer shifts copy pixels. Otherwise, the image is read bilinearly and
+    the mask with nearest neighbor. An image that shrinks is first downsampled with anti-aliasing:
+    always for matrices along the axes, from a factor of √2 for others. The factor of a perspective
+    is measured at the output's center; if the horizon crosses the output, it is at most the one at
+    the image's center.
 
     Args:
-        image: Of any number type; floats come out where it is not copied.
-        mask: Of the image, or ``None``.
-        matrix: (3, 3), takes points of the output to points of the image.
+        image: Image of any dtype; the result is float unless pixels are copied.
+        mask: Mask of the image, or ``None``.
+        matrix: (3, 3), maps points of the output to points of the image.
         size: Height and width of the output.
 
     Shape:
         image: (C, H, W); mask: (H, W)
 
     Returns:
-        The image, its border continued outwards; the mask, :data:`IGNORE` outside the image; and 1
-        where the output lies inside the image, else 0 (h, w), ``None`` for 1 everywhere. They may
-        share memory with the input.
+        The image with its border replicated outwards; the mask with :data:`IGNORE` outside the
+        image; and (h, w) with 1 where the output lies inside the image, else 0, or ``None`` if it
+        is 1 everywhere. They may share memory with the input.
     """
     matrix = _settled(matrix)
     axes = _axes(matrix)
@@ -391,7 +396,7 @@ def warp(
 
 
 def _settled(matrix: np.ndarray) -> np.ndarray:
-    """Whole numbers are whole again after a product of matrices."""
+    """Normalize a matrix, and remove the rounding errors of numbers that should be integers."""
     matrix = matrix / matrix[2, 2]
     nearest = np.rint(matrix)
     return np.where(np.abs(matrix - nearest) < _EXACT, nearest, matrix)
@@ -399,7 +404,7 @@ def _settled(matrix: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Axes:
-    """A matrix that keeps rows and columns straight: for each, the factor and offset to read at."""
+    """A matrix that maps rows and columns to rows or columns: the factor and offset of each."""
 
     swap: bool
     rows: tuple[float, float]
@@ -447,35 +452,35 @@ def _warp_freely(
     leaves = _leaves(matrix, size, image)
     if mask is None and not leaves:
         return sampled, None, None
-    # Labels are counted from 1, for 0 is what is read outside the image.
-    # The grid is relative to the box, so it fits the mask's box at full size too.
+    # Labels are shifted by 1, because grid_sample reads 0 outside the image.
+    # The grid is relative to the box, so it applies to the mask's box at full size too.
     labels = image.new_zeros(image.shape[-2:]) if mask is None else mask
-    found = F.grid_sample(
+    shifted = F.grid_sample(
         labels[box].float().add_(1)[None, None], grid, mode="nearest", align_corners=False
     )[0, 0]
     if mask is not None:
-        mask = found.short().sub_(1).to(torch.uint8)  # -1 becomes IGNORE
-    return sampled, mask, found.clamp_(max=1) if leaves else None
+        mask = shifted.short().sub_(1).to(torch.uint8)  # -1 becomes IGNORE
+    return sampled, mask, shifted.clamp_(max=1) if leaves else None
 
 
 def _lines(axes: _Axes, size: Size, image: Tensor) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
-    """Which row and column each row and column is read from, and what lies inside the image."""
+    """Return the rows and columns to read from, and 1 where the output lies inside the image."""
     have = image.shape[-2:]
-    found, within = [], []
+    lines, within = [], []
     for (factor, offset), wanted, available in zip(
         (axes.rows, axes.columns), size, have[::-1] if axes.swap else have, strict=True
     ):
         at = np.floor((np.arange(wanted) + 0.5) * factor + offset + _EXACT).astype(np.int64)
-        found.append(at.clip(0, available - 1))
+        lines.append(at.clip(0, available - 1))
         within.append((at >= 0) & (at < available))
-    if all(line.all() for line in within):
-        return found[0], found[1], None
+    if all(valid.all() for valid in within):
+        return lines[0], lines[1], None
     inside = torch.from_numpy(within[0][:, None] & within[1]).to(image.device).float()
-    return found[0], found[1], inside
+    return lines[0], lines[1], inside
 
 
 def _pick(image: Tensor, swap: bool, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-    """Rows and columns of an image, after they changed places with ``swap``: a view if possible."""
+    """Return rows and columns of an image, transposed first if ``swap``; a view if possible."""
     if swap:
         image = image.transpose(-1, -2)
     for dim, lines in ((-2, rows), (-1, columns)):
@@ -489,18 +494,18 @@ def _pick(image: Tensor, swap: bool, rows: np.ndarray, columns: np.ndarray) -> T
     else:
         return image
     if dim == -1:
-        rows = np.arange(len(rows))  # they are in place
+        rows = np.arange(len(rows))  # rows are already selected
     at = torch.from_numpy(rows[:, None] * image.shape[-1] + columns).flatten().to(image.device)
     picked = image.flatten(-2).index_select(-1, at)  # faster than along one dimension at a time
     return picked.unflatten(-1, (len(rows), len(columns)))
 
 
 def _corners(matrix: np.ndarray, size: Size) -> tuple[list[float], list[float]]:
-    """The x and the y of the image at which the output's corners are read.
+    """Return the x and the y in the image of the output's corners.
 
-    Where a perspective's horizon crosses the output, its corners bound nothing: then, all numbers.
+    If a perspective's horizon crosses the output, its corners are no bounds: returns ±infinity.
     """
-    (a, b, c), (d, e, f), (p, q, r) = matrix.tolist()  # numbers: arrays of four are slower
+    (a, b, c), (d, e, f), (p, q, r) = matrix.tolist()  # Python floats: faster than arrays of four
     height, width = size
     xs, ys = [], []
     for x, y in ((0, 0), (width, 0), (width, height), (0, height)):
@@ -513,6 +518,7 @@ def _corners(matrix: np.ndarray, size: Size) -> tuple[list[float], list[float]]:
 
 
 def _leaves(matrix: np.ndarray, size: Size, image: Tensor) -> bool:
+    """Return whether the output extends outside the image."""
     have = image.shape[:-3:-1]  # x before y, as in points
     corners = _corners(matrix, size)
     return any(min(at) < 0 or max(at) > sides for at, sides in zip(corners, have, strict=True))
@@ -521,17 +527,17 @@ def _leaves(matrix: np.ndarray, size: Size, image: Tensor) -> bool:
 def _reduced(
     image: Tensor, matrix: np.ndarray, size: Size, *, along_axes: bool
 ) -> tuple[Tensor, np.ndarray, tuple[slice, slice]]:
-    """The part of an image that is read, averaged down if need be; the matrix to read that part.
+    """Return the part of an image that is read, downsampled where needed, and its matrix.
 
-    Along the axes, a part that is whole pixels is enlarged too.
+    If ``along_axes``, a part with integer coordinates is upsampled to the output size too.
 
     Returns:
-        The part, the matrix, and the part's rows and columns in the image.
+        The part, the matrix that reads it, and the part's rows and columns in the image.
     """
     have = image.shape[:-3:-1]  # x before y here, as in points
     corners = _corners(matrix, size)
     steps = _steps(matrix, (size[1] / 2, size[0] / 2))
-    if math.isinf(corners[0][0]):  # a center near the horizon tells too much: take the less of two
+    if math.isinf(corners[0][0]):  # near the horizon the factor is too large: take the smaller
         x, y, w = np.linalg.inv(matrix) @ [have[0] / 2, have[1] / 2, 1]
         other = _steps(matrix, (x / w, y / w))
         steps = min(steps[0], other[0]), min(steps[1], other[1])
@@ -543,7 +549,7 @@ def _reduced(
         factor = step if shrink or fits else 1.0
         low, high = min(at), max(at)
         if along_axes and not whole and any(shrinks):
-            low, high = 0, available  # whole images resize to whole pixels, their parts do not
+            low, high = 0, available  # only whole images resize to integer coordinates
         elif not whole:
             low, high = low - 2 * factor, high + 2 * factor
         first = min(math.floor(max(low + _EXACT, 0)), available - 1)
@@ -561,8 +567,8 @@ def _reduced(
 
 
 def _resized(image: Tensor, size: Size) -> Tensor:
-    """Bilinear, anti-aliased, and rounded where levels come as bytes."""
-    # The kernel for bytes is several times faster, but only on packed memory, and on the CPU.
+    """Resize bilinearly with anti-aliasing; the result is rounded if the image is uint8."""
+    # The uint8 kernel is several times as fast, but only on contiguous memory and on the CPU.
     packed = torch.channels_last if image.stride(0) == 1 else torch.contiguous_format
     batch = image[None].contiguous(memory_format=packed)
     if image.is_floating_point() or image.device.type == "cpu":
@@ -571,7 +577,7 @@ def _resized(image: Tensor, size: Size) -> Tensor:
 
 
 def _steps(matrix: np.ndarray, at: tuple[float, float]) -> tuple[float, float]:
-    """How far apart in the image's x and y the output's pixels are read, at one of its points."""
+    """Return the distance in x and in y between neighboring samples, at a point of the output."""
     (a, b, c), (d, e, f), (p, q, r) = matrix.tolist()
     x, y = at
     w = p * x + q * y + r
@@ -580,13 +586,15 @@ def _steps(matrix: np.ndarray, at: tuple[float, float]) -> tuple[float, float]:
 
 
 def _grid(matrix: np.ndarray, size: Size, image: Tensor) -> Tensor:
-    """Where to read each pixel, in the units of ``grid_sample``: -1 to 1 from edge to edge."""
+    """Return the grid for ``grid_sample``, whose coordinates are -1 to 1 from edge to edge."""
     height, width = image.shape[-2:]
     matrix = shifting(-1, -1) @ scaling(2 / width, 2 / height) @ matrix
     x = torch.arange(size[1], device=image.device) + 0.5
     y = torch.arange(size[0], device=image.device)[:, None] + 0.5
     (a, b, c), (d, e, f), (p, q, r) = matrix.tolist()
-    planes = torch.empty((1, 2, *size), device=image.device)  # x apart from y: faster to read too
+    planes = torch.empty(
+        (1, 2, *size), device=image.device
+    )  # separate planes for x and y are faster
     torch.add(x * a, y * b + c, out=planes[0, 0])
     torch.add(x * d, y * e + f, out=planes[0, 1])
     if p or q:

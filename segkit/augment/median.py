@@ -1,11 +1,11 @@
-"""The median of a square around each pixel, from minima and maxima of whole images.
+"""Median filter computed with elementwise minima and maxima of shifted images.
 
-Fast on bytes, where a sort of each window is not: windows share their columns, so the values of
-each column are sorted first, as images, and then the rows of each rank. That leaves a square whose
-rows and columns are both sorted, around whose median few values can lie.
+Faster on uint8 than sorting each window: neighboring windows share columns, so each column is
+sorted once for all of them, then the rows of equal rank are sorted. In the resulting square, sorted
+along both rows and columns, few values can be the median.
 
-A network of such steps is found once for each size, and freed of all that the median does not need.
-That of 5 × 5 has 116. Sharing columns: Adams 2021, https://doi.org/10.1145/3450626.3459773
+The sorting network of each size is built once and pruned to the steps that the median depends on
+(116 steps for 5 × 5). Sharing columns: Adams 2021, https://doi.org/10.1145/3450626.3459773
 """
 
 import functools
@@ -19,12 +19,12 @@ from torch import Tensor
 
 
 class Plane(NamedTuple):
-    """An image, read from some rows further down and columns further right.
+    """An image with an offset to read it at.
 
     Args:
-        number: 0 is the image itself, above it the result of that step.
-        down: Rows.
-        right: Columns.
+        number: 0 is the input image, n > 0 the result of step n.
+        down: Offset in rows.
+        right: Offset in columns.
     """
 
     number: int
@@ -36,48 +36,48 @@ class Step(NamedTuple):
     """A minimum or maximum of two planes.
 
     Args:
-        number: Of the result.
-        function: ``minimum`` or ``maximum``, in NumPy as in PyTorch.
-        one: An operand.
-        other: An operand.
-        done: Numbers of planes that no later step needs.
+        number: Number of the result.
+        function: ``minimum`` or ``maximum``, a function of both NumPy and PyTorch.
+        first: First operand.
+        second: Second operand.
+        done: Numbers of planes that no later step reads.
     """
 
     number: int
     function: str
-    one: Plane
-    other: Plane
+    first: Plane
+    second: Plane
     done: frozenset[int]
 
 
 def median(image: Tensor, size: int) -> Tensor:
-    """The median of each square of ``size`` × ``size`` pixels within an image.
+    """Return the median of each square of ``size`` × ``size`` pixels of an image.
 
     Shape:
-        image: (C, H + size - 1, W + size - 1), of any number type -> (C, H, W)
+        image: (C, H + size - 1, W + size - 1), of any dtype -> (C, H, W)
     """
     _, height, width = image.shape
-    # The planes of a channel fit the cache, and a call of NumPy costs a fraction of PyTorch's.
+    # By channel, whose planes fit in the cache; NumPy has less overhead per call than PyTorch.
     library, channels = (np, image.numpy()) if image.device.type == "cpu" else (torch, image)
-    flat = [torch.as_tensor(_run(library, one.reshape(-1), size, width)) for one in channels]
+    flat = [
+        torch.as_tensor(_run(library, channel.reshape(-1), size, width)) for channel in channels
+    ]
     shape = height - size + 1, width - size + 1
     return torch.stack([plane.as_strided(shape, (width, 1)) for plane in flat])
 
 
 def _run(library: Any, plane: Any, size: int, width: int) -> Any:
-    """The medians of the squares that begin at each pixel of a flat image, those at its end aside.
+    """Return the median of the square that begins at each pixel of a flattened image.
 
-    A square's first pixel is moved by adding to its place. What is read across an edge belongs to
-    squares that are not within the image.
+    Shifting a plane is an offset into the flattened image. Squares that cross the right edge give
+    meaningless values, which the caller drops; those that cross the end are left out.
     """
     planes = {0: plane}
-    for number, function, one, other, done in network(size):
-        first, second = planes[one.number], planes[other.number]
-        start, begin = one.down * width + one.right, other.down * width + other.right
-        length = min(len(first) - start, len(second) - begin)
-        planes[number] = getattr(library, function)(
-            first[start : start + length], second[begin : begin + length]
-        )
+    for number, function, first, second, done in network(size):
+        a = planes[first.number][first.down * width + first.right :]
+        b = planes[second.number][second.down * width + second.right :]
+        length = min(len(a), len(b))
+        planes[number] = getattr(library, function)(a[:length], b[:length])
         for unneeded in done:
             del planes[unneeded]
     (result,) = planes.values()
@@ -86,7 +86,7 @@ def _run(library: Any, plane: Any, size: int, width: int) -> Any:
 
 @functools.cache
 def network(size: int) -> tuple[Step, ...]:
-    """The steps that lead from an image to the medians of its squares of an odd size."""
+    """Return the steps that compute the median of squares of an odd size."""
     draft = _Draft()
     columns = draft.sort([Plane(0, down, 0) for down in range(size)])
     square = [
@@ -97,50 +97,52 @@ def network(size: int) -> tuple[Step, ...]:
 
 
 class _Ranked(NamedTuple):
-    """A plane, and what is known of its order among others: see :func:`_candidates`."""
+    """A plane, and a bit set that encodes its known order: see :func:`_candidates`."""
 
     plane: Plane
     known: int
 
 
 class _Draft:
-    """A network in the making, each of its steps once."""
+    """Builder of a network; equal steps are stored once."""
 
     def __init__(self) -> None:
         self._steps: dict[tuple[str, Plane, Plane], int] = {}
 
-    def pair(self, one: Plane, other: Plane) -> tuple[Plane, Plane]:
-        """The least and the most of two planes."""
-        return self._step("minimum", one, other), self._step("maximum", one, other)
+    def pair(self, first: Plane, second: Plane) -> tuple[Plane, Plane]:
+        """Return the minimum and the maximum of two planes."""
+        return self._step("minimum", first, second), self._step("maximum", first, second)
 
-    def _step(self, function: str, one: Plane, other: Plane) -> Plane:
-        one, other = sorted((one, other))
-        down, right = min(one.down, other.down), min(one.right, other.right)
-        one, other = (Plane(at.number, at.down - down, at.right - right) for at in (one, other))
-        number = self._steps.setdefault((function, one, other), len(self._steps) + 1)
+    def _step(self, function: str, first: Plane, second: Plane) -> Plane:
+        first, second = sorted((first, second))
+        down, right = min(first.down, second.down), min(first.right, second.right)
+        first, second = (
+            Plane(plane.number, plane.down - down, plane.right - right) for plane in (first, second)
+        )
+        number = self._steps.setdefault((function, first, second), len(self._steps) + 1)
         return Plane(number, down, right)
 
     def sort(self, planes: list[Plane]) -> list[Plane]:
-        """Planes from least to most, pixel by pixel."""
+        """Sort planes in ascending order, pixel by pixel."""
         for low, high in _exchanges(len(planes)):
             planes[low], planes[high] = self.pair(planes[low], planes[high])
         return planes
 
-    def ranked_pair(self, one: _Ranked, other: _Ranked) -> tuple[_Ranked, _Ranked]:
-        """The least and the most; no step where it is known which is which."""
-        both, either = one.known & other.known, one.known | other.known
-        if both == one.known:
-            return one, other
-        if both == other.known:
-            return other, one
-        least, most = self.pair(one.plane, other.plane)
-        return _Ranked(least, both), _Ranked(most, either)
+    def ranked_pair(self, first: _Ranked, second: _Ranked) -> tuple[_Ranked, _Ranked]:
+        """Return the minimum and the maximum; adds no step where their order is known."""
+        both, either = first.known & second.known, first.known | second.known
+        if both == first.known:
+            return first, second
+        if both == second.known:
+            return second, first
+        minimum, maximum = self.pair(first.plane, second.plane)
+        return _Ranked(minimum, both), _Ranked(maximum, either)
 
     def middle(self, values: list[_Ranked]) -> Plane:
-        """The median of an odd number of planes, pixel by pixel.
+        """Return the median of an odd number of planes, pixel by pixel.
 
-        Of just over half of the values, the least and the most cannot be the median: they are
-        found, forgotten, and one more value is looked at, until one is left.
+        Among just over half of the values, neither the minimum nor the maximum can be the median:
+        drop both, add the next value, and repeat until one is left.
         """
         start = len(values) // 2 + 2
         held, waiting = values[:start], values[start:]
@@ -156,18 +158,18 @@ class _Draft:
         return held[0].plane
 
     def needed(self, result: Plane) -> tuple[Step, ...]:
-        """The steps that a plane depends on."""
+        """Return the steps that a plane depends on."""
         needed, alive = [], {result.number}
-        for (function, one, other), number in reversed(self._steps.items()):
+        for (function, first, second), number in reversed(self._steps.items()):
             if number in alive:
-                done = frozenset({one.number, other.number} - alive)
-                needed.append(Step(number, function, one, other, done))
+                done = frozenset({first.number, second.number} - alive)
+                needed.append(Step(number, function, first, second, done))
                 alive |= done
         return tuple(reversed(needed))
 
 
 def _exchanges(count: int) -> Iterator[tuple[int, int]]:
-    """Places to compare in turn, to sort any numbers: Batcher's merge exchange.
+    """Yield the index pairs to compare and exchange, in order, to sort: Batcher's merge exchange.
 
     Knuth, The Art of Computer Programming 3, algorithm 5.2.2M.
     """
@@ -184,20 +186,20 @@ def _exchanges(count: int) -> Iterator[tuple[int, int]]:
 
 
 def _candidates(square: list[list[Plane]]) -> list[_Ranked]:
-    """Where the median of a square can be that is sorted along its rows and its columns.
+    """Return the planes that can be the median of a square sorted along rows and columns.
 
-    What is at most, or at least, as large as more than half of the square is not the median, and
-    as many are left out on either side. Of the others it is known for each way in which such a
-    square can be zeros and ones, a bit each, whether they are one: a plane is never above another
-    if all of its bits are the other's too (the zero-one principle, Knuth 5.3.4). The last come
-    first: of the orders that were tried, this leaves the fewest steps.
+    A value that is <= or >= more than half of the square cannot be the median; equally many are
+    left out on both sides. ``known`` of a remaining plane has one bit for each sorted 0/1 square:
+    the plane's value in it. A plane is never greater than another if its bits are a subset of the
+    other's (zero-one principle, Knuth 5.3.4). Rows and columns are in descending order: of the
+    orders tried, this needs the fewest steps.
     """
     size = len(square)
     ones = np.array(list(itertools.combinations_with_replacement(range(size + 1), size)))
     half = size * size // 2 + 1
-    found = []
+    candidates = []
     for row, column in itertools.product(reversed(range(size)), repeat=2):
         if (row + 1) * (column + 1) <= half and (size - row) * (size - column) <= half:
             bits = np.packbits(ones[:, row] >= size - column).tobytes()
-            found.append(_Ranked(square[row][column], int.from_bytes(bits, "big")))
-    return found
+            candidates.append(_Ranked(square[row][column], int.from_bytes(bits, "big")))
+    return candidates

@@ -1,8 +1,8 @@
-"""Mixtures: operations that bring a second image into the first.
+"""Mixing operations: paste parts of a second image into the first.
 
-An operation plans for a canvas: it asks for another image, chooses how that one is scaled, flipped
-and placed, and gives a step that pastes some of it. Put these first in the list, and all that comes
-after treats the mixture as one image.
+For a given canvas size, an operation requests another image, draws its scale, flip and position,
+and returns a step that pastes parts of it. Put mixing operations first in the list, so that all
+following operations apply to the mixed image.
 """
 
 import functools
@@ -21,48 +21,48 @@ from segkit.core.errors import ConfigError
 from segkit.core.labels import IGNORE
 
 Others = Callable[[np.random.Generator], tuple[Tensor, Tensor]]
-"""Another labelled image, chosen with the numbers it is given: (3, H, W) and (H, W), uint8."""
+"""Function that draws another labelled image with a generator: (3, H, W) and (H, W), uint8."""
 
 Run = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]]
 
-_COARSE = 64  # longest side of the grid on which objects of one class are told apart
+_COARSE = 64  # longest side of the grid on which connected regions are searched
 
 
 def rare_weights(counts: np.ndarray) -> np.ndarray:
-    """How often to choose each image so that the classes it shows are chosen alike.
+    """Return the probability of choosing each image so that classes are chosen equally often.
 
     Args:
-        counts: (N, C) pixels of each class in each image, without the background.
+        counts: (N, C) pixels per class and image, without the background.
 
     Returns:
-        (N,) chances that add up to one. An image weighs what its rarest class does: one over the
-        number of images that show that class. An image without objects is never chosen.
+        (N,) probabilities with sum 1, proportional to 1 / (number of images that contain the
+        image's rarest class). An image without objects has probability 0.
 
     Raises:
-        ConfigError: No image shows an object.
+        ConfigError: No image contains an object.
     """
-    shows = np.asarray(counts) > 0
-    images = shows.sum(axis=0)
-    weights = np.where(shows, 1 / np.maximum(images, 1), 0).max(axis=1, initial=0)
-    if not weights.any():
+    present = np.asarray(counts) > 0
+    images = present.sum(axis=0)
+    coefficients = np.where(present, 1 / np.maximum(images, 1), 0).max(axis=1, initial=0)
+    if not coefficients.any():
         raise ConfigError("mixtures need objects, and no training image shows one")
-    return weights / weights.sum()
+    return coefficients / coefficients.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class CopyPaste:
-    """Paste objects of another image, where and as large as they happen to fall.
+    """Paste objects of another image at a random position and scale.
 
     Ghiasi et al. 2021, https://arxiv.org/abs/2012.07177
 
     Args:
-        scale: Range of the other image's size, in sizes of its own.
-        objects: Fewest and most objects pasted.
-        rare: Classes to take first where the other image shows one of them.
+        scale: Range of the other image's scale, relative to its own size.
+        objects: Minimum and maximum number of objects to paste.
+        rare: Classes to paste first if the other image contains one of them.
         background: Class that is never pasted.
 
-    Departs from the paper: an object is a connected region of one class, since masks hold no
-    instances; edges are hard (the paper found blending to make no difference).
+    Departs from the paper: an object is a connected region of one class, because masks contain
+    no instances; edges are hard (the paper found blending to make no difference).
     """
 
     scale: tuple[float, float] = (0.8, 1.25)
@@ -84,13 +84,13 @@ class CopyPaste:
 
 @dataclass(frozen=True, kw_only=True)
 class CutMix:
-    """Replace a rectangle by that of another image.
+    """Replace a rectangle by a part of another image.
 
     Yun et al. 2019, https://arxiv.org/abs/1905.04899
 
     Args:
-        area: Range of the rectangle's share of the canvas; its proportions are the canvas's.
-        scale: Range of the other image's size, in sizes that just cover the canvas.
+        area: Range of the rectangle's share of the canvas; it has the canvas's aspect ratio.
+        scale: Range of the other image's scale, relative to the size that just covers the canvas.
     """
 
     area: tuple[float, float] = (0.1, 0.5)
@@ -113,14 +113,14 @@ class CutMix:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMix:
-    """Paste all regions of half of another image's classes.
+    """Paste all pixels of half of another image's classes.
 
     Olsson et al. 2020, https://arxiv.org/abs/2007.07936
 
     Args:
-        scale: Range of the other image's size, in sizes that just cover the canvas.
+        scale: Range of the other image's scale, relative to the size that just covers the canvas.
 
-    Departs from the paper: pastes labels of people, where the paper pastes a model's own.
+    Departs from the paper: pastes annotated labels; the paper pastes predictions of a model.
     """
 
     scale: tuple[float, float] = (1.0, 1.5)
@@ -144,14 +144,14 @@ def _other(name: str, others: Others | None, rng: np.random.Generator) -> tuple[
 
 
 def _cover(mask: Tensor, size: Size) -> float:
-    """The factor by which an image just covers a canvas."""
+    """Return the scale at which an image just covers a canvas."""
     return max(size[0] / mask.shape[0], size[1] / mask.shape[1])
 
 
 def _placed(mask: Tensor, size: Size, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """From the canvas to the other image: scaled, flipped half of the time, moved about.
+    """Return the matrix from the canvas to the other image, with random flip and position.
 
-    As much of it as can be lies on the canvas.
+    The overlap with the canvas is as large as possible.
     """
     height, width = mask.shape[-2] * scale, mask.shape[-1] * scale
     top, left = rng.random() * (height - size[0]), rng.random() * (width - size[1])
@@ -162,14 +162,14 @@ def _placed(mask: Tensor, size: Size, scale: float, rng: np.random.Generator) ->
 def _objects(
     mask: Tensor, count: int, rng: np.random.Generator, rare: Sequence[int], background: int
 ) -> Tensor:
-    """Where some objects are: connected regions, each found from one of its pixels."""
+    """Return the pixels of up to ``count`` random objects, which are connected regions."""
     free = (mask != background) & (mask != IGNORE)
     chosen = torch.zeros_like(free)
     for _ in range(count):
-        left = mask[free & ~chosen].unique()
-        if not len(left):
+        classes = mask[free & ~chosen].unique()
+        if not len(classes):
             break
-        wanted = [int(index) for index in left if index in rare] or left.tolist()
+        wanted = [int(index) for index in classes if index in rare] or classes.tolist()
         own = (mask == int(rng.choice(wanted))) & ~chosen
         places = own.nonzero()
         chosen |= _region(own, places[int(rng.integers(len(places)))])
@@ -177,7 +177,7 @@ def _objects(
 
 
 def _region(own: Tensor, seed: Tensor) -> Tensor:
-    """The pixels connected to one, as far as a coarse grid tells."""
+    """Return the region of ``own`` around ``seed``; connectivity is evaluated on a coarse grid."""
     height, width = own.shape
     cell = max(1, math.ceil(max(height, width) / _COARSE))
     coarse = F.max_pool2d(own[None].float(), cell, ceil_mode=True)
@@ -203,10 +203,10 @@ def _paste(
     chosen: Tensor | None = None,
     window: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Lay over an image, within a window of it, what is chosen in another."""
+    """Paste the chosen pixels of another image into an image, within a window of it."""
     size = (image.shape[-2], image.shape[-1])
     device = image.device
-    laid, seen, within = warp(other.to(device), labels.to(device), matrix, size)
+    pasted, pasted_labels, within = warp(other.to(device), labels.to(device), matrix, size)
     over = (
         torch.ones(size, dtype=torch.bool, device=device) if window is None else window.to(device)
     )
@@ -216,10 +216,10 @@ def _paste(
         _, picked, _ = warp(other[:1].to(device), chosen.to(device, torch.uint8), matrix, size)
         over = over & (picked == 1)
     if not image.is_floating_point():
-        laid = laid.round().to(image.dtype) if laid.is_floating_point() else laid
-    image = torch.where(over, laid.to(image.dtype), image)
-    if mask is not None and seen is not None:
-        mask = torch.where(over, seen, mask)
+        pasted = pasted.round().to(image.dtype) if pasted.is_floating_point() else pasted
+    image = torch.where(over, pasted.to(image.dtype), image)
+    if mask is not None and pasted_labels is not None:
+        mask = torch.where(over, pasted_labels, mask)
     return image, mask, inside if inside is None else inside.maximum(over.float())
 
 

@@ -1,4 +1,4 @@
-"""The pipeline: a list of operations, planned with random numbers, then rendered without any."""
+"""Augmentation pipeline: draws all random numbers into a plan, then renders the plan."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ OPERATIONS: dict[str, Callable[..., Any]] = {**GEOMETRY, **COLOR, **CURVES, **FI
 
 _LEVELS = np.tile([0.0, 255.0], (3, 1))
 
-# Once a block of this size was freed, glibc keeps what is freed later for the next sample. Else it
-# goes back to the system each time, and the pages anew cost more than the work done on them.
+# Freeing a block of this size raises glibc's mmap threshold, so that later blocks are reused for
+# the next sample. Otherwise they are returned to the system, and the page faults cost more than
+# the work.
 torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one sample, wherever and whenever it is made."""
+    """Return the random generator of one sample, the same in every process."""
     return np.random.default_rng((seed, epoch, index))
 
 
 @dataclass(frozen=True)
 class Warp:
-    """Read the image and its mask through a (3, 3) matrix into ``size``."""
+    """A resampling of the image and its mask through a (3, 3) matrix to ``size``."""
 
     matrix: np.ndarray
     size: Size
@@ -40,28 +41,28 @@ class Warp:
 
 @dataclass(frozen=True)
 class Recolor:
-    """Multiply colors by a (4, 4) matrix."""
+    """A multiplication of colors by a (4, 4) matrix."""
 
     matrix: np.ndarray
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Look values up in a table."""
+    """A lookup of values in a table."""
 
     table: np.ndarray
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Work on pixels and their neighbors: a function of (image, mask)."""
+    """An operation on pixels and their neighbors: a function of (image, mask)."""
 
     run: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Bring another image in: a function of (image, mask, where the image is not padding)."""
+    """A mix with another image: a function of (image, mask, 1 where the image is not padding)."""
 
     run: Callable[
         [Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]
@@ -73,11 +74,11 @@ Step = Warp | Recolor | Curve | Filter | Mix
 
 @dataclass(frozen=True)
 class Plan:
-    """All that will be done to one image; no random number is left to draw.
+    """All steps for one image; rendering it draws no random numbers.
 
     Args:
-        steps: In order.
-        color: (4, 4), the last change of colors, which is one product with the normalization.
+        steps: The steps in order.
+        color: (4, 4), the last color matrix, which is multiplied with the normalization.
         size: Height and width of the result.
     """
 
@@ -87,23 +88,23 @@ class Plan:
 
 
 class Pipeline:
-    """Operations on an image and its mask that touch the pixels once.
+    """Augmentation of an image and its mask with as few passes over the pixels as possible.
 
-    Geometry multiplies to one matrix and color to one, so a list of both is one reading of the
-    image, one of the mask, and one product of colors that ends normalized. Both are pointwise in
-    their own way and change places freely; operations on neighborhoods, curves and mixtures stand
-    where they are in the list, and what is before them is carried out first, but for colors before
-    a blur, which come to the same after it.
+    Geometric operations are multiplied to one matrix and color operations to another, so a list of
+    both needs one resampling of the image, one of the mask, and one color product that includes the
+    normalization. Geometry and color commute. Filters, curves and mixing operations keep their
+    place in the list: all operations before them are applied first, except color operations before
+    a linear filter, which commute with it.
 
     Args:
-        operations: ``{"name": ..., "p": ..., arguments}`` in order. ``p`` is the chance that it is
-            applied, 1 if left out (flips 0.5, grayscale 0.1).
-        size: Height and width that every result is stretched to at the end; ``None`` leaves them.
-        mean: Of R, G, B in 0..1. Padding has this color: it is zero in the result.
-        std: Of R, G, B in 0..1.
+        operations: ``{"name": ..., "p": ..., arguments}`` in order. ``p`` is the probability of
+            applying it, 1 by default (flips 0.5, grayscale 0.1).
+        size: Height and width that every result is resized to at the end; ``None``: no resize.
+        mean: Mean of R, G, B in 0..1. Padding has this color, which is 0 in the result.
+        std: Standard deviation of R, G, B in 0..1.
 
     Raises:
-        ConfigError: An operation is unknown, or an argument of it cannot be meant.
+        ConfigError: An operation is unknown or has an invalid argument.
     """
 
     def __init__(
@@ -116,7 +117,8 @@ class Pipeline:
     ) -> None:
         self.size = size
         self._operations = [
-            _operation(spec, f"augment.train[{place}]") for place, spec in enumerate(operations)
+            _operation(spec, f"augment.train[{position}]")
+            for position, spec in enumerate(operations)
         ]
         deviations, means = np.array(std, dtype=float), np.array(mean, dtype=float)
         self._normalizing = affine(np.diag(1 / deviations), -means / deviations)
@@ -129,13 +131,13 @@ class Pipeline:
         mask: Tensor | None = None,
         others: Others | None = None,
     ) -> Plan:
-        """Draw everything random for one image.
+        """Draw all random numbers for one image.
 
         Args:
             size: Height and width of the image.
-            rng: See :func:`generator`. The same numbers give the same plan.
-            mask: Of the image, (H, W); for operations that look where classes are.
-            others: Gives another image and its mask, chosen with ``rng``, to operations that mix.
+            rng: See :func:`generator`. The same generator state gives the same plan.
+            mask: Mask of the image, (H, W), for operations that depend on positions of classes.
+            others: Draws another image and its mask with ``rng``, for mixing operations.
         """
         draft = _Draft(Canvas(size, source=mask))
         for name, chance, operation in self._operations:
@@ -175,23 +177,23 @@ class Pipeline:
     def render(
         self, images: Sequence[Tensor] | Tensor, masks: Sequence[Tensor] | Tensor, plans: list[Plan]
     ) -> tuple[Tensor, Tensor]:
-        """Render a batch, on whichever device it lies, by plans of one size.
+        """Render a batch on its device, with plans of equal size.
 
         Shape:
-            images[i]: (3, H, W) uint8, each of its own size; masks[i]: (H, W) uint8
+            images[i]: (3, H, W) uint8, of any size; masks[i]: (H, W) uint8
             result: (B, 3, h, w) float32, normalized; (B, h, w) uint8
         """
-        done = [
+        pairs = [
             self.render_one(image, mask, plan)
             for image, mask, plan in zip(images, masks, plans, strict=True)
         ]
-        rendered = torch.stack([one for one, _ in done])
-        return rendered, torch.stack([one for _, one in done if one is not None])
+        rendered = torch.stack([image for image, _ in pairs])
+        return rendered, torch.stack([mask for _, mask in pairs if mask is not None])
 
     def render_one(
         self, image: Tensor, mask: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor | None]:
-        """Carry a plan out; see :meth:`__call__`."""
+        """Render one image with its plan; shapes as in :meth:`__call__`."""
         inside: Tensor | None = None
         for step in plan.steps:
             if isinstance(step, Warp):
@@ -213,7 +215,7 @@ class Pipeline:
 
 
 def _operation(spec: Mapping[str, Any] | str, path: str) -> tuple[str, float, Callable[..., Any]]:
-    """Name, chance and function of one operation of the configuration."""
+    """Return the name, probability and function of one operation of the configuration."""
     component = {"name": spec} if isinstance(spec, str) else dict(spec)
     chance = component.pop("p", None)
     operation = build(OPERATIONS, component, path)
@@ -225,10 +227,10 @@ def _operation(spec: Mapping[str, Any] | str, path: str) -> tuple[str, float, Ca
 
 
 class _Draft:
-    """A plan in the making: joins what can be one step.
+    """Builder of a plan that joins operations into one step where possible.
 
-    A part of the list ends at each curve, filter and mixture. Its geometry is one step, before its
-    colors. Colors pass a linear filter, and are one step with those after it.
+    Each curve, filter and mixing operation ends a section of the list. The geometry of a section is
+    one step, followed by its colors as one step. Colors before a linear filter are moved behind it.
     """
 
     def __init__(self, canvas: Canvas) -> None:
@@ -240,7 +242,7 @@ class _Draft:
         self.color = matrix @ self.color
 
     def stand(self, step: Curve | Filter | Mix, *, colors_pass: bool = False) -> None:
-        """Add a step that keeps its place: what is before it is carried out before it."""
+        """Add a step that keeps its place: everything planned before is applied before it."""
         self._move()
         if not colors_pass and self.color is not NO_CHANGE:
             self._steps.append(Recolor(self.color))
@@ -260,15 +262,15 @@ class _Draft:
 def _warped(
     image: Tensor, mask: Tensor | None, inside: Tensor | None, step: Warp
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A warp, of an image with padding too."""
+    """Apply a warp to an image that may have padding already."""
     warped, labels, within = warp(image, mask, step.matrix, step.size)
     if inside is not None:
-        _, still, _ = warp(image, inside.to(torch.uint8), step.matrix, step.size)
-        within = None if still is None else (still == 1).float()
+        _, warped_inside, _ = warp(image, inside.to(torch.uint8), step.matrix, step.size)
+        within = None if warped_inside is None else (warped_inside == 1).float()
     return warped, labels, within
 
 
 def build_pipeline(config: Config) -> Pipeline:
-    """The augmentation of training images that a configuration asks for."""
+    """Build the augmentation of training images from a configuration."""
     data, augment = config.data, config.augment
     return Pipeline(augment.train, size=augment.size, mean=data.mean, std=data.std)

@@ -1,4 +1,4 @@
-"""Closed ranges in the arguments of operations: checked when built, drawn from when planned."""
+"""Closed ranges as arguments of operations: validation and uniform sampling."""
 
 import math
 
@@ -12,17 +12,17 @@ Range = tuple[float, float]
 def check(
     name: str, value: Range, *, low: float = -math.inf, high: float = math.inf, above: bool = False
 ) -> None:
-    """Refuse a range that is not two numbers in order between ``low`` and ``high``.
+    """Raise an error unless a range is two ascending numbers between ``low`` and ``high``.
 
     Args:
-        name: Of the argument, for the error.
+        name: Name of the argument, for the error message.
         value: The range.
         low: Smallest number allowed.
         high: Largest number allowed.
-        above: Whether ``low`` itself is refused too.
+        above: If true, ``low`` itself is not allowed either.
 
     Raises:
-        ConfigError: The range cannot be meant.
+        ConfigError: The range is invalid.
     """
     first, last = value
     ordered = math.isfinite(first) and math.isfinite(last) and first <= last
@@ -36,11 +36,11 @@ def check(
 
 
 def check_size(name: str, value: tuple[int, int]) -> None:
-    """Refuse a (height, width) with a side below one pixel."""
+    """Raise an error if the height or the width is below 1."""
     if min(value) < 1:
         raise ConfigError(f"{name}: expected height and width of at least 1; got {list(value)}")
 
 
 def draw(rng: np.random.Generator, value: Range) -> float:
-    """A number of the range, uniformly."""
+    """Return a number drawn uniformly from the range."""
     return float(rng.uniform(*value))

@@ -73,7 +73,10 @@ def test_the_median_of_every_square_of_zeros_and_ones(size: int, steps: int) -> 
         step = steps_by_number[number]
         function = {"minimum": np.bitwise_and, "maximum": np.bitwise_or}[step.function]
         return function(
-            *(found(at.number, at.down + down, at.right + right) for at in (step.one, step.other))
+            *(
+                found(at.number, at.down + down, at.right + right)
+                for at in (step.first, step.second)
+            )
         )
 
     last = network(size)[-1].number
