@@ -143,7 +143,7 @@ class ResizedCrop:
     Szegedy et al. 2014, https://arxiv.org/abs/1409.4842
 
     If the crop has integer coordinates in the image, it is cut out before it is resized, as in
-    torchvision: its outermost pixels do not depend on pixels outside it. At its border, the image is
+    torchvision: its outermost pixels do not depend on pixels outside it. There, the image is
     shifted inwards relative to the mask: by less than half a pixel of the image when enlarged, by a
     tenth of a pixel of the result when shrunk.
 

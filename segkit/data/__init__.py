@@ -1,4 +1,4 @@
-"""Sources of labelled photographs, folds, and batches."""
+"""Data sources, folds, and batches."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,29 +29,29 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "masks": MaskSource,
     "demo": open_demo,
 }
-"""Name in the configuration's ``data`` section → source."""
+"""Sources by their name in the configuration's ``data`` section."""
 
 
 def open_source(config: Config, part: str, *, cached: bool = True) -> Source:
-    """A part of the ``data`` section: rank 0 opens it and sends it to the others.
+    """Open a source of the ``data`` section on rank 0 and broadcast it to the other ranks.
 
-    Labelled images are read through the cache, unless ``data.cache_gb`` is 0. Digests of the
+    ``train`` and ``val`` are read through the cache, unless ``data.cache_gb`` is 0. Digests of the
     images are kept in ``data.cache`` for the next start.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         part: ``train``, ``val``, ``test``, ``test_labels`` or ``pseudo``.
-        cached: ``False`` reads the files themselves.
+        cached: If false, the files are read without the cache.
 
     Raises:
-        ConfigError: The component cannot be meant.
-        DataError: What is there cannot be used.
+        ConfigError: The component is invalid.
+        DataError: The data cannot be used.
     """
     main = distributed.is_main()
     spec = getattr(config.data, part)
     folder = Path(config.data.cache)
     with MEMO.kept_in(folder):
-        # Rank 0 alone looks into the data, and tells the others what it learned.
+        # Only rank 0 reads the data; the others get the result.
         source = build(SOURCES, spec, f"data.{part}") if main else None
         source = distributed.broadcast(source)
         if not cached:

@@ -1,4 +1,4 @@
-"""A source read once: pixels and masks as plain bytes on the disk, mapped into memory."""
+"""Cache of a source: decoded pixels and masks in memory-mapped files."""
 
 import hashlib
 import os
@@ -20,28 +20,29 @@ from segkit.data.loader import digests
 from segkit.data.memo import on_threads
 from segkit.data.source import Source
 
-_FORMAT = 1  # of the files, and of what read_image and the sources make of theirs
+_FORMAT = 1  # of the files; to be raised too if read_image or a source decodes differently
 _HEAD = 8  # bytes: height and width, four each
-_STALE = 3600  # seconds after which a draft's process is gone
+_STALE = 3600  # age in seconds at which an unfinished draft is deleted
 _ENTRY = re.compile(r"[0-9a-f]{30}")  # an image's file, in a folder named by _FOLDER
 _DRAFT = re.compile(r"\.[0-9a-f]{30}\.[0-9a-f]{32}writing")  # an entry before it is complete
 _FOLDER = "[0-9a-f]" * 2
 
 
 class CachedSource:
-    """Another source's images and masks from a cache, the same bytes without decoding.
+    """A source that reads another source's images and masks from a cache, without decoding.
 
-    Each image is a file: its size, then its pixels, channels last, then its mask. The file's name
-    is a digest of the image's file and of all that determines its mask, so that a changed file or
-    annotation is another entry, and several runs share a folder. A file appears whole or not at
-    all: processes may fill a folder together, and a killed one leaves what it had finished.
+    Each image is one file: its size, then its pixels (channels last), then its mask. The file's
+    name is a digest of the image file and of all that determines its mask, so that a changed file
+    or annotation gives a new entry, and several runs can share a folder. Files are written
+    atomically: several processes may fill a folder at once, and a killed process leaves only
+    complete entries.
 
     Args:
-        source: Where images and masks come from. It must stay: what does not fit is read from it.
-        folder: Of the cache.
-        limit: Most bytes of the cache's files in the folder. The first images are kept, the rest
-            is read from the source each time; a warning says so.
-        keys: What :func:`cache_keys` gives, where it is known already.
+        source: Source of the images and masks. Images that do not fit are read from it each time.
+        folder: Folder of the cache.
+        limit: Maximum total bytes of the cache's files in the folder. The first images are cached;
+            if others do not fit, there is a warning.
+        keys: Result of :func:`cache_keys`, if it is known already.
 
     Raises:
         DataError: An image or a mask cannot be read.
@@ -62,7 +63,7 @@ class CachedSource:
         self._keys = keys
         missing = [i for i, key in enumerate(self._keys) if not (folder / key).exists()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            # The first images that fit, so that every process and every start keeps the same ones.
+            # The first images that fit, so that every process and every start caches the same ones.
             room, chosen = limit - used, []
             for i in missing:
                 height, width = source.size(i)
@@ -121,7 +122,7 @@ class CachedSource:
                 part.contiguous().numpy().tofile(file)
 
     def _read_size(self, i: int) -> tuple[int, int] | None:
-        """Height and width of an image that is in the cache."""
+        """Return height and width of an image in the cache, or ``None`` if it is not there."""
         try:
             with regular(self._folder / self._keys[i]).open("rb") as file:
                 height, width = np.fromfile(file, np.int32, 2).tolist()
@@ -130,7 +131,7 @@ class CachedSource:
         return height, width
 
     def _map(self, i: int, start: int, length: int) -> Tensor:
-        # Private pages: whoever writes into the tensor does not write into the cache.
+        # Copy-on-write: writing to the tensor does not change the cache.
         file = self._folder / self._keys[i]
         return torch.from_numpy(
             np.memmap(regular(file), np.uint8, mode="c", offset=start, shape=length)
@@ -138,7 +139,10 @@ class CachedSource:
 
 
 def cache_keys(source: Source, images: Sequence[str]) -> list[str]:
-    """The name of each image's file in a cache, a folder of 256 first; ``images`` are digests."""
+    """Return each image's file name in a cache, from the images' digests.
+
+    The first two of its 32 hexadecimal digits are a subfolder.
+    """
 
     def key(i: int) -> str:
         labels = source.label_digest(i) if source.labelled else ""
@@ -150,9 +154,9 @@ def cache_keys(source: Source, images: Sequence[str]) -> list[str]:
 
 
 def _tidy(folder: Path) -> int:
-    """Remove the drafts that killed processes left; return the bytes of the entries and drafts.
+    """Remove old drafts of killed processes; return the total bytes of entries and drafts.
 
-    Files with other names are not the cache's: they are neither removed nor counted.
+    Files with other names do not belong to the cache: they are neither removed nor counted.
     """
     used = 0
     for file in folder.glob(f"{_FOLDER}/*"):
@@ -160,11 +164,11 @@ def _tidy(folder: Path) -> int:
         if not is_draft and not _ENTRY.fullmatch(file.name):
             continue
         try:
-            about = file.stat()
-            if is_draft and time.time() - about.st_mtime > _STALE:
+            stat = file.stat()
+            if is_draft and time.time() - stat.st_mtime > _STALE:
                 file.unlink()
             else:
-                used += about.st_size
+                used += stat.st_size
         except FileNotFoundError:  # another process finished or removed it meanwhile
             continue
     return used

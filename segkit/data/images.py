@@ -1,4 +1,4 @@
-"""Image files of every common kind → upright RGB pixels."""
+"""Decoding of image files to upright RGB pixels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,32 +14,34 @@ from segkit.core.errors import DataError
 from segkit.core.files import regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-"""The formats tried, by Pillow's names. None of them starts another program, as EPS would."""
+"""Formats to decode, by Pillow's names. None of them starts another program, as EPS does."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
 MAX_PIXELS = 20_000**2
-"""Largest image decoded, as its header has it: 20,000 × 20,000, 1.1 GiB of RGB."""
+"""Maximum number of pixels to decode, according to the header: 1.1 GiB of RGB."""
 
-if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, above ours so that ours speaks first
+if (
+    Image.MAX_IMAGE_PIXELS is not None
+):  # Pillow's own limit; above MAX_PIXELS, so that our error comes first
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 2 * MAX_PIXELS)
 
 _ORIENTATION = 0x0112
 
 
 def read_image(path: Path | str) -> Tensor:
-    """The first frame of an image file.
+    """Return the first frame of an image file.
 
-    Gray, palette and CMYK are converted. Of 16-bit samples the high byte is kept. Alpha is dropped,
-    so that a transparent pixel shows the color stored under it, as with torchvision and OpenCV.
+    Gray, palette and CMYK are converted. 16-bit samples keep their high byte. Alpha is dropped: a
+    transparent pixel gets the color stored for it, as in torchvision and OpenCV.
 
-    Pillow decodes all of them: torchvision's decoders give the same bytes, but are deprecated.
+    Pillow decodes all formats: torchvision's decoders give the same bytes, but are deprecated.
 
     Shape:
-        result: (3, H, W) uint8, RGB, turned as the EXIF orientation says; channels last in memory
+        result: (3, H, W) uint8, RGB, rotated to the EXIF orientation; channels last in memory
 
     Raises:
-        DataError: The file is missing, damaged, of another kind, or above :data:`MAX_PIXELS`.
+        DataError: The file is missing, damaged, not an image, or larger than :data:`MAX_PIXELS`.
     """
     with open_image(path) as image:
         orientation = _orientation(image)
@@ -48,14 +50,16 @@ def read_image(path: Path | str) -> Tensor:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """Height and width of the upright image, from the file's header.
+    """Return height and width of the upright image, from the file's header.
 
     Raises:
-        DataError: As :func:`read_image` does, but for damage after the header.
+        DataError: As in :func:`read_image`; damage after the header is not detected.
     """
     with open_image(path) as image:
         width, height, orientation = *image.size, _orientation(image)
-        if image.format == "TIFF":  # before its version 11, Pillow turns it only with its pixels
+        if (
+            image.format == "TIFF"
+        ):  # before version 11, Pillow rotates it only when it loads the pixels
             tags: Any = image.getexif()
             width, height, orientation = tags[256], tags[257], tags.get(_ORIENTATION, 1)
         return (width, height) if orientation >= 5 else (height, width)
@@ -63,7 +67,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
 
 @contextmanager
 def open_image(path: Path | str) -> Iterator[Image.Image]:
-    """A file opened by Pillow, its header checked; what goes wrong inside becomes a DataError."""
+    """Open a file with Pillow and check its header; errors in the block become a DataError."""
     try:
         with Image.open(regular(path), formats=FORMATS) as image:
             width, height = image.size
@@ -79,7 +83,7 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
         raise DataError(f"{path} does not exist; add the image or remove its entry") from None
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)
-        raise DataError(f"{path} is empty or no image; expected one of {known}") from None
+        raise DataError(f"{path} is empty or not an image; expected one of {known}") from None
     except Exception as error:  # decoders raise errors of any type on damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = reason.splitlines()[0]
@@ -87,9 +91,9 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8, where it stands before the pixels."""
+    """Return the EXIF orientation, 1 to 8, if it is stored before the pixels, else 1."""
     if image.format == "TIFF" or "exif" not in image.info:
-        return 1  # Pillow turns TIFF files itself
+        return 1  # Pillow rotates TIFF files itself
     exif = Image.Exif()
     exif.load(image.info["exif"])
     orientation = exif.get(_ORIENTATION)
@@ -97,7 +101,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(pixels: Tensor, orientation: int) -> Tensor:
-    """``pixels`` (3, H, W) turned as EXIF orientation 1 to 8 asks."""
+    """Return ``pixels`` (3, H, W) in the upright position, given the EXIF orientation 1 to 8."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 2)
     if orientation in (3, 4, 7, 8):
@@ -108,12 +112,12 @@ def _upright(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    """Any of Pillow's modes → (H, W, 3) uint8."""
+    """Convert an image of any Pillow mode to (H, W, 3) uint8."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         gray = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
         return np.repeat(gray[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError("32-bit samples have no common range: convert it to 8 bits")
     if "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+        image = image.convert("RGBA")  # converting directly to RGB gives a warning
     return np.array(image.convert("RGB"))

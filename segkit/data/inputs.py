@@ -1,4 +1,4 @@
-"""Files of a data set: of bounded size, and never outside their folder."""
+"""Safe reading of a data set's files: limited in size, never outside their folder."""
 
 import functools
 import json
@@ -11,21 +11,21 @@ from segkit.core.errors import DataError, reason
 from segkit.core.files import regular
 
 MAX_BYTES = 1 << 31
-"""Largest text or JSON file read (COCO's own largest has 0.45 GB, LVIS's 1.1 GB)."""
+"""Maximum size of a text or JSON file (the largest of COCO has 0.45 GB, of LVIS 1.1 GB)."""
 
 NO_TEXT = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
-"""Characters that no name may have: control characters, and what cannot be written as UTF-8."""
+"""Characters not allowed in names: control characters, and lone surrogates (invalid in UTF-8)."""
 
 
 def check_name(name: str) -> None:
-    """Refuse a file name that leads out of its folder, or that no file can have.
+    """Raise an error if a file name is invalid or leads out of its folder.
 
     Raises:
-        DataError: The name is empty, absolute, has a ``..``, or is not valid text.
+        DataError: The name is empty, absolute, contains ``..`` or control characters.
     """
     if not name or NO_TEXT.search(name):
         raise DataError(f"the file name {name!a:.200} is not valid; rename the file")
-    # PureWindowsPath knows every kind of absolute path: /a, C:\a, C:a and \\server\a
+    # PureWindowsPath recognizes every kind of absolute path: /a, C:\a, C:a and \\server\a
     path = PureWindowsPath(name)
     if path.anchor or ".." in path.parts:
         raise DataError(
@@ -35,16 +35,16 @@ def check_name(name: str) -> None:
 
 
 def inside(root: Path | str, name: str) -> Path:
-    """The path of ``name`` in the folder ``root``.
+    """Return the path of ``name`` in the folder ``root``.
 
     Raises:
-        DataError: The name, or a symbolic link on its way, leads out of ``root``.
+        DataError: The name, or a symbolic link in the path, leads out of ``root``.
     """
     check_name(name)
     path = Path(root, name)
     try:
         within = path.resolve().is_relative_to(_resolved(os.path.abspath(root)))
-    except (OSError, RuntimeError):  # RuntimeError: of Python before 3.13
+    except (OSError, RuntimeError):  # RuntimeError: before Python 3.13
         raise DataError(f"{path} is a symbolic link to itself; put the file there") from None
     if not within:
         raise DataError(
@@ -53,16 +53,16 @@ def inside(root: Path | str, name: str) -> Path:
     return path
 
 
-@functools.lru_cache(maxsize=64)  # the same folder for each of many images
+@functools.lru_cache(maxsize=64)  # many images share a folder
 def _resolved(root: str) -> Path:
     return Path(root).resolve()
 
 
 def read_text(path: Path | str) -> str:
-    """The text of a UTF-8 file.
+    """Return the text of a UTF-8 file.
 
     Raises:
-        DataError: It is missing, unreadable, larger than :data:`MAX_BYTES`, or not UTF-8.
+        DataError: The file is missing, unreadable, larger than :data:`MAX_BYTES`, or not UTF-8.
     """
     path = Path(path)
     try:
@@ -79,17 +79,15 @@ def read_text(path: Path | str) -> str:
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
-    """The JSON object in a file. NaN and infinities pass as floats: who reads them judges them.
+    """Return the JSON object in a file. NaN and infinities are accepted as floats.
 
     Raises:
-        DataError: As :func:`read_text` does, or the text is not one JSON object.
+        DataError: As in :func:`read_text`, or the text is not a JSON object.
     """
     try:
         content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); write the file again") from error
     if not isinstance(content, dict):
-        raise DataError(
-            f"{path} holds no JSON object but a {type(content).__name__}; expected {{}}"
-        )
+        raise DataError(f"{path} contains a JSON {type(content).__name__}; expected an object {{}}")
     return content

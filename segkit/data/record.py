@@ -1,4 +1,4 @@
-"""What a run trains on, kept so that other data is noticed when the run goes on."""
+"""Record of a run's training data, to detect changed data when the run is resumed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from segkit.data.memo import on_threads
 from segkit.data.source import Source
 
 FORMAT = 1
-"""Of a record; to be raised when digests are made in another way."""
+"""Version of a record; to be raised when digests are computed differently."""
 
 
 def data_record(parts: Mapping[str, tuple[Source, Sequence[int]]]) -> dict[str, Any]:
-    """Return the classes, and digests of each image and its label by the image's name.
+    """Return the classes, and the digests of each image and its label by the image's name.
 
     Args:
-        parts: The source and the images of each part of the data, ``train`` first.
+        parts: The source and the image indices of each part of the data; ``train`` is required.
     """
     first, _ = parts["train"]
     category_ids = getattr(first, "category_ids", None)
@@ -29,7 +29,7 @@ def data_record(parts: Mapping[str, tuple[Source, Sequence[int]]]) -> dict[str, 
 
 
 def data_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Say what differs between two records, each thing in a clause; nothing if they are equal."""
+    """Return the differences between two records, one phrase each; empty if they are equal."""
     changes = []
     old, new = before["classes"], after["classes"]
     if len(old) != len(new):
@@ -41,21 +41,21 @@ def data_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         changes.append("other category ids of the classes")
     for part, images in before["images"].items():
         now = after["images"].get(part, {})
-        both = [name for name in images if name in now]
+        common = [name for name in images if name in now]
         differing = {
             "missing images": [name for name in images if name not in now],
             "new images": [name for name in now if name not in images],
-            "other pixels": [name for name in both if images[name][0] != now[name][0]],
-            "other labels": [name for name in both if images[name][1] != now[name][1]],
+            "other pixels": [name for name in common if images[name][0] != now[name][0]],
+            "other labels": [name for name in common if images[name][1] != now[name][1]],
         }
-        for what, names in differing.items():
+        for change, names in differing.items():
             if names:
-                changes.append(f"{what} in data.{part}: {_some(list(map(quoted, names)))}")
+                changes.append(f"{change} in data.{part}: {_some(list(map(quoted, names)))}")
     return changes
 
 
 def _some(items: Sequence[str]) -> str:
-    """The first items of a list, and how many more there are."""
+    """Return the first three items as text, and the number of further ones."""
     more = f" (and {len(items) - 3} more)" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more
 
@@ -66,5 +66,6 @@ def label_digests(source: Source, indices: Sequence[int]) -> list[str]:
 
 
 def _marks(source: Source, indices: Sequence[int]) -> dict[str, list[str]]:
+    """Return the digests of each image and its label by the image's name."""
     pairs = zip(digests(source, indices), label_digests(source, indices), strict=True)
     return {source.names[i]: list(pair) for i, pair in zip(indices, pairs, strict=True)}

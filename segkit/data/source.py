@@ -1,4 +1,4 @@
-"""What every source of images offers, and what it does about faulty ones."""
+"""Interface of all image sources, and their handling of faulty images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from segkit.data.inputs import NO_TEXT
 from segkit.data.memo import MEMO, on_threads
 
 OnError = Literal["raise", "skip"]
-"""On the first fault stop, or leave faulty images and annotations out and list them."""
+"""``"raise"`` stops at the first fault; ``"skip"`` leaves out faulty images and annotations."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with a data set: a whole sentence, and where it is for programs to read."""
+    """A fault of a data set: a sentence for people, and its file and annotation for programs."""
 
     sentence: str
     file: str
@@ -26,7 +26,7 @@ class Fault:
 
 
 class Source(Protocol):
-    """Images, with masks where they are labelled. Small, picklable, the same at every opening."""
+    """Images, with masks if they are labelled. Small, picklable, equal each time it is opened."""
 
     classes: tuple[str, ...]
     names: tuple[str, ...]
@@ -36,57 +36,61 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def path(self, i: int) -> Path:
-        """The file of image ``i``."""
+        """Return the file of image ``i``."""
 
     def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image ``i``, upright, without decoding it."""
+        """Return height and width of the upright image ``i``, without decoding it."""
 
     def image(self, i: int) -> Tensor:
-        """Image ``i``: uint8 (3, H, W), RGB, upright."""
+        """Return image ``i``: uint8 (3, H, W), RGB, upright."""
 
     def mask(self, i: int) -> Tensor:
-        """Class indices of image ``i``: uint8 (H, W), :data:`IGNORE` where there is none."""
+        """Return class indices of image ``i``: uint8 (H, W), :data:`IGNORE` where there is none."""
 
     def label_digest(self, i: int) -> str:
-        """Of all that determines the mask of image ``i``; only asked where there are labels."""
+        """Return a digest of all that determines the mask of image ``i``. Labelled sources only."""
 
 
 def positions(source: Source, names: Sequence[str]) -> list[int]:
-    """Where ``names`` stand in ``source``.
+    """Return the indices of ``names`` in ``source``.
 
     Raises:
-        DataError: One of them is not there.
+        DataError: The source has no image of that name.
     """
-    place = {name: index for index, name in enumerate(source.names)}
-    missing = [name for name in names if name not in place]
+    indices = {name: index for index, name in enumerate(source.names)}
+    missing = [name for name in names if name not in indices]
     if missing:
         raise DataError(
             f"the image {quoted(missing[0])} is not in the data any more ({len(missing)} in all "
             "are not); bring it back, or start a new run"
         )
-    return [place[name] for name in names]
+    return [indices[name] for name in names]
 
 
 def background(source: Source) -> int | None:
-    """The class that is no thing to label, if there is one: COCO's, or the first by its name."""
+    """Return the index of the background class, or ``None`` if there is none.
+
+    It is 0 for COCO files, and for other sources if class 0 is named "background".
+    """
     return background_of(source.classes, getattr(source, "category_ids", None))
 
 
 def background_of(classes: Sequence[str], category_ids: Mapping | None) -> int | None:
-    """:func:`background` of a source that is not at hand.
+    """Return :func:`background` of a source that is not open.
 
     Args:
         classes: Class names.
-        category_ids: Of a COCO file, whose categories are things; ``None`` for other sources.
+        category_ids: Category ids of a COCO file; ``None`` for other sources.
     """
     return 0 if category_ids is not None or classes[0].casefold() == "background" else None
 
 
 def check_classes(classes: Sequence[str], origin: str) -> tuple[str, ...]:
-    """``classes``, when they can be the values of a mask.
+    """Return ``classes`` as a tuple if they are valid class names.
 
     Raises:
-        DataError: There are none or more than 255, or a name is empty, no text or there twice.
+        DataError: There are none or more than 255, or a name is empty, has control characters, or
+            is duplicated.
     """
     if not 1 <= len(classes) <= IGNORE:
         raise DataError(
@@ -95,24 +99,24 @@ def check_classes(classes: Sequence[str], origin: str) -> tuple[str, ...]:
     for name in classes:
         if not name.strip() or NO_TEXT.search(name) or classes.count(name) > 1:
             raise DataError(
-                f"{origin}: the class name {name!a:.100} is empty, no text, or stands twice; "
-                "rename it"
+                f"{origin}: the class name {name!a:.100} is empty, has control characters, or is "
+                "duplicated; rename it"
             )
     return tuple(classes)
 
 
 def stop_or_go(faults: Sequence[Fault], on_error: OnError) -> None:
-    """Raise the first fault, if there is one and ``on_error`` says so."""
+    """Raise the first fault, if there is one and ``on_error`` is ``"raise"``."""
     if faults and on_error == "raise":
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise DataError(faults[0].sentence + more)
 
 
 def unreadable(source: Source) -> dict[int, Fault]:
-    """Read every image and mask of ``source`` that is not known to be sound, on all cores.
+    """Read all images and masks of ``source``, except those known to be valid, on all cores.
 
     Returns:
-        The fault of each image that has one, by its number.
+        The fault of each faulty image by its index.
     """
 
     def read(i: int) -> str | None:
@@ -138,7 +142,7 @@ def unreadable(source: Source) -> dict[int, Fault]:
 
 
 def _content(source: Source, i: int) -> str | None:
-    """Digests of an image's file and label; ``None`` where one cannot be read."""
+    """Return digests of an image's file and label, or ``None`` if one cannot be read."""
     try:
         labels = source.label_digest(i) if source.labelled else ""
         return f"{MEMO.digest(source.path(i))} {labels} sound"

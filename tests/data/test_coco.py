@@ -335,7 +335,7 @@ def test_repeated_annotation_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("whole", "words"),
     [
-        ([], "holds no JSON object"),
+        ([], "contains a JSON list"),
         ({}, "has no 'images'"),
         ({"images": 3}, "'images' is 3; expected a list"),
         ({"images": [3]}, r"images\[0\] is 3; expected an object"),
@@ -346,9 +346,12 @@ def test_repeated_annotation_id(tmp_path: Path) -> None:
         (content(categories=[{"id": 1}]), "needs an integer id and a name"),
         (content(categories=[{"id": "1", "name": "a"}]), "needs an integer id and a name"),
         (content(categories=[{"id": 1, "name": "a"}] * 2), "two categories have id 1"),
-        (content(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]), "'a' is empty, no"),
+        (
+            content(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]),
+            "'a' is empty, has control",
+        ),
         (content(categories=[{"id": 1, "name": " "}]), "' ' is empty"),
-        (content(categories=[{"id": 1, "name": "a\nb"}]), "no text"),
+        (content(categories=[{"id": 1, "name": "a\nb"}]), "control characters"),
         (content(categories=[{"id": i, "name": f"{i}"} for i in range(300)]), "gives 301 classes"),
     ],
 )

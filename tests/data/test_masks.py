@@ -121,7 +121,7 @@ def test_255_classes_leave_255_to_ignore(tmp_path: Path) -> None:
         ("rgb", "PNG file of mode RGB; expected a PNG of class indices"),
         ("16-bit", "PNG file of mode I;16"),
         ("jpeg", "JPEG file of mode L"),
-        ("empty", "is empty or no image"),
+        ("empty", "is empty or not an image"),
         ("truncated", "cannot be decoded"),
         ("turned", "is 65 wide and 97 high, but its image 97 and 65"),
         ("folder", "cannot be decoded"),
@@ -237,7 +237,7 @@ def test_classes_from_a_file(tmp_path: Path) -> None:
             MaskSource(**paths, classes=str(file))
     with pytest.raises(DataError, match=r"gone\.txt does not exist"):
         MaskSource(**paths, classes=str(tmp_path / "gone.txt"))
-    with pytest.raises(DataError, match="'sky' is empty, no text, or stands twice"):
+    with pytest.raises(DataError, match="'sky' is empty, has control characters, or is duplicated"):
         MaskSource(**paths, classes=("sky", "sky"))
 
 
