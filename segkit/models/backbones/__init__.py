@@ -1,4 +1,4 @@
-"""Networks that turn an image into feature maps, by name."""
+"""Backbones, which map an image to feature maps, by name."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""HRNet V2: branches of several resolutions that exchange what they see."""
+"""HRNet V2: parallel branches of several resolutions that exchange features."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -15,18 +15,19 @@ Upsampling = Literal["bilinear", "bilinear_by_factor", "nearest"]
 
 
 class HRNet(nn.Module):
-    """HRNet V2's four branches, with the names of the published weights.
+    """HRNet V2 with the parameter names of the published weights.
 
     Wang et al. 2019, https://arxiv.org/abs/1908.07919
 
     Args:
         width: Channels of the finest branch; each branch has twice as many as the one before.
-        upsampling: How a coarse branch reaches a finer one: ``nearest`` in the ImageNet
+        upsampling: Interpolation from a coarse to a finer branch: ``nearest`` in the ImageNet
             classifier, ``bilinear`` in the authors' segmentation code. ``bilinear_by_factor``, as
-            in mmsegmentation, resizes by 2, 4 or 8 and the result to the size of the finer branch,
-            which is another one where a side of the image is no multiple of 32.
-        align_corners: Of both bilinear kinds: true in the authors' OCRNet, false in mmsegmentation.
-        checkpointing: Drop the activations inside modules and recompute them in backward.
+            in mmsegmentation, resizes by 2, 4 or 8, and then to the size of the finer branch, which
+            differs if a side of the image is not a multiple of 32.
+        align_corners: Used by both bilinear modes: true in the authors' OCRNet, false in
+            mmsegmentation.
+        checkpointing: Do not store activations inside modules; recompute them in backward.
 
     Shape:
         image: (B, 3, H, W)
@@ -75,7 +76,7 @@ class HRNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def _new_branch(self, branches: int) -> nn.ModuleList:
-        """The branches there are, as they are, and one more from the coarsest of them."""
+        """Return a transition that keeps the branches and adds one, made from the coarsest."""
         *_, coarsest, new = self.channels[: branches + 1]
         same = [nn.Identity() for _ in range(branches)]
         return nn.ModuleList([*same, nn.Sequential(_conv(coarsest, new, stride=2))])
@@ -83,14 +84,14 @@ class HRNet(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         x = self.relu(self.bn1(self.conv1(image)))
         x = self.layer1(self.relu(self.bn2(self.conv2(x))))
-        branches = self._run(self.stage2, [move(x) for move in self.transition1])
+        branches = self._run(self.stage2, [transition(x) for transition in self.transition1])
         branches = self._widen(self.transition2, branches)
         branches = self._run(self.stage3, branches)
         branches = self._widen(self.transition3, branches)
         return self._run(self.stage4, branches)
 
     def only_for(self, level: int) -> nn.Module:
-        """What no other feature map depends on."""
+        """Return the module that only the feature map of ``level`` needs."""
         return self.get_submodule(f"stage4.2.fuse_layers.{level}")
 
     def _widen(self, transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
@@ -106,12 +107,12 @@ class HRNet(nn.Module):
 
 
 class Exchange(nn.Module):
-    """Four blocks on each branch, then every branch becomes the sum of all of them.
+    """Four blocks on each branch; then each branch becomes the sum of all branches, resized to it.
 
     Args:
         channels: Widths of the branches, fine to coarse.
-        upsampling: As of :class:`HRNet`.
-        align_corners: Of the bilinear kinds.
+        upsampling: As in :class:`HRNet`.
+        align_corners: Used by the bilinear modes.
     """
 
     def __init__(
@@ -131,22 +132,22 @@ class Exchange(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, branches: list[Tensor]) -> list[Tensor]:
-        seen = [blocks(x) for blocks, x in zip(self.branches, branches, strict=True)]
+        outputs = [blocks(x) for blocks, x in zip(self.branches, branches, strict=True)]
         fused = []
         for target, paths in enumerate(self.fuse_layers):
-            total = seen[target]
+            total = outputs[target]
             for source, path in enumerate(paths.children()):
                 if source != target:
                     factor = 2 ** (source - target) if self.by_factor and source > target else 1
-                    total = total + self._at(path(seen[source]), seen[target], factor)
+                    total = total + self._resize_to(path(outputs[source]), outputs[target], factor)
             fused.append(self.relu(total))
         return fused
 
-    def _at(self, x: Tensor, like: Tensor, factor: int) -> Tensor:
-        """``x`` at the size of ``like``, resized by a factor before, unless that is 1."""
+    def _resize_to(self, x: Tensor, like: Tensor, factor: int) -> Tensor:
+        """Resize ``x`` to the size of ``like``, and before that by a factor, unless it is 1."""
         if factor > 1:
             x = self._resize(x, [factor * side for side in x.shape[-2:]])
-        # Not compared in an export, which has all sizes; the other kinds never meet equal ones.
+        # During export sizes are symbolic: not compared where they may or may not be equal.
         if not (torch.compiler.is_exporting() and factor > 1) and x.shape[-2:] == like.shape[-2:]:
             return x
         return self._resize(x, like.shape[-2:])
@@ -156,7 +157,7 @@ class Exchange(nn.Module):
 
 
 def _path(channels: Sequence[int], source: int, target: int) -> nn.Module:
-    """From one branch's width and resolution to another's; a finer resolution is left to do."""
+    """Map one branch to the width of another, and to its resolution if that is coarser."""
     inputs, outputs = channels[source], channels[target]
     if source == target:
         return nn.Identity()
@@ -175,7 +176,7 @@ def _conv(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> nn.
 
 
 def hrnet(width: int) -> Callable[..., HRNet]:
-    """A published size of HRNet."""
+    """Return a function that builds HRNet of a width."""
 
     def build(
         *,

@@ -1,4 +1,4 @@
-"""SE-ResNet: residual blocks that weigh their channels by what the whole image shows."""
+"""SE-ResNet: residual blocks with squeeze and excitation."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,14 +11,14 @@ from segkit.models.backbones.stages import Stages
 
 
 class SEBottleneck(nn.Module):
-    """A bottleneck as Caffe has it, the stride in its first convolution, then the channel weights.
+    """A bottleneck with squeeze and excitation; as in Caffe, its first convolution is strided.
 
     Hu et al. 2017, https://arxiv.org/abs/1709.01507
 
     Args:
-        inputs: Channels in.
-        width: Channels of the 3x3 convolution; four times as many come out.
-        stride: Of the first convolution.
+        inputs: Input channels.
+        width: Channels of the 3x3 convolution; there are four times as many output channels.
+        stride: Stride of the first convolution.
     """
 
     def __init__(self, *, inputs: int, width: int, stride: int = 1) -> None:
@@ -48,7 +48,7 @@ class SEBottleneck(nn.Module):
 
 
 def seresnet(depths: Sequence[int]) -> Callable[..., Stages]:
-    """A published size of SE-ResNet, with the names of its published weights."""
+    """Return a function that builds SE-ResNet with the parameter names of its published weights."""
     stem = ("layer0.conv1", "layer0.bn1", "layer0.relu1")
     stages = (stem, ("layer0.pool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 
@@ -71,7 +71,7 @@ def seresnet(depths: Sequence[int]) -> Callable[..., Stages]:
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # The strided convolutions are 1x1, which have no dilation to contract.
+        # The strided convolutions are 1x1, so contract_dilation has no effect.
         return Stages(
             network=network, stages=stages, output_stride=output_stride, contract_dilation=False
         )

@@ -1,4 +1,4 @@
-"""A classifier cut into stages, with dilation in place of its last strides."""
+"""Classifiers divided into stages, with dilation in place of the last strides."""
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -13,31 +13,31 @@ from segkit.models.kernels.depthwise import speed_up_depthwise
 
 
 class Stages(nn.Module):
-    """The stages of a convolutional classifier, each of them giving one feature map.
+    """The stages of a convolutional classifier, each of which returns one feature map.
 
-    The classifier's parts keep their names, so its weights load key by key. What no stage names
-    is left out: an unused parameter would stop distributed training.
+    Modules of the classifier keep their names, so that its weights load key by key. Modules in no
+    stage are left out, as distributed training fails on unused parameters.
 
     Args:
         network: The classifier.
-        stages: For each feature map, shallow to deep, the submodules that lead to it, in order.
-        output_stride: Stride of the deepest map, 8, 16 or 32. Below 32 the last stages lose their
-            stride and their kernels are dilated instead (Chen et al. 2017,
-            https://arxiv.org/abs/1706.05587): every value of the strided map stays where it was,
-            with new ones in between.
-        contract_dilation: Leave the strided convolutions of a stage at the dilation that comes in.
-        checkpointing: Drop the activations inside blocks and recompute them in backward.
+        stages: For each feature map, shallow to deep, the names of the submodules between the
+            previous one and it, in order.
+        output_stride: Stride of the deepest map, 8, 16 or 32. Below 32 the last stages have stride
+            1 and dilated kernels instead (Chen et al. 2017, https://arxiv.org/abs/1706.05587):
+            every value of the strided map is also in the new map, with others in between.
+        contract_dilation: Give the strided convolutions of a stage the dilation of its input.
+        checkpointing: Do not store activations inside blocks; recompute them in backward.
 
     Shape:
         image: (B, 3, H, W)
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
 
     Raises:
-        ConfigError: If ``output_stride`` is none of those.
+        ConfigError: If ``output_stride`` is not 8, 16 or 32.
     """
 
     like = "torchvision"
-    """Whose details an EfficientNet has."""
+    """The library whose details an EfficientNet follows."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Stages(nn.Module):
 
     @torch.no_grad()
     def _shapes(self) -> list[torch.Size]:
-        """Shapes of the feature maps of the smallest image that has them all."""
+        """Return the shapes of the feature maps of the smallest image, 32 x 32."""
         image = next(self.parameters()).new_zeros(1, 3, _SIDE, _SIDE)
         self.eval()
         features = Stages.forward(self, image)
@@ -97,10 +97,10 @@ class Stages(nn.Module):
 
 
 class GlobalAverage(nn.Module):
-    """The average of a map, whose gradient has the map's layout in memory if that is channels_last.
+    """Global average pooling whose gradient keeps the channels_last memory format.
 
-    That of PyTorch's pooling has not: what is multiplied by a function of the average, as in
-    squeeze and excitation, takes twice as long in training.
+    The gradient of PyTorch's pooling does not, which slows down squeeze and excitation: with this
+    module it is 1.2 to 2.1 times as fast, forward and backward (``python -m benchmarks.layers``).
 
     Shape:
         x: (B, C, H, W) -> (B, C, 1, 1)
@@ -114,17 +114,17 @@ _SIDE = 32
 
 
 def dilate(parts: Iterable[nn.Module], rate: int, *, contract: bool = True) -> int:
-    """Give a stage its stride back as dilation, in place.
+    """Replace the stride of a stage by dilation, in place.
 
-    The strided convolutions keep the dilation that came in, those after them have twice as much.
+    The strided convolutions have the dilation of the input, those after them twice as much.
 
     Args:
         parts: The stage's modules, in the order they run.
-        rate: Dilation of the maps that come in.
-        contract: Without it the strided convolutions have twice as much too.
+        rate: Dilation of the input.
+        contract: If false, the strided convolutions have twice the dilation of the input too.
 
     Returns:
-        Dilation of the maps that go out.
+        Dilation of the output.
     """
     out = rate
     for conv in (module for part in parts for module in part.modules()):
@@ -141,10 +141,10 @@ def dilate(parts: Iterable[nn.Module], rate: int, *, contract: bool = True) -> i
 
 
 def refuse_dilation(family: str, output_stride: int) -> None:
-    """Say which families can be dilated where this one cannot.
+    """Raise an error unless ``output_stride`` is 32, for families that cannot be dilated.
 
     Raises:
-        ConfigError: Unless ``output_stride`` is 32.
+        ConfigError: If ``output_stride`` is not 32.
     """
     if output_stride != 32:
         raise ConfigError(

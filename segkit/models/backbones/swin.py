@@ -1,4 +1,4 @@
-"""Swin Transformers, first and second version, of any width and window."""
+"""Swin Transformer and Swin Transformer V2, of any width and window."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from segkit.models.backbones.stages import refuse_dilation
 
 
 class Swin(nn.Module):
-    """A Swin Transformer's four stages, each with a LayerNorm of its own.
+    """A Swin Transformer with a LayerNorm on the feature map of each of its four stages.
 
     Liu et al. 2021, https://arxiv.org/abs/2103.14030 and 2022, https://arxiv.org/abs/2111.09883
 
@@ -24,21 +24,22 @@ class Swin(nn.Module):
         width: Channels of the first stage; each stage has twice as many as the one before.
         depths: Blocks of each stage.
         heads: Attention heads of each stage.
-        version: The paper: 2 normalizes after attention, which compares by cosine.
+        version: 1, or 2, which normalizes after attention and uses cosine similarity in it.
         window: Side of the attention windows, in patches of 4 pixels.
-        drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
-        checkpointing: Drop the activations inside blocks and recompute them in backward.
+        drop_path: Probability of stochastic depth of the last block; it grows linearly from 0 at
+            the first block.
+        checkpointing: Do not store activations inside blocks; recompute them in backward.
 
     Shape:
         image: (B, 3, H, W)
         features[i]: (B, channels[i], H / strides[i], W / strides[i]), rounded up
 
-    Departs from torchvision's: pads the image to whole patches where that drops pixels.
+    Departs from torchvision: pads the image to whole patches, so that no pixel is dropped.
     """
 
     strides = (4, 8, 16, 32)
     fresh = ("norm0", "norm1", "norm2", "norm3")
-    """Parts that a classifier's weights do not have."""
+    """Names of modules that a pretrained classifier does not have."""
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class Swin(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         (_, below), (_, right) = (_whole(side, 4) for side in image.shape[-2:])
         x = F.pad(image, (0, right, 0, below))
-        # features: the patches, then stages and mergings in turn
+        # self.features: patch embedding, then stages and patch merging in turn
         features = []
         for i, name in enumerate(self.fresh):
             x = self._run(self.features[2 * i + 1], self.features[2 * i](x))
@@ -88,7 +89,7 @@ class Swin(nn.Module):
         return features
 
     def only_for(self, level: int) -> nn.Module:
-        """What no other feature map depends on."""
+        """Return the module that only the feature map of ``level`` needs."""
         return self.get_submodule(self.fresh[level])
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
@@ -100,12 +101,12 @@ class Swin(nn.Module):
 
 
 class WindowAttention(reference.ShiftedWindowAttention):
-    """Self-attention within shifted windows, with torchvision's parameters and names.
+    """Self-attention within shifted windows, with torchvision's parameter names.
 
     Liu et al. 2021, https://arxiv.org/abs/2103.14030, section 3.2
 
     Shape:
-        x: (B, h, w, C) -> (B, h, w, C); padded to whole windows inside
+        x: (B, h, w, C) -> (B, h, w, C); padded internally to whole windows
     """
 
     qkv: nn.Linear
@@ -138,14 +139,14 @@ class WindowAttention(reference.ShiftedWindowAttention):
         return x[:, :height, :width]
 
     def attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
-        """Attention of each patch to the patches of its window.
+        """Return the attention of each patch to the patches of its window.
 
         Shape:
             qkv: (B, windows, N, 3 C)
             mask: (1, heads, N, N), or (windows, heads, N, N)
             result: (B, windows, N, C)
         """
-        # Windows that share a mask are one batch; windows with masks of their own count as heads.
+        # Windows that share a mask are a batch; windows with different masks are treated as heads.
         masks, heads, patches, _ = mask.shape
         qkv = qkv.unflatten(3, (3, heads, -1))
         batch, windows = qkv.shape[:2]
@@ -157,18 +158,18 @@ class WindowAttention(reference.ShiftedWindowAttention):
         return attended.reshape(batch, windows, patches, -1)
 
     def comparable(self, query: Tensor, key: Tensor, repeats: int) -> tuple[Tensor, Tensor, float]:
-        """Queries and keys as they are compared, and the factor of their products.
+        """Return queries and keys ready for their product, and its scale.
 
         Args:
             query: (..., repeats * heads, N, d)
-            key: Likewise.
-            repeats: How often all heads follow one another.
+            key: (..., repeats * heads, N, d)
+            repeats: How many times the sequence of heads is repeated.
         """
         return query, key, query.shape[-1] ** -0.5
 
 
 class KeysWithoutBias(nn.Linear):
-    """Queries, keys and values by one product, the keys' part of the bias left out."""
+    """A linear layer for queries, keys and values that ignores the bias of the keys."""
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.bias.chunk(3)
@@ -176,7 +177,7 @@ class KeysWithoutBias(nn.Linear):
 
 
 class WindowAttentionV2(WindowAttention, reference.ShiftedWindowAttentionV2):
-    """The second version: queries and keys compared by cosine, keys without bias.
+    """Attention of Swin V2: cosine similarity of queries and keys, keys without bias.
 
     Liu et al. 2022, https://arxiv.org/abs/2111.09883, section 3.3
     """
@@ -196,8 +197,9 @@ class WindowAttentionV2(WindowAttention, reference.ShiftedWindowAttentionV2):
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Return ``softmax(scale * query @ key.mT + mask) @ value``.
 
-    On the CPU by plain products, which are as fast in a forward pass and faster in bf16. Elsewhere
-    by PyTorch's fused attention: on an H200 a training step of Swin-L takes 1 / 1.19 of the time.
+    On the CPU it uses matrix products, which are equally fast in a forward pass and faster in bf16.
+    Elsewhere it uses PyTorch's fused attention, with which a training step of Swin-L is 1.19 times
+    as fast on an H200.
 
     Shape:
         query, key, value: (B, heads, N, d)
@@ -211,61 +213,65 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: f
 
 
 def window_partition(x: Tensor, window: int) -> Tensor:
-    """(B, h, w, C) -> (B, windows, window ** 2, C); h and w are multiples of ``window``."""
+    """Reshape (B, h, w, C) to (B, windows, window ** 2, C); h and w are multiples of ``window``."""
     x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def window_reverse(windows: Tensor, window: int, down: int, across: int) -> Tensor:
-    """(B, down * across, window ** 2, C) -> (B, down * window, across * window, C)."""
+    """Reshape (B, down * across, window ** 2, C) to (B, down * window, across * window, C)."""
     x = windows.unflatten(2, (window, window)).unflatten(1, (down, across))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class ShiftMask:
-    """The mask that keeps apart what a shift has brought into one window; kept for the last size.
+    """A cache of :func:`shift_mask` for the latest size.
 
-    All blocks of a stage share one of these, so it is made once per stage and size.
+    All blocks of a stage share it, so the mask is made once per stage and size.
     """
 
     def __init__(self) -> None:
-        self._made_for: tuple[Any, ...] | None = None
+        self._key: tuple[Any, ...] | None = None
         self._mask: Tensor | None = None
 
     def __call__(
         self, down: int, across: int, window: int, shift: tuple[int, int], like: Tensor
     ) -> Tensor:
-        """(windows, 1, N, N) of 0 and -100, on the device and of the type of ``like``."""
+        """Return the mask, (windows, 1, N, N), with the device and dtype of ``like``."""
         if torch.compiler.is_compiling():
             return shift_mask(down, across, window, shift, like)
-        asked = down, across, window, shift, like.device, like.dtype
-        if self._mask is None or self._made_for != asked:
-            with torch.inference_mode(False):  # else training could not use what inference made
+        key = down, across, window, shift, like.device, like.dtype
+        if self._mask is None or self._key != key:
+            with torch.inference_mode(False):  # else training could not use the cached tensor
                 self._mask = shift_mask(down, across, window, shift, like)
-            self._made_for = asked
+            self._key = key
         return self._mask
 
 
 def shift_mask(down: int, across: int, window: int, shift: tuple[int, int], like: Tensor) -> Tensor:
-    """(windows, 1, N, N): -100 between patches that were not neighbors before the shift, else 0."""
+    """Return a mask of attention between patches that are in one window only by the shift.
+
+    Shape:
+        result: (windows, 1, N, N), -100 between such patches, else 0
+    """
     rows, columns = (
         _seams(torch.arange(windows * window, device=like.device), windows, window, by)
         for windows, by in zip((down, across), shift, strict=True)
     )
     regions = window_partition((3 * rows[:, None] + columns)[None, :, :, None], window)
     regions = regions.squeeze(-1).squeeze(0)  # (windows, N)
-    apart = regions[:, None, :, None] != regions[:, None, None, :]
-    return -100.0 * apart.to(like.dtype)
+    differ = regions[:, None, :, None] != regions[:, None, None, :]
+    return -100.0 * differ.to(like.dtype)
 
 
 def attention_of_any_size(attention: WindowAttention, x: Tensor) -> Tensor:
-    """:meth:`WindowAttention.forward` while a model is exported: no size is told from another.
+    """Compute :meth:`WindowAttention.forward` during export, without branching on sizes.
 
-    Rolls and views would tie a program to maps of one window, or of several; each patch is looked
-    up by its place instead.
+    ``roll`` and ``view`` would limit the exported program to maps of a single window, or to maps of
+    several. Instead, each patch is gathered by its index.
 
     Shape:
-        x: (B, h, w, C) -> (B, h, w, C), of any free B, h and w
+        x: (B, h, w, C) -> (B, h, w, C), with symbolic B, h and w
     """
     window = attention.window_size[0]
     batch, height, width, channels = x.shape
@@ -275,13 +281,13 @@ def attention_of_any_size(attention: WindowAttention, x: Tensor) -> Tensor:
         torch.sym_min(shift, (number - 1) * window)
         for shift, number in zip(attention.shift_size, (down, across), strict=True)
     )
-    # Where each patch of each window is on the map rolled by the shift, and on the map.
-    places = down * across * window**2
-    image, place = _divide(torch.arange(batch * places, device=x.device), places)
+    # Index on the rolled map, and then on the map, of each patch of each window.
+    patches = down * across * window**2  # per image
+    image, place = _divide(torch.arange(batch * patches, device=x.device), patches)
     outer, inner = _divide(place, window**2)
-    (row, column), (lower, further) = _divide(outer, across), _divide(inner, window)
-    row, column = row * window + lower, column * window + further
-    source = image * places + _divide(row + up, down * window)[1] * (across * window)
+    (row, column), (row_in, column_in) = _divide(outer, across), _divide(inner, window)
+    row, column = row * window + row_in, column * window + column_in
+    source = image * patches + _divide(row + up, down * window)[1] * (across * window)
     source += _divide(column + left, across * window)[1]
     windows = filled.index_select(0, source).reshape(-1, window**2, channels)
     qkv = attention.qkv(windows).unflatten(2, (3, attention.num_heads, -1))
@@ -291,55 +297,55 @@ def attention_of_any_size(attention: WindowAttention, x: Tensor) -> Tensor:
     if any(attention.shift_size):
         region = 3 * _seams(row, down, window, up) + _seams(column, across, window, left)
         region = region.reshape(-1, 1, window**2)
-        apart = region[..., None] != region[..., None, :]
-        scores = scores - 100.0 * apart.to(scores.dtype)
+        differ = region[..., None] != region[..., None, :]
+        scores = scores - 100.0 * differ.to(scores.dtype)
     windows = attention.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
-    # And back: where each patch of the map is in its window.
+    # The inverse: index in the windows of each patch of the map.
     image, place = _divide(torch.arange(batch * height * width, device=x.device), height * width)
     row, column = _divide(place, width)
-    (row, lower), (column, further) = (
+    (row, row_in), (column, column_in) = (
         _divide(_divide(at + (number * window - shift), number * window)[1], window)
         for at, shift, number in ((row, up, down), (column, left, across))
     )
-    source = image * places + (row * across + column) * window**2 + lower * window + further
+    source = image * patches + (row * across + column) * window**2 + row_in * window + column_in
     x = windows.flatten(0, 1).index_select(0, source)
     return x.unflatten(0, (batch, height, width))
 
 
 def _divide(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """Quotient and remainder, of numbers of at least 0; ONNX has no remainder by a free size."""
+    """Return quotient and remainder of numbers >= 0; ONNX lacks the remainder by symbolic sizes."""
     quotient = x // by
     return quotient, x - quotient * by
 
 
 def _seams(at: Tensor, windows: int, window: int, shift: int) -> Tensor:
-    """Regions of a shifted line whose places were neighbors before the shift: 0, 1 or 2."""
+    """Return the region, 0, 1 or 2, of each index of a shifted row (figure 4 of the paper)."""
     return (at >= (windows - 1) * window).long() + (at >= windows * window - shift).long()
 
 
 class Merging(reference.PatchMerging):
-    """torchvision's merging of four patches into one, its sizes free while a model is exported."""
+    """torchvision's patch merging, exportable with symbolic sizes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.reduction(self.norm(_fours(x)))
 
 
 class MergingV2(reference.PatchMergingV2):
-    """The same for the second version, which normalizes last."""
+    """Patch merging of Swin V2, which normalizes last."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(_fours(x)))
 
 
 def _fours(x: Tensor) -> Tensor:
-    """Four patches side by side, the left ones first: (B, h / 2, w / 2, 4 C), rounded up."""
+    """Concatenate 2 x 2 patches, left column first: (B, h / 2, w / 2, 4 C), rounded up."""
     (down, below), (across, right) = (_whole(side, 2) for side in x.shape[1:3])
     x = F.pad(x, (0, 0, 0, right, 0, below))
     return x.unflatten(2, (across, 2)).unflatten(1, (down, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
 
 
 def _whole(side: int, part: int) -> tuple[int, int]:
-    """How many parts cover a side, and how far they stand out."""
+    """Return how many parts cover a side, and by how much they exceed it."""
     number = (side + part - 1) // part
     return number, number * part - side
 
@@ -352,7 +358,7 @@ def swin(
     window: int = 7,
     version: Literal[1, 2] = 1,
 ) -> Callable[..., Swin]:
-    """A published size of Swin, its window still open: 12 is that of the 384-pixel weights."""
+    """Return a function that builds Swin of this size; 384-pixel weights have a window of 12."""
 
     def build(
         *,

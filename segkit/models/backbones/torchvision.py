@@ -1,4 +1,4 @@
-"""The convolutional families of torchvision, with its names, so that its weights load."""
+"""Convolutional backbones of torchvision, with its parameter names, so that its weights load."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,11 +18,13 @@ Builder = Callable[..., nn.Module]
 
 
 def resnet(builder: Builder) -> Callable[..., Stages]:
-    """ResNet (https://arxiv.org/abs/1512.03385), ResNeXt (https://arxiv.org/abs/1611.05431) and
-    Wide ResNet (https://arxiv.org/abs/1605.07146).
+    """Return a function that builds the stages of ResNet, ResNeXt or Wide ResNet.
 
-    ``contract_dilation`` is that of :class:`Stages`: torchvision and mmsegmentation contract
-    ResNet's, segmentation_models.pytorch contracts none, torchvision not MobileNet's.
+    https://arxiv.org/abs/1512.03385, https://arxiv.org/abs/1611.05431 and
+    https://arxiv.org/abs/1605.07146
+
+    ``contract_dilation`` is that of :class:`Stages`: true in torchvision and mmsegmentation for
+    ResNet; false in segmentation_models.pytorch, and in torchvision for MobileNet.
     """
     stem = ("conv1", "bn1", "relu")
     stages = (stem, ("maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
@@ -39,7 +41,9 @@ def resnet(builder: Builder) -> Callable[..., Stages]:
 
 
 def deep_stem(builder: Builder) -> Builder:
-    """A ResNet with three 3x3 convolutions for its first one, mmsegmentation's "V1c".
+    """Return a builder of a ResNet whose first convolution is replaced by three of 3x3.
+
+    mmsegmentation calls it "V1c".
 
     He et al. 2018, https://arxiv.org/abs/1812.01187, figure 2c.
     """
@@ -67,16 +71,19 @@ class _HalfResNet(models.ResNet):
 
 
 def half_resnet18(**options: Any) -> models.ResNet:
-    """ResNet-18 at half width; nobody has published weights of it."""
+    """Return ResNet-18 with half the channels; there are no published weights for it."""
     return _HalfResNet(BasicBlock, [2, 2, 2, 2], **options)
 
 
 def regnet(builder: Builder) -> Callable[..., Stages]:
-    """RegNet X and Y: https://arxiv.org/abs/2003.13678"""
+    """Return a function that builds the stages of RegNet X or Y.
+
+    https://arxiv.org/abs/2003.13678
+    """
     stages = (("stem",), *((f"trunk_output.block{i}",) for i in range(1, 5)))
 
     def build(*, output_stride: Literal[8, 16, 32] = 32) -> Stages:
-        with torch.device("cpu"):  # it computes its widths with tensors, which "meta" cannot
+        with torch.device("cpu"):  # it computes widths with tensors, which fails on "meta"
             network = builder()
         return Stages(network=network, stages=stages, output_stride=output_stride)
 
@@ -84,11 +91,14 @@ def regnet(builder: Builder) -> Callable[..., Stages]:
 
 
 def mobilenet(builder: Builder, *taps: int) -> Callable[..., Stages]:
-    """MobileNet V2 (https://arxiv.org/abs/1801.04381) and V3 (https://arxiv.org/abs/1905.02244).
+    """Return a function that builds the stages of MobileNet V2 or V3.
+
+    https://arxiv.org/abs/1801.04381 and https://arxiv.org/abs/1905.02244
 
     Args:
         builder: torchvision's function.
-        taps: The blocks whose outputs are the feature maps; the last 1x1 convolution is dropped.
+        taps: Indices of the blocks whose outputs are the feature maps; later blocks, such as the
+            last 1x1 convolution, are removed.
     """
 
     def build(*, output_stride: Literal[8, 16, 32] = 32, contract_dilation: bool = True) -> Stages:
@@ -100,18 +110,22 @@ def mobilenet(builder: Builder, *taps: int) -> Callable[..., Stages]:
 
 
 def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Callable[..., Stages]:
-    """EfficientNet (https://arxiv.org/abs/1905.11946) and V2 (https://arxiv.org/abs/2104.00298).
+    """Return a function that builds the stages of EfficientNet or EfficientNet V2.
 
-    ``like`` is whose weights are to be loaded. ``timm`` has another epsilon in BatchNorm than
-    torchvision from B5 on. Those ported from TensorFlow expect its padding and
+    https://arxiv.org/abs/1905.11946 and https://arxiv.org/abs/2104.00298
+
+    ``like`` names the library whose weights will be loaded. ``timm`` has a different epsilon in
+    BatchNorm than torchvision from B5 on. Weights ported from TensorFlow need its padding and
     epsilon: ``tensorflow`` pads for images whose sides are multiples of 32, as timm's ``tf_``
-    models do then. ``smp``, segmentation_models.pytorch, pads all images as those of the size the
-    network was made for, and takes B0's fourth map after the first block of its stage.
+    models do for such images. ``smp`` (segmentation_models.pytorch) pads every image as one of the
+    network's own size, and takes B0's fourth feature map after the first block of its stage.
 
     Args:
         builder: torchvision's function.
-        taps: The blocks whose outputs are the feature maps; the last 1x1 convolution is dropped.
-        side: Of the images the network was made for, where it can be ``like`` another.
+        taps: Indices of the blocks whose outputs are the feature maps; later blocks, such as the
+            last 1x1 convolution, are removed.
+        side: Side of the images the network was designed for; ``None`` if ``like`` can only be
+            ``torchvision``.
     """
 
     def build(
@@ -144,13 +158,13 @@ def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Calla
 
 
 class SameConv2d(DepthwiseConv2d):
-    """A strided convolution padded as TensorFlow's SAME pads: what is odd at the right and bottom.
+    """A strided convolution with TensorFlow's SAME padding: an odd pixel at the right and bottom.
 
-    Once dilation has taken the stride away, it pads as others do.
+    If dilation has replaced its stride, it pads symmetrically.
 
     Args:
-        conv: The convolution it takes the place of.
-        side: Of the maps it pads for, whatever comes in.
+        conv: The convolution to replace.
+        side: Side of the maps to compute the padding for, whatever the actual input.
     """
 
     def __init__(self, conv: nn.Conv2d, side: int) -> None:
@@ -169,7 +183,7 @@ class SameConv2d(DepthwiseConv2d):
 
 
 def _as_tensorflow(network: nn.Module, side: int) -> None:
-    """Give a network the padding that TensorFlow has for images of this side, and its epsilon."""
+    """Give a network TensorFlow's padding for images of this side, and its epsilon, in place."""
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.eps, module.momentum = 1e-3, 0.01
@@ -179,14 +193,16 @@ def _as_tensorflow(network: nn.Module, side: int) -> None:
 
 
 def convnext(builder: Builder, drop_path: float) -> Callable[..., Stages]:
-    """ConvNeXt: https://arxiv.org/abs/2201.03545
+    """Return a function that builds the stages of ConvNeXt.
 
-    ``output_norms`` normalizes each feature map, as published segmentation models do and
-    classifiers do not.
+    https://arxiv.org/abs/2201.03545
+
+    ``output_norms`` normalizes each feature map, as in published segmentation models and unlike in
+    classifiers.
 
     Args:
         builder: torchvision's function.
-        drop_path: torchvision's stochastic depth, where the configuration says nothing.
+        drop_path: Default probability of stochastic depth, that of torchvision.
     """
 
     def build(
@@ -207,11 +223,11 @@ def convnext(builder: Builder, drop_path: float) -> Callable[..., Stages]:
 class NormalizedStages(Stages):
     """Stages with a LayerNorm over the channels of each feature map.
 
-    ConvNeXt's authors, mmsegmentation and transformers have it under segmentation heads.
+    ConvNeXt's authors, mmsegmentation and transformers use it for segmentation.
     """
 
     fresh = ("norm0", "norm1", "norm2", "norm3")
-    """Parts that a classifier's weights do not have."""
+    """Names of modules that a pretrained classifier does not have."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -223,7 +239,7 @@ class NormalizedStages(Stages):
         return [self.get_submodule(name)(x) for name, x in zip(self.fresh, features, strict=True)]
 
     def only_for(self, level: int) -> nn.Module:
-        """What no other feature map depends on."""
+        """Return the module that only the feature map of ``level`` needs."""
         return self.get_submodule(self.fresh[level])
 
 
@@ -235,9 +251,9 @@ def _cut(
     kind: type[Stages] = Stages,
     **options: Any,
 ) -> Stages:
-    """Stages of a network that is one sequence, ``features``, each ending with the block tapped.
+    """Divide a network's sequence ``features`` into stages that end with the blocks in ``taps``.
 
-    ``early`` ends the one before the last at the first part of that block.
+    With ``early`` the last stage but one ends with the first part of its last block.
     """
     blocks = network.get_submodule("features")
     assert isinstance(blocks, nn.Sequential)

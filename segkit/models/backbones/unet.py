@@ -1,4 +1,4 @@
-"""The encoder that U-Net, UNet++ and UNet 3+ were published with."""
+"""The original encoder of U-Net, UNet++ and UNet 3+."""
 
 from collections.abc import Callable
 
@@ -10,17 +10,17 @@ from segkit.models.backbones.stages import Stages, refuse_dilation
 
 
 def unet(*, width: int = 64, bias: bool = True, output_stride: int = 32) -> Stages:
-    """Five levels of two 3x3 convolutions, as in VGG, pooled in between; the first at full size.
+    """Build an encoder of five levels of two 3x3 convolutions, with max pooling in between.
 
     Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597
 
     Args:
         width: Channels of the first level; each level has twice as many as the one before.
-        bias: Give convolutions a bias, as UNet 3+'s code does, though BatchNorm takes it away.
-        output_stride: Only 32 is accepted, though the deepest level's stride is 16.
+        bias: Give convolutions a bias, as UNet 3+'s code does. BatchNorm cancels it.
+        output_stride: Must be 32, although the deepest level's stride is 16.
 
-    Departs from U-Net: pads, so that sizes stay, and has BatchNorm, as its successors do; pools
-    odd sizes up, so that no pixel is dropped.
+    Departs from U-Net: pads convolutions, so that sizes stay the same, has BatchNorm, as its
+    successors do, and rounds odd sizes up in pooling, so that no pixel is dropped.
     """
     refuse_dilation("UNet's encoder", output_stride)
     check_bounds(1, 4096, width=width)

@@ -1,4 +1,4 @@
-"""Networks that turn feature maps into logits, by name."""
+"""Decoders, which map feature maps to logits, by name."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""DeepLabV3: atrous pyramid pooling on the deepest map."""
+"""DeepLabV3: atrous spatial pyramid pooling on the deepest feature map."""
 
 from collections.abc import Sequence
 
@@ -8,18 +8,18 @@ from segkit.models.layers import ASPP, fcn_head
 
 
 class DeepLabV3(nn.Module):
-    """The DeepLabV3 of torchvision, with its rates for a backbone of output stride 8.
+    """DeepLabV3 as in torchvision, with rates for a backbone of output stride 8.
 
     Chen et al. 2017, https://arxiv.org/abs/1706.05587
 
     Args:
         channels: Encoder widths, shallow to deep.
         strides: Encoder strides.
-        num_classes: Number of logit planes.
+        num_classes: Number of classes, the channels of the logits.
         width: Channels of the decoder.
-        rates: Dilation of the pyramid's branches.
-        dropout: Share of the pyramid's values dropped.
-        aux: Have a second head, on the second deepest map, while training.
+        rates: Dilations of the pyramid's branches.
+        dropout: Dropout probability of the pyramid's output.
+        aux: Add an auxiliary head on the second deepest map, in training only.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])

@@ -1,4 +1,4 @@
-"""DeepLabV3+: atrous pyramid pooling, sharpened by one shallow map."""
+"""DeepLabV3+: atrous spatial pyramid pooling joined with one shallow feature map."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,27 +11,27 @@ from segkit.models.layers import ASPP, Classifier, ConvNormAct, fcn_head, level_
 
 
 class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+, with segmentation_models.pytorch's defaults.
+    """DeepLabV3+ with the defaults of segmentation_models.pytorch.
 
     Chen et al. 2018, https://arxiv.org/abs/1802.02611
 
     Args:
         channels: Encoder widths, shallow to deep.
-        strides: Encoder strides; 16 or 8 for the deepest map, through a dilated backbone.
-        num_classes: Number of logit planes.
-        width: Channels of the decoder; mmsegmentation has 512.
-        low_width: Channels the shallow map, of stride 4, is reduced to.
-        rates: Dilation of the pyramid's branches. The paper has 6, 12, 18 at output stride 16 and
+        strides: Encoder strides; 16 or 8 for the deepest map, from a dilated backbone.
+        num_classes: Number of classes, the channels of the logits.
+        width: Channels of the decoder; 512 in mmsegmentation.
+        low_width: Channels that the shallow map, of stride 4, is reduced to.
+        rates: Dilations of the pyramid's branches; in the paper 6, 12, 18 at output stride 16 and
             12, 24, 36 at 8.
-        separable: Depthwise and pointwise convolutions in place of plain ones.
-        dropout: Share of the pyramid's values dropped.
-        align_corners: Of every interpolation, the one to the image's size too; false in
+        separable: Use depthwise and pointwise convolutions in place of plain ones.
+        dropout: Dropout probability of the pyramid's output.
+        align_corners: Used by every interpolation, including that to the image's size; false in
             mmsegmentation.
-        aux: Have a second head, on the second deepest map, while training.
-        layout: ``smp`` smooths the pyramid by one more convolution and the joined maps by one,
-            without BatchNorm inside separable ones. ``mmsegmentation``, as the paper, has no
-            convolution before the maps are joined, two after, and BatchNorm inside; and it joins
-            the pyramid's branches by a 3x3 convolution, where the paper has 1x1.
+        aux: Add an auxiliary head on the second deepest map, in training only.
+        layout: ``smp`` has one convolution before the maps are joined and one after, without
+            BatchNorm inside separable ones. ``mmsegmentation``, like the paper, has none before,
+            two after, and BatchNorm inside; unlike the paper, it joins the pyramid's branches by a
+            3x3 convolution in place of 1x1.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
@@ -72,8 +72,8 @@ class DeepLabV3Plus(nn.Module):
         conv = partial(ConvNormAct, separable=separable, norm_between=not smp)
         self.smooth = conv(width, width) if smp else nn.Identity()
         self.low = ConvNormAct(channels[self.low_level], low_width, kernel=1)
-        joined = conv(width + low_width, width)
-        self.fuse = joined if smp else nn.Sequential(joined, conv(width, width))
+        fuse = conv(width + low_width, width)
+        self.fuse = fuse if smp else nn.Sequential(fuse, conv(width, width))
         self.classifier = Classifier(width, num_classes)
         self.aux = fcn_head(channels[-2], channels[-2] // 4, num_classes) if aux else None
 

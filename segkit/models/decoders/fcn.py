@@ -1,4 +1,4 @@
-"""FCN: a fully convolutional head on the deepest map."""
+"""FCN: a fully convolutional head on the deepest feature map."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,26 +10,26 @@ from segkit.models.layers import ConvNormAct, fcn_head
 
 
 class FCN(nn.Module):
-    """One convolution on the deepest map, of a dilated backbone at best.
+    """FCN: convolutions on the deepest map, preferably that of a dilated backbone.
 
     Long et al. 2015, https://arxiv.org/abs/1411.4038
 
     Args:
         channels: Encoder widths, shallow to deep.
         strides: Encoder strides.
-        num_classes: Number of logit planes.
-        width: Channels of the hidden convolution; a quarter of the map's where ``None``.
-        dropout: Share of values dropped before the classifier.
-        aux: Have a second head, on the second deepest map, while training.
-        layout: ``mmsegmentation`` has a second convolution, and a third that joins its result with
-            the map itself.
+        num_classes: Number of classes, the channels of the logits.
+        width: Channels of the hidden convolution; ``None`` for a quarter of the map's.
+        dropout: Dropout probability before the classifier.
+        aux: Add an auxiliary head on the second deepest map, in training only.
+        layout: ``torchvision`` has one convolution. ``mmsegmentation`` has a second one, and a
+            third that joins its output with the map itself.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
         out: (B, num_classes, H / strides[-1], W / strides[-1])
         aux: (B, num_classes, H / strides[-2], W / strides[-2]), in training
 
-    Departs from the paper: keeps resolution by dilation instead of adding up three levels' logits.
+    Departs from the paper: keeps resolution by dilation instead of adding logits of three levels.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class FCN(nn.Module):
         *_, shallower, deepest = channels
         self.reads = (-2, -1) if aux else (-1,)
         hidden = width or deepest // 4
-        joined = layout == "mmsegmentation"
+        concatenate = layout == "mmsegmentation"
         self.convs = (
             nn.Sequential(ConvNormAct(deepest, hidden), ConvNormAct(hidden, hidden))
-            if joined
+            if concatenate
             else None
         )
-        inputs = deepest + hidden if joined else deepest
+        inputs = deepest + hidden if concatenate else deepest
         self.classifier = fcn_head(inputs, hidden, num_classes, dropout=dropout)
         self.aux_classifier = (
             fcn_head(shallower, width or shallower // 4, num_classes, dropout=dropout)

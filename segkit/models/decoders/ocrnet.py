@@ -1,4 +1,4 @@
-"""OCRNet: each pixel asks the objects of the image what it is part of."""
+"""OCRNet: object-contextual representations."""
 
 from collections.abc import Sequence
 
@@ -10,20 +10,22 @@ from segkit.models.layers import Classifier, ConvNormAct, exactly, resize
 
 
 class OCRNet(nn.Module):
-    """Object-contextual representations, as in the authors' code; made for HRNet.
+    """A decoder that adds to each pixel the features of the object regions it attends to.
+
+    As in the authors' code; designed for HRNet.
 
     Yuan et al. 2020, https://arxiv.org/abs/1909.11065
 
     Args:
-        channels: Encoder widths, shallow to deep; the last four levels are used, side by side.
+        channels: Encoder widths, shallow to deep; the last four levels are concatenated.
         strides: Encoder strides.
-        num_classes: Number of logit planes, and of object regions.
-        width: Channels of pixels and objects.
-        key_width: Channels in which they are compared.
-        dropout: Share of channels dropped before the classifier.
+        num_classes: Number of classes, and of object regions.
+        width: Channels of pixel and object features.
+        key_width: Channels of queries, keys and values.
+        dropout: Dropout probability of channels before the classifier.
         bias: Give the first two convolutions a bias, as the authors' code does and mmsegmentation
-            does not, though BatchNorm takes it away.
-        align_corners: Of every interpolation, the one to the image's size too. True in the
+            does not. BatchNorm cancels it.
+        align_corners: Used by every interpolation, including that to the image's size. True in the
             authors' code, false in mmsegmentation.
 
     Shape:
@@ -73,15 +75,15 @@ class OCRNet(nn.Module):
 
 
 def gather(pixels: Tensor, regions: Tensor) -> Tensor:
-    """The mean pixel of each soft region, every pixel weighing by its softmax over the image.
+    """Return the mean feature of each soft region: a sum with softmax coefficients over pixels.
 
     Args:
         pixels: (B, C, h, w)
         regions: Logits of each object region, (B, N, h, w).
 
     Returns:
-        (B, C, N, 1), computed in float32 at least: a share of a large image is next to nothing in
-        half precision.
+        (B, C, N, 1), computed in at least float32: in large images the coefficients are too small
+        for half precision.
     """
     with exactly(pixels, regions) as (values, logits):
         means = values.flatten(2) @ logits.flatten(2).softmax(2).mT
@@ -95,5 +97,5 @@ def _twice(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(B, C, h, w) as one head's tokens, (B, 1, h w, C)."""
+    """Reshape (B, C, h, w) to the tokens of one attention head, (B, 1, h * w, C)."""
     return x.flatten(2).transpose(1, 2).unsqueeze(1)

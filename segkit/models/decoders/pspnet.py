@@ -1,4 +1,4 @@
-"""PSPNet: pyramid pooling on the deepest map."""
+"""PSPNet: pyramid pooling on the deepest feature map."""
 
 from collections.abc import Sequence
 
@@ -8,18 +8,18 @@ from segkit.models.layers import Classifier, PyramidPooling, fcn_head
 
 
 class PSPNet(nn.Module):
-    """PSPNet, best on a backbone of output stride 8.
+    """PSPNet, preferably on a backbone of output stride 8.
 
     Zhao et al. 2017, https://arxiv.org/abs/1612.01105
 
     Args:
         channels: Encoder widths, shallow to deep.
         strides: Encoder strides.
-        num_classes: Number of logit planes.
+        num_classes: Number of classes, the channels of the logits.
         width: Channels of the decoder.
         bins: Sides of the pooling grids.
-        dropout: Share of channels dropped before the classifier.
-        aux_width: Channels of the auxiliary head; ``None`` leaves it out.
+        dropout: Dropout probability of channels before the classifier.
+        aux_width: Channels of the auxiliary head; ``None`` for no auxiliary head.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
@@ -41,9 +41,9 @@ class PSPNet(nn.Module):
         super().__init__()
         *_, shallower, deepest = channels
         self.reads = (-2, -1) if aux_width else (-1,)
-        each = deepest // len(bins)
+        bin_width = deepest // len(bins)
         self.bins = bins
-        self.pool = PyramidPooling(deepest, width=each, outputs=width, bins=bins)
+        self.pool = PyramidPooling(deepest, width=bin_width, outputs=width, bins=bins)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = Classifier(width, num_classes)
         self.aux = fcn_head(shallower, aux_width, num_classes) if aux_width else None

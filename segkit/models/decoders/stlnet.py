@@ -1,4 +1,4 @@
-"""STLNet: texture as statistics of quantized maps."""
+"""STLNet: statistical texture learning on quantized feature maps."""
 
 from collections.abc import Sequence
 
@@ -11,30 +11,30 @@ from segkit.models.layers import ASPP, ConvNormAct, exactly, fcn_head, level_at,
 
 
 class STLNet(nn.Module):
-    """Statistical texture of the shallow maps beside atrous pooling of the deepest one.
+    """A decoder that joins statistical texture of shallow maps with ASPP of the deepest map.
 
     Zhu et al. 2021, https://arxiv.org/abs/2103.04133
 
     Args:
-        channels: Encoder widths, shallow to deep; the levels of strides 4 and 8 give texture.
+        channels: Encoder widths, shallow to deep; texture is taken from strides 4 and 8.
         strides: Encoder strides.
-        num_classes: Number of logit planes.
+        num_classes: Number of classes, the channels of the logits.
         width: Channels of each part: pyramid texture, enhanced texture, shallow map, context.
-        levels: Steps that the whole image is quantized to.
-        region_levels: Steps that each region is quantized to.
-        scales: Regions a side, at each scale of the texture pyramid.
-        rates: Dilation of the atrous branches.
-        aux_width: Channels of the auxiliary head; ``None`` leaves it out.
+        levels: Quantization levels of the whole image.
+        region_levels: Quantization levels of each region.
+        scales: Regions per side, at each scale of the texture pyramid.
+        rates: Dilations of the atrous branches.
+        aux_width: Channels of the auxiliary head; ``None`` for no auxiliary head.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
         out: (B, num_classes, H / 8, W / 8)
         aux: (B, num_classes, H / strides[-2], W / strides[-2]), in training
 
-    Departs from the authors' code: assigns pixels to regions by their place, so that any size
-    works without pooling; quantizes in float32 always, since steps are finer than half precision;
-    a map without contrast has an empty histogram instead of NaN. The paper's assembly is not
-    published; the parts are joined by concatenation and one 3x3 convolution.
+    Departs from the authors' code: assigns pixels to regions by their position, so that any size
+    works without pooling; always quantizes in float32, as half precision is too coarse for the
+    levels; a map without contrast has an empty histogram instead of NaN. The authors' code of the
+    full network is not published; here the parts are concatenated and a 3x3 convolution follows.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class STLNet(nn.Module):
 
 
 class Texture(nn.Module):
-    """The statistical texture head: pyramid texture, enhanced texture and the map they are of.
+    """The statistical texture head: outputs pyramid texture, enhanced texture and their input.
 
     Args:
-        inputs: Channels in.
-        width: Channels of each of the three maps out.
-        levels: Steps that the whole image is quantized to.
-        region_levels: Steps that each region is quantized to.
-        scales: Regions a side, at each scale.
+        inputs: Input channels.
+        width: Channels of each of the three outputs.
+        levels: Quantization levels of the whole image.
+        region_levels: Quantization levels of each region.
+        scales: Regions per side, at each scale.
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class Texture(nn.Module):
 class Enhancement(nn.Module):
     """Texture enhancement: a learned equalization of the image's histogram.
 
-    How alike each pixel is to the average one is quantized; every step, described by its value
-    and its count, attends to all others and goes back to the pixels that have it.
+    The similarity of each pixel to the average pixel is quantized. Each level is described by its
+    value and its count and attends to all others; the result is mapped back to the level's pixels.
 
     Args:
-        width: Channels in and out.
-        levels: Number of steps.
+        width: Input and output channels.
+        levels: Number of quantization levels.
     """
 
     def __init__(self, width: int, *, levels: int) -> None:
@@ -143,7 +143,7 @@ class Enhancement(nn.Module):
             steps, encoding = quantize(likeness(exact, average), self.levels, side=1)
             count = encoding.sum((2, 3), keepdim=True)
             count = count / (count.sum(1, keepdim=True) + 1e-6)
-        # the histogram as a map, one step a row: (B, 2, levels, 1)
+        # the histogram as a map with one row per level: (B, 2, levels, 1)
         histogram = torch.cat([steps, count], 2).transpose(1, 2).to(x.dtype)
         average = average.to(x.dtype)
         described = self.describe(histogram)
@@ -158,12 +158,12 @@ class Enhancement(nn.Module):
 
 
 class RegionTexture(nn.Module):
-    """How often two quantized values meet diagonally, in each region of a map.
+    """Texture of each region, from the co-occurrence of quantized values of diagonal neighbors.
 
     Args:
-        width: Channels in; half as many come out.
-        side: Regions a side, fewer where the map is smaller.
-        levels: Steps that each region is quantized to.
+        width: Input channels; there are half as many output channels.
+        side: Regions per side; fewer if the map is smaller.
+        levels: Quantization levels of each region.
 
     Shape:
         x: (B, width, h, w)
@@ -186,11 +186,11 @@ class RegionTexture(nn.Module):
         with exactly(x) as (exact,):
             average = sums(exact, side) / sums(torch.ones_like(exact[:1, :1]), side)
             steps, encoding = quantize(likeness(exact, spread(average, x)), self.levels, side)
-            meetings = co_occurrence(encoding, side)
-        at = steps.unsqueeze(2).expand_as(meetings)
-        beside = steps.unsqueeze(1).expand_as(meetings)
-        # each region's pairs of levels as a map, a pair a row: (B, 3, levels^2, side^2)
-        pairs = torch.stack([beside, at, meetings], 1).flatten(2, 3).flatten(3).to(x.dtype)
+            shares = co_occurrence(encoding, side)
+        pixel = steps.unsqueeze(2).expand_as(shares)
+        neighbor = steps.unsqueeze(1).expand_as(shares)
+        # pairs of levels as a map with one row per pair: (B, 3, levels^2, side^2)
+        pairs = torch.stack([neighbor, pixel, shares], 1).flatten(2, 3).flatten(3).to(x.dtype)
         described = self.describe(pairs)
         average = average.to(x.dtype).flatten(2).unsqueeze(2)
         average = average.expand(-1, -1, described.size(2), -1)
@@ -199,21 +199,21 @@ class RegionTexture(nn.Module):
 
 
 def likeness(x: Tensor, average: Tensor) -> Tensor:
-    """Cosine between each pixel and the average of what it belongs to, (B, 1, h, w)."""
+    """Return the cosine similarity of each pixel and its region's average, (B, 1, h, w)."""
     return F.cosine_similarity(x, average).unsqueeze(1)
 
 
 def quantize(x: Tensor, levels: int, side: int) -> tuple[Tensor, Tensor]:
-    """Each region's equally spaced steps, and how much of each step each pixel has.
+    """Return equally spaced levels of each region, and a soft encoding of each pixel by them.
 
     Args:
         x: Values, (B, 1, h, w).
-        levels: Number of steps between a region's least and greatest value.
-        side: Regions a side.
+        levels: Number of levels between the minimum and maximum of a region.
+        side: Regions per side.
 
     Returns:
-        Steps, (B, levels, side, side), and the encoding, (B, levels, h, w): one minus the
-        distance to the step where that is less than a step's width, else 0.
+        Values of the levels, (B, levels, side, side), and the encoding, (B, levels, h, w): one
+        minus the distance to the level if that is less than the spacing of levels, else 0.
     """
     low, high = -maxima(-x, side), maxima(x, side)
     spacing = (high - low) / levels
@@ -224,55 +224,55 @@ def quantize(x: Tensor, levels: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def co_occurrence(encoding: Tensor, side: int) -> Tensor:
-    """How often a pixel of one level has one of another below and to the right of it.
+    """Return the co-occurrence of levels of pixels and of their lower right neighbors.
 
     Args:
         encoding: (B, levels, h, w)
-        side: Regions a side; pixels of two regions never meet.
+        side: Regions per side; neighbors in different regions are not counted.
 
     Returns:
-        Shares of each pair (level of the pixel, level beside it) in each region, (B, levels,
-        levels, side, side), which sum to 1 where anything meets.
+        Share of each pair (level of the pixel, level of its neighbor) in each region, (B, levels,
+        levels, side, side). Shares of a region sum to 1 if it has any pair, up to an epsilon.
     """
     height, width = encoding.shape[-2:]
     rows, columns = (regions(length, side, encoding.device) for length in (height, width))
     inside = (rows[1:] == rows[:-1])[:, None] & (columns[1:] == columns[:-1])
-    at, beside = encoding[:, :, None, :-1, :-1], encoding[:, None, :, 1:, 1:]
-    met = F.pad(at * beside * inside, (0, 1, 0, 1))
-    total = sums(met, side)
+    pixel, neighbor = encoding[:, :, None, :-1, :-1], encoding[:, None, :, 1:, 1:]
+    pairs = F.pad(pixel * neighbor * inside, (0, 1, 0, 1))
+    total = sums(pairs, side)
     return total / (total.sum((1, 2), keepdim=True) + 1e-6)
 
 
 def sums(x: Tensor, side: int) -> Tensor:
-    """The sum over each of ``side`` x ``side`` regions of a map: (..., side, side)."""
-    every = torch.arange(side, device=x.device)[:, None]
+    """Return the sum over each of ``side`` x ``side`` regions of a map: (..., side, side)."""
+    index = torch.arange(side, device=x.device)[:, None]
     rows, columns = (
-        (regions(length, side, x.device) == every).to(x.dtype) for length in x.shape[-2:]
+        (regions(length, side, x.device) == index).to(x.dtype) for length in x.shape[-2:]
     )
     return rows @ (x @ columns.T)
 
 
 def maxima(x: Tensor, side: int) -> Tensor:
-    """The greatest value of each of ``side`` x ``side`` regions of a map: (..., side, side)."""
+    """Return the maximum of each of ``side`` x ``side`` regions of a map: (..., side, side)."""
     for dim in (-2, -1):
         length = x.size(dim)
         edges = (torch.arange(side + 1, device=x.device) * length + side - 1) // side
-        # as many places in every region, the last one again where a region is smaller
-        at = edges[:-1, None] + torch.arange((length + side - 1) // side, device=x.device)
-        at = at.minimum(edges[1:, None] - 1)
-        x = x.index_select(dim, at.flatten()).unflatten(dim, at.shape).amax(dim)
+        # equally many indices per region; smaller regions repeat their last one
+        index = edges[:-1, None] + torch.arange((length + side - 1) // side, device=x.device)
+        index = index.minimum(edges[1:, None] - 1)
+        x = x.index_select(dim, index.flatten()).unflatten(dim, index.shape).amax(dim)
     return x
 
 
 def spread(x: Tensor, like: Tensor) -> Tensor:
-    """Give each pixel of a map the value of its region."""
+    """Return a map of the size of ``like`` in which each pixel has the value of its region."""
     side = x.size(-1)
     rows, columns = (regions(length, side, x.device) for length in like.shape[-2:])
     return x.index_select(-2, rows).index_select(-1, columns)
 
 
 def regions(length: int, side: int, device: torch.device) -> Tensor:
-    """The region, of ``side``, that each of ``length`` pixels in a row belongs to."""
+    """Return the region, 0 to ``side - 1``, of each of ``length`` pixels in a row."""
     return torch.arange(length, device=device) * side // length
 
 

@@ -1,4 +1,4 @@
-"""U-Net: from the deepest map up, one skip a level."""
+"""U-Net: a decoder with one skip connection per level."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,15 @@ from segkit.models.layers import Classifier, ConvNormAct, resize
 
 
 class UNet(nn.Module):
-    """U-Net's decoder on any encoder.
+    """U-Net's decoder for any encoder.
 
     Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597
 
     Args:
         channels: Encoder widths, shallow to deep.
         strides: Encoder strides.
-        num_classes: Number of logit planes.
-        widths: Channels of the decoder, deep to shallow; one for each skip is used.
+        num_classes: Number of classes, the channels of the logits.
+        widths: Channels of the decoder, deep to shallow; one per skip is used.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
@@ -27,8 +27,8 @@ class UNet(nn.Module):
     Raises:
         ConfigError: If there are fewer ``widths`` than skips.
 
-    Departs from the paper: resizes by the nearest value to the exact skip size, so odd inputs
-    work, and pads, so that sizes stay.
+    Departs from the paper: resizes (nearest) to the exact skip size, so that odd inputs work, and
+    pads convolutions, so that sizes stay the same.
     """
 
     def __init__(

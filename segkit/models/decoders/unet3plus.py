@@ -1,4 +1,4 @@
-"""UNet 3+: every node sees every scale."""
+"""UNet 3+: a decoder whose nodes take feature maps of all scales."""
 
 from collections.abc import Sequence
 
@@ -10,20 +10,20 @@ from segkit.models.layers import Classifier, ConvNormAct, resize
 
 
 class UNet3Plus(nn.Module):
-    """UNet 3+ on any encoder.
+    """UNet 3+ for any encoder.
 
     Huang et al. 2020, https://arxiv.org/abs/2004.08790
 
     Args:
         channels: Encoder widths, shallow to deep.
         strides: Encoder strides.
-        num_classes: Number of logit planes.
-        width: Channels each scale contributes to a node.
-        bias: Give convolutions a bias, as the authors' code does, though BatchNorm takes it away.
-        deep_supervision: Logits of every deeper node and of the deepest map too, while training.
-        presence: Judge from the deepest map which classes the image shows at all, and let every
-            pixel's logits know.
-        background: The class that is in every image; ``None`` where there is none.
+        num_classes: Number of classes, the channels of the logits.
+        width: Channels that each scale contributes to a node.
+        bias: Give convolutions a bias, as the authors' code does. BatchNorm cancels it.
+        deep_supervision: In training, also compute logits of every deeper node and the deepest map.
+        presence: Predict from the deepest map which classes are in the image, and adjust the logits
+            of every pixel.
+        background: The class that is in every image; ``None`` if there is none.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
@@ -31,10 +31,10 @@ class UNet3Plus(nn.Module):
         aux{i}: (B, num_classes, H / strides[i], W / strides[i]), i > 0, in training
         aux_presence: (B, num_classes), in training
 
-    Departs from the paper: resizes to the exact size of each node, so odd inputs work. Its
-    classification-guided module multiplies logits by a hard 0 or 1, which says nothing under
-    softmax, where 0 is as good a logit as any; here the logarithm of each class's probability to
-    be present is added instead, so that the presence itself multiplies the class's odds.
+    Departs from the paper: resizes to the exact size of each node, so that odd inputs work. The
+    paper's classification-guided module multiplies logits by 0 or 1, which does not exclude a class
+    under softmax, as a logit of 0 may be the largest. Here the logarithm of the probability that
+    the class is present is added to its logits, which multiplies its odds by this probability.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class UNet3Plus(nn.Module):
         return outputs
 
     def _odds(self, present: Tensor) -> Tensor:
-        """What to add to each class's logits, (B, num_classes, 1, 1)."""
+        """Return what is added to the logits of each class, (B, num_classes, 1, 1)."""
         odds = F.logsigmoid(present)
         if self.background is not None:
             keep = torch.ones_like(odds)
@@ -94,13 +94,13 @@ class UNet3Plus(nn.Module):
 
 
 class Node(nn.Module):
-    """The maps of all scales at one of them: finer ones pooled, coarser ones interpolated.
+    """A node that joins the maps of all scales at one: finer maps pooled, coarser interpolated.
 
     Args:
         inputs: Channels of each level's map.
-        factors: How much finer each of the finer levels is.
-        width: Channels each level contributes.
-        bias: Of the convolutions.
+        factors: Pooling factor of each finer level.
+        width: Channels that each level contributes.
+        bias: Give the convolutions a bias.
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class Node(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], level: int) -> Tensor:
         size = maps[level].shape[-2:]
-        seen = []
+        outputs = []
         for i, (branch, x) in enumerate(zip(self.branches, maps, strict=True)):
             if i < level and self.factors[i] > 1:
                 x = F.max_pool2d(x, self.factors[i], ceil_mode=True)
-            seen.append(branch(resize(x, size)))
-        return self.fuse(torch.cat(seen, 1))
+            outputs.append(branch(resize(x, size)))
+        return self.fuse(torch.cat(outputs, 1))

@@ -1,4 +1,4 @@
-"""UNet++: a U-Net whose skips are U-Nets."""
+"""UNet++: a U-Net with nested skip connections."""
 
 from collections.abc import Sequence
 
@@ -10,36 +10,37 @@ from segkit.models.layers import Classifier, ConvNormAct, UpsampledConv2d, resiz
 
 
 class UNetPlusPlus(nn.Module):
-    """UNet++ on any encoder, laid out as in segmentation_models.pytorch.
+    """UNet++ for any encoder, with the layout of segmentation_models.pytorch.
 
     Zhou et al. 2018, https://arxiv.org/abs/1807.10165 and 2020, https://arxiv.org/abs/1912.05074
 
-    Node ``x_d_l`` of column l takes the node to its left, one level deeper, resized, and every
-    node below it in its column, down to the encoder's map. The last row, d = 0, is the U-Net's
-    own decoder, and ``x_0_n`` after it has no skip left.
+    Inputs of node ``x_d_l`` in column l are the node to its left, which is one level deeper and is
+    resized, and every node below it in its column, down to the encoder's map. Row d = 0 is the
+    decoder of the U-Net; its last node, ``x_0_n``, has no skips.
 
     Args:
         channels: Encoder widths, shallow to deep.
         strides: Encoder strides.
-        num_classes: Number of logit planes.
-        widths: Channels of the decoder's own row, deep to shallow; one for each level is used.
-        deep_supervision: A 1x1 head on each node of the finest level, ``aux1`` the shallowest
-            U-Net's to ``auxN`` the deepest's, while training.
-        average: Deep supervision with ``out`` the mean of all heads, the paper's accurate mode.
-            Without it ``out`` is the last head's, its fast mode at full depth.
-        pruned: In evaluation ``out`` is that of ``aux1``, ``aux2``, ..., and nodes that only
-            deeper ones need are left out: the paper's fast mode, of a model with deep supervision.
+        num_classes: Number of classes, the channels of the logits.
+        widths: Channels of the decoder's row, deep to shallow; one per level is used.
+        deep_supervision: Add a 1x1 head to each node of the finest level in training, from ``aux1``
+            for the shallowest U-Net to ``auxN`` for the deepest.
+        average: Deep supervision, with the mean of all heads as ``out``: the paper's accurate mode.
+            Without it ``out`` comes from the last head: the paper's fast mode at full depth.
+        pruned: Number of the head, 1 for ``aux1``, that gives ``out`` in evaluation; nodes that
+            only deeper heads need are skipped. This is the paper's fast mode, for a model with deep
+            supervision.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
-        out: (B, num_classes, 2 H / strides[0], 2 W / strides[0]), never finer than the image
+        out: (B, num_classes, 2 H / strides[0], 2 W / strides[0]), at most the image's size
         aux*: (B, num_classes, H / strides[0], W / strides[0]), in training
 
     Raises:
         ConfigError: If there are fewer ``widths`` than encoder levels, or ``pruned`` names no head.
 
-    Departs from the paper: resizes to the exact skip size, so odd inputs work; the four heads
-    stand at the encoder's finest map, since a classifier has none at the image's size.
+    Departs from the paper: resizes to the exact skip size, so that odd inputs work; the heads are
+    at the size of the encoder's finest map, as encoders have none at the image's size.
     """
 
     def __init__(
@@ -103,15 +104,15 @@ class UNetPlusPlus(nn.Module):
             logits = [head(node) for head, node in zip(self.heads, finest, strict=True)]
             if self.average:
                 size = outputs["out"].shape[-2:]
-                everywhere = [outputs["out"], *(resize(x, size) for x in logits)]
-                outputs["out"] = torch.stack(everywhere).mean(0)
+                resized = [outputs["out"], *(resize(x, size) for x in logits)]
+                outputs["out"] = torch.stack(resized).mean(0)
             if self.training:
                 outputs |= {f"aux{i}": x for i, x in enumerate(logits, 1)}
         return outputs
 
 
 class Block(nn.Module):
-    """A deeper map resized to its skips, put beside them and convolved twice."""
+    """Two convolutions of a deeper map, resized, concatenated with its skips."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""UPerNet: a feature pyramid on top of pyramid pooling."""
+"""UPerNet: a feature pyramid network on top of pyramid pooling."""
 
 from collections.abc import Sequence
 
@@ -15,18 +15,18 @@ from segkit.models.layers import (
 
 
 class UPerNet(nn.Module):
-    """UPerNet's semantic branch, and a small FCN on the second deepest map while training.
+    """UPerNet's semantic branch, with an auxiliary FCN head on the second deepest map.
 
     Xiao et al. 2018, https://arxiv.org/abs/1807.10221
 
     Args:
         channels: Encoder widths, shallow to deep; the last four levels are used.
         strides: Encoder strides.
-        num_classes: Number of logit planes.
+        num_classes: Number of classes, the channels of the logits.
         width: Channels of every level of the pyramid.
         bins: Sides of the pooling grids on the deepest map.
-        dropout: Share of channels dropped before the classifier.
-        aux_width: Channels of the auxiliary head; ``None`` leaves it out.
+        dropout: Dropout probability of channels before the classifier.
+        aux_width: Channels of the auxiliary head; ``None`` for no auxiliary head.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
