@@ -1,4 +1,4 @@
-"""The command ``segkit``: ``segkit train --cfg demo``, or ``python -m segkit train --cfg demo``."""
+"""Command ``segkit``: ``segkit train --cfg demo``, or ``python -m segkit train --cfg demo``."""
 
 import sys
 from typing import NoReturn
@@ -9,18 +9,21 @@ from segkit.core.errors import closest
 
 COMMANDS = {
     "train": (train.main, "train the folds of a configuration"),
-    "infer": (infer.main, "predict with trained runs: soups, views, votes"),
-    "check": (check.main, "read a data set and list every fault"),
-    "explore": (explore.main, "write a page about labelled photographs"),
+    "infer": (infer.main, "predict with trained runs: soups, test-time augmentation, votes"),
+    "check": (check.main, "read a data set and list all faults"),
+    "explore": (explore.main, "write a page about labelled images"),
     "report": (report.main, "write the pages of runs"),
-    "weights": (weights.main, "show what a file of weights is, and what would load"),
-    "augment": (augment.main, "show augmented training images"),
+    "weights": (
+        weights.main,
+        "show the model of a weights file, and the entries that would be loaded",
+    ),
+    "augment": (augment.main, "draw augmented training images"),
     "demo": (demo.main, "draw the demo data set"),
 }
 
 
 def main() -> NoReturn:
-    """Run the subcommand that the command line names."""
+    """Run the subcommand given on the command line."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print("usage: segkit COMMAND [options]\n\ncommands:")

@@ -1,1 +1,1 @@
-"""The commands other than train and infer, and what all of them share."""
+"""The commands other than train and infer, and the code that all commands share."""

@@ -1,9 +1,9 @@
-"""A contact sheet of a configuration's augmentation, to be looked at before training.
+"""Draw a contact sheet of a configuration's augmentation, to inspect before training.
 
     segkit augment --cfg demo [--out sheet.png] [--images 6]
 
-A row for each operation alone, applied for certain, and one for the whole list as it is; masks lie
-over the images. As a command, this file stands above its package: it reads data and draws overlays.
+One row per operation alone, applied with probability 1, and one row for the whole list as
+configured. Masks are drawn over the images.
 """
 
 import argparse
@@ -33,9 +33,9 @@ def contact_sheet(cfg: config.Config, source: Source, *, images: int) -> Image.I
     """Draw the sheet.
 
     Args:
-        cfg: Its ``augment``, the mean and deviation of its ``data``, and the seed of its ``train``.
-        source: Labelled images; the first ones, evenly apart, are shown.
-        images: Columns.
+        cfg: Configuration; ``augment``, ``data.mean``, ``data.std`` and ``train.seed`` are used.
+        source: Labelled images, of which evenly spaced ones are shown.
+        images: Number of columns.
     """
     chosen = np.linspace(0, len(source) - 1, min(images, len(source))).astype(int).tolist()
     alone = [{**spec, "p": 1} for spec in cfg.augment.train]
@@ -67,7 +67,7 @@ def _cell(
 ) -> Image.Image:
     rng = generator(cfg.train.seed, 0, index)
     image, mask = pipeline(source.image(index), source.mask(index), rng, other)
-    assert mask is not None  # one was given
+    assert mask is not None
     levels = _channels(cfg.data.std) * image + _channels(cfg.data.mean)
     photograph = levels.mul(255).round().clamp(0, 255).to(torch.uint8)
     cell = overlay(photograph, mask, classes=source.classes, opacity=0.4, legend=False)
@@ -80,11 +80,11 @@ def _channels(values: Sequence[float]) -> Tensor:
 
 
 def main(argv: list[str]) -> None:
-    """Write the sheet and tell where."""
+    """Write the sheet and print its path."""
     parser = argparse.ArgumentParser(prog="segkit augment", description=__doc__)
     console.add_config_options(parser)
     parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="the PNG to write")
-    parser.add_argument("--images", type=int, default=6, help="columns")
+    parser.add_argument("--images", type=int, default=6, help="number of columns")
     args = parser.parse_args(argv)
     cfg = config.load(args.cfg, args.set)
     if cfg.data.train is None:

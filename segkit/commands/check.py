@@ -19,12 +19,12 @@ PARTS = ("train", "val", "test", "test_labels")
 
 
 def faults(data: config.Data) -> Iterator[Fault]:
-    """Every fault of the data that a configuration names, part after part.
+    """Yield every fault of the data that a configuration names, part by part.
 
-    Each image and mask is read. A part that cannot be opened at all is one fault.
+    Every image and mask is read. A part that cannot be opened at all is one fault.
 
     Raises:
-        ConfigError: There is no part, or one names no source or wrong arguments.
+        ConfigError: There is no part, or a part has no source or invalid arguments.
     """
     makers = {
         part: config.bind(SOURCES, spec, f"data.{part}")
@@ -37,13 +37,13 @@ def faults(data: config.Data) -> Iterator[Fault]:
     for part, make in makers.items():
         where = f"data.{part}"
         try:
-            source, found = _inspect(make)
+            source, source_faults = _inspect(make)
             if part == "train":
                 read_groups(data.groups, data.group_pattern, source.names)
         except DataError as error:
             yield Fault(f"{where}: {error}", file=where)
             continue
-        for fault in found:
+        for fault in source_faults:
             yield Fault(f"{where}: {fault.sentence}", fault.file, fault.annotation)
         if source.labelled and classes not in (None, source.classes):
             yield Fault(
@@ -56,7 +56,7 @@ def faults(data: config.Data) -> Iterator[Fault]:
 
 
 def _inspect(make: functools.partial[Any]) -> tuple[Source, Collection[Fault]]:
-    """The source without its faulty images, and all its faults."""
+    """Return the source without its faulty images, and all its faults."""
     if "on_error" in inspect.signature(make).parameters:
         source = make(on_error="skip")
         return source, source.faults
@@ -65,7 +65,7 @@ def _inspect(make: functools.partial[Any]) -> tuple[Source, Collection[Fault]]:
 
 
 def main(argv: list[str]) -> None:
-    """Print every fault; raise a DataError if there was one."""
+    """Print every fault; raise a DataError if there is any."""
     parser = argparse.ArgumentParser(prog="segkit check", description=__doc__)
     console.add_config_options(parser)
     parser.add_argument("--json", action="store_true", help="print each fault as a JSON object")

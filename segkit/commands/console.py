@@ -1,7 +1,8 @@
-"""What all commands share: their options, their output, and how each of them ends.
+"""Code that all commands share: options, output, error messages and exit codes.
 
-A command ends here and nowhere else. An error is never waited on: data-loader workers are killed,
-threads and ranks that wait in a collective are left, and the message is the last line on stderr.
+A command ends only in this file. After an error it does not wait for anything: data-loader workers
+are killed, threads and ranks that wait in a collective are abandoned, and the message is the last
+line on stderr.
 """
 
 import argparse
@@ -35,14 +36,14 @@ from segkit.core.errors import (
 )
 
 MEMORY_TO_PREDICT = "lower infer.batch_size, or set infer.tile to a smaller side"
-"""What to do where an evaluation or a prediction needs more memory than there is."""
+"""Advice for evaluation or prediction that runs out of memory."""
 
 
 def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> NoReturn:
-    """Run a command: exit code 0 done, 1 an error, 2 wrong usage (argparse), 130 interrupted.
+    """Run a command and exit: code 0 done, 1 error, 2 wrong usage (argparse), 130 interrupted.
 
-    An error that a user can mend is one sentence on stderr; with ``--debug`` its traceback comes
-    before it. Any other is a bug: its traceback is printed, and a last line that says so.
+    For an error that a user can fix, one sentence is printed on stderr, after the traceback with
+    ``--debug``. Any other error is a bug: its traceback is printed, and a last line that says so.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.showwarning = _show
@@ -65,26 +66,26 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
 def end(sentence: str, code: int) -> NoReturn:
     """Print ``sentence`` on stderr as the last line and end this process and its workers at once.
 
-    Python's own exit is not used: it joins threads and child processes, and the process group waits
-    for other ranks. Any of them may never come.
+    Python's normal exit is not used: it joins threads and child processes, and the process group
+    waits for other ranks. Any of these can block forever.
     """
     try:
-        with suppress(ValueError):  # another thread than the main one
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for the killed
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
         workers = multiprocessing.active_children()
         for worker in workers:
             worker.kill()  # data-loader workers ignore SIGTERM
         for worker in workers:
             worker.join(1)
-        # Where workers are not forked, their queues have names in the system, which this gives up.
-        give_up = multiprocessing.util._exit_function  # type: ignore[attr-defined]
-        cleaning = threading.Thread(target=give_up, daemon=True)
+        # Workers that are not forked have queues with names in the system; this releases them.
+        release = multiprocessing.util._exit_function  # type: ignore[attr-defined]
+        cleaning = threading.Thread(target=release, daemon=True)
         cleaning.start()
         cleaning.join(2)
         with suppress(OSError, ValueError, RuntimeError):
             sys.stdout.flush()
         prefix = "" if os.environ.get("RANK", "0") == "0" else f"[rank {os.environ['RANK']}] "
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress bar
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # erase the rest of a progress bar
         with suppress(OSError, ValueError, RuntimeError):
             print(f"{clear}{prefix}{sentence}", file=sys.stderr, flush=True)
     finally:
@@ -92,9 +93,10 @@ def end(sentence: str, code: int) -> NoReturn:
 
 
 def end_without_peer() -> NoReturn:
-    """End this rank because the process of another one ended; called by another thread.
+    """End this rank because the process of another rank ended; called by a thread.
 
-    Most often the main thread notices too, or has an error of its own: it has two seconds to say.
+    The main thread usually detects this too, or has an error of its own: it gets two seconds to
+    report it.
     """
     time.sleep(2)
     end(LOST_RANK, 1)
@@ -102,7 +104,7 @@ def end_without_peer() -> NoReturn:
 
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Turn running out of memory within the block into one sentence, which ends with ``advice``."""
+    """Convert an out-of-memory error in the block to a SegkitError that ends with ``advice``."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -112,7 +114,7 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """What every command takes that looks at a configuration's data."""
+    """Add the options of commands that read a configuration's data."""
     parser.add_argument("--cfg", required=True, help="a path, or a name in configs/")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
@@ -121,28 +123,28 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What every command that runs a model takes."""
+    """Add the options of commands that run a model."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
     )
     parser.add_argument(
         "--device",
         metavar="NAME",
-        help="as torch names it: cpu, cuda, cuda:1, mps, xpu; default: cuda where there is one",
+        help="device: cpu, cuda, cuda:1, mps, xpu; default: cuda if available, else cpu",
     )
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="print errors only")
-    volume.add_argument("--verbose", action="store_true", help="print every class's IoU too")
+    volume.add_argument("--verbose", action="store_true", help="also print the IoU of every class")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def voice(*, quiet: bool = False, verbose: bool = False) -> Callable[[str], None]:
-    """Set how much this process says, which is the level of the logger ``segkit``.
+    """Set the verbosity of this process, which is the level of the logger ``segkit``.
 
-    Progress bars go by it too.
+    Progress bars follow it too.
 
     Returns:
-        A function that prints a line; nothing when quiet, and on ranks other than 0.
+        A function that prints a line; it does nothing if quiet, and on ranks other than 0.
     """
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     logging.getLogger("segkit").setLevel(level)
@@ -150,18 +152,18 @@ def voice(*, quiet: bool = False, verbose: bool = False) -> Callable[[str], None
 
 
 def is_verbose() -> bool:
-    """Whether ``--verbose`` was given."""
+    """Return whether ``--verbose`` was given."""
     return logging.getLogger("segkit").level == logging.DEBUG
 
 
 def bold(text: str) -> str:
-    """Text that stands out on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    """Return text in bold on a terminal, unless NO_COLOR is set (https://no-color.org)."""
     plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
     return text if plain else f"\033[1m{text}\033[0m"
 
 
 def _say(text: str) -> None:
-    """Print a line at once: in a file it would come minutes after the lines on stderr."""
+    """Print a line and flush: in a file, it would appear minutes after the lines on stderr."""
     print(text, flush=True)
 
 
@@ -170,15 +172,15 @@ def _silent(_: str) -> None:
 
 
 def _show(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning as people read it, without the line of code that gave it."""
+    """Print a warning without the line of code that issued it."""
     print(f"warning: {message}", file=sys.stderr)
 
 
 class Stop:
-    """Within its block, SIGTERM or SIGINT ends the run, saved, after the step under way.
+    """Context in which SIGTERM or SIGINT stops and saves the run after the current step.
 
-    A second one ends it at once. torchrun passes on what it gets, so a rank that is in a process
-    group with it gets each signal twice: within two seconds they count once.
+    A second signal ends it at once. torchrun forwards signals, so a rank in torchrun's process
+    group receives each signal twice: two signals within two seconds count as one.
     """
 
     def __init__(self) -> None:
@@ -208,27 +210,27 @@ class Stop:
         return signal.Signals(self.signal).name
 
     def asked(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop; all ranks call it after the same step."""
+        """Return whether any rank received a signal; all ranks call this after the same step."""
         if distributed.world_size() == 1:
             self.signal = self.pending
         else:
-            asked = torch.tensor([self.pending], device=device)
-            self.signal = int(distributed.maximum(asked))
+            pending = torch.tensor([self.pending], device=device)
+            self.signal = int(distributed.maximum(pending))
         return self.signal > 0
 
 
 def _report_to_torchrun(sentence: str) -> None:
-    """Give torchrun the sentence for its own report, which comes after it."""
+    """Write the sentence to the file from which torchrun makes its report."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and not sentence.startswith(LOST_RANK):  # the report begins with the first cause
+    if path and not sentence.startswith(LOST_RANK):  # torchrun reports the earliest failure
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}))
 
 
 class _Output(io.FileIO):
-    """A standard stream that drops what is written once its reader is gone (``| head``).
+    """A standard stream that discards output after its reader has closed (``| head``).
 
-    The command goes on to its end, so that a training is not lost with the pager that showed it.
+    The command runs to its end, so that closing a pager does not end a training run.
     """
 
     def write(self, data: Any) -> int:
@@ -239,9 +241,9 @@ class _Output(io.FileIO):
 
 
 def _open_output(stream: Any) -> Any:
-    """The same standard stream, as an :class:`_Output`."""
+    """Return a standard stream as an :class:`_Output`."""
     if not isinstance(stream, io.TextIOWrapper):
-        return stream  # none, or one of whoever embeds this process
+        return stream  # none, or replaced by a program that embeds segkit
     stream.flush()
     raw = _Output(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(

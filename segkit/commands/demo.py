@@ -1,4 +1,4 @@
-"""``segkit demo DIR``: draw the demo set."""
+"""Draw the demo data set: ``segkit demo DIR``."""
 
 import argparse
 import inspect
@@ -9,23 +9,23 @@ from segkit.data.demo import draw_demo
 
 
 def main(arguments: list[str]) -> None:
-    """Draw the demo set into a new folder."""
+    """Draw the demo data set into a new folder."""
     defaults = inspect.signature(draw_demo).parameters
     parser = argparse.ArgumentParser(
         prog="segkit demo",
         description="Draw scenes of litter in the contest's format: photographs, train.json, "
-        "test.json, and test_labels.json to score with.",
+        "test.json, and test_labels.json for scoring.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="a new folder")
     for name, text in (
-        ("train", "training images"),
-        ("test", "test images"),
+        ("train", "number of training images"),
+        ("test", "number of test images"),
         ("size", "side of an image in pixels"),
-        ("seed", "another seed is another set"),
+        ("seed", "random seed of the drawings"),
     ):
         default = defaults[name].default
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = vars(parser.parse_args(arguments))
     del given["debug"]
     drawn = draw_demo(**given)

@@ -1,9 +1,9 @@
-"""A page to look at labelled photographs before training.
+"""Write a page about labelled images, to inspect before training.
 
     segkit explore --cfg demo [--out explore.html] [--json]
 
-Counts, sizes and positions of the objects of each class, the mean and deviation to normalize with,
-near-duplicates that the split divides, labels that may be wrong, and examples of each class.
+It shows counts, sizes and positions of the objects per class, mean and standard deviation for
+normalization, near-duplicates that the split separates, suspicious labels, and examples per class.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from segkit.report.survey import survey
 
 
 def open_parts(cfg: config.Config) -> list[Part]:
-    """The parts to train on, to validate with and to predict, each read once."""
+    """Read the parts ``train``, ``val`` and ``test`` of the data, those that are configured."""
     if cfg.data.train is None:
         raise ConfigError("data.train: is missing; expected the labelled images to look at")
     parts = []
@@ -37,21 +37,23 @@ def open_parts(cfg: config.Config) -> list[Part]:
 
 
 def main(argv: list[str]) -> None:
-    """Write the page and tell where."""
+    """Write the page and print its path."""
     parser = argparse.ArgumentParser(prog="segkit explore", description=__doc__)
     console.add_config_options(parser)
     parser.add_argument("--out", type=Path, default=Path("explore.html"), help="the page to write")
     parser.add_argument(
-        "--json", action="store_true", help="print each doubt and near-duplicate as a JSON object"
+        "--json",
+        action="store_true",
+        help="print suspicious labels and near-duplicates as JSON",
     )
     args = parser.parse_args(argv)
     cfg = config.load(args.cfg, args.set)
     refuse_foreign(args.out, MARK.encode())
     parts = open_parts(cfg)
-    found = findings(cfg, parts)
-    write_text(args.out, explore_page(cfg, parts, found, title=Path(args.cfg).stem))
+    result = findings(cfg, parts)
+    write_text(args.out, explore_page(cfg, parts, result, title=Path(args.cfg).stem))
     if args.json:
-        for line in found.lines():
+        for line in result.lines():
             print(json.dumps(line))
     else:
         print(args.out)

@@ -1,4 +1,4 @@
-"""Pages of runs: one that compares a folder's runs, or a run's own anew.
+"""Write the pages of runs: a comparison of a folder's runs, or the page of one run.
 
 segkit report runs             # runs/index.html, and each run's report.html
 segkit report runs/demo-1      # runs/demo-1/report.html
@@ -21,7 +21,7 @@ from segkit.report.run_page import run_page
 
 
 def main(argv: list[str]) -> None:
-    """Write the pages and tell where."""
+    """Write the pages and print the path of the main one."""
     parser = argparse.ArgumentParser(
         prog="segkit report",
         description=__doc__,
@@ -31,13 +31,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     alone = (args.runs / "config.json").is_file()
-    found = [args.runs] if alone else [path.parent for path in args.runs.glob("*/config.json")]
-    if not found:
+    folders = [args.runs] if alone else [path.parent for path in args.runs.glob("*/config.json")]
+    if not folders:
         raise SegkitError(
             f"{args.runs}: holds no run; expected a run's folder, or a folder of runs"
         )
-    found.sort(key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True)
-    logs = [log for folder in found if (log := open_log(folder, alone=alone)) is not None]
+    folders.sort(key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True)
+    logs = [log for folder in folders if (log := open_log(folder, alone=alone)) is not None]
     pages = [log.run.folder / "report.html" for log in logs]
     for page in [*pages, *([] if alone else [args.runs / "index.html"])]:
         refuse_foreign(page, MARK.encode())
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 
 def open_log(folder: Path, *, alone: bool) -> RunLog | None:
-    """Read a run; among others, one that cannot be read is left out with a warning."""
+    """Read a run; return ``None`` with a warning if it is unreadable and not ``alone``."""
     try:
         return RunLog(Run(folder))
     except SegkitError as error:

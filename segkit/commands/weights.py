@@ -1,7 +1,4 @@
-"""What a file of weights is, and what would load: ``segkit weights FILE``.
-
-As a command, this file stands above its package: it builds models.
-"""
+"""Show the model of a weights file and which entries would be loaded: ``segkit weights FILE``."""
 
 import argparse
 import dataclasses
@@ -18,51 +15,59 @@ from segkit.models.segmenter import build_model
 
 
 def main(argv: list[str]) -> None:
-    """Print it; raise a CheckpointError where nothing would load."""
+    """Describe the file; raise a CheckpointError if no entry would be loaded."""
     parser = argparse.ArgumentParser(prog="segkit weights", description=__doc__)
     parser.add_argument("file", type=Path, help="a .pth, .pt or .safetensors file")
     parser.add_argument(
-        "--backbone", type=_component, help="show what loads into it: a name, or a JSON object"
+        "--backbone",
+        type=_component,
+        help="show which entries it would load: a name, or a JSON object",
     )
     parser.add_argument(
-        "--decoder", type=_component, default="fcn", help="beside --backbone; default: fcn"
+        "--decoder",
+        type=_component,
+        default="fcn",
+        help="decoder of the model, with --backbone; default: fcn",
     )
-    parser.add_argument("--classes", type=int, help="of the decoder; default: the file's, or 2")
+    parser.add_argument(
+        "--classes", type=int, help="number of classes of the decoder; default: the file's, or 2"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     source = str(args.file)
     state = read_file(args.file)
-    found = identify(state, args.file, source=source)
+    checkpoint = identify(state, args.file, source=source)
     about: dict[str, Any] = {
         "file": source,
-        "title": found.title,
-        "backbones": fitting(found),
-        "windows": windows(found),
-        "output_norms": bool(output_norms(found)),
-        "decoder": found.decoder,
-        "classes": found.classes,
+        "title": checkpoint.title,
+        "backbones": fitting(checkpoint),
+        "windows": windows(checkpoint),
+        "output_norms": bool(output_norms(checkpoint)),
+        "decoder": checkpoint.decoder,
+        "classes": checkpoint.classes,
         "entries": len(state),
         "values": sum(tensor.numel() for tensor in state.values()),
     }
     report = None
     if args.backbone is not None:
-        classes = args.classes or found.classes or 2
+        classes = args.classes or checkpoint.classes or 2
         with torch.device("meta"):
             model = build_model(args.backbone, args.decoder, num_classes=classes)
-        _, report = fit(model, found, source=source)
+        _, report = fit(model, checkpoint, source=source)
     if args.json:
         print(json.dumps(about | {"report": report and dataclasses.asdict(report)}))
         return
-    window = "".join(f" (window {side})" for side in windows(found))
+    window = "".join(f" (window {side})" for side in windows(checkpoint))
     norms = {"convnext": " (output_norms true)"} if about["output_norms"] else {}
     backbones = ", ".join(
         name + window + norms.get(name.split("_")[0], "") for name in about["backbones"]
     )
-    print(f"{source}: {found.title}")
+    print(f"{source}: {checkpoint.title}")
     print(f"  backbone  {backbones or 'none of segkit has its structure'}")
-    print(f"  decoder   {found.instead if found.decoder is None else found.decoder or 'of segkit'}")
-    print(f"  classes   {found.classes or 'unknown'}")
+    decoder = checkpoint.decoder or "of segkit"
+    print(f"  decoder   {checkpoint.instead if checkpoint.decoder is None else decoder}")
+    print(f"  classes   {checkpoint.classes or 'unknown'}")
     print(f"  entries   {about['entries']:,}, {about['values']:,} values")
     if report:
         _show(report)
@@ -70,7 +75,7 @@ def main(argv: list[str]) -> None:
 
 def _show(report: Report) -> None:
     print(f"would load {len(report.loaded):,} entries of this model")
-    for word, reasons in (("left fresh", report.fresh), ("skipped", report.skipped)):
+    for word, reasons in (("newly initialized", report.fresh), ("skipped", report.skipped)):
         for reason in dict.fromkeys(reasons.values()):
             names = [name for name, why in reasons.items() if why == reason]
             more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""

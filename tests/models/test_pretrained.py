@@ -1245,7 +1245,7 @@ def test_the_command_tells_what_a_file_is(
     ]
     shown = run(str(path), "--backbone", "resnet18", "--decoder", "unet", capsys=capsys)
     assert "would load 120 entries of this model" in shown
-    assert "left fresh, the file has no decoder: decoder.blocks.0.0.0.weight, " in shown
+    assert "newly initialized, the file has no decoder: decoder.blocks.0.0.0.weight, " in shown
     assert "skipped, not of a backbone: fc.weight, fc.bias" in shown
     about = json.loads(
         run(str(path), "--backbone", '{"name": "resnet18"}', "--json", capsys=capsys)
