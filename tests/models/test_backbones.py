@@ -618,7 +618,7 @@ def test_an_efficientnet_like_others() -> None:
         (4, 6),
         (2, 3),
     ]
-    with pytest.raises(ConfigError, match="like: EfficientNet V2 is like torchvision's only"):
+    with pytest.raises(ConfigError, match="like: EfficientNet V2 has only 'torchvision', got"):
         BACKBONES["efficientnet_v2_s"](like="smp")
 
 

@@ -137,7 +137,7 @@ def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Calla
     ) -> Stages:
         network = builder(stochastic_depth_prob=drop_path)
         if like != "torchvision" and side is None:
-            raise ConfigError(f"like: EfficientNet V2 is like torchvision's only, not '{like}'")
+            raise ConfigError(f"like: EfficientNet V2 has only 'torchvision', got '{like}'")
         if like == "timm":
             for module in network.modules():
                 if isinstance(module, nn.BatchNorm2d):
