@@ -415,7 +415,7 @@ def test_results_of_another_command_go_and_other_files_stay(tmp_path: Path) -> N
     assert relative(out) == {"masks/c.png", "masks/notes.txt", "scores.json", "origin.json"}
     paint(tmp_path / "other/notes.png", 1)
     mine = paint(out / "masks/notes.png", 9).read_bytes()
-    with pytest.raises(SegkitError, match=r"notes\.png: is in the way of a result"):
+    with pytest.raises(SegkitError, match=r"notes\.png: a result needs this path"):
         run("--images", str(tmp_path / "other"), *keep)
     assert (out / "masks/notes.png").read_bytes() == mine
     with pytest.raises(SegkitError, match="holds the images to predict"):

@@ -1,7 +1,7 @@
-"""Which files segkit wrote: no other one is ever deleted or overwritten.
+"""Track the files that segkit wrote; no other file is ever deleted or overwritten.
 
-In a folder of results ``origin.json`` lists them, with all that the results come from. A file that
-stands alone has a mark in it.
+In a result folder ``origin.json`` lists them, with everything that the results depend on. A single
+file is recognized by a mark in its content.
 """
 
 import json
@@ -15,18 +15,18 @@ from segkit.core.files import regular, write_json
 from segkit.data.inputs import check_name, inside
 
 NAME = "origin.json"
-_DRAFT = f".{NAME}.writing"  # what a kill may leave of the first one
+_DRAFT = f".{NAME}.writing"  # may remain if a process is killed while writing
 
 
 def claim(folders: Iterable[Path], *, reads: Iterable[Path] = ()) -> None:
-    """Make folders segkit's, each of which is new, empty, or segkit's already.
+    """Mark folders as result folders; each must be new, empty, or a result folder already.
 
     Args:
-        folders: Of results.
-        reads: Files that are read while results are written, and so must stay.
+        folders: The result folders.
+        reads: Files that are read while results are written, and so must not be replaced.
 
     Raises:
-        SegkitError: A folder holds other files or some of ``reads``, or its ``origin.json`` is
+        SegkitError: A folder has other files or some of ``reads``, or its ``origin.json`` is
             damaged.
     """
     folders = list(folders)
@@ -40,7 +40,7 @@ def claim(folders: Iterable[Path], *, reads: Iterable[Path] = ()) -> None:
             )
         if any(source.is_relative_to(folder.resolve()) for source in sources):
             raise SegkitError(
-                f"{folder}: holds the images to predict, which its new results may replace; "
+                f"{folder}: holds the images to predict, which new results might overwrite; "
                 "name another folder"
             )
     for folder in folders:
@@ -49,16 +49,16 @@ def claim(folders: Iterable[Path], *, reads: Iterable[Path] = ()) -> None:
 
 
 def renew(folder: Path, origin: Mapping[str, Any], files: Sequence[str]) -> None:
-    """List files as segkit's, to be written next; the listed ones of another origin are deleted.
+    """List files that segkit will write; delete listed files if the origin has changed.
 
     Args:
-        folder: One that was claimed.
-        origin: Everything that the results depend on; JSON can hold it.
-        files: Paths in the folder.
+        folder: A claimed folder.
+        origin: JSON values of everything that the results depend on.
+        files: Paths relative to the folder.
 
     Raises:
-        SegkitError: One of the files is there already and segkit did not write it, or
-            ``origin.json`` is damaged.
+        SegkitError: A file exists already and segkit did not write it, or ``origin.json`` is
+            damaged.
     """
     origin = json.loads(json.dumps(origin))
     known = _read(folder)
@@ -66,12 +66,12 @@ def renew(folder: Path, origin: Mapping[str, Any], files: Sequence[str]) -> None
     for name in {*files}.difference(listed):
         if os.path.lexists(folder / name):
             raise SegkitError(
-                f"{folder / name}: is in the way of a result, and segkit did not write it; move it "
-                "or name another folder"
+                f"{folder / name}: a result needs this path, but segkit did not write this file; "
+                "move it or name another folder"
             )
     if known != origin:
         for parent in {str(Path(name).parent) for name in listed}:
-            inside(folder, parent)  # no link out of the folder
+            inside(folder, parent)  # refuses links out of the folder
         for name in listed:
             (folder / name).unlink(missing_ok=True)
         listed = []
@@ -79,20 +79,20 @@ def renew(folder: Path, origin: Mapping[str, Any], files: Sequence[str]) -> None
 
 
 def refuse_foreign(path: Path, mark: bytes) -> None:
-    """Raise an error if a file is there without the mark that segkit's own have.
+    """Raise an error if the file exists without the mark of files that segkit writes.
 
     Raises:
-        SegkitError: There is such a file.
-        OSError: There is a folder, or what cannot be read.
+        SegkitError: The file exists and has no mark.
+        OSError: The path is a folder, or cannot be read.
     """
     if os.path.lexists(path) and mark not in regular(path).read_bytes():
         raise SegkitError(
-            f"{path}: is there already and segkit did not write it; move it or name another file"
+            f"{path}: exists already and segkit did not write it; move it or name another file"
         )
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's ``origin.json``, in which ``files`` is a list of names."""
+    """Return the content of a folder's ``origin.json``; ``files`` in it is a list of paths."""
     path = folder / NAME
     try:
         content = json.loads(regular(path).read_text(encoding="utf-8"))
@@ -100,14 +100,14 @@ def _read(folder: Path) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict) or not _are_names(content.get("files")):
         raise SegkitError(
-            f"{path}: is damaged or of an older segkit, and so does not tell which files here "
-            "segkit wrote; delete the folder, or name another"
+            f"{path}: is damaged or from an older segkit, so the files that segkit wrote are "
+            "unknown; delete the folder, or name another"
         )
     return content
 
 
 def _are_names(files: Any) -> bool:
-    """Return whether this is a list of paths that stay in their folder."""
+    """Return whether ``files`` is a list of paths that stay in their folder."""
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         return False
     try:

@@ -1,7 +1,7 @@
-"""Results as files: index PNGs, overlays, soft maps, the contest's CSV, COCO results.
+"""Write results: index PNGs, overlays, probability maps, the contest's CSV, COCO results.
 
-A file appears whole or not at all: it is written beside its place and renamed when it is complete.
-Writers of many images take one at a time and keep none.
+Files are written atomically: to a temporary file that is renamed when it is complete. Writers of
+many images take one image at a time and store none.
 """
 
 import csv
@@ -34,7 +34,7 @@ def _colors(text: str) -> tuple[Color, ...]:
 
 
 CONTEST = _colors("000000 c00080 0080c0 008040 800000 400080 4000c0 c08040 c0c080 404080 8000c0")
-"""The contest's colors of its 11 classes."""
+"""The contest's colors for its 11 classes."""
 
 SAFE = _colors(
     "000000 e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 0000ff bfffaa 000080 801500 6a6aff "
@@ -42,11 +42,11 @@ SAFE = _colors(
     "6a40ff 6a4080 4040bf 6a5555 aa4000 955580 aad46a bfffd4 556ad4 ea9540 40152a 401500 eaff15 "
     "55d4bf 15bf80"
 )
-"""Black and 40 colors that stay apart in deuteranopia and protanopia.
+"""Black and 40 colors that stay distinguishable with deuteranopia and protanopia.
 
-Okabe and Ito's (https://jfly.uni-koeln.de/color/), then always the color farthest from all before
-it, in CIELAB and in the worst of three eyes: normal, and those two as Machado et al. 2009 simulate
-them (https://doi.org/10.1109/TVCG.2009.113). With many classes, outlines tell more than colors.
+The colors of Okabe and Ito (https://jfly.uni-koeln.de/color/). Each further color has the largest
+CIELAB distance from all previous ones, taken as the smallest in normal vision and in both
+deficiencies as simulated by Machado et al. 2009 (https://doi.org/10.1109/TVCG.2009.113).
 """
 
 PALETTES = {"contest": CONTEST, "safe": SAFE}
@@ -55,23 +55,23 @@ _GAP = 4  # pixels between the panels of a sheet
 
 
 def color_table(colors: Sequence[Color]) -> np.ndarray:
-    """uint8 (256, 3): each mask value's color. Colors repeat where there are more classes."""
+    """Return the color of each mask value, uint8 (256, 3); colors repeat for more classes."""
     table = np.array([colors[value % len(colors)] for value in range(256)], np.uint8)
     table[IGNORE] = IGNORED
     return table
 
 
 def result_names(names: Sequence[str]) -> list[str]:
-    """Return the name of each image's results, to which every kind of result adds its suffix.
+    """Return the base name of each image's results; each kind of result adds its own suffix.
 
-    It is the image's file name without its suffix where no other image's is the same, letter case
-    aside, and else the whole file name: ``a`` for ``a.jpg`` alone, ``a.jpg`` and ``a.png`` for the
-    two. Of whole names that differ in letter case only, the later ones get a number: ``A.jpg-2``.
+    The base name is the image's file name without suffix if it is unique, ignoring letter case,
+    else the whole file name: ``a`` for ``a.jpg`` alone, but ``a.jpg`` and ``a.png`` if both exist.
+    Whole names that differ in letter case only are numbered from the second: ``A.jpg-2``.
     """
     chosen = [str(PurePosixPath(name).with_suffix("")) for name in names]
     while True:
         count = Counter(map(str.casefold, chosen))
-        # A whole name may equal another's name without suffix, so that becomes whole in turn.
+        # A whole name may equal another image's base name, so repeat until no names clash.
         clashing = [i for i, n in enumerate(chosen) if count[n.casefold()] > 1 and n != names[i]]
         if not clashing:
             break
@@ -97,10 +97,10 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
     """Write a mask as an index PNG with a palette.
 
     Args:
-        folder: Where the masks go.
-        name: Of the image's results; see :func:`result_names`. The mask's ends in ``.png``.
-        mask: Integers of 0 to 255.
-        colors: Of the classes.
+        folder: Folder of the masks.
+        name: Base name of the image's results; see :func:`result_names`. ``.png`` is added.
+        mask: Class indices, 0 to 255.
+        colors: Colors of the classes.
 
     Shape:
         mask: (H, W)
@@ -110,21 +110,21 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
     """
     path = inside(folder, f"{name}.png")
     image = Image.fromarray(_pixels(mask))
-    image.putpalette(color_table(colors).tobytes())  # makes it a palette image
+    image.putpalette(color_table(colors).tobytes())  # changes the mode to palette
     with replacing(path) as draft:
         image.save(draft, format="PNG")
     return path
 
 
 def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
-    """Write an image's probabilities in half precision, a plane a class, as NumPy's ``.npy``.
+    """Write an image's probabilities as a float16 NumPy file, one plane per class.
 
-    ``numpy.load(path, mmap_mode="r")`` reads no more of it than is looked at.
+    ``numpy.load(path, mmap_mode="r")`` reads only the parts that are used.
 
     Args:
-        folder: Where the maps go.
-        name: Of the image's results; see :func:`result_names`. The map's ends in ``.npy``.
-        probabilities: Of every class.
+        folder: Folder of the probability maps.
+        name: Base name of the image's results; see :func:`result_names`. ``.npy`` is added.
+        probabilities: Probabilities of every class.
 
     Shape:
         probabilities: (C, H, W)
@@ -135,8 +135,8 @@ def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
     path = inside(folder, f"{name}.npy")
     with replacing(path) as draft:
         planes = np.lib.format.open_memmap(draft, "w+", np.float16, tuple(probabilities.shape))
-        for plane, one in zip(planes, probabilities, strict=True):
-            plane[:] = one.cpu().numpy()
+        for plane, probability in zip(planes, probabilities, strict=True):
+            plane[:] = probability.cpu().numpy()
         planes.flush()
     return path
 
@@ -151,16 +151,16 @@ def overlay(
     background: int | None = 0,
     legend: bool = True,
 ) -> Image.Image:
-    """A photograph under its classes' colors, with outlines and a legend of what is there.
+    """Return a photograph blended with its classes' colors, with outlines and a legend.
 
     Args:
         image: The photograph, RGB.
-        mask: Class indices; ignored pixels stay as they are.
-        classes: Names, for the legend, which a Latin font writes.
-        colors: Of the classes.
-        opacity: Of the colors: 0 shows the photograph alone. Outlines are opaque.
-        background: The class whose pixels stay as they are, if there is one.
-        legend: Add a strip below, of the classes found and their share of the pixels.
+        mask: Class indices; ignored pixels are not colored.
+        classes: Class names for the legend; its font has Latin letters only.
+        colors: Colors of the classes.
+        opacity: Opacity of the colors; 0 shows the photograph only. Outlines are opaque.
+        background: Index of a class that is not colored, or None.
+        legend: Add a legend below the image: the classes in the mask and their share of pixels.
 
     Shape:
         image: uint8 (3, H, W)
@@ -171,7 +171,7 @@ def overlay(
         raise ValueError(f"the image is {pixels.shape[:2]} and its mask {values.shape}")
     table, edges = color_table(colors), outlines(values)
     blended = np.empty(pixels.shape, np.uint8)
-    for top in range(0, len(values), 256):  # rows at a time: in floats a large image is very large
+    for top in range(0, len(values), 256):  # in bands: float copies of a whole image are too large
         rows = slice(top, top + 256)
         band, shown = values[rows], pixels[rows].astype(np.float32)
         share = np.where(edges[rows], np.float32(1), np.float32(opacity))
@@ -192,14 +192,14 @@ def sheet(
     colors: Sequence[Color] = SAFE,
     background: int | None = 0,
 ) -> Image.Image:
-    """A photograph and its masks side by side: photograph, truth, prediction, errors.
+    """Return panels side by side: photograph, truth, prediction, errors.
 
     Args:
         image: The photograph, RGB.
-        mask: The predicted class indices.
-        truth: The true ones; without them there are two panels, photograph and prediction.
-        colors: Of the classes.
-        background: The class whose pixels stay as they are, if there is one.
+        mask: Predicted class indices.
+        truth: True class indices; without them only photograph and prediction are shown.
+        colors: Colors of the classes.
+        background: Index of a class that is not colored, or None.
 
     Shape:
         image: uint8 (3, H, W)
@@ -207,9 +207,9 @@ def sheet(
     """
     masks = [mask] if truth is None else [truth, mask]
     panels = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy())]
-    for one in masks:
+    for shown in masks:
         panels.append(
-            overlay(image, one, classes=(), colors=colors, background=background, legend=False)
+            overlay(image, shown, classes=(), colors=colors, background=background, legend=False)
         )
     if truth is not None:
         wrong = (mask.cpu() != truth.cpu()) & (truth.cpu() != IGNORE)
@@ -224,7 +224,7 @@ def sheet(
 
 
 def outlines(values: np.ndarray) -> np.ndarray:
-    """Pixels that have another class above, below, left or right of them."""
+    """Return True for pixels with a neighbor of another class above, below, left or right."""
     edges = np.zeros(values.shape, bool)
     down, across = values[1:] != values[:-1], values[:, 1:] != values[:, :-1]
     edges[1:] |= down
@@ -238,12 +238,12 @@ def _with_legend(
     image: Image.Image, values: np.ndarray, classes: Sequence[str], colors: Sequence[Color]
 ) -> Image.Image:
     counts = np.bincount(values.ravel(), minlength=256)
-    found = [c for c in np.argsort(-counts, kind="stable") if counts[c] and c < len(classes)]
+    present = [c for c in np.argsort(-counts, kind="stable") if counts[c] and c < len(classes)]
     font, row = ImageFont.load_default(12), 16
-    result = Image.new("RGB", (max(image.width, 160), image.height + row * len(found)), "white")
+    result = Image.new("RGB", (max(image.width, 160), image.height + row * len(present)), "white")
     result.paste(image)
     draw = ImageDraw.Draw(result)
-    for place, c in enumerate(found):
+    for place, c in enumerate(present):
         top = image.height + row * place
         draw.rectangle((3, top + 3, 13, top + 13), fill=colors[c % len(colors)], outline="black")
         text = f"{classes[c]} {100 * counts[c] / values.size:.1f} %"
@@ -252,29 +252,29 @@ def _with_legend(
 
 
 def save_jpeg(image: Image.Image, folder: Path, name: str) -> None:
-    """Save a picture of an image's results; its file's name ends in ``.jpg``."""
+    """Save a picture of an image's results; ``.jpg`` is added to the name."""
     with replacing(inside(folder, f"{name}.jpg")) as draft:
         image.save(draft, format="JPEG", quality=90)
 
 
 @contextmanager
 def submission(path: Path, *, names: Sequence[str], size: int = 256) -> Iterator[Add]:
-    """Write the contest's CSV: ``image_id,PredictionString``, a line an image.
+    """Write the contest's CSV: ``image_id,PredictionString``, one line per image.
 
     Each mask is sampled to ``size`` rows and columns: row i is the mask's row floor(i * H / size),
-    and columns likewise. Of 512 pixels that is every second one, ``mask[::2, ::2]``, as in the
-    contest's own code; a smaller mask is enlarged.
+    and columns likewise. For 512 pixels that is ``mask[::2, ::2]``, as in the contest's own code;
+    a smaller mask is enlarged.
 
     Args:
         path: The CSV file.
-        names: File names of all images, in the test file's order.
-        size: Rows and columns of a prediction.
+        names: File names of all images, in the order of the test file.
+        size: Number of rows and columns of a prediction.
 
     Yields:
-        A function of an image's file name and its mask, to be called in the order of ``names``.
+        A function that takes an image's file name and its mask; call it in the order of ``names``.
 
     Raises:
-        ValueError: An image comes out of order, or is missing at the end.
+        ValueError: An image is added out of order, or is missing at the end.
     """
     due = iter(names)
     with _writing(path) as file:
@@ -292,7 +292,7 @@ def submission(path: Path, *, names: Sequence[str], size: int = 256) -> Iterator
 
 
 def read_submission(path: Path, *, size: int = 256) -> Iterator[tuple[str, Tensor]]:
-    """Each image's file name and its predicted classes: uint8 (size, size).
+    """Yield each image's file name and its predicted classes, uint8 (size, size).
 
     Raises:
         DataError: The file is not a submission of masks of this size.
@@ -323,18 +323,18 @@ def coco_results(
     category_ids: Mapping[int, int] | None = None,
     background: int | None = 0,
 ) -> Iterator[Add]:
-    """Write COCO results: a list of compressed RLEs, one for each class in each image.
+    """Write COCO results: a list of compressed RLEs, one per class and image.
 
-    https://cocodataset.org/#format-results; each has the score 1, which COCO's tools ask for.
+    https://cocodataset.org/#format-results; each has the score 1, which COCO's tools require.
 
     Args:
         path: The JSON file.
-        image_ids: Id of each image's file name.
-        category_ids: Class index of each category id; default: the class index is the id.
-        background: The class that is left out, if there is one; ignored pixels always are.
+        image_ids: Image id by file name.
+        category_ids: Class index by category id; default: the class index is the id.
+        background: Index of a class to leave out, or None; ignored pixels are always left out.
 
     Yields:
-        A function of an image's file name and its mask.
+        A function that takes an image's file name and its mask.
     """
     categories = {c: category for category, c in (category_ids or {}).items()}
     separator = "[\n"

@@ -1,4 +1,4 @@
-"""From a photograph to probabilities and masks of its own size, in views and in tiles."""
+"""Predict probabilities and masks of a photograph, at its own size, with views and tiles."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,36 +10,36 @@ from torch import Tensor, nn
 from segkit.core.backend import cudnn_autotuning
 from segkit.inference.tta import Merge, View, merge_views
 
-# The deepest stride of any backbone. Tiles start at its multiples, so that a model whose layers
-# subsample does so at the same pixels as in the whole image; smaller images are padded to it.
+# The deepest stride of any backbone. Tiles start at multiples of it, so that strided layers sample
+# the same pixels as in the whole image; smaller images are padded to it.
 STRIDE = 32
 
 Tile = tuple[int, int, Tensor]
-"""Along one axis: start, stop, and the weight of each position between them."""
+"""A tile along one axis: start, stop, and the coefficient of each position between them."""
 
 
 class Predictor:
-    """Predicts photographs with a model, which it puts in evaluation mode.
+    """Predicts photographs with a model, which it sets to evaluation mode.
 
-    Everything between the file's pixels and the class map is here, so that validation, inference
-    and serving cannot differ: normalization, resizing, views, tiles, precision.
+    Normalization, resizing, views, tiles and precision are all handled here, so that validation,
+    inference and serving give equal results.
 
-    Tiles overlap, and a window that falls smoothly from a tile's middle to its edges weights them;
-    the windows of all tiles sum to one at every pixel. The outer quarter of an overlap is not used
-    at all, so a model that sees no further than that gives the result of the whole image.
+    Tiles overlap. Each is multiplied by a window that falls smoothly from its middle to its edges;
+    the windows sum to one at every pixel. The outer quarter of an overlap is not used, so a model
+    whose receptive field reaches no further gives the same result as on the whole image.
 
     Args:
         model: Maps a normalized image to ``{"out": logits}`` of the image's size.
-        mean: Of R, G and B, in 0..1.
-        std: Of R, G and B, in 0..1.
-        size: Longest side the photograph is resized to for the model; None leaves it as it is.
-        views: What the model is shown; see ``segkit.inference.tta``. None means the image as it is.
+        mean: Means of R, G and B, in 0..1.
+        std: Standard deviations of R, G and B, in 0..1.
+        size: The photograph is resized to this longest side; None for no resize.
+        views: Test-time augmentations; see ``segkit.inference.tta``. Empty: the image itself.
         merge: How the views are merged; see ``segkit.inference.tta.merge_views``.
-        weights: One for each view; default equal.
+        weights: One coefficient per view; default: equal.
         tile: Side of the tiles, in pixels after the resize; None for the whole image at once.
-        overlap: Share of a tile that its neighbor covers too, 0 to 0.9.
-        amp: Precision of autocast, such as ``torch.bfloat16``; None for none.
-        channels_last: Whether the model is fed in that memory format.
+        overlap: Share of a tile that its neighbor also covers, 0 to 0.9.
+        amp: Precision of autocast, such as ``torch.bfloat16``; None turns autocast off.
+        channels_last: Use the channels_last memory format.
 
     Raises:
         ValueError: An image has the wrong shape or type.
@@ -73,14 +73,14 @@ class Predictor:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         first = next(model.parameters(), torch.empty(0))
         self.device = first.device
-        # (image / 255 - mean) / std as one product and one sum.
+        # (image / 255 - mean) / std as one multiplication and one addition.
         spread = torch.tensor(std, device=self.device).view(3, 1, 1)
         self._scale = 1 / (255 * spread)
         self._shift = -torch.tensor(mean, device=self.device).view(3, 1, 1) / spread
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
-        """Probabilities of every class at every pixel of the photograph, on the model's device.
+        """Return the probabilities of every class at every pixel, on the model's device.
 
         Shape:
             image: (3, H, W) or (B, 3, H, W), uint8 -> (C, H, W) or (B, C, H, W), float32
@@ -90,7 +90,7 @@ class Predictor:
 
     @torch.inference_mode()
     def mask(self, image: Tensor) -> Tensor:
-        """The likeliest class at every pixel. Holds probabilities of a few rows at a time only.
+        """Return the most probable class at every pixel; holds probabilities of few rows.
 
         Shape:
             image: (3, H, W) or (B, 3, H, W), uint8 -> (H, W) or (B, H, W), uint8
@@ -99,25 +99,25 @@ class Predictor:
 
     @torch.inference_mode()
     def bands(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The mask from top to bottom in bands of rows, for images larger than memory.
+        """Yield the mask in bands of rows, from top to bottom, for images larger than memory.
 
         Yields:
-            The band's first row, and its classes, uint8, (h, W) or (B, h, W).
+            The first row of the band, and its classes, uint8, (h, W) or (B, h, W).
         """
         for top, scores in self._bands(_as_batch(image)):
-            # Over classes that lie apart in memory, max is four times as fast as argmax.
+            # Over an axis that is not the last in memory, max is four times as fast as argmax.
             classes = scores.max(1).indices.to(torch.uint8)
-            del scores  # or it would stay alive while the next band is made
+            del scores  # frees the memory before the next band is computed
             yield top, classes if image.dim() == 4 else classes[0]
 
     def _bands(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Probabilities in bands of rows, at the photograph's own size."""
+        """Yield probabilities in bands of rows, at the photograph's own size."""
         height, width = image.shape[-2:]
         shape = _fit(height, width, self.size)
         if shape == (height, width):
             yield from self._tiled(image)
             return
-        # The CPU resizes bytes as they are, with no copy of the photograph in floats.
+        # The CPU resizes uint8 directly, without a float copy of the photograph.
         image = F.interpolate(image.cpu(), shape, mode="bilinear", antialias=True)
         scores = _joined(self._tiled(image), image.shape[-2])
         rows = max(1, 2**24 // (width * scores.shape[1]))
@@ -125,7 +125,7 @@ class Predictor:
             yield top, _resized_rows(scores, top, min(top + rows, height), height, width)
 
     def _tiled(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Probabilities in bands of rows, each as soon as no later tile reaches it."""
+        """Yield probabilities in bands of rows, each as soon as no later tile covers it."""
         height, width = image.shape[-2:]
         across = _tiles(width, self.tile, self.overlap)
         down = _tiles(height, self.tile, self.overlap)
@@ -175,7 +175,7 @@ def _as_batch(image: Tensor) -> Tensor:
 
 
 def _joined(bands: Iterable[tuple[int, Tensor]], height: int) -> Tensor:
-    """Bands of rows as one tensor, made at once: a list and its joining take twice the memory."""
+    """Return bands as one preallocated tensor; concatenation would need twice the memory."""
     whole: Tensor | None = None
     for top, band in bands:
         if band.shape[-2] == height:
@@ -188,7 +188,7 @@ def _joined(bands: Iterable[tuple[int, Tensor]], height: int) -> Tensor:
 
 
 def _fit(height: int, width: int, size: int | None) -> tuple[int, int]:
-    """(height, width) with ``size`` as the longer side."""
+    """Return (height, width) scaled so that the longer side is ``size``."""
     if size is None:
         return height, width
     factor = size / max(height, width)
@@ -196,7 +196,7 @@ def _fit(height: int, width: int, size: int | None) -> tuple[int, int]:
 
 
 def _tiles(length: int, tile: int | None, overlap: float) -> list[Tile]:
-    """Tiles that cover ``length`` positions, with weights that sum to one at each."""
+    """Return tiles that cover ``length`` positions, with coefficients that sum to one at each."""
     if tile is None or length <= tile:
         return [(0, length, torch.ones(length))]
     step = max(STRIDE, int(tile * (1 - overlap)) // STRIDE * STRIDE)
@@ -208,7 +208,7 @@ def _tiles(length: int, tile: int | None, overlap: float) -> list[Tile]:
     for start in starts:
         stop = min(start + tile, length)
         place = torch.arange(start, stop, dtype=torch.float64) + 0.5
-        # The image's own edges are no edges of a tile: nothing better is known there.
+        # No window falls at the image's own edges, where no other tile covers the pixels.
         before = place - start if start > 0 else torch.full_like(place, math.inf)
         after = stop - place if stop < length else torch.full_like(place, math.inf)
         depth = (torch.minimum(before, after) - unused) / max(1, shared - 2 * unused)
@@ -219,7 +219,7 @@ def _tiles(length: int, tile: int | None, overlap: float) -> list[Tile]:
 
 
 def _resized_rows(scores: Tensor, top: int, bottom: int, height: int, width: int) -> Tensor:
-    """Rows ``top`` to ``bottom`` of ``scores`` resized (bilinear) to ``height`` x ``width``."""
+    """Return rows ``top`` to ``bottom`` of ``scores`` resized (bilinear) to (height, width)."""
     rows = scores.shape[2]
     place = (torch.arange(top, bottom, device=scores.device) + 0.5) * (rows / height) - 0.5
     place = place.clamp(0, rows - 1)

@@ -1,4 +1,4 @@
-"""Pseudo labels: a model's confident predictions as training labels, the rest ignored."""
+"""Pseudo labels: confident predictions as training labels; all other pixels are ignored."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,16 +19,16 @@ Add = Callable[[str, Tensor], None]
 
 
 class Confidence:
-    """How confident a model is in the classes it predicts, counted over any number of images.
+    """Histogram of a model's confidence in the classes it predicts, over any number of images.
 
     Args:
-        num_classes: Planes of the probabilities.
+        num_classes: Number of classes.
 
     Shape:
         probabilities: (C, H, W)
     """
 
-    # Equal steps of log2(1 - confidence), down to float32's last bit: fine where models crowd.
+    # Equal steps of log2(1 - confidence), down to float32's last bit: most pixels are near 1.
     _STEPS, _BITS = 100, 24
 
     def __init__(self, num_classes: int) -> None:
@@ -44,23 +44,24 @@ class Confidence:
         self.counts += counts.cpu().view(num_classes, steps)
 
     def thresholds(self, quantile: float | Sequence[float]) -> list[float]:
-        """The confidence of each class that this share of its pixels falls below.
+        """Return the quantile of each class's confidence.
 
-        The same share of every class is kept, whatever its frequency, as in class-balanced
+        An equal share of every class is kept, independent of its frequency, as in class-balanced
         self-training (Zou et al. 2018, https://arxiv.org/abs/1810.07911).
 
         Args:
-            quantile: 0 keeps every pixel and 1 the surest only; one number, or one a class.
+            quantile: Share of pixels below the threshold: 0 keeps every pixel, 1 only the most
+                confident ones. One number, or one per class.
 
         Returns:
-            A number a class; 1 for a class that was never predicted.
+            One threshold per class; 1 for a class that was never predicted.
         """
         shares = torch.as_tensor(quantile, dtype=torch.float64).expand(len(self.counts))
         if not ((shares >= 0) & (shares <= 1)).all():
-            raise ValueError(f"a quantile is from 0 to 1, not {quantile}")
+            raise ValueError(f"quantile: expected numbers from 0 to 1, got {quantile}")
         below = self.counts.cumsum(1) - self.counts
         wanted = (self.counts.sum(1) * shares)[:, None]
-        # The highest occupied step that no more than the wanted share lies below.
+        # The highest non-empty step with at most the wanted share of pixels below it.
         allowed = (below <= wanted) & (self.counts > 0)
         steps = torch.arange(self.counts.shape[1]).where(allowed, -1).amax(1).double()
         edges = 1 - torch.exp2(-steps / self._STEPS)
@@ -68,11 +69,11 @@ class Confidence:
 
 
 def confident(probabilities: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """The likeliest class where its probability reaches that class's threshold; 255 elsewhere.
+    """Return the most probable class where it reaches its class's threshold; 255 elsewhere.
 
     Args:
-        probabilities: Of one image.
-        thresholds: One a class.
+        probabilities: Probabilities of an image.
+        thresholds: One per class.
 
     Shape:
         probabilities: (C, H, W)
@@ -91,29 +92,29 @@ def pseudo_file(
     excluded: Collection[str] = (),
     info: Mapping[str, Any] | None = None,
 ) -> Iterator[Add]:
-    """Write masks as a COCO file, one RLE a class and image, the ignored part as a crowd region.
+    """Write masks as a COCO file, one RLE per class and image; ignored pixels are a crowd region.
 
     ``CocoSource(annotations=path, images=folder, background=classes[0])`` reads the same masks and
-    the same classes back: what no annotation covers is class 0.
+    classes: pixels without an annotation are class 0.
 
     Args:
-        path: The JSON file; it appears when the block ends without an error.
+        path: The JSON file; written when the block ends without an error.
         classes: Class names of the model.
-        excluded: Names of images that must not come in: those that choose models or thresholds.
-        info: Where the labels come from (the checkpoints, the round, the thresholds).
+        excluded: Names of images to refuse: those that select models or thresholds.
+        info: Origin of the labels (checkpoints, round, thresholds).
 
     Yields:
-        A function of an image's file name and its mask, (H, W).
+        A function that takes an image's file name and its mask, (H, W).
 
     Raises:
-        DataError: An excluded image was added, an image was added twice, or nothing was labelled.
+        DataError: An excluded image was added, an image was added twice, or no pixel is labelled.
     """
     images: dict[str, dict[str, Any]] = {}
     annotations: list[dict[str, Any]] = []
 
     def add(name: str, mask: Tensor) -> None:
         if name in excluded:
-            raise DataError(f"{name}: chooses models, so it may get no pseudo labels; leave it out")
+            raise DataError(f"{name}: selects models, so it cannot get pseudo labels; leave it out")
         if name in images:
             raise DataError(f"{name}: was given pseudo labels twice; remove one of the two")
         height, width = mask.shape

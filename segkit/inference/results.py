@@ -1,4 +1,4 @@
-"""The folder of what an inference predicts: filled image by image, taken up again, gathered."""
+"""Result folder of an inference: written image by image, resumed, and gathered into files."""
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
@@ -33,16 +33,16 @@ SUFFIXES = {"overlays": ".jpg", "sheets": ".jpg", "soft": ".npy", "masks": ".png
 
 
 class Results:
-    """Masks of a source's images in a folder, and what is made of them.
+    """A folder with the predicted masks of a source's images, and the files made from them.
 
     Args:
-        folder: ``masks/``, ``overlays/``, ``soft/``, ``coco.json`` and ``submission.csv`` in it.
+        folder: Contains ``masks/``, and the other outputs such as ``overlays/`` or ``coco.json``.
         source: The images.
-        indices: Those of them that are predicted; default all.
+        indices: Indices of the images to predict; default: all.
         classes: Class names, for the overlays.
-        outputs: Wanted besides masks: ``overlays``, ``sheets``, ``soft``, ``coco``, ``csv``.
-        background: The class that is no thing to show, if there is one.
-        colors: Of the classes.
+        outputs: Outputs besides masks: ``overlays``, ``sheets``, ``soft``, ``coco``, ``csv``.
+        background: Index of a class that overlays do not color and COCO results omit, or None.
+        colors: Colors of the classes.
     """
 
     def __init__(
@@ -62,26 +62,27 @@ class Results:
         self._names = dict(zip(source.names, result_names(source.names), strict=True))
 
     def start(self, origin: Mapping[str, Any], *, others: Sequence[str] = ()) -> list[int]:
-        """The images that have yet to be predicted; every rank calls it and gets the same.
+        """Return the indices of the images still to predict; call it on every rank.
 
-        ``origin.json`` keeps what the results come from. Where it says the same of these images,
-        an interrupted inference left the results that are there; otherwise they are removed first.
+        ``origin.json`` records everything that the results depend on. If it is unchanged, existing
+        results are kept, and an interrupted inference continues; else they are removed.
         The folder must be claimed; see :mod:`segkit.inference.origin`.
 
         Args:
-            origin: Everything that predictions depend on besides the images; JSON can hold it.
-            others: Further files that the caller writes into the folder.
+            origin: JSON values of everything that predictions depend on, except the images.
+            others: Names of further files that the caller writes to the folder.
         """
         missing: list[int] = []
         if distributed.is_main():
-            about, marks = hashlib.sha256(), digests(self.source, self.indices)
-            for index, digest in zip(self.indices, marks, strict=True):
-                about.update(f"{self.source.names[index]}\0{digest}\n".encode())
+            images = hashlib.sha256()
+            image_digests = digests(self.source, self.indices)
+            for index, digest in zip(self.indices, image_digests, strict=True):
+                images.update(f"{self.source.names[index]}\0{digest}\n".encode())
             kinds = [kind for kind in SUFFIXES if kind == "masks" or kind in self.outputs]
             files = {index: [self._path(kind, index) for kind in kinds] for index in self.indices}
             gathered = [name for kind, name in GATHERED.items() if kind in self.outputs]
             listed = [*(path for paths in files.values() for path in paths), *gathered, *others]
-            renew(self.folder, {**origin, "images": about.hexdigest()}, listed)
+            renew(self.folder, {**origin, "images": images.hexdigest()}, listed)
             missing = [
                 index
                 for index, paths in files.items()
@@ -90,7 +91,7 @@ class Results:
         return distributed.broadcast(missing)
 
     def write(self, index: int, mask: Tensor, probabilities: Tensor | None = None) -> None:
-        """Write an image's results; ``probabilities`` are needed for ``soft`` only."""
+        """Write an image's results; only ``soft`` needs ``probabilities``."""
         name = self._names[self.source.names[index]]
         if probabilities is not None and "soft" in self.outputs:
             write_soft(self.folder / "soft", name, probabilities)
@@ -105,16 +106,16 @@ class Results:
         write_mask(self.folder / "masks", name, mask, colors=self.colors)
 
     def mask(self, name: str) -> Tensor:
-        """The mask in the file of the image of this name."""
+        """Return the mask read from the file of the image with this name."""
         with open_image(self.folder / "masks" / f"{self._names[name]}.png") as image:
             return torch.from_numpy(np.array(image))
 
     def finish(self, indices: Sequence[int], *, category_ids: Mapping[int, int] | None) -> None:
-        """Gather the masks, in the images' order, into the files that hold all of them.
+        """Write the files that combine all masks, in the order of the images.
 
         Args:
-            indices: The images that have masks.
-            category_ids: Class index of each category id of the labels that were trained on.
+            indices: Indices of the images that have masks.
+            category_ids: Class index by category id of the training labels.
         """
         source = self.source
         names = [source.names[index] for index in indices]
@@ -138,5 +139,5 @@ class Results:
                     write(name, mask)
 
     def _path(self, kind: str, index: int) -> str:
-        """Return the path of an image's result of a kind, in the folder."""
+        """Return the path of an image's result of a kind, relative to the folder."""
         return f"{kind}/{self._names[self.source.names[index]]}{SUFFIXES[kind]}"

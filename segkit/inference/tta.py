@@ -1,4 +1,4 @@
-"""Views: a photograph seen flipped, turned and scaled, and one prediction merged from them all."""
+"""Test-time augmentation: flipped, rotated and scaled views of an image, merged to a prediction."""
 
 import math
 import re
@@ -19,18 +19,19 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class View:
-    """One way to look at an image, and the way back for what a model says of it.
+    """A test-time augmentation of an image, and its inverse for the model's prediction.
 
-    ``apply`` scales, mirrors left to right, turns by quarters, then turns by ``angle``; ``invert``
-    undoes that in reverse. Mirror and quarter turns, the eight symmetries of the square, only move
-    pixels. ``first * second`` is the view that does ``first``, then ``second``.
+    ``apply`` scales, flips horizontally, rotates by quarter turns, then rotates by ``angle``;
+    ``invert`` undoes this in reverse order. Flips and quarter turns, the eight symmetries of the
+    square, move pixels without interpolation. ``first * second`` applies ``first``, then
+    ``second``.
 
     Args:
-        mirrored: Whether left and right change places.
-        quarter_turns: Counter-clockwise, 0 to 3.
+        mirrored: Flip horizontally.
+        quarter_turns: Number of counter-clockwise quarter turns, 0 to 3.
         scale: Factor on both sides; sizes are rounded, and ``invert`` returns to the exact size.
         angle: Degrees counter-clockwise. The canvas grows so that no pixel is lost, and its corners
-            repeat the image as in a mirror.
+            are filled by reflection.
 
     Shape:
         apply: (B, 3, H, W) -> (B, 3, h, w)
@@ -43,16 +44,16 @@ class View:
     angle: float = 0.0
 
     def apply(self, image: Tensor) -> Tensor:
-        """The image as this view sees it."""
+        """Return the augmented image."""
         scaled, _, canvas = self._sizes(_size(image))
-        # A smaller image averages the pixels it skips, as the training pipeline does.
+        # Downscaling averages pixels, as the training pipeline does.
         image = _resize(image, scaled, antialias=self.scale < 1)
         image = image.mT if self.quarter_turns % 2 else image
         image = image.flip(self._flipped) if self._flipped else image
         return _rotate(image, self.angle, canvas) if self.angle else image
 
     def invert(self, scores: Tensor, size: Size) -> Tensor:
-        """Logits or probabilities of a viewed image, brought back to the image's (H, W)."""
+        """Return logits or probabilities of the augmented image, mapped back to (H, W) ``size``."""
         _, turned, _ = self._sizes(size)
         if self.angle:
             scores = _rotate(scores, -self.angle, turned)
@@ -62,12 +63,12 @@ class View:
 
     @property
     def _flipped(self) -> list[int]:
-        """Axes to flip after a transposition (of odd turns): one copy does the mirror and turns."""
+        """Return the axes to flip after the transposition of odd turns; needs a single copy."""
         turns = (self.quarter_turns - self.mirrored) % 4
         return [-2] * (turns in (1, 2)) + [-1] * (turns in (2, 3))
 
     def _sizes(self, size: Size) -> tuple[Size, Size, Size]:
-        """(h, w) after each step of ``apply``: scaled, turned by quarters, turned by the angle."""
+        """Return (h, w) after each step of ``apply``: scale, quarter turns, rotation by angle."""
         h, w = (max(1, round(side * self.scale)) for side in size)
         turned = (w, h) if self.quarter_turns % 2 else (h, w)
         cos, sin = math.cos(math.radians(self.angle)), abs(math.sin(math.radians(self.angle)))
@@ -75,7 +76,7 @@ class View:
         return (h, w), turned, (canvas[0], canvas[1])
 
     def __mul__(self, then: "View") -> "View":
-        # A mirror that comes after a turn reverses its sense.
+        # A flip after a rotation reverses the rotation's direction.
         sense = -1 if then.mirrored else 1
         return View(
             mirrored=self.mirrored != then.mirrored,
@@ -113,14 +114,14 @@ SETS = {
         for flip in ("identity", "hflip")
     ),
 }
-"""Views by one name. ``flip_rotate_scale`` is the contest's: 16 of them."""
+"""Named sets of views. ``flip_rotate_scale`` has the contest's 16 views."""
 
 
 def parse_views(spec: str | Sequence[str]) -> tuple[View, ...]:
-    """Views by their names: of one, of a set (``"flips"``), or products (``"hflip*scale1.5"``).
+    """Parse views: a name, a set (``"flips"``), or a product (``"hflip*scale1.5"``).
 
     Args:
-        spec: Names, or one text with commas between them. A view that comes twice counts once.
+        spec: Names, or a comma-separated string of them. Duplicate views are removed.
 
     Raises:
         ConfigError: A name is unknown, or a scale or an angle is out of range.
@@ -142,7 +143,7 @@ def _parse_factor(name: str) -> View:
         return SYMMETRIES[name]
     if name in SETS:
         raise ConfigError(
-            f"view {quoted(name)}: a set cannot be multiplied; name its views one by one"
+            f"view {quoted(name)}: a set cannot be multiplied; name its views separately"
         )
     number = re.fullmatch(r"(scale|rotate)(-?\d+(?:\.\d+)?)", name)
     if number is None:
@@ -168,15 +169,15 @@ def merge_views(
     merge: Merge = "mean",
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Probabilities from several views of an image, one view in memory at a time.
+    """Return probabilities merged over several views of an image, one view in memory at a time.
 
     Args:
         logits_of: Maps an image to logits of its size.
-        views: None means the image as it is.
+        views: The views; empty for the image itself.
         merge: ``"mean"`` of the probabilities, ``"max"`` of them (scaled to sum to one), or the
             probabilities of the mean ``"logits"``. ``"geometric"``, the mean of logarithms scaled
-            to sum to one, is the same thing as ``"logits"``: a softmax sees only differences.
-        weights: One for each view, in any unit; default equal.
+            to sum to one, equals ``"logits"``, since a softmax depends on differences only.
+        weights: One coefficient per view, of any sum; default: equal.
 
     Shape:
         image: (B, 3, H, W) -> (B, C, H, W), float32
@@ -202,12 +203,13 @@ def merge_views(
 
 
 def true_class_samples(probabilities: Tensor, target: Tensor, *, samples: int = 1024) -> Tensor:
-    """The probability of the class that is there, at pixels spread evenly over an image.
+    """Return the probability of the true class at pixels sampled evenly over an image.
 
     Args:
-        probabilities: Of one image, as one view has them.
+        probabilities: Probabilities of an image from one view.
         target: Class indices.
-        samples: As many from every image, so that all count alike; NaN each where no pixel counts.
+        samples: Number of pixels, equal for every image so that all images count equally; the
+            result is NaN if every pixel is ignored.
 
     Shape:
         probabilities: (C, H, W)
@@ -223,14 +225,14 @@ def true_class_samples(probabilities: Tensor, target: Tensor, *, samples: int = 
 
 
 def fit_weights(probabilities: Tensor, *, steps: int = 100) -> list[float]:
-    """View weights under which the mean of probabilities makes the true classes likeliest.
+    """Return the view coefficients that maximize the likelihood of the true classes.
 
-    Expectation maximization of a mixture's shares (Dempster et al. 1977): every step raises the
-    likelihood, which has one maximum. Fit on images that no model trained on.
+    Expectation maximization of a mixture's coefficients (Dempster et al. 1977): every step raises
+    the likelihood, which has a single maximum. Fit on images that no model trained on.
 
     Args:
-        probabilities: Of the true class, from ``true_class_samples`` of each view.
-        steps: More change little: the likelihood is flat near its maximum.
+        probabilities: Probabilities of the true class, from ``true_class_samples`` of each view.
+        steps: Number of iterations; more change little, as the likelihood is flat near its maximum.
 
     Shape:
         probabilities: (views, N)
@@ -266,10 +268,10 @@ def _resize(image: Tensor, size: Size, *, antialias: bool = False) -> Tensor:
 
 
 def _rotate(image: Tensor, angle: float, canvas: Size) -> Tensor:
-    """The image turned counter-clockwise about its center, on a canvas of another size."""
+    """Return the image rotated counter-clockwise about its center, on a canvas of another size."""
     (h, w), (rows, columns) = _size(image), canvas
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    # Where a canvas pixel comes from, both in units of half a side, from the center.
+    # Maps canvas to image coordinates, both from the center in units of half a side.
     source = image.new_tensor(
         [[cos * columns / w, -sin * rows / w, 0], [sin * columns / h, cos * rows / h, 0]]
     ).expand(len(image), 2, 3)

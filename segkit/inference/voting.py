@@ -1,4 +1,4 @@
-"""Votes of several models over many images, one model at a time."""
+"""Hard and soft votes of several models over many images, one model at a time."""
 
 import math
 import tempfile
@@ -14,23 +14,23 @@ from torch import Tensor
 Size = tuple[int, int]
 
 IN_MEMORY = 2**28
-"""Bytes of votes that stay in memory before they go to a file."""
+"""Largest number of bytes of votes kept in memory; larger votes are kept in a file."""
 
 
 class HardVote:
-    """Every model casts one vote a pixel; the class with most votes wins.
+    """Majority vote per pixel: every model has one vote, and the class with most votes wins.
 
-    A tie goes to the tied class that the best-ranked voter chose, and not to the lowest class
-    index, which would favor the background. The votes themselves are kept, a byte a pixel and
-    voter, so ranks and weights hold exactly in whatever order the voters come.
+    A tie is won by the class that the best-ranked voter chose, not by the lowest class index, which
+    would favor the background. All votes are stored, one byte per pixel and voter, so that the
+    result does not depend on the order of the voters.
 
     Args:
         shapes: (H, W) of every image.
-        num_classes: At most 255.
-        weights: What a vote counts. Weights (voters, C) such as each model's validation IoU of
-            each class (NaN counts nothing), or (voters,); default one each.
+        num_classes: Number of classes, at most 255.
+        weights: Coefficients of the votes: (voters, C), such as each model's validation IoU of each
+            class (NaN counts as 0), or (voters,); default: 1.
         max_bytes: A voter's masks are kept in memory up to this size, and in a file above it.
-        folder: Where such files go; they have no name there and vanish with the process.
+        folder: Folder of such files; they are unnamed and disappear with the process.
 
     Shape:
         prediction: (H, W) class indices, or (C, H, W) probabilities
@@ -55,7 +55,7 @@ class HardVote:
         self._cast: set[tuple[int, int]] = set()
 
     def add(self, image: int, prediction: Tensor, *, voter: int) -> None:
-        """Cast a voter's vote on an image. Voters are numbered by rank, 0 being the best.
+        """Add a voter's prediction of an image. Voters are numbered by rank, from 0 for the best.
 
         Raises:
             ValueError: The voter has voted on this image, or the prediction does not fit.
@@ -63,7 +63,10 @@ class HardVote:
         mask = prediction.max(0).indices if prediction.dim() == 3 else prediction
         _check(image, mask.shape, self.shapes[image])
         if int(mask.max()) >= self.num_classes:
-            raise ValueError(f"image {image}: class {int(mask.max())} of {self.num_classes}")
+            raise ValueError(
+                f"image {image}: prediction holds class {int(mask.max())}, "
+                f"but there are {self.num_classes} classes"
+            )
         if (voter, image) in self._cast:
             raise ValueError(f"voter {voter} has voted on image {image} already")
         if voter not in self._masks:
@@ -72,7 +75,7 @@ class HardVote:
         self._cast.add((voter, image))
 
     def result(self, image: int) -> Tensor:
-        """The class most voters chose.
+        """Return the class with most votes at every pixel.
 
         Raises:
             ValueError: No voter has voted on this image.
@@ -80,20 +83,20 @@ class HardVote:
         voters = [voter for voter in sorted(self._masks) if (voter, image) in self._cast]
         if not voters:
             raise ValueError(f"no voter has voted on image {image}")
-        worths = [_worth(self.weights, voter, self.num_classes) for voter in voters]
+        coefficients = [_coefficients(self.weights, voter, self.num_classes) for voter in voters]
         masks = [self._masks[voter][image][0] for voter in voters]
         winner = torch.empty(self.shapes[image], dtype=torch.uint8)
         for rows in _bands(self.shapes[image], self.num_classes):
-            winner[rows] = _most_votes([torch.tensor(mask[rows]) for mask in masks], worths)
+            winner[rows] = _most_votes([torch.tensor(mask[rows]) for mask in masks], coefficients)
         return winner
 
 
-def _most_votes(votes: list[Tensor], worths: list[Tensor]) -> Tensor:
-    """The winner at every pixel, of votes (H, W) in order of rank, each worth (C,)."""
+def _most_votes(votes: list[Tensor], coefficients: list[Tensor]) -> Tensor:
+    """Return the winner at every pixel of votes (H, W), by rank, with coefficients (C,) each."""
     choices = [vote.long()[None] for vote in votes]
-    scores = torch.zeros(len(worths[0]), *votes[0].shape, dtype=torch.float64)
-    for choice, worth in zip(choices, worths, strict=True):
-        scores.scatter_add_(0, choice, worth[choice])
+    scores = torch.zeros(len(coefficients[0]), *votes[0].shape, dtype=torch.float64)
+    for choice, by_class in zip(choices, coefficients, strict=True):
+        scores.scatter_add_(0, choice, by_class[choice])
     most = scores.amax(0, keepdim=True)
     winner = choices[-1]
     for choice in reversed(choices):
@@ -102,15 +105,15 @@ def _most_votes(votes: list[Tensor], worths: list[Tensor]) -> Tensor:
 
 
 class SoftVote:
-    """The class with the largest weighted sum of the models' probabilities wins.
+    """Soft vote per pixel: the class with the largest weighted sum of probabilities wins.
 
     Args:
         shapes: (H, W) of every image.
-        num_classes: Planes of the probabilities.
-        weights: What a voter's probabilities count, (voters, C) or (voters,); default one each.
-        dtype: Of the sums. ``"float16"`` halves the space and rounds each sum to three digits.
+        num_classes: Number of classes.
+        weights: Coefficients of the probabilities, (voters, C) or (voters,); default: 1.
+        dtype: Type of the sums. ``"float16"`` needs half the space, with three digits per sum.
         max_bytes: The sums are kept in memory up to this size, and in a file above it.
-        folder: Where such a file goes; it has no name there and vanishes with the process.
+        folder: Folder of such a file; it is unnamed and disappears with the process.
 
     Shape:
         probabilities: (C, H, W)
@@ -142,13 +145,13 @@ class SoftVote:
         _check(image, probabilities.shape, (self.num_classes, *self.shapes[image]))
         if (voter, image) in self._cast:
             raise ValueError(f"voter {voter} has voted on image {image} already")
-        worth = _worth(self.weights, voter, self.num_classes).float()
+        coefficients = _coefficients(self.weights, voter, self.num_classes).float()
         sums = torch.from_numpy(self._sums[image])
-        sums += (probabilities.float().cpu() * worth.view(-1, 1, 1)).to(sums.dtype)
+        sums += (probabilities.float().cpu() * coefficients.view(-1, 1, 1)).to(sums.dtype)
         self._cast.add((voter, image))
 
     def probabilities(self, image: int) -> Tensor:
-        """The weighted mean of the probabilities, (C, H, W), float32, summing to one.
+        """Return the weighted mean of the probabilities, (C, H, W), float32, with a sum of one.
 
         Raises:
             ValueError: No voter has voted on this image.
@@ -157,7 +160,7 @@ class SoftVote:
         return sums / sums.sum(0, keepdim=True)
 
     def result(self, image: int) -> Tensor:
-        """The class with the largest sum; the lowest index where two are equal.
+        """Return the class with the largest sum; the lowest index among equal sums.
 
         Raises:
             ValueError: No voter has voted on this image.
@@ -175,10 +178,10 @@ class SoftVote:
 
 
 class _Planes:
-    """Arrays (planes, H, W) of many images in one block, zero at first.
+    """Arrays (planes, H, W) of many images in one block, initialized with zeros.
 
-    Kept in memory, or above ``max_bytes`` in a file of which only the image in use is mapped, so
-    that resident memory does not grow with the number of images.
+    The block is kept in memory, or above ``max_bytes`` in a file. Only the image in use is mapped
+    from the file, so that resident memory does not grow with the number of images.
     """
 
     def __init__(
@@ -192,7 +195,7 @@ class _Planes:
         if self.starts[-1] <= max_bytes:
             self.memory = np.zeros(self.starts[-1], np.uint8)
         else:
-            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, open while this lives
+            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, open as long as self
             self.file.truncate(self.starts[-1])
             weakref.finalize(self, self.file.close)
 
@@ -203,8 +206,8 @@ class _Planes:
         return np.memmap(self.file, self.dtype, "r+", start, shape)
 
 
-def _worth(weights: Tensor | None, voter: int, num_classes: int) -> Tensor:
-    """What a voter's vote for each class counts, (C,)."""
+def _coefficients(weights: Tensor | None, voter: int, num_classes: int) -> Tensor:
+    """Return the coefficients of a voter's votes for each class, (C,)."""
     if weights is None:
         return torch.ones(num_classes, dtype=torch.float64)
     return weights[voter].double().nan_to_num(0.0).expand(num_classes)
@@ -216,6 +219,6 @@ def _check(image: int, shape: Sequence[int], expected: Sequence[int]) -> None:
 
 
 def _bands(shape: Size, num_classes: int) -> Iterator[slice]:
-    """Rows, so many at a time that 16 million scores fit."""
+    """Return slices of rows with at most 16 million scores each."""
     step = max(1, 2**24 // (shape[1] * num_classes))
     return (slice(top, top + step) for top in range(0, shape[0], step))

@@ -403,16 +403,16 @@ class OHEMCrossEntropy(Loss):
         self.min_kept = min_kept
 
     def of(self, pixels: Pixels) -> Tensor:
-        log_true = pixels.log_true.detach().masked_fill(~pixels.valid, math.inf).flatten()
-        kept = min(self.min_kept, log_true.numel())
+        confidence = pixels.log_true.detach().masked_fill(~pixels.valid, math.inf).flatten()
+        kept = min(self.min_kept, confidence.numel())
         if not kept:
-            limit = log_true.new_tensor(-math.inf)
+            limit = confidence.new_tensor(-math.inf)
         elif torch.are_deterministic_algorithms_enabled():  # torch 2.9: no kthvalue on CUDA
-            limit = log_true.sort().values[kept - 1]
+            limit = confidence.sort().values[kept - 1]
         else:
-            limit = log_true.kthvalue(kept).values
+            limit = confidence.kthvalue(kept).values
         threshold = math.log(self.threshold) if self.threshold else -math.inf
-        hard = ((log_true < threshold) | (log_true <= limit)) & pixels.valid.flatten()
+        hard = ((confidence < threshold) | (confidence <= limit)) & pixels.valid.flatten()
         return pixels.mean(-(pixels.log_true.flatten() * hard).sum(), hard.sum())
 
 

@@ -39,7 +39,7 @@ def test_contact_sheet_of_png_masks(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert sheet.size == (6 + 2 * 198, 5 * 216)
         assert len(sheet.convert("RGB").getcolors(1 << 20) or []) > 5
     Image.new("RGB", (8, 8)).save(out)
-    with pytest.raises(SegkitError, match=r"sheet\.png: is there already"):
+    with pytest.raises(SegkitError, match=r"sheet\.png: exists already"):
         main(command)
     with Image.open(out) as mine:
         assert mine.size == (8, 8)

@@ -102,7 +102,7 @@ def _write(path: Path, *names: str, excluded: tuple[str, ...] = ()) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("a.png", "b.png"), r"b\.png: chooses models"),
+        (("a.png", "b.png"), r"b\.png: selects models"),
         (("a.png", "a.png"), r"a\.png: was given pseudo labels twice"),
         ((), "no pixel was labelled"),
     ],

@@ -133,7 +133,7 @@ def test_wrong_votes(kind: type) -> None:
 
 
 def test_a_class_out_of_range_is_no_vote() -> None:
-    with pytest.raises(ValueError, match="class 3 of 3"):
+    with pytest.raises(ValueError, match="class 3, but there are 3"):
         HardVote(SHAPES, 3).add(1, torch.tensor([[3]]), voter=0)
 
 

@@ -159,7 +159,7 @@ def test_planted_faults_of_real_photographs_are_found(
     (planted / "cfg.json").write_text(json.dumps(cfg))
     out = planted / "explore.html"
     out.write_text("<p>mine</p>")
-    with pytest.raises(SegkitError, match=r"explore\.html: is there already"):
+    with pytest.raises(SegkitError, match=r"explore\.html: exists already"):
         main(["--cfg", str(planted / "cfg.json"), "--out", str(out)])
     assert out.read_text() == "<p>mine</p>"
     out.unlink()

@@ -111,7 +111,7 @@ def test_pages_of_others_are_not_overwritten(name: str, tmp_path: Path) -> None:
         main([str(runs)])  # its own pages are replaced
     page = (run.folder if name == "report.html" else runs) / name
     page.write_text("<p>mine</p>")
-    with pytest.raises(SegkitError, match=f"{name}: is there already and segkit did not write it"):
+    with pytest.raises(SegkitError, match=f"{name}: exists already and segkit did not write it"):
         main([str(runs)])
     assert page.read_text() == "<p>mine</p>"
 
