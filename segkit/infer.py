@@ -279,7 +279,7 @@ def find_thresholds(
     given = args.quantile or args.confidence
     if len(given) not in (1, classes):
         raise SegkitError(
-            f"{len(given)} thresholds were given for {classes} classes; give one, or one each"
+            f"{len(given)} thresholds were given for {classes} classes; give one, or one per class"
         )
     each = given * classes if len(given) == 1 else given
     if not args.quantile:
@@ -306,7 +306,7 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[Images]) -> str:
             low, high = score["interval"]
             cells.append(f"{score['miou']:.3f} [{low:.3f}, {high:.3f}] {_sign(score)}".rjust(26))
         lines.append(_fit(row["name"], 28).ljust(28) + "".join(cells))
-    notes = ["> better, < worse, = not told apart from the last line (paired bootstrap, 95 %)"]
+    notes = ["> better, < worse, = not significantly different from the last (paired bootstrap)"]
     for images in columns:
         if len(images.indices) < FEW_IMAGES:
             count = len(images.indices)
@@ -368,7 +368,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     sure = parser.add_mutually_exclusive_group()
     sure.add_argument(
         "--confidence", nargs="+", type=fraction, default=[0.9], metavar="P",
-        help="least probability of a pseudo label, one or one a class; default 0.9",
+        help="least probability of a pseudo label, one, or one per class; default 0.9",
     )  # fmt: skip
     sure.add_argument(
         "--quantile", nargs="+", type=fraction, metavar="Q",
