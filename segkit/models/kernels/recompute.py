@@ -1,8 +1,8 @@
 """Recomputation of the outputs of norms and activations in backward, to save memory in training.
 
 Replaces autograd's default, which keeps every tensor that backward needs.
-Chosen by ``train.recompute``, for every size: ``auto`` is on for the CPU and off on CUDA, where a
-step took 2 to 27 % longer on an H200.
+Chosen by ``train.recompute``, for every size: ``auto`` is on for the CPU and off elsewhere, as it
+costs 2 to 27 % of a step on an H200.
 Gain: more than half of the activations of UNet++ on EfficientNet-B5 are not kept; a step without
 recomputation takes 0.93 to 0.99 of the time (``python -m benchmarks.step --versus keeping``).
 

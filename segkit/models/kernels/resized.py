@@ -2,7 +2,7 @@
 
 Replaces ``F.conv2d(F.interpolate(x, size, mode="bilinear"), weight, padding=1)``.
 Chosen where the result has at least twice as many pixels, on every device.
-Gain: a step of UPerNet on Swin-T takes 5.30 s with it, as against 8.35 s without, on two CPU cores
+Gain: a step of UPerNet on Swin-T takes 5.30 s with it and more than 8 s without, on two CPU cores
 (``python -m benchmarks.step``).
 """
 
