@@ -1,4 +1,4 @@
-"""COCO instance files → class-index masks."""
+"""Source of COCO instance annotations, painted as class-index masks."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from segkit.data.inputs import check_name, inside, read_json
 from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
 
 MAX_OUTLINE = 1 << 22
-"""Longest outline of an object, in pixels: pycocotools takes about 100 bytes for each of them."""
+"""Maximum outline length of an object in pixels; pycocotools needs about 100 bytes per pixel."""
 
 Shape = list[np.ndarray] | dict[str, Any]
-"""Polygons, each (2 × points,) float64 of x, y in pixels, or a compressed RLE."""
+"""A list of polygons, each (2 × points,) float64 of x, y in pixels, or a compressed RLE."""
 
 
 class ImageRecord(NamedTuple):
-    """An image as the file describes it."""
+    """An entry of the file's ``images``."""
 
     id: int
     name: str
@@ -32,7 +32,7 @@ class ImageRecord(NamedTuple):
 
 
 class Region(NamedTuple):
-    """An annotation: an object, or a crowd of them."""
+    """An entry of the file's ``annotations``: an object or a crowd."""
 
     id: int
     class_index: int
@@ -42,31 +42,31 @@ class Region(NamedTuple):
 
 
 class CocoSource:
-    """Images and instance labels of a COCO file, as one mask an image.
+    """Images and instance labels of a COCO file, as one mask per image.
 
     Lin et al. 2014, https://arxiv.org/abs/1405.0312; the format: https://cocodataset.org/#format-data
 
-    Category ids, whatever they are, become classes 1, 2, ... in ascending order; 0 is the
-    background. A category of the background's name, in upper or lower case, is the background.
-    Objects are painted by descending ``area``, then ascending id, a later one over an earlier one.
-    Images without annotations are all background. A file whose ``annotations`` are absent or empty
-    is unlabelled, and may do without ``categories``.
+    Category ids become classes 1, 2, ... in ascending order; 0 is the background. A category with
+    the background's name (case-insensitive) is the background. Objects are painted by descending
+    ``area``, then ascending id; later objects cover earlier ones. Images without annotations are
+    all background. A file whose ``annotations`` are absent or empty is unlabelled, and needs no
+    ``categories``.
 
     Args:
         annotations: The JSON file.
-        images: Folder that the file names are relative to; default: the JSON file's own.
+        images: Folder that the file names are relative to; default: the JSON file's folder.
         crowd: Paint crowd regions as :data:`IGNORE`, as their class, or not at all.
         background: Name of class 0.
-        on_error: ``"skip"`` reads every image once and leaves faulty ones out, as it does faulty
-            annotations of sound images (what lies below them shows); ``faults`` lists them.
+        on_error: ``"skip"`` reads every image once, and leaves out faulty images and faulty
+            annotations of valid images; ``faults`` lists them.
 
     Attributes:
-        category_ids: Category id → class index.
-        image_ids: The file's ids, in the order of ``names``.
-        info: What the file says of itself.
+        category_ids: Class index by category id.
+        image_ids: The file's image ids, in the order of ``names``.
+        info: The file's ``info`` object.
 
     Raises:
-        DataError: The file is no COCO file, or the first fault when ``on_error`` is ``"raise"``.
+        DataError: The file is not a COCO file; or it has a fault and ``on_error`` is ``"raise"``.
     """
 
     def __init__(
@@ -123,7 +123,9 @@ class CocoSource:
     def mask(self, i: int) -> Tensor:
         self._require_labels()
         height, width = self.size(i)
-        mask = np.zeros((width, height), np.uint8)  # transposed: pycocotools decodes by columns
+        mask = np.zeros(
+            (width, height), np.uint8
+        )  # transposed: pycocotools decodes in column-major order
         for region in self._regions[i]:
             if region.crowd and self._crowd == "skip":
                 continue
@@ -139,10 +141,10 @@ class CocoSource:
         return digest.hexdigest()
 
     def instances(self, i: int) -> list[tuple[int, Tensor]]:
-        """The objects of image ``i``, without crowds and background, in painting order.
+        """Return the objects of image ``i``, without crowds and background, in painting order.
 
         Returns:
-            Class index and uint8 (H, W) mask, 1 on the whole object, of each.
+            Class index and uint8 (H, W) mask of each object, 1 on the whole object.
         """
         self._require_labels()
         height, width = self.size(i)
@@ -153,7 +155,7 @@ class CocoSource:
         ]
 
     def regions(self, i: int) -> tuple[Region, ...]:
-        """The annotations of image ``i`` in painting order."""
+        """Return the annotations of image ``i`` in painting order."""
         return self._regions[i]
 
     def _keep(self, images: Sequence[ImageRecord], regions: dict[int, list[Region]]) -> None:
@@ -215,19 +217,19 @@ class CocoSource:
         entries: Sequence[dict[str, Any]],
         faults: list[Fault],
     ) -> dict[int, list[Region]]:
-        """Image id → its regions in painting order."""
-        sound = {image.id: image for image in images}
+        """Return the regions of each image in painting order, by image id."""
+        valid = {image.id: image for image in images}
         listed = {_id(record, "id") for record in content["images"]}
-        regions: dict[int, list[Region]] = {key: [] for key in sound}
+        regions: dict[int, list[Region]] = {key: [] for key in valid}
         seen: set[int] = set()
         for record in entries:
             key, image_id = _id(record, "id"), _id(record, "image_id")
-            image = None if image_id is None else sound.get(image_id)
+            image = None if image_id is None else valid.get(image_id)
             if image is None and image_id is not None and image_id in listed:
-                continue  # its image is the fault, and reported already
+                continue  # its image is faulty, and reported already
             try:
                 if key is None or key in seen:
-                    raise DataError("expected an integer id of its own; number them anew")
+                    raise DataError("expected a unique integer id; renumber the annotations")
                 seen.add(key)
                 if image is None:
                     given = _short(record.get("image_id"))
@@ -237,20 +239,20 @@ class CocoSource:
                 of = f" of {image.name}" if image else ""
                 sentence = f"{self._file}: annotation {_short(record.get('id'))}{of}: {error}"
                 faults.append(Fault(sentence, image.name if image else self._file, key))
-        for one in regions.values():
-            one.sort(key=lambda region: (-region.area, region.id))
+        for regions_of_image in regions.values():
+            regions_of_image.sort(key=lambda region: (-region.area, region.id))
         return regions
 
 
 def _numbers(shape: Shape) -> str:
-    """All that makes up an outline, as text."""
+    """Return a shape's complete content as text."""
     if isinstance(shape, dict):
         return str(sorted(shape.items()))
     return str([polygon.tolist() for polygon in shape])
 
 
 def _entries(content: dict[str, Any], key: str, file: str) -> list[dict[str, Any]]:
-    """The list of objects under ``key``; an absent one is empty."""
+    """Return the list of objects under ``key``, or an empty list if it is absent."""
     entries = content.get(key, [])
     if not isinstance(entries, list):
         raise DataError(f"{file}: '{key}' is {_short(entries)}; expected a list")
@@ -282,10 +284,10 @@ def _image_record(record: dict[str, Any]) -> ImageRecord:
 def _region(
     key: int, record: dict[str, Any], size: tuple[int, int], category_ids: dict[int, int]
 ) -> Region:
-    """A checked annotation.
+    """Return an annotation as a region, after validation.
 
     Raises:
-        DataError: The end of a sentence whose beginning names the annotation.
+        DataError: The annotation is invalid; the caller puts its id before the message.
     """
     category = _id(record, "category_id")
     if category is None or category not in category_ids:
@@ -311,6 +313,7 @@ def _region(
 
 
 def _polygons(segmentation: list[Any], size: tuple[int, int]) -> list[np.ndarray]:
+    """Return an annotation's polygons after validation."""
     height, width = size
     polygons = [_polygon(points, n) for n, points in enumerate(segmentation)]
     flat = outside = True
@@ -338,7 +341,7 @@ def _polygons(segmentation: list[Any], size: tuple[int, int]) -> list[np.ndarray
 
 
 def _polygon(points: Any, n: int) -> np.ndarray:
-    """(points, 2) of x, y; integers too large for a float become infinite."""
+    """Return (points, 2) of x, y; integers too large for a float become infinite."""
     if not isinstance(points, list) or not set(map(type, points)) <= {int, float}:
         raise DataError(f"polygon {n} is {_short(points)}; expected a list of numbers")
     if len(points) % 2:
@@ -352,16 +355,16 @@ def _polygon(points: Any, n: int) -> np.ndarray:
 
 
 def _is_line(corners: np.ndarray) -> bool:
-    """Whether ``corners`` (points, 2) lie on one straight line."""
+    """Return whether ``corners`` (points, 2) lie on one straight line."""
     x, y = (corners - corners[0]).T
     if abs(x[:-1] @ y[1:] - y[:-1] @ x[1:]) > 1e-6:
-        return False  # twice the area within; it is 0 for a figure of eight too
+        return False  # the left side is twice the area, which is 0 for a figure eight too
     far = np.argmax(x * x + y * y)
     return bool((np.abs(x * y[far] - y * x[far]) <= 1e-9 * (x[far] ** 2 + y[far] ** 2)).all())
 
 
 def _rle(record: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """A compressed RLE whose runs fill the image exactly: pycocotools checks none of this."""
+    """Return a compressed RLE, checked to fill the image exactly: pycocotools checks nothing."""
     height, width = size
     if record.get("size") != [height, width]:
         raise DataError(
@@ -389,8 +392,10 @@ def _rle(record: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _decompress(counts: str) -> np.ndarray:
-    """The runs of a compressed RLE: 5 bits a character, low ones first, from the fourth run on as
-    differences to the run two before."""
+    """Return the runs of a compressed RLE.
+
+    5 bits per character, low bits first; from the fourth run on, differences to the run two before.
+    """
     malformed = f"its RLE has malformed counts {_short(counts)}; export it again"
     if not counts.isascii():
         raise DataError(malformed)
@@ -400,7 +405,7 @@ def _decompress(counts: str) -> np.ndarray:
         raise DataError(malformed)
     ends = np.flatnonzero(last)
     starts = np.concatenate(([0], ends[:-1] + 1))
-    if (ends - starts).max() > 5:  # 6 characters hold any run of an image that is not too large
+    if (ends - starts).max() > 5:  # 6 characters hold any run of at most MAX_PIXELS
         raise DataError(malformed)
     bits = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
     values = np.add.reduceat((codes & 0x1F) << bits, starts)
@@ -412,14 +417,14 @@ def _decompress(counts: str) -> np.ndarray:
 
 
 def encode(shape: Shape, height: int, width: int) -> dict[str, Any]:
-    """``shape`` as a compressed RLE of an image of this size; what lies outside is cut off."""
+    """Return ``shape`` as a compressed RLE of an image of this size, clipped to the image."""
     if isinstance(shape, dict):
         return shape
     return coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
 
 
 def _decode(shape: Shape, height: int, width: int) -> np.ndarray:
-    """(H, W) uint8, by columns in memory: 1 on the shape."""
+    """Return (H, W) uint8 in column-major order, 1 on the shape."""
     return coco_mask.decode(encode(shape, height, width))
 
 
@@ -437,5 +442,5 @@ def _id(record: dict[str, Any], key: str) -> int | None:
 
 
 def _short(value: Any) -> str:
-    """``value`` for a sentence, however long it is."""
+    """Return ``value`` for a message, at most 60 characters."""
     return f"{value!r:.60}"

@@ -1,4 +1,4 @@
-"""Stratified folds, and the selection set that is held out of all of them."""
+"""Stratified folds, and the selection set that is held out from all of them."""
 
 import dataclasses
 import re
@@ -17,18 +17,18 @@ from segkit.data.memo import MEMO, on_threads
 from segkit.data.source import Source
 
 SHARE_BINS = 3
-"""Each class's images are told apart by this many sizes of its share of the pixels."""
+"""Number of bins of a class's share of the pixels, used as labels for stratification."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which images validate which fold, and which choose between models, all by file name.
+    """The validation images of each fold, and the selection set, as file names.
 
     Args:
         folds: The validation images of each fold.
-        selection: Images that no fold trains on or validates with.
-        train: What every fold trains on, where the validation images come from another source;
-            default: a fold trains on the validation images of the others.
+        selection: Images that no fold uses for training or validation.
+        train: Training images of every fold, if validation images come from another source;
+            default: each fold trains on the validation images of the others.
     """
 
     folds: tuple[tuple[str, ...], ...]
@@ -36,7 +36,7 @@ class Split:
     train: tuple[str, ...] | None = None
 
     def training(self, fold: int) -> tuple[str, ...]:
-        """The images that the models of ``fold`` train on."""
+        """Return the training images of ``fold``."""
         if self.train is not None:
             return self.train
         return tuple(
@@ -44,25 +44,27 @@ class Split:
         )
 
     def save(self, path: Path | str) -> None:
-        """Write the split as JSON; a reader finds the old file or the new one, never a part."""
+        """Write the split as JSON, atomically."""
         write_json(Path(path), dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: Path | str) -> "Split":
-        """Read what :meth:`save` wrote.
+        """Read a split from a file written by :meth:`save`.
 
         Raises:
-            DataError: The file is no split.
+            DataError: The file is not a split.
         """
         content = read_json(path)
         folds, selection, train = (content.get(key) for key in ("folds", "selection", "train"))
         if (
             not isinstance(folds, list)
             or not folds
-            or not all(_is_names(one) for one in (*folds, selection))
+            or not all(_is_names(names) for names in (*folds, selection))
             or not (train is None or _is_names(train))
         ):
-            raise DataError(f"{path} is no split; expected 'folds' and 'selection', lists of names")
+            raise DataError(
+                f"{path} is not a split; expected 'folds' and 'selection', lists of names"
+            )
         return cls(
             folds=tuple(map(tuple, folds)),
             selection=tuple(selection or ()),
@@ -71,11 +73,11 @@ class Split:
 
 
 def class_pixels(source: Source, workers: int = 0) -> np.ndarray:
-    """Count the pixels of each class in each mask; what is known of a mask is not read again.
+    """Count the pixels of each class in each mask; counts in the memo are used again.
 
     Args:
         source: Labelled images.
-        workers: Threads that read masks besides this one.
+        workers: Number of threads that read masks; 0 is the same as 1.
 
     Returns:
         (N, num_classes) int64; ignored pixels are not counted.
@@ -104,29 +106,29 @@ def make_folds(
     seed: int,
     groups: Mapping[str, str | int] | None = None,
 ) -> Split:
-    """Divide images into a selection set and folds of like classes.
+    """Divide images into a selection set and folds with similar class distributions.
 
     Iterative stratification: Sechidis, Tsoumakas, Vlahavas 2011,
     https://doi.org/10.1007/978-3-642-23808-6_10
 
-    The labels of an image are the classes it shows and, for each, whether its share of the pixels
-    is among the small, middling or large ones. The selection set is divided off first.
+    The labels of an image are its classes and, for each, whether its share of the pixels is small,
+    medium or large. The selection set is split off first.
 
     Args:
-        names: File names; the order does not matter.
-        pixels: (N, num_classes) as :func:`class_pixels` counts them.
-        folds: How many, 2 or more.
-        selection: Share of the images, 0 to below 1; at 0 there is no selection set.
-        seed: Of the order in which equals are placed.
-        groups: File name → group; images of one group are never divided.
+        names: File names; their order does not matter.
+        pixels: (N, num_classes), result of :func:`class_pixels`.
+        folds: Number of folds, at least 2.
+        selection: Share of the images, 0 to below 1; with 0 there is no selection set.
+        seed: Seed of the random order that breaks ties.
+        groups: Group of each file name; images of a group stay together.
 
     Raises:
-        ConfigError: ``folds`` or ``selection`` out of range.
+        ConfigError: ``folds`` or ``selection`` is out of range.
         DataError: There are too few images or groups for that many parts.
 
-    Departs from the paper: what is placed is a group of images, with its counts of labels, the
-    group with the most of the label first; a lone image is a group of one. A part that has its
-    number of images takes no more, so a part's size is off by less than one group.
+    Departs from the paper: assigns groups of images with their label counts, those with the highest
+    count of the current label first; without ``groups``, each image is a group. A part that has its
+    number of images gets no more, so its size is off by less than one group.
     """
     if folds < 2 or not 0 <= selection < 1:
         raise ConfigError(
@@ -138,24 +140,24 @@ def make_folds(
     keys = [str(groups[name]) if groups else name for name in ordered]
     unit_of = {key: unit for unit, key in enumerate(dict.fromkeys(keys))}
     owner = np.array([unit_of[key] for key in keys])
-    # what a unit fills: its counts of labels, and in the last column its images
-    weights = np.zeros((len(unit_of), labels.shape[1] + 1), np.int64)
-    np.add.at(weights, owner, np.column_stack([labels, np.ones(len(ordered), np.int64)]))
+    # label counts of each unit; the last column is its number of images
+    counts = np.zeros((len(unit_of), labels.shape[1] + 1), np.int64)
+    np.add.at(counts, owner, np.column_stack([labels, np.ones(len(ordered), np.int64)]))
 
     rng = np.random.default_rng(seed)
     part = np.zeros(len(unit_of), np.int64)  # 0: the selection set; 1, 2, ...: the folds
     if selection:
-        part = _distribute(weights, np.array([selection, 1 - selection]), rng)
+        part = _distribute(counts, np.array([selection, 1 - selection]), rng)
     rest = np.flatnonzero(part == 1) if selection else np.arange(len(unit_of))
-    part[rest] = 1 + _distribute(weights[rest], np.full(folds, 1 / folds), rng)
+    part[rest] = 1 + _distribute(counts[rest], np.full(folds, 1 / folds), rng)
 
     parts: list[list[str]] = [[] for _ in range(folds + 1)]
     for name, unit in zip(ordered, owner, strict=True):
         parts[part[unit]].append(name)
     if not all(parts[1:]) or (selection and not parts[0]):
-        what = f"{len(unit_of)} groups of images" if groups else f"{len(names)} images"
+        units = f"{len(unit_of)} groups of images" if groups else f"{len(names)} images"
         raise DataError(
-            f"{what} are too few for {folds} folds and a selection of {selection:g}; "
+            f"{units} are too few for {folds} folds and a selection of {selection:g}; "
             "take fewer folds, another selection, or more images"
         )
     return Split(tuple(map(tuple, parts[1:])), tuple(parts[0]))
@@ -164,19 +166,18 @@ def make_folds(
 def read_groups(
     file: str | None, pattern: str | None, names: Sequence[str]
 ) -> dict[str, str] | None:
-    """The group of each image, from a JSON file or from its name.
+    """Return the group of each image, from a JSON file or from its name.
 
     Args:
-        file: JSON object {file name: group}; names of other images may stand in it too.
-        pattern: Regular expression, searched for in the name; what its one parenthesis finds is
-            the group.
-        names: The images.
+        file: JSON object {file name: group}; it may contain other names too.
+        pattern: Regular expression with one capturing group, searched for in the file name.
+        names: File names of the images.
 
     Returns:
-        None when neither is given.
+        Group by file name, or ``None`` if neither ``file`` nor ``pattern`` is given.
 
     Raises:
-        ConfigError: Both are given, or ``pattern`` is no such expression.
+        ConfigError: Both are given, or ``pattern`` is invalid.
         DataError: An image has no group.
     """
     if file is not None and pattern is not None:
@@ -188,7 +189,7 @@ def read_groups(
             if isinstance(group, bool) or not isinstance(group, str | int):
                 raise DataError(
                     f"{file} gives {quoted(name)} no group; "
-                    "expected a string or an integer each image"
+                    "expected a string or an integer for each image"
                 )
         return {name: str(content[name]) for name in names}
     if pattern is None:
@@ -204,17 +205,17 @@ def read_groups(
             f"data.group_pattern: {quoted(pattern)} has {expression.groups} parentheses; "
             "expected one"
         )
-    found = {name: expression.search(name) for name in names}
-    for name, match in found.items():
+    matches = {name: expression.search(name) for name in names}
+    for name, match in matches.items():
         if match is None or match[1] is None:
             raise DataError(
                 f"{quoted(name)} does not match data.group_pattern {quoted(pattern)}; correct it"
             )
-    return {name: match[1] for name, match in found.items() if match}
+    return {name: match[1] for name, match in matches.items() if match}
 
 
 class Part(NamedTuple):
-    """A fold or the selection set: the share of its images with a class, of its pixels in it."""
+    """Class shares of a fold or the selection set: of its images and of its pixels."""
 
     title: str
     images: int
@@ -223,29 +224,30 @@ class Part(NamedTuple):
 
 
 def shares(split: Split, names: Sequence[str], pixels: np.ndarray) -> list[Part]:
-    """How alike the parts are; arguments as in :func:`table`."""
+    """Return the class shares of each part; arguments as in :func:`table`."""
     index = {name: i for i, name in enumerate(names)}
     parts = {"selection": split.selection} if split.selection else {}
     parts |= {f"fold {number}": fold for number, fold in enumerate(split.folds)}
-    found = []
+    described = []
     for title, members in parts.items():
         counts = pixels[[index[name] for name in members]]
         of_pixels = counts.sum(0) / max(1, counts.sum())
-        found.append(Part(title, len(members), (counts > 0).mean(0).tolist(), of_pixels.tolist()))
-    return found
+        with_class = (counts > 0).mean(0).tolist()
+        described.append(Part(title, len(members), with_class, of_pixels.tolist()))
+    return described
 
 
 def table(
     split: Split, names: Sequence[str], pixels: np.ndarray, classes: Sequence[str], width: int = 80
 ) -> str:
-    """How alike the parts are: percent of a part's images with a class, and of its pixels in it.
+    """Return a table of class shares: percent of a part's images with a class, and of its pixels.
 
     Args:
-        split: The parts.
-        names: The images, in the order of ``pixels``.
-        pixels: (N, num_classes) as :func:`class_pixels` counts them.
-        classes: Their names.
-        width: Most characters a line; what does not fit beside each other goes below.
+        split: The folds and the selection set.
+        names: File names of the images, in the order of ``pixels``.
+        pixels: (N, num_classes), result of :func:`class_pixels`.
+        classes: Class names.
+        width: Maximum characters per line; parts that do not fit are in further blocks below.
     """
     columns = []
     for part in shares(split, names, pixels):
@@ -268,7 +270,7 @@ def _is_names(value: object) -> bool:
 
 
 def _labels(pixels: np.ndarray) -> np.ndarray:
-    """(N, labels) of 0 and 1: each class's presence, then each bin of its share of the pixels."""
+    """Return (N, labels) of 0 and 1: presence of each class, then each bin of its pixel share."""
     present = pixels > 0
     share = pixels / np.maximum(1, pixels.sum(1, keepdims=True))
     columns = [present]
@@ -281,30 +283,31 @@ def _labels(pixels: np.ndarray) -> np.ndarray:
     return np.concatenate(columns, axis=1).astype(np.int64)
 
 
-def _distribute(weights: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Give each unit to a part so that the parts fill up evenly.
+def _distribute(counts: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Assign each unit to a part so that every label is divided according to ``shares``.
 
     Args:
-        weights: (units, labels + 1) what each unit holds; the last column is its number of images.
-        shares: (parts,) of the whole that each part should hold; their sum is 1.
-        rng: Settles ties.
+        counts: (units, labels + 1) label counts of each unit; the last column is its number of
+            images.
+        shares: (parts,) desired share of each part; their sum is 1.
+        rng: Breaks ties.
 
     Returns:
-        (units,) the part of each.
+        (units,) the part of each unit.
     """
-    desired = shares[:, None] * weights.sum(0)
-    part = np.full(len(weights), -1)
+    desired = shares[:, None] * counts.sum(0)
+    part = np.full(len(counts), -1)
     while (part < 0).any():
         open_units = np.flatnonzero(part < 0)
-        left = (weights[open_units, :-1] > 0).sum(0)
-        # the rarest label that is left; units without any are placed by their size alone
-        label = int(np.where(left > 0, left, len(weights) + 1).argmin()) if left.any() else -1
-        holders = rng.permutation(open_units[weights[open_units, label] > 0])
-        for unit in holders[np.argsort(-weights[holders, label], kind="stable")]:
+        left = (counts[open_units, :-1] > 0).sum(0)
+        # the rarest remaining label; units without labels are assigned by their size alone
+        label = int(np.where(left > 0, left, len(counts) + 1).argmin()) if left.any() else -1
+        holders = rng.permutation(open_units[counts[open_units, label] > 0])
+        for unit in holders[np.argsort(-counts[holders, label], kind="stable")]:
             room = rng.permutation(np.flatnonzero(desired[:, -1] > 1e-9))
             chosen = max(
                 room, key=lambda k: (round(desired[k, label], 9), round(desired[k, -1], 9))
             )
             part[unit] = chosen
-            desired[chosen] -= weights[unit]
+            desired[chosen] -= counts[unit]
     return part

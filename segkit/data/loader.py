@@ -1,4 +1,4 @@
-"""Batches: which image, in which order, on which rank; all of it a function of seed and step."""
+"""Batches for training and evaluation; their images and order are a function of seed and step."""
 
 import atexit
 import functools
@@ -22,25 +22,25 @@ from segkit.core.distributed import rank, world_size
 from segkit.core.errors import ConfigError, DataError, reason
 from segkit.data.memo import MEMO, on_threads
 
-_ORDER = 2**32 - 1  # in place of a sample's index: no image's augmentation draws these numbers
+_ORDER = 2**32 - 1  # in place of a sample's index: a random stream that no image uses
 
 
 @dataclass(frozen=True)
 class TrainOrder(Sampler):
-    """The order of training images, the same for any number of ranks, workers and restarts.
+    """Sampler of training images, independent of the number of ranks, workers and restarts.
 
-    Each epoch is a permutation of its own; the images left over from a whole number of batches sit
-    that epoch out. A step's batch is cut into ``accumulate`` parts and each part over the ranks.
+    Each epoch has a different permutation; images beyond the last full batch are not used in that
+    epoch. A step's batch is divided into ``accumulate`` parts, and each part among the ranks.
 
     Args:
-        indices: Images that take part in every epoch.
-        epochs: How many.
-        batch_size: Images a step, over all ranks.
-        accumulate: Parts that a rank's batch is computed in.
-        seed: Of the permutations.
+        indices: Images that are in every epoch.
+        epochs: Number of epochs.
+        batch_size: Images per step, over all ranks.
+        accumulate: Number of parts of a batch (gradient accumulation).
+        seed: Seed of the permutations.
         start_step: The first step.
-        extra: Images of which each epoch draws a share anew.
-        extra_share: That share.
+        extra: Images of which each epoch draws a different subset.
+        extra_share: Size of that subset as a share of ``extra``.
 
     Yields:
         For each part of each step, this rank's list of (epoch, image index).
@@ -71,7 +71,7 @@ class TrainOrder(Sampler):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch."""
+        """Number of full batches per epoch."""
         return self._images // self.batch_size
 
     @property
@@ -80,17 +80,17 @@ class TrainOrder(Sampler):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole training."""
+        """Number of optimizer steps in all epochs."""
         return self.steps_per_epoch * self.epochs
 
     def __len__(self) -> int:
         return (self.steps - self.start_step) * self.accumulate
 
     def batch(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, image index) of all images of a step, over all ranks."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        """Return (epoch, image index) of all images of a step, over all ranks."""
+        epoch, position = divmod(step, self.steps_per_epoch)
         order = _permutation(self.seed, epoch, self._images)
-        chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+        chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
         drawn = _permutation(self.seed, epoch, len(self.extra)) if self.extra else []
         own = len(self.indices)
         return [(epoch, self.indices[i] if i < own else self.extra[drawn[i - own]]) for i in chosen]
@@ -110,7 +110,7 @@ def _permutation(seed: int, epoch: int, count: int) -> list[int]:
 
 
 Sample = tuple[Tensor, Tensor, Plan]
-"""Image, mask, and the plan that has rendered them, or that will."""
+"""Image, mask, and their plan, rendered or not."""
 
 
 class TrainImages(Dataset):
@@ -118,11 +118,11 @@ class TrainImages(Dataset):
 
     Args:
         source: Labelled images.
-        indices: The fold's training images; operations across images draw from them.
-        pipeline: Its images must all end with one size.
-        seed: Of the augmentation.
-        render: ``False`` gives image and mask as they are with the plan for them, to be rendered
-            where the model is.
+        indices: The fold's training images, from which mixing operations draw.
+        pipeline: Augmentation; all its results must have the same size.
+        seed: Seed of the augmentation.
+        render: If false, image and mask are not rendered; their plan is to be rendered on the
+            model's device.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class TrainImages(Dataset):
             size = image.shape[1], image.shape[2]
             plan = self.pipeline.plan(size, rng, mask, others=self._other)
         except DataError as error:
-            return error  # told by the loop that waits for it, without a worker's traceback
+            return error  # raised by _checked, without a worker's traceback
         if self.render:
             image, mask = self.pipeline.render_one(image, mask, plan)
         return image, mask, plan
@@ -157,13 +157,13 @@ class TrainImages(Dataset):
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Images of one size as they are in their files.
+    """Unprocessed images of equal size.
 
     Args:
-        indices: Of the images.
-        images: Their pixels.
-        masks: Their labels, if they are asked for.
-        left_out: What is wrong with each image that cannot be read, by its index.
+        indices: Indices of the images.
+        images: Pixels of the images.
+        masks: Masks of the images, if requested.
+        left_out: Error message of each image that cannot be read, by its index.
 
     Shape:
         images: (B, 3, H, W) uint8; masks: (B, H, W) uint8, or ``None`` without labels.
@@ -176,9 +176,9 @@ class EvalBatch:
 
 
 class EvalImages(Dataset):
-    """Images, with masks where there are labels, by lists of indices of one size.
+    """(index, image, mask) by image index; the mask is ``None`` without ``labels``.
 
-    With ``skip``, an image that cannot be read is its index and a sentence, else a DataError.
+    An image that cannot be read gives (index, message) if ``skip``, else a DataError.
     """
 
     def __init__(self, source: Any, *, labels: bool, skip: bool = False) -> None:
@@ -197,7 +197,7 @@ class EvalImages(Dataset):
 def train_batches(
     images: TrainImages, order: TrainOrder, *, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images (B, 3, H, W), masks (B, H, W)) on ``device``, to the end of the training."""
+    """Yield (images (B, 3, H, W), masks (B, H, W)) on ``device`` until the end of training."""
     loader = DataLoader(
         images,
         batch_sampler=order,
@@ -211,7 +211,9 @@ def train_batches(
     def arrive(batch: Any) -> tuple[Tensor, Tensor]:
         if images.render:
             return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
-        pixels, masks = ([one.to(device, non_blocking=True) for one in part] for part in batch[:2])
+        pixels, masks = (
+            [tensor.to(device, non_blocking=True) for tensor in part] for part in batch[:2]
+        )
         return images.pipeline.render(pixels, masks, batch[2])
 
     return _ahead(_checked(loader), arrive, device)
@@ -226,10 +228,10 @@ def eval_batches(
     workers: int,
     left_out: dict[int, str] | None = None,
 ) -> Iterator[EvalBatch]:
-    """This rank's share of ``indices``, each image exactly once over all ranks, on the CPU.
+    """Yield this rank's share of ``indices``, each image exactly once over all ranks, on the CPU.
 
-    With ``left_out``, images that cannot be read are added to it, with a sentence each; without,
-    the first one raises a DataError.
+    With ``left_out``, images that cannot be read are added to it, each with an error message;
+    without, the first one raises a DataError.
     """
     loader = DataLoader(
         EvalImages(source, labels=labels, skip=left_out is not None),
@@ -246,7 +248,7 @@ def eval_batches(
 
 
 def digests(source: Any, indices: Sequence[int]) -> list[str]:
-    """A short digest of each image file, by which checkpoints tell what they trained on.
+    """Return a short digest of each image file; checkpoints store those of their training images.
 
     Raises:
         DataError: A file cannot be read.
@@ -277,14 +279,15 @@ def _same_size(source: Any, indices: Sequence[int], batch_size: int) -> list[lis
 
 
 def _start_worker(worker: int) -> None:
-    """Let a worker end when its parent does, and by no signal that a whole process group gets.
+    """Make a worker ignore SIGINT and SIGTERM, and end when its parent process ends.
 
-    A training that gets SIGTERM still needs its workers for the step under way.
+    Such signals go to the whole process group, but a training run that receives SIGTERM still needs
+    its workers for the current step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # The thread that hands tensors over prints by this hook when its connection is cut, as happens
-    # where another worker was killed; the trainer tells that itself.
+    # The thread that sends tensors prints with this hook when its connection is closed, for example
+    # because another worker was killed; the main process reports that itself.
     sys.excepthook = lambda *_: None
     threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
 
@@ -301,7 +304,7 @@ _started: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @atexit.register
 def _kill_workers() -> None:
-    """Kill what is left of the workers: Python sends them SIGTERM at exit, and waits for ever."""
+    """Kill remaining workers: at exit, Python sends them SIGTERM, which they ignore, and waits."""
     if _started:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the kills
     for worker in _started:
@@ -309,18 +312,18 @@ def _kill_workers() -> None:
 
 
 def _list_samples(samples: list[Sample | DataError]) -> list[tuple] | DataError:
-    """Images, masks and plans, of one size once rendered; or what is wrong."""
-    sound = []
+    """Return images, masks and plans whose results have equal size, or an error."""
+    valid = []
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-        sound.append(sample)
-    if len({plan.size for _, _, plan in sound}) > 1:
+        valid.append(sample)
+    if len({plan.size for _, _, plan in valid}) > 1:
         return DataError(
             "training images end the augmentation with different sizes; "
             "set augment.size, or end augment.train with a crop"
         )
-    return list(zip(*sound, strict=True))
+    return list(zip(*valid, strict=True))
 
 
 def _stack_pairs(samples: list[Sample | DataError]) -> tuple[Tensor, Tensor] | DataError:
@@ -336,10 +339,10 @@ def _stack_eval(samples: list) -> EvalBatch | DataError:
         if isinstance(sample, DataError):
             return sample
     left_out = dict(sample for sample in samples if len(sample) == 2)
-    sound = [sample for sample in samples if len(sample) == 3]
-    if not sound:
+    valid = [sample for sample in samples if len(sample) == 3]
+    if not valid:
         return EvalBatch([], torch.empty(0), None, left_out)
-    indices, images, masks = zip(*sound, strict=True)
+    indices, images, masks = zip(*valid, strict=True)
     labelled = None if masks[0] is None else torch.stack(masks)
     return EvalBatch(list(indices), torch.stack(images), labelled, left_out)
 
@@ -347,8 +350,8 @@ def _stack_eval(samples: list) -> EvalBatch | DataError:
 def _checked(loader: DataLoader) -> Iterator[Any]:
     for batch in _start(loader):
         if isinstance(batch, DataError):
-            # A new one: raising what a variable of this frame holds makes a cycle, which would keep
-            # all loaders of the frames around it, and their workers.
+            # A new exception: raising one that a local variable refers to creates a reference
+            # cycle, which would keep the loaders of all enclosing frames, and their workers, alive.
             raise DataError(*batch.args)
         yield batch
 
@@ -362,7 +365,7 @@ def _start(loader: DataLoader) -> Iterator[Any]:
 def _ahead(
     batches: Iterator[Any], arrive: Callable[[Any], tuple[Tensor, Tensor]], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches as they ``arrive`` on a device; on CUDA the next one does on a side stream."""
+    """Yield batches moved by ``arrive`` to a device; on CUDA, one batch ahead on a side stream."""
     if device.type != "cuda":
         yield from map(arrive, batches)
         return
@@ -374,8 +377,8 @@ def _ahead(
         if waiting is not None:
             yield waiting
         torch.cuda.current_stream(device).wait_stream(side)
-        for one in coming:
-            one.record_stream(torch.cuda.current_stream(device))
+        for tensor in coming:
+            tensor.record_stream(torch.cuda.current_stream(device))
         waiting = coming
     if waiting is not None:
         yield waiting

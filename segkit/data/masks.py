@@ -1,4 +1,4 @@
-"""A folder of images and a folder of index PNGs → class-index masks."""
+"""Source of a folder of images and a folder of PNG masks with class indices."""
 
 import hashlib
 import os
@@ -18,24 +18,25 @@ from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unread
 
 
 class MaskSource:
-    """Images, and for each one a PNG whose pixel values are class indices (CamVid, Pascal, ADE).
+    """Images, each with a PNG mask whose pixel values are class indices (CamVid, Pascal, ADE).
 
-    ``images/a/b.jpg`` has its mask in ``masks/a/b.png``: 8 bits or fewer, gray or palette. Images
-    come in the order of the split list, or sorted by name.
+    The mask of ``images/a/b.jpg`` is ``masks/a/b.png``, 8 bits or fewer, gray or palette. Images
+    are in the order of the split list, or sorted by name.
 
     Args:
-        images: Folder of photographs, searched with its subfolders.
-        masks: Folder of masks; without it the source is unlabelled.
-        split: Text file, a line an image: its file name, with or without the suffix.
-        classes: The class names in the order of their values, or a text file with one a line.
-        ignore_index: The mask value that means "no class"; it becomes :data:`IGNORE`. Where the
-            list of classes ends with a name for it ("void"), that is no class.
-        image_suffixes: What counts as an image.
-        on_error: ``"skip"`` reads every image once and leaves faulty ones out; ``faults`` has them.
+        images: Folder of images, searched recursively.
+        masks: Folder of masks; without it, the source is unlabelled.
+        split: Text file with one file name per line, with or without the suffix.
+        classes: Class names in the order of their values, or a text file with one per line.
+        ignore_index: Mask value that means "no class"; it becomes :data:`IGNORE`. If it is the
+            index of the last name ("void"), that name is removed from the classes.
+        image_suffixes: Suffixes of image files.
+        on_error: ``"skip"`` reads every image once, and leaves out faulty images; ``faults`` lists
+            them.
 
     Raises:
-        DataError: No images, bad class names, or the first fault when ``on_error`` is ``"raise"``;
-            ``mask`` raises it for a value that is no class.
+        DataError: There are no images, class names are invalid, or there is a fault and
+            ``on_error`` is ``"raise"``. ``mask`` raises it for a value that is not a class.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class MaskSource:
             raise DataError(f"{path} cannot be read ({reason(error)})") from error
 
     def _sound(self, names: Iterable[str], faults: list[Fault]) -> Iterator[str]:
-        """Those of ``names`` that are valid and have a mask of their own."""
+        """Yield the names that are valid and have their own mask; add the others to ``faults``."""
         owners: dict[str, str] = {}
         for name in names:
             try:
@@ -152,24 +153,24 @@ class MaskSource:
 def _read_classes(classes: str | tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(classes, str):
         return check_classes(classes, "classes")
-    # an empty line within would shift the values of the classes below it, so it is not skipped
+    # empty lines are not skipped: that would change the values of the classes below
     lines = [line.strip() for line in read_text(classes).rstrip().splitlines()]
     return check_classes(lines, classes)
 
 
 def _search(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Images below ``folder``, sorted, as paths relative to it with forward slashes."""
+    """Return the images below ``folder``, sorted, as relative paths with forward slashes."""
     wanted = tuple(suffix.lower() for suffix in suffixes)
     return sorted(
-        Path(where, file).relative_to(folder).as_posix()
-        for where, _, files in os.walk(folder)
+        Path(parent, file).relative_to(folder).as_posix()
+        for parent, _, files in os.walk(folder)
         for file in files
         if file.lower().endswith(wanted)
     )
 
 
 def _choose(names: Iterable[str], split: str, faults: list[Fault]) -> list[str]:
-    """The images that the lines of a split list name, in its order."""
+    """Return the images listed in a split file, in its order."""
     known: dict[str, str] = {}
     for name in names:
         known.setdefault(str(PurePosixPath(name).with_suffix("")), name)
@@ -182,7 +183,7 @@ def _choose(names: Iterable[str], split: str, faults: list[Fault]) -> list[str]:
         if named is None:
             sentence = f"{quoted(line.strip())} has no image; add the image or remove the line"
         elif named in chosen:
-            sentence = f"{quoted(named)} stands in the list already; remove the line"
+            sentence = f"{quoted(named)} is in the list already; remove the line"
         else:
             chosen[named] = None
             continue
@@ -195,7 +196,7 @@ def _mask_name(name: str) -> str:
 
 
 def _read_indices(path: Path) -> np.ndarray:
-    """The pixel values of an index PNG as stored, (H, W) uint8; no palette is applied."""
+    """Return the stored pixel values of a PNG, (H, W) uint8; no palette is applied."""
     with open_image(path) as image:
         if image.format != "PNG" or image.mode not in ("1", "L", "P"):
             raise DataError(
@@ -204,11 +205,11 @@ def _read_indices(path: Path) -> np.ndarray:
             )
         depth = 8 if image.mode == "P" else _depth(path)
         values = np.array(image.convert("L") if image.mode == "1" else image)
-    # Pillow spreads gray of few bits over 0..255
+    # Pillow scales gray values of fewer bits to 0..255
     return values if depth == 8 else values // (255 // (2**depth - 1))
 
 
 def _depth(path: Path) -> int:
-    """Bits a sample, from a PNG's header."""
+    """Return the bits per sample from a PNG's header."""
     with path.open("rb") as file:
         return file.read(25)[-1]

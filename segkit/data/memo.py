@@ -1,4 +1,4 @@
-"""What is known of files and labels that were read once, kept from one start to the next."""
+"""Persistent cache of file digests and of numbers computed from files and labels."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ from segkit.core.errors import reason
 from segkit.core.files import regular, replacing
 
 MAX_ENTRIES = 1_000_000
-"""Most files, and most labels, that are remembered; the oldest are forgotten first."""
+"""Maximum number of files, and of keys with numbers, to save; the oldest are dropped first."""
 
 MAX_BYTES = 1 << 30
-"""Largest memo file that is read."""
+"""Maximum size of the memo file; a larger one is ignored."""
 
 T = TypeVar("T")
 
@@ -28,51 +28,51 @@ _BLOCK = 1 << 20
 
 
 class Memo:
-    """Digests of files, and numbers that follow from digests.
+    """Digests of files, and integers stored under keys that are made of digests.
 
-    A file is known by its path, size and time of change, so that a second start reads none of
-    20,000 images. What is written on the disk may be lost or damaged: it is computed again.
+    A file is identified by its path, size and modification time, so that a second start need not
+    read 20,000 images again. A lost or damaged memo file is harmless: values are computed again.
     """
 
     def __init__(self) -> None:
         self._files: dict[str, tuple[int, int, str]] = {}
         self._numbers: dict[str, list[int]] = {}
-        self._changed = self._told = False
+        self._changed = self._warned = False
 
     def digest(self, path: Path, before: bytes = b"") -> str:
-        """SHA-256 of ``before`` and a file's bytes, in hexadecimal.
+        """Return the SHA-256 of ``before`` and a file's bytes, in hexadecimal.
 
         Raises:
             OSError: The file cannot be read.
         """
-        key, about = _key(path, before), os.stat(path)
+        key, stat = _key(path, before), os.stat(path)
         known = self._files.get(key)
-        if known is not None and known[:2] == (about.st_size, about.st_mtime_ns):
+        if known is not None and known[:2] == (stat.st_size, stat.st_mtime_ns):
             return known[2]
         digest = read_digest(path, before)
-        self._files[key] = about.st_size, about.st_mtime_ns, digest
+        self._files[key] = stat.st_size, stat.st_mtime_ns, digest
         self._changed = True
         return digest
 
     def numbers(self, key: str) -> list[int] | None:
-        """What was kept under a key; keys are made of digests, so they never mean another thing."""
+        """Return the integers stored under a key, or ``None``; keys contain digests."""
         return self._numbers.get(key)
 
     def keep(self, key: str, numbers: Sequence[int]) -> None:
-        """Keep integers under a key."""
+        """Store integers under a key."""
         self._numbers[key] = list(numbers)
         self._changed = True
 
     def share(self, paths: Iterable[Path]) -> None:
-        """Give all ranks what rank 0 knows of these files; every rank calls it."""
+        """Broadcast the digests of these files from rank 0; must be called on every rank."""
         keys = map(_key, paths) if is_main() else ()
         self._files |= broadcast({key: self._files[key] for key in keys if key in self._files})
 
     @contextmanager
     def kept_in(self, folder: Path) -> Iterator[None]:
-        """Remember what earlier starts kept in a folder, and keep there what the block adds.
+        """Load the memo file of a folder, and save it after the block if it changed.
 
-        Rank 0 alone reads and writes. A folder that cannot be written is one warning.
+        Only rank 0 reads and writes. If the folder cannot be written, there is one warning.
         """
         if not is_main():
             yield
@@ -83,12 +83,12 @@ class Memo:
             yield
         finally:
             if self._changed:
-                self._load(path)  # what another process has added meanwhile
+                self._load(path)  # merge what another process has saved meanwhile
                 self._save(path)
                 self._changed = False
 
     def _load(self, path: Path) -> None:
-        """Add what a file has; what is not as :meth:`_save` writes it is left out."""
+        """Merge the entries of a memo file; entries of any other form are ignored."""
         try:
             if regular(path).stat().st_size > MAX_BYTES:
                 return
@@ -111,22 +111,22 @@ class Memo:
             with replacing(path, shared=True) as draft:
                 draft.write_text(json.dumps({"format": _FORMAT, **tables}), encoding="utf-8")
         except OSError as error:
-            if self._told:
+            if self._warned:
                 return
-            self._told = True
+            self._warned = True
             warnings.warn(
                 f"{path}: cannot be written ({reason(error)}), so the next start reads every image "
-                "again; set data.cache to a folder that can",
+                "again; set data.cache to a writable folder",
                 stacklevel=2,
             )
 
 
 MEMO = Memo()
-"""This process's."""
+"""The memo of this process."""
 
 
 def read_digest(path: Path, before: bytes = b"") -> str:
-    """SHA-256 of ``before`` and a file's bytes, read now."""
+    """Return the SHA-256 of ``before`` and a file's bytes, without a memo."""
     digest = hashlib.sha256(before)
     with regular(path).open("rb") as file:
         while block := file.read(_BLOCK):
@@ -137,15 +137,15 @@ def read_digest(path: Path, before: bytes = b"") -> str:
 def on_threads(
     function: Callable[[int], T], items: Sequence[int], description: str, threads: int | None = None
 ) -> list[T]:
-    """Return ``[function(item) for item in items]``, computed on threads.
+    """Return ``[function(item) for item in items]``, computed by threads.
 
-    A thread takes several items at once: to hand over one costs more than to look it up.
+    Each task has several items, because submitting a task costs more than a lookup in the memo.
 
     Args:
-        function: Reads something, or looks it up.
-        items: Of the data set.
-        description: Of the progress.
-        threads: How many; default all cores.
+        function: Function of one item.
+        items: Indices of images.
+        description: Label of the progress bar.
+        threads: Number of threads; default: one per core.
     """
     threads = threads or os.cpu_count() or 1
     size = max(1, min(32, len(items) // (4 * threads)))

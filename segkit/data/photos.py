@@ -1,4 +1,4 @@
-"""Plain photographs without labels: files and folders, as a source."""
+"""Source of unlabelled image files and folders."""
 
 import os
 from collections import Counter
@@ -14,27 +14,27 @@ from segkit.data.source import Fault
 
 
 class PhotoSource:
-    """Images named on a command line or in a configuration.
+    """Unlabelled images given as paths of files and folders.
 
     Args:
-        paths: Image files, and folders of which every image below is taken. A file that is named
-            twice is taken once.
+        paths: Image files and folders, which are searched recursively. Duplicate files are used
+            once.
 
     Attributes:
-        names: The path below the folder that was given, or the file's name; of equal ones, as many
-            folders above it come before it as tell them apart.
-        faults: Files that cannot be opened as images; they are left out. Damage behind a file's
-            header is not among them.
+        names: The path relative to the given folder, or the file name; if names are equal, parent
+            folders are added to them until they are unique.
+        faults: Files that cannot be opened as images; they are left out. Damage after a file's
+            header is not detected.
 
     Raises:
-        DataError: A path does not exist, there is no image in a folder, or none can be opened.
+        DataError: A path does not exist, a folder has no image, or no image can be opened.
     """
 
     classes: tuple[str, ...] = ()
     labelled = False
 
     def __init__(self, *, paths: tuple[str, ...]) -> None:
-        files: dict[Path, int] = {}  # and how many of its last parts are its name
+        files: dict[Path, int] = {}  # file: number of its last path components in its name
         for path in map(Path, paths):
             for name, file in _files(path):
                 files.setdefault(file, len(PurePosixPath(name).parts))
@@ -68,7 +68,7 @@ class PhotoSource:
 
 
 def _files(path: Path) -> Sequence[tuple[str, Path]]:
-    """(name, file) of an image, or of every image in a folder, by the path below it."""
+    """Return (name, file) of an image, or of every image in a folder, named relative to it."""
     if path.is_file():
         return [(path.name, path.parent.resolve() / path.name)]
     if not path.is_dir():
@@ -84,7 +84,7 @@ def _files(path: Path) -> Sequence[tuple[str, Path]]:
 
 
 def _size(file: Path) -> tuple[int, int] | str:
-    """Return the height and width of an image, or what is wrong with its file."""
+    """Return the height and width of an image, or an error message for its file."""
     try:
         return image_size(file)
     except DataError as error:
@@ -92,13 +92,13 @@ def _size(file: Path) -> tuple[int, int] | str:
 
 
 def _names(files: Mapping[Path, int]) -> tuple[str, ...]:
-    """Return a name for each file, of the last parts of its path, so many at first."""
+    """Return unique names of files: at least the given number of last components of each path."""
     parts = [[*filter(None, [file.drive.strip(":")]), *file.parts[1:]] for file in files]
     counts = list(files.values())
     while True:
         names = ["/".join(part[-count:]) for part, count in zip(parts, counts, strict=True)]
-        times = Counter(names)
-        equal = [i for i, name in enumerate(names) if times[name] > 1]
+        occurrences = Counter(names)
+        equal = [i for i, name in enumerate(names) if occurrences[name] > 1]
         if not equal:
             return tuple(names)
         for i in equal:

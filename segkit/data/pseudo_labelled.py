@@ -1,4 +1,4 @@
-"""Pseudo-labelled images beside labelled ones, and what must not come in that way."""
+"""Combination of labelled and pseudo-labelled images, with checks against data leaks."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -12,19 +12,19 @@ from segkit.data.source import Source
 
 
 class PseudoLabelled:
-    """Labelled images, and after them others that models have labelled: one source to train on.
+    """A training source of labelled images, followed by images labelled by models.
 
-    The models' file tells by its ``info`` what they trained on; an image that chooses or validates
-    must not come in, as itself or as one that those models learned from.
+    ``info`` of the pseudo labels' file lists the images that those models were trained on. Images
+    used for validation or selection must be neither among these nor among the pseudo-labelled ones.
 
     Args:
-        labelled: Its images keep their numbers.
-        pseudo: Numbered after them; ``extra`` are its numbers.
-        chooses: Digests of the images that choose between the models to be trained.
+        labelled: Labelled images; their indices do not change.
+        pseudo: Pseudo-labelled images; their indices follow, and are in ``extra``.
+        chooses: Digests of the images used for validation and selection.
 
     Raises:
-        DataError: The classes differ, an image is labelled already, or an image that chooses was
-            trained on by the models that made the pseudo labels.
+        DataError: The classes differ, a pseudo-labelled image is labelled already, or the models
+            that made the pseudo labels were trained on an image of ``chooses``.
     """
 
     labelled = True
@@ -36,19 +36,19 @@ class PseudoLabelled:
                 f"those of data.train: {', '.join(labelled.classes)}"
             )
         known = {*digests(labelled, range(len(labelled))), *chooses}
-        found = digests(pseudo, range(len(pseudo)))
-        again = [name for name, one in zip(pseudo.names, found, strict=True) if one in known]
+        added = digests(pseudo, range(len(pseudo)))
+        again = [name for name, digest in zip(pseudo.names, added, strict=True) if digest in known]
         if again:
             raise DataError(
                 f"data.pseudo: {len(again)} of its images are labelled already, such as "
-                f"{again[0]}; make the pseudo labels anew from other images"
+                f"{again[0]}; make the pseudo labels again from other images"
             )
         info: dict[str, Any] = getattr(pseudo, "info", {})
         if leaked := set(chooses).intersection(info.get("trained_on", ())):
             raise DataError(
                 f"data.pseudo: was made by models that trained on {len(leaked)} of the "
-                f"{len(chooses)} images that choose in this run; divide the data as theirs "
-                "(train.seed, data.folds, data.selection), or make the pseudo labels anew"
+                f"{len(chooses)} images that choose in this run; use the same division of the "
+                "data (train.seed, data.folds, data.selection), or make the pseudo labels again"
             )
         self._parts = labelled, pseudo
         self.round: int | None = info.get("round")
@@ -81,5 +81,6 @@ class PseudoLabelled:
         return source.label_digest(at)
 
     def _find(self, i: int) -> tuple[Source, int]:
+        """Return the source of image ``i`` and its index there."""
         first, second = self._parts
         return (first, i) if i < len(first) else (second, i - len(first))

@@ -282,8 +282,8 @@ RUNS = {"size": [HEIGHT, WIDTH]}
         ({"category_id": True}, "category True is not in the file"),
         ({"image_id": 99}, "image 99 is not in the file"),
         ({"image_id": None}, "image None is not in the file"),
-        ({"id": "5"}, "annotation '5' of a.png: expected an integer id of its own"),
-        ({"id": None}, "annotation None of a.png: expected an integer id"),
+        ({"id": "5"}, "annotation '5' of a.png: expected a unique integer id"),
+        ({"id": None}, "annotation None of a.png: expected a unique integer id"),
     ],
 )
 def test_faulty_annotations(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -327,9 +327,7 @@ def test_faulty_images(tmp_path: Path, changes: dict[str, Any], words: str) -> N
 
 def test_repeated_annotation_id(tmp_path: Path) -> None:
     twice = [annotation(5, [box(0, 0, 2, 2)]), annotation(5, [box(3, 3, 2, 2)])]
-    assert "annotation 5 of a.png: expected an integer id of its own" in fault(
-        tmp_path, content(*twice)
-    )
+    assert "annotation 5 of a.png: expected a unique integer id" in fault(tmp_path, content(*twice))
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_split_list_chooses_and_orders(tmp_path: Path) -> None:
         ("gone", r"train\.txt, line 2: 'gone' has no image"),
         ("../a", r"train\.txt, line 2: '\.\./a' has no image"),
         ("/etc/passwd", "line 2: '/etc/passwd' has no image"),
-        ("a", r"line 2: 'a\.jpg' stands in the list already"),
+        ("a", r"line 2: 'a\.jpg' is in the list already"),
     ],
 )
 def test_faulty_lines_of_a_split_list(tmp_path: Path, line: str, words: str) -> None:
