@@ -1,4 +1,4 @@
-"""Predict: checkpoints → soup → views → vote → masks, overlays, a submission, and scores.
+"""Predict with trained runs: checkpoints → soup → views → vote → masks, submission, scores.
 
 python infer.py
 python infer.py --soup --tta
@@ -57,7 +57,7 @@ OPTIONS = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """Predict as the command line asks."""
+    """Predict as given on the command line."""
     args = parse_arguments(argv)
     runs = [TrainedRun(Run.open(name), args.set) for name in args.run_dir or [None]]
     cfg = runs[0].config
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
         if args.pseudo:
             write_pseudo(args, predictor, final, photos)
 
-        # ---- scores of the final candidate and its rivals, where there are labels
+        # ---- scores of the final candidate and its rivals, if there are labels
         truth = open_truth(args, cfg, photos)
         if truth is not None:
             scorer.evaluate_masks(final, truth, results.mask)
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
         if distributed.is_main():
             write_json(out / SCORES, rows)
             if out.resolve() == (runs[0].folder / "infer").resolve():
-                write_run_page(runs[0].run)  # results elsewhere change nothing on the run's page
+                write_run_page(runs[0].run)  # the page shows only these results
             if rows:
                 say(table(rows, columns))
             say(f"written: {out}")
@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
             left_out += (photos.left_out or {}).values()
             for sentence in left_out:
                 print(f"left out: {sentence}", file=sys.stderr)
-    if args.images and left_out:  # after the session: rank 0 alone says so, others have ended well
+    if args.images and left_out:  # after the session, because only rank 0 raises
         count = len(left_out) + len(photos.indices)
         raise DataError(f"{len(left_out)} of {count} images cannot be read and have no results")
 
@@ -150,7 +150,7 @@ def open_photos(args: argparse.Namespace, cfg: Config) -> Images:
         source = open_source(cfg, "test")
     else:
         raise ConfigError("data.test: is missing, so there is nothing to predict; add --images")
-    # Of the test set every image needs a result; photographs may be of any kind.
+    # Every test image needs a result; unreadable files among --images are left out.
     return Images("test", source, list(range(len(source))), left_out={} if args.images else None)
 
 
@@ -178,10 +178,10 @@ def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images 
 def write_results(
     predictor: CandidatePredictor, candidate: Candidate, photos: Images, out: Path
 ) -> tuple[Results, Images]:
-    """Predict and write the images that are not there yet, every rank its share.
+    """Predict and write the images that have no result yet, each rank its share.
 
     Returns:
-        The results, and the images without those that could not be read.
+        The results, and the images that could be read.
     """
     run = predictor.runs[0]
     infer = run.config.infer
@@ -210,10 +210,10 @@ def write_results(
             {key: text for part in parts for key, text in part.items()}
         )
         photos.left_out.update(left_out)
-        sound = [index for index in photos.indices if index not in left_out]
-        if not sound:
+        readable = [index for index in photos.indices if index not in left_out]
+        if not readable:
             raise DataError(f"{next(iter(left_out.values()))}; none of the images can be read")
-        photos = replace(photos, indices=sound)
+        photos = replace(photos, indices=readable)
     distributed.barrier()
     if distributed.is_main():
         results.finish(photos.indices, category_ids=category_ids)
@@ -335,35 +335,35 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="segkit infer", description="Predict with trained runs.")
     parser.add_argument(
-        "--run-dir", action="append", metavar="DIR", help="a run; several vote; default the newest"
+        "--run-dir", action="append", metavar="DIR", help="a run (repeatable); default the newest"
     )
     parser.add_argument(
         "--soup", nargs="?", const="greedy", choices=SOUPS,
         help="mix each run's folds into one model; default greedy",
     )  # fmt: skip
     parser.add_argument(
-        "--tta", nargs="*", metavar="VIEW", help="show views; default those of infer.tta"
+        "--tta", nargs="*", metavar="VIEW", help="test-time augmentation; default views: infer.tta"
     )
     parser.add_argument(
         "--weigh-views", action="store_true",
         help="fit a coefficient for each view on the selection set",
     )  # fmt: skip
     parser.add_argument(
-        "--vote", default="soft", choices=VOTES, help="how several models decide; default soft"
+        "--vote", default="soft", choices=VOTES, help="how models are combined; default soft"
     )
     parser.add_argument(
-        "--images", nargs="+", metavar="PATH", help="photographs or folders, not the test set"
+        "--images", nargs="+", metavar="PATH", help="images or folders instead of the test set"
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder of the results, new or of an earlier infer.py, whose results give way to "
-        "others; default infer in the run, and infer-images for --images",
+        help="folder of the results, new or of an earlier infer.py, whose results are replaced; "
+        "default infer in the run, or infer-images with --images",
     )  # fmt: skip
     parser.add_argument(
         "--pseudo",
         type=Path,
         metavar="DIR",
-        help="write sure predictions as labels to train on",
+        help="write confident predictions as labels to train on",
     )
     sure = parser.add_mutually_exclusive_group()
     sure.add_argument(
@@ -372,17 +372,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     sure.add_argument(
         "--quantile", nargs="+", type=fraction, metavar="Q",
-        help="the share of each class's pixels that is too unsure, in place of --confidence",
+        help="share of each class's pixels to leave unlabelled, instead of --confidence",
     )  # fmt: skip
     compare = parser.add_mutually_exclusive_group()
     compare.add_argument(
         "--compare", action="store_true",
-        help="score every fold, soup and vote, with views and without; where the test labels are "
-        "known, the most telling of them are scored by default",
+        help="score every fold, soup and vote, with and without views; if the test labels are "
+        "known, the most important of them are scored by default",
     )  # fmt: skip
     compare.add_argument("--brief", action="store_true", help="score the result only")
     parser.add_argument(
-        "--allow-leak", action="store_true", help="choose by images that were trained on"
+        "--allow-leak", action="store_true", help="allow selection on images that were trained on"
     )
     console.add_run_options(parser)
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Train a run from top to bottom: folds, and for each a model, its steps, its evaluations.
+"""Train a run: for each fold a model, its training steps and its evaluations.
 
 python train.py --cfg demo
 torchrun --nproc-per-node 4 train.py --cfg swin.json --folds 0
@@ -64,14 +64,14 @@ MEMORY_TO_EVALUATE = (
     "in an evaluation; lower infer.batch_size and go on with --run-dir {run} --resume, or set "
     "infer.tile in a new run"
 )
-"""What to do where the device's memory is too small."""
+"""Advice if the device runs out of memory."""
 
 TELL_MEMORY = ("cuda",)
-"""Devices that raise an error where memory runs out; a CPU's system kills the process."""
+"""Devices that raise an error when memory runs out; on the CPU, the system kills the process."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train the folds that the command line asks for."""
+    """Train the folds given on the command line."""
     args = parse_arguments(argv)
     cfg = config.load(args.cfg, args.set)
     check(cfg)
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         say = console.voice(quiet=args.quiet, verbose=args.verbose)
         run, resume = find_run(args, cfg)
 
-        # ---- what can be found out before a folder is made
+        # ---- checks before the folder is created
         with MEMO.kept_in(Path(cfg.data.cache)):
             train_source = open_source(cfg, "train")
             val_source = open_source(cfg, "val") if cfg.data.val else train_source
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What every fold of a run shares."""
+    """Everything that the folds of a run share."""
 
     cfg: Config
     run: Run
@@ -143,7 +143,7 @@ class Job:
 
 
 def train_fold(job: Job, fold: int) -> dict[str, Any]:
-    """Train a fold from its first step, or from where it stopped, to its last."""
+    """Train a fold from its first step, or from its saved state, to its last step."""
     cfg, run, device, say = job.cfg, job.run, job.device, job.say
     folder, source = run.fold(fold), job.train_source
     training = positions(source, job.split.training(fold))
@@ -153,7 +153,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     extra = job.pseudo.extra if job.pseudo else ()
     folder.mkdir(exist_ok=True)
 
-    # ---- what learns, and where it stopped
+    # ---- model, optimizer and saved state
     saved = run.last(fold) if job.resume else None
     state, criterion = build_training(
         cfg, len(source.classes), device,
@@ -165,9 +165,9 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         state.load_state_dict(saved, folder / "last.pt")
     elif distributed.is_main():
         state.init = checkpoint.digest_tensors(state.model.state_dict())
-    if apart := per_part(criterion, cfg) if cfg.train.accumulate > 1 else []:
+    if terms := per_part(criterion, cfg) if cfg.train.accumulate > 1 else []:
         say(
-            f"train.accumulate={cfg.train.accumulate}: {', '.join(apart)}: the mean over the "
+            f"train.accumulate={cfg.train.accumulate}: {', '.join(terms)}: the mean over the "
             "parts, not the loss of the whole batch (see docs/training.md)"
         )
     order = train_order(cfg, training, extra, start_step=state.step)
@@ -222,7 +222,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         if state.step % cfg.train.log_every == 0 or not into_epoch:
             log.step(state.step, epoch, result, lr)
 
-        # ---- evaluations and saves
+        # ---- evaluations and checkpoints
         last_step = state.step == order.steps
         if last_step or (not into_epoch and epoch % cfg.train.evaluate_every == 0):
             evaluate_fold(job, fold, epoch, state, predict, validation, about)
@@ -232,8 +232,8 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         if job.stop.asked(device) or due or not into_epoch or last_step:
             state.seconds = time.perf_counter() - started
             if distributed.is_main():
-                everything = {**about, **state.state_dict()}
-                checkpoint.save(everything, folder / "last.pt", keep_previous=True)
+                resumable = {**about, **state.state_dict()}
+                checkpoint.save(resumable, folder / "last.pt", keep_previous=True)
     progress.close()
     best_score, best_epoch = state.top[0] if state.top else (None, None)
     return {
@@ -246,7 +246,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
 
 
 def validator(state: TrainState, cfg: Config, amp: torch.dtype | None) -> Predictor:
-    """Return what predicts in evaluations."""
+    """Return the predictor for evaluations."""
     return Predictor(
         state.averaged,
         mean=cfg.data.mean,
@@ -268,16 +268,16 @@ def evaluate_fold(
     validation: Sequence[int],
     about: dict[str, Any],
 ) -> None:
-    """Evaluate, keep the checkpoint if it is among the best, and bring log and page up to date.
+    """Evaluate, keep the checkpoint if it is among the best, and update the log and the page.
 
     Args:
-        job: What all folds share.
-        fold: The number of the fold.
-        epoch: Epochs done.
-        state: Its ``top`` takes the score.
-        predict: Of the model to evaluate.
-        validation: Images to evaluate on.
-        about: What a checkpoint holds beside the weights.
+        job: Everything that the folds share.
+        fold: Number of the fold.
+        epoch: Number of epochs done.
+        state: Training state; the score is added to its ``top``.
+        predict: Predictor with the model to evaluate.
+        validation: Indices of the images to evaluate on.
+        about: Entries of a checkpoint other than the weights.
     """
     cfg, run, source = job.cfg, job.run, job.val_source
     predict.model.eval()
@@ -311,7 +311,7 @@ def evaluate_fold(
 
 
 class StepLog:
-    """The log of a fold's steps on rank 0; its rates leave out the time of evaluations."""
+    """Log of a fold's steps on rank 0; rates exclude the time of evaluations."""
 
     def __init__(self, run: Run, fold: int, batch_size: int) -> None:
         self.run, self.fold, self.batch_size = run, fold, batch_size
@@ -326,14 +326,14 @@ class StepLog:
         saved: bool,
         validation: Sequence[int],
     ) -> None:
-        """Log that the fold starts or goes on, without what an interrupted start logged after it.
+        """Log that the fold starts or resumes; remove later events of an interrupted run.
 
         Args:
-            state: Where it stands.
-            order: Of its training images.
-            resume: Whether the run was told to go on.
-            saved: Whether the fold goes on from a saved state.
-            validation: Its validation images.
+            state: Training state of the fold.
+            order: Order of its training images.
+            resume: True if the run is resumed.
+            saved: True if the fold resumes from a saved state.
+            validation: Indices of its validation images.
         """
         if resume:
             self.run.rewind(self.fold, state.step if saved else -1)
@@ -347,11 +347,11 @@ class StepLog:
         )  # fmt: skip
 
     def restart(self, step: int) -> None:
-        """Measure the rate from now on."""
+        """Restart the measurement of the rate."""
         self._since, self._since_step = time.perf_counter(), step
 
     def step(self, step: int, epoch: int, result: Step, lr: float) -> None:
-        """Log a step's loss and the rate since the last one that was logged."""
+        """Log a step's loss and the rate since the last logged step."""
         if not distributed.is_main():
             return
         seconds = time.perf_counter() - self._since
@@ -365,7 +365,7 @@ class StepLog:
         )  # fmt: skip
 
     def bad_step(self, state: TrainState, names: Sequence[str], *, limit: int) -> None:
-        """Log a step without a finite gradient; ``limit`` of them in a row end the run."""
+        """Log a step with a non-finite gradient; ``limit`` of them in a row end the run."""
         if distributed.is_main():
             self.run.log(event="non-finite", fold=self.fold, step=state.step, images=names)
         if state.bad_in_row >= limit:
@@ -376,7 +376,7 @@ class StepLog:
 
 
 def note(step: int, order: TrainOrder, loss: Tensor, lr: float) -> str:
-    """Return what a line of progress says of a step."""
+    """Return the text about a step for the progress bar or line."""
     epochs = f"epoch {step / order.steps_per_epoch:.3g} of {order.epochs}"
     return f"{epochs}, loss {float(loss):.4g}, lr {lr:.3g}"
 
@@ -393,16 +393,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--cfg", required=True, metavar="NAME", help="a path, or a name in configs/"
     )
     parser.add_argument("--folds", default="all", help="all, or numbers such as 0 or 0,2")
-    parser.add_argument("--run-dir", type=Path, help="the run's folder; default runs/NAME-TIME")
+    parser.add_argument("--run-dir", type=Path, help="folder of the run; default runs/NAME-TIME")
     parser.add_argument(
-        "--resume", action="store_true", help="go on where --run-dir, or NAME's newest run, stopped"
+        "--resume", action="store_true", help="resume --run-dir, or the newest run of NAME"
     )
     console.add_run_options(parser)
     return parser.parse_args(argv)
 
 
 def check(cfg: Config) -> None:
-    """Build every component once, without data or memory, so that a mistake is told at once."""
+    """Build every component once, without data or memory, so that errors are reported early."""
     if cfg.data.train is None:
         raise ConfigError("data.train: is missing; expected the labelled images to train on")
     for part in ("train", "val", "test", "test_labels", "pseudo"):
@@ -421,26 +421,26 @@ def check(cfg: Config) -> None:
 
 
 def find_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
-    """The run's folder, which may have to be made yet, and whether it is one to go on with.
+    """Return the run, whose folder may not exist yet, and whether to resume it.
 
-    Of several ranks, rank 0's run holds the folder's lock.
+    With several ranks, only rank 0's run holds the lock of the folder.
     """
     run, resume = None, False
     if distributed.is_main():
         name = Path(args.cfg).stem
-        known = [Run(args.run_dir)] if args.run_dir else runs(name)
-        interrupted = bool(known) and known[0].interrupted_here()
+        candidates = [Run(args.run_dir)] if args.run_dir else runs(name)
+        interrupted = bool(candidates) and candidates[0].interrupted_here()
         resume = args.resume or interrupted
         if not args.run_dir and not interrupted:
-            known = [run for run in known if args.resume and run.resumable()]
-        run = known[0] if known else Run(new_folder(name))
+            candidates = [run for run in candidates if args.resume and run.resumable()]
+        run = candidates[0] if candidates else Run(new_folder(name))
         run.check(config.to_dict(cfg), resume=resume)
     folder, resume = distributed.broadcast((run and run.folder, resume))
     return run or Run(folder), resume
 
 
 def tell_faults(sources: Sequence[Source], run: Run, say: Callable[[str], None]) -> None:
-    """Say what was left out of the data, and log what no earlier start has logged."""
+    """Report the faults that were left out of the data; log those that are not in the log yet."""
     logged = {event["sentence"] for event in run.events() if event["event"] == "fault"}
     for fault in dict.fromkeys(fault for source in sources for fault in source.faults):
         say(f"left out: {fault.sentence}")
@@ -449,7 +449,7 @@ def tell_faults(sources: Sequence[Source], run: Run, say: Callable[[str], None])
 
 
 def chosen_folds(text: str, count: int) -> list[int]:
-    """Fold numbers from ``--folds``."""
+    """Return the fold numbers given by ``--folds``."""
     if text == "all":
         return list(range(count))
     known = {str(number): number for number in range(count)}
@@ -462,7 +462,7 @@ def chosen_folds(text: str, count: int) -> list[int]:
 
 
 def going_on(fold: int, step: int, order: TrainOrder, epochs: int) -> str:
-    """What a resumed fold does, in a sentence; ``epochs`` are those it was to have before."""
+    """Return a sentence about a resumed fold; ``epochs`` is its earlier ``train.epochs``."""
     if step == order.steps:
         return (
             f"fold {fold}: all {order.epochs} epochs are done; "
@@ -477,31 +477,31 @@ def going_on(fold: int, step: int, order: TrainOrder, epochs: int) -> str:
     return sentence
 
 
-def rank_best(found: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """(score, epoch) from best to worst; of equals the earlier one first."""
-    return sorted(found, key=lambda one: (-one[0], one[1]))
+def rank_best(scored: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Sort pairs (score, epoch) from best to worst; of equal scores the earlier epoch is first."""
+    return sorted(scored, key=lambda pair: (-pair[0], pair[1]))
 
 
 def keep_best(
     folder: Path, state: dict[str, Any], ranked: list[tuple[float, int]], keep: int
 ) -> None:
-    """Save a checkpoint if its epoch is among the ``keep`` best, in place of the one that left.
+    """Save a checkpoint if its epoch is among the ``keep`` best, and delete those of other epochs.
 
-    ``best.pt`` is another name of the best epoch's file.
+    ``best.pt`` is a link to the best epoch's file.
     """
     epoch = state["epoch"]
-    if epoch in [one for _, one in ranked[:keep]]:
+    if epoch in [best_epoch for _, best_epoch in ranked[:keep]]:
         checkpoint.save(state, epoch_file(folder, epoch))
         if ranked[0][1] == epoch:
             checkpoint.link(epoch_file(folder, epoch), folder / "best.pt")
-    for _, one in ranked[keep:]:
-        path = epoch_file(folder, one)
+    for _, dropped_epoch in ranked[keep:]:
+        path = epoch_file(folder, dropped_epoch)
         if path.is_file() and checkpoint.stored_digest(path):  # segkit wrote it
             path.unlink()
 
 
 def epoch_file(folder: Path, epoch: int) -> Path:
-    """Return the file of an epoch's checkpoint."""
+    """Return the path of an epoch's checkpoint."""
     return folder / f"epoch{epoch:04d}.pt"
 
 
