@@ -57,7 +57,7 @@ MEMORY_TO_BEGIN = (
     "train.batch_size or the crop (augment.size)"
 )
 MEMORY_TO_TRAIN = (
-    f"{MEMORY_TO_BEGIN}, in a new run; with the same settings, what was saved goes on with "
+    f"{MEMORY_TO_BEGIN}, in a new run; to resume this run with the same settings, use "
     "--run-dir {run} --resume"
 )
 MEMORY_TO_EVALUATE = (
