@@ -44,7 +44,7 @@ class Confidence:
         self.counts += counts.cpu().view(num_classes, steps)
 
     def thresholds(self, quantile: float | Sequence[float]) -> list[float]:
-        """Return the quantile of each class's confidence.
+        """Return a confidence threshold per class: the given quantile of its pixels' confidence.
 
         An equal share of every class is kept, independent of its frequency, as in class-balanced
         self-training (Zou et al. 2018, https://arxiv.org/abs/1810.07911).

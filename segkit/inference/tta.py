@@ -1,4 +1,4 @@
-"""Test-time augmentation: flipped, rotated and scaled views of an image, merged to a prediction."""
+"""Test-time augmentation: flipped, rotated and scaled views of an image, merged."""
 
 import math
 import re
