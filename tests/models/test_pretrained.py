@@ -267,7 +267,7 @@ def test_real_weights_load_from_a_file(shared_data: Path) -> None:
     assert {name.split(".")[0] for name in report.fresh} == {"decoder"}
     assert report.summary() == (
         f"{path}: classifier by torchvision's names; 306 entries loaded, "
-        f"{len(report.fresh)} left fresh (the file has no decoder: {len(report.fresh)}), "
+        f"{len(report.fresh)} newly initialized (the file has no decoder: {len(report.fresh)}), "
         "8 skipped (not of a backbone: 8)"
     )
 
@@ -671,7 +671,7 @@ def test_class_heads_of_another_size_stay_fresh_and_are_told() -> None:
     assert report.fresh == dict.fromkeys(heads, "3 classes in the file, 5 here")
     assert report.skipped["decode_head.conv_seg.weight"] == "not of this model"
     same(model, under("backbone.", backbone) | head | {h: before[h] for h in heads}, but=("index",))
-    assert "4 left fresh (3 classes in the file, 5 here: 4)" in report.summary()
+    assert "4 newly initialized (3 classes in the file, 5 here: 4)" in report.summary()
 
 
 def test_parts_that_serve_training_may_be_missing_on_either_side() -> None:

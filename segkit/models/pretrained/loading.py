@@ -55,7 +55,7 @@ class Report:
     def summary(self) -> str:
         """One line for a log."""
         parts = [f"{len(self.loaded)} entries loaded"]
-        for word, reasons in (("left fresh", self.fresh), ("skipped", self.skipped)):
+        for word, reasons in (("newly initialized", self.fresh), ("skipped", self.skipped)):
             counts = Counter(reasons.values())
             if counts:
                 why = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
