@@ -55,7 +55,7 @@ def equal(ours: Tensor, theirs: Tensor) -> None:
 
 
 def whole(report: Report) -> None:
-    """Nothing of the model keeps its initial values, and of the file only what no logits depend on."""
+    """Nothing keeps its initial values; of the file only what no logits depend on is skipped."""
     assert not report.fresh
     assert "of a decoder" not in report.skipped.values()
 

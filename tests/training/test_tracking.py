@@ -4,6 +4,7 @@ import csv
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,13 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path) -> None:
     tracking.check(specs)
     train(run, specs, 1, 4, "start")
     train(run, specs, 3, 6, "resume")
-    files = records(run.folder)
-    assert len(files) == 2
+    deadline = time.monotonic() + 30
+    while True:  # a process of wandb's writes the files
+        files = records(run.folder)
+        if len(files) == 2 and all(lines and lines[-1].HasField("exit") for lines in files):
+            break
+        assert time.monotonic() < deadline, [len(lines) for lines in files]
+        time.sleep(0.1)
     ids, steps = set(), []
     for lines in files:
         [about] = [one.run for one in lines if one.HasField("run")][:1]
