@@ -290,7 +290,6 @@ class Progress:
         fields.append(f"{rate:{'.1f' if rate >= 10 else '.2g'}} {self._unit}s/s")
         if self._total:
             left = timedelta(seconds=round((self._total - self._done) / rate))
-            fields.append(
-                f"{left} left" if left else f"done in {timedelta(seconds=round(seconds))}"
-            )
+            ended = f"done in {timedelta(seconds=round(seconds))}"
+            fields.append(ended if self._done == self._total else f"{left} left")
         return ", ".join([*fields, note()] if note else fields)

@@ -283,6 +283,11 @@ def test_lines_tell_the_progress_where_there_is_no_terminal(
     assert len(lines) == 10  # a tenth takes 20 seconds
     assert lines[0] == "predict: 20 of 200 images, 1 images/s, 0:03:00 left"
     assert lines[-1] == "predict: 200 of 200 images, 1 images/s, done in 0:03:20"
+    for _ in distributed.Progress(range(10), "predict", unit="image", delay=0, clock=clock):
+        clock.now += 0.1
+    *others, last = capsys.readouterr().err.splitlines()
+    assert all("0:00:0" in line and "left" in line for line in others)  # not done before the end
+    assert last.endswith("done in 0:00:01")
     for _ in distributed.Progress(range(30), "evaluate", unit="image", clock=clock):
         clock.now += 45
     lines = capsys.readouterr().err.splitlines()
