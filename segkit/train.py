@@ -45,7 +45,7 @@ from segkit.training.build import (
     wrap,
 )
 from segkit.training.evaluate import evaluate
-from segkit.training.losses import build_loss
+from segkit.training.losses import Criterion, build_loss
 from segkit.training.metrics import bootstrap_interval, scores
 from segkit.training.optim import build_optimizer, build_schedule, set_lr
 from segkit.training.preparation import add_pseudo, check_data, check_folds, check_memory, divide
@@ -154,22 +154,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
 
     # ---- model, optimizer and saved state
-    saved = run.last(fold) if job.resume else None
-    state, criterion = build_training(
-        cfg, len(source.classes), device,
-        weights=cfg.model.weights if saved is None else None, initialize=saved is None,
-    )  # fmt: skip
-    if state.model.report is not None:
-        say(state.model.report.summary())
-    if saved is not None:
-        state.load_state_dict(saved, folder / "last.pt")
-    elif distributed.is_main():
-        state.init = checkpoint.digest_tensors(state.model.state_dict())
-    if terms := per_part(criterion, cfg) if cfg.train.accumulate > 1 else []:
-        say(
-            f"train.accumulate={cfg.train.accumulate}: {', '.join(terms)}: the mean over the "
-            "parts, not the loss of the whole batch (see docs/training.md)"
-        )
+    state, criterion, saved = begin_training(job, fold, len(source.classes))
     order = train_order(cfg, training, extra, start_step=state.step)
     if saved is not None:
         say(going_on(fold, state.step, order, saved["config"]["train"]["epochs"]))
@@ -243,6 +228,33 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         "bad_steps": state.bad_steps,
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def begin_training(
+    job: Job, fold: int, num_classes: int
+) -> tuple[TrainState, Criterion, dict[str, Any] | None]:
+    """Build a fold's training and load its saved state, if the run is resumed and has one.
+
+    Returns:
+        The training's state, its loss, and the entries of ``last.pt`` or ``None``.
+    """
+    cfg, saved = job.cfg, job.run.last(fold) if job.resume else None
+    state, criterion = build_training(
+        cfg, num_classes, job.device,
+        weights=cfg.model.weights if saved is None else None, initialize=saved is None,
+    )  # fmt: skip
+    if state.model.report is not None:
+        job.say(state.model.report.summary())
+    if saved is not None:
+        state.load_state_dict(saved, job.run.fold(fold) / "last.pt")
+    elif distributed.is_main():
+        state.init = checkpoint.digest_tensors(state.model.state_dict())
+    if terms := per_part(criterion, cfg) if cfg.train.accumulate > 1 else []:
+        job.say(
+            f"train.accumulate={cfg.train.accumulate}: {', '.join(terms)}: the mean over the "
+            "parts, not the loss of the whole batch (see docs/training.md)"
+        )
+    return state, criterion, saved
 
 
 def validator(state: TrainState, cfg: Config, amp: torch.dtype | None) -> Predictor:
