@@ -145,7 +145,7 @@ class TrainImages(Dataset):
             size = image.shape[1], image.shape[2]
             plan = self.pipeline.plan(size, rng, mask, others=self._other)
         except DataError as error:
-            return error  # raised by _checked, without a worker's traceback
+            return _without_traceback(error)
         if self.render:
             image, mask = self.pipeline.render_one(image, mask, plan)
         return image, mask, plan
@@ -191,7 +191,12 @@ class EvalImages(Dataset):
             mask = self.source.mask(index) if self.labels else None
             return index, self.source.image(index), mask
         except DataError as error:
-            return (index, str(error)) if self.skip else error
+            return (index, str(error)) if self.skip else _without_traceback(error)
+
+
+def _without_traceback(error: DataError) -> DataError:
+    """Return the error to be raised by :func:`_checked`, without references to frames."""
+    return DataError(*error.args)
 
 
 def train_batches(
