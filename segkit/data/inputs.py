@@ -43,10 +43,13 @@ def inside(root: Path | str, name: str) -> Path:
     check_name(name)
     path = Path(root, name)
     try:
-        within = path.resolve().is_relative_to(_resolved(os.path.abspath(root)))
-    except (OSError, RuntimeError):  # RuntimeError: before Python 3.13
-        raise DataError(f"{path} is a symbolic link to itself; put the file there") from None
-    if not within:
+        resolved = path.resolve()
+        loops = resolved.is_symlink()  # from Python 3.13 on, such a link resolves to a link
+    except (OSError, RuntimeError):  # before it, an error
+        loops = True
+    if loops:
+        raise DataError(f"{path} is a symbolic link to itself; put the file there")
+    if not resolved.is_relative_to(_resolved(os.path.abspath(root))):
         raise DataError(
             f"{path} is a symbolic link out of the data folder; put a copy of the file there"
         )
