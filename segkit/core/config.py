@@ -231,7 +231,7 @@ class Config:
 
 
 def load(name: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Load a configuration.
+    """Load a configuration, merged with the configurations that it builds on (``"base"``).
 
     Args:
         name: A path, or a file of ``configs/`` with or without ``.json``.
@@ -241,7 +241,7 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The message names the key, what was expected and the most similar name.
     """
     path = find(name)
-    return override(parse(read_json(path), str(path)), overrides)
+    return override(parse(_read_merged(path), str(path)), overrides)
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -254,15 +254,73 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 def find(name: str | Path) -> Path:
     """Return the path of a configuration: an existing path, or a name in a ``configs`` folder."""
-    package = Path(__file__).resolve().parents[1]
-    folders = [Path("configs"), package / "configs"]
-    named = [folder / f"{name}{end}" for folder in folders for end in ("", ".json")]
-    for path in (Path(name), *named):
-        # os.path.exists does not raise for a name that is too long for a file, unlike Path
-        if os.path.exists(path) and not os.path.isdir(path):
-            return path
-    known = {path.stem for folder in folders for path in folder.glob("*.json")}
-    raise ConfigError(f"no configuration file {quoted(name)}{closest(Path(name).stem, known)}")
+    if path := _search(name, Path(name)):
+        return path
+    raise ConfigError(f"no configuration file {quoted(name)}{closest(Path(name).stem, shipped())}")
+
+
+def _search(name: str | Path, *paths: Path) -> Path | None:
+    """Return the first file of ``paths``, or of ``name`` in the ``configs`` folders."""
+    named = [folder / f"{name}{end}" for folder in _FOLDERS for end in ("", ".json")]
+    # os.path.exists does not raise for a name that is too long for a file, unlike Path
+    files = (path for path in (*paths, *named) if os.path.exists(path) and not os.path.isdir(path))
+    return next(files, None)
+
+
+_FOLDERS = Path("configs"), Path(__file__).resolve().parents[1] / "configs"
+
+
+def shipped() -> list[str]:
+    """Return the names of the configurations in the ``configs`` folders."""
+    return sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.json")})
+
+
+def _read_merged(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a configuration and its base, whose values it replaces.
+
+    Args:
+        path: The file.
+        above: The files that build on it.
+    """
+    raw = read_json(path)
+    base = raw.pop("base", None)
+    parse(raw, str(path))  # checked alone, so that an error names the file it is in
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: expected a string, got {_kind(base)}")
+    files = (*above, path)
+    chain = " → ".join(map(str, files))
+    beside = [path.parent / base, path.parent / f"{base}.json"]
+    below = _search(base, *beside)
+    if below is None:
+        raise ConfigError(
+            f"{path}: base: no configuration file {quoted(base)} ({chain})"
+            f"{closest(Path(base).stem, shipped())}"
+        )
+    if any(below.samefile(file) for file in files):
+        raise ConfigError(
+            f"{path}: base: {quoted(base)} is a cycle, {chain} → {below}; "
+            "expected a configuration that does not build on this one"
+        )
+    return _merge(_read_merged(below, files), raw)
+
+
+def _merge(base: Any, values: Any) -> Any:
+    """Return ``base`` with ``values`` merged into it.
+
+    Objects are merged key by key. Lists, and components of another name, are replaced.
+    """
+    if isinstance(base, str) and isinstance(values, Mapping):
+        base = {"name": base}
+    if isinstance(base, Mapping) and isinstance(values, str):
+        values = {"name": values}
+    if not (isinstance(base, Mapping) and isinstance(values, Mapping)):
+        return values
+    if values.get("name", base.get("name")) != base.get("name"):
+        return values
+    merged = {key: _merge(base[key], value) for key, value in values.items() if key in base}
+    return {**base, **values, **merged}
 
 
 def read_json(path: Path) -> dict[str, Any]:

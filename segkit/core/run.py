@@ -24,6 +24,7 @@ from segkit.core.files import fits, is_locked, lock, naming, regular, write_json
 RUNS = Path("runs")
 
 FREE = {
+    "note",
     *("data.workers", "data.cache", "data.cache_gb"),
     *("train.save_every", "train.log_every", "train.timeout"),
     "infer.batch_size",

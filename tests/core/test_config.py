@@ -241,11 +241,87 @@ def test_torchrun_leaves_our_options_alone(script: str) -> None:
 def test_shipped_configurations_hold_only_what_differs(path: Path) -> None:
     raw = json.loads(path.read_text())
     assert raw["note"]
-    defaults = to_dict(Config())
-    raw.pop("model", None)  # what a model is made of stands there in full
+    base = to_dict(load(raw["base"]) if "base" in raw else Config())
+    raw.pop("model", None)  # the model is written in full
     for section, values in raw.items():
         for key, value in values.items() if isinstance(values, dict) else []:
-            assert value != defaults[section][key], f"{section}.{key} is the default"
+            assert value != base[section][key], f"{section}.{key} is the default"
+
+
+def chain(folder: Path, **files: Any) -> Path:
+    """Write each file, and return the path of the first."""
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder / f"{next(iter(files))}.json"
+
+
+def test_a_configuration_builds_on_another(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    path = chain(
+        tmp_path,
+        top={
+            "base": "below/middle.json",
+            "optim": {"lr": 0.1, "optimizer": {"weight_decay": 0.0}},
+            "model": {"backbone": {"name": "swin_b"}, "decoder": "upernet"},
+            "loss": {"terms": ["dice"]},
+        },
+    )
+    chain(
+        tmp_path / "below",
+        middle={"base": "bottom", "train": {"epochs": 7}, "optim": {"lr": 0.2}},
+        bottom={
+            "train": {"epochs": 5, "seed": 3},
+            "optim": {"lr": 0.3, "optimizer": {"name": "sgd", "weight_decay": 0.5}},
+            "model": {
+                "backbone": {"name": "swin_l", "window": 12},
+                "decoder": {"name": "upernet", "width": 8},
+            },
+            "loss": {"terms": ["focal", "jaccard"]},
+        },
+    )
+    cfg = load(path, ["train.seed=4"])
+    assert (cfg.train.epochs, cfg.train.seed, cfg.optim.lr) == (7, 4, 0.1)
+    assert cfg.optim.optimizer == {"name": "sgd", "weight_decay": 0.0}
+    assert cfg.model.backbone == {"name": "swin_b"}  # another component replaces the base's
+    assert cfg.model.decoder == {"name": "upernet", "width": 8}
+    assert cfg.loss.terms == ({"name": "dice"},)
+    assert "base" not in to_dict(cfg)
+    assert parse(to_dict(cfg)) == cfg
+
+
+def test_a_base_can_be_a_shipped_configuration(tmp_path: Path) -> None:
+    cfg = load(chain(tmp_path, mine={"base": "swin", "train": {"epochs": 3}}))
+    assert cfg == override(load("swin"), ["train.epochs=3"])
+
+
+def test_a_base_beside_the_file_comes_before_a_shipped_one(tmp_path: Path) -> None:
+    path = chain(tmp_path, mine={"base": "swin"}, swin={"train": {"epochs": 3}})
+    assert load(path) == override(Config(), ["train.epochs=3"])
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a": {"base": "a"}}, ["a.json: base: 'a' is a cycle", "a.json → "]),
+        (
+            {"a": {"base": "b"}, "b": {"base": "c"}, "c": {"base": "b.json"}},
+            ["c.json: base: 'b.json' is a cycle", "a.json → ", "b.json → ", "c.json → "],
+        ),
+        (
+            {"a": {"base": "b"}, "b": {"base": "swim"}},
+            ["b.json: base: no configuration file 'swim'", "a.json → ", "did you mean 'swin'?"],
+        ),
+        ({"a": {"base": 3}}, ["a.json: base: expected a string, got 3"]),
+        ({"a": {"base": "b"}, "b": {"train": {"epoch": 3}}}, ["b.json: train.epoch: unknown key"]),
+        ({"a": {"base": "b"}, "b": {"train": 3}}, ["b.json: train: expected an object, got 3"]),
+    ],
+)
+def test_a_bad_base_is_one_sentence(tmp_path: Path, files: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(chain(tmp_path, **files))
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
