@@ -9,7 +9,14 @@ from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
 from segkit.models.backbones import BACKBONES
 from segkit.models.decoders import DECODERS
-from segkit.models.segmenter import Segmenter, build_model, load_model
+from segkit.models.segmenter import (
+    Segmenter,
+    build_model,
+    create_model,
+    list_backbones,
+    list_decoders,
+    load_model,
+)
 from segkit.training.losses import LOSSES, build_loss
 from segkit.training.metrics import confusion_matrix, scores
 from segkit.training.optim import build_optimizer
@@ -32,6 +39,9 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "confusion_matrix",
+    "create_model",
+    "list_backbones",
+    "list_decoders",
     "load_model",
     "overlay",
     "parse_views",

@@ -12,8 +12,8 @@ from torch.export import Dim
 
 from segkit.core.errors import SegkitError
 
-EXAMPLE = (2, 3, 161, 193)
-"""Shape of the traced image. All sizes differ, so that none is mistaken for another."""
+EXAMPLE = (2, 161, 193)
+"""Batch, height and width of the traced images; all differ, so that none is taken for another."""
 
 
 def export(model: nn.Module, path: str | Path) -> None:
@@ -40,7 +40,9 @@ def export(model: nn.Module, path: str | Path) -> None:
             f"pip install {' '.join(missing)}"
         )
     training = model.training
-    image = next(model.parameters()).new_zeros(EXAMPLE)
+    batch, height, width = EXAMPLE
+    channels = getattr(model.get_submodule("backbone"), "in_channels", 3)
+    image = next(model.parameters()).new_zeros(batch, channels, height, width)
     dynamic = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     try:
         with torch.no_grad(), _any_pooled_size():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from segkit.core import checkpoint
 from segkit.core.config import Component, Config, build, parse
-from segkit.core.errors import CheckpointError, ConfigError
+from segkit.core.errors import CheckpointError, ConfigError, closest, quoted
 from segkit.models.backbones import BACKBONES
 from segkit.models.decoders import DECODERS
 from segkit.models.export import export
@@ -34,7 +35,7 @@ class Segmenter(nn.Module):
         freeze_batch_norm: Do not change the backbone's BatchNorm, neither statistics nor weights.
 
     Shape:
-        image: (B, 3, H, W), normalized
+        image: (B, C, H, W), normalized
         logits: (B, num_classes, H, W), or (B, num_classes) for logits of the whole image
     """
 
@@ -46,6 +47,7 @@ class Segmenter(nn.Module):
         self.decoder = decoder
         self.freeze_batch_norm = freeze_batch_norm
         self.report: Report | None = None  # set by build_model if it loads weights
+        self.config: dict[str, Any] | None = None  # set by build_model: the section "model"
         self.align_corners: bool = getattr(decoder, "align_corners", False)
         if freeze_batch_norm:
             for norm in self._frozen():
@@ -92,6 +94,79 @@ class Segmenter(nn.Module):
         return [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
 
 
+def create_model(
+    decoder: Component | str,
+    backbone: Component | str = "resnet50",
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    weights: str | Path | None = None,
+    **decoder_arguments: Any,
+) -> Segmenter:
+    """Build a model of a decoder and a backbone, such as ``create_model("unet", num_classes=5)``.
+
+    Args:
+        decoder: A name of :func:`list_decoders`, or ``{"name": ..., arguments}``.
+        backbone: A name of :func:`list_backbones`, or ``{"name": ..., arguments}``.
+        num_classes: Number of logit planes.
+        in_channels: Channels of the images. Weights pretrained on RGB images are adapted.
+        weights: ``imagenet``, another name of torchvision's weights, a file, or ``None``. What is
+            not loaded is newly initialized, with the same values in each call.
+        **decoder_arguments: Arguments of the decoder, such as ``width=64``.
+
+    Raises:
+        ConfigError: If a name or argument is unknown, or the backbone has no such weights.
+        CheckpointError: If a file does not hold weights of this backbone.
+
+    Returns:
+        The model in training mode; its ``report`` says what was loaded.
+    """
+    head: dict[str, Any] = {"name": decoder} if isinstance(decoder, str) else dict(decoder)
+    encoder: dict[str, Any] = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+    _check_names(head.get("name"), encoder.get("name"))
+    if in_channels != 3:
+        encoder["in_channels"] = in_channels
+    return build_model(
+        encoder,
+        head | decoder_arguments,
+        num_classes=num_classes,
+        weights=None if weights is None else str(weights),
+        where="",
+    )
+
+
+def list_backbones(filter: str = "") -> list[str]:
+    """Return the backbones' names that contain or match ``filter``: ``swin``, ``resnet*``."""
+    return [name for name in BACKBONES if filter in name or fnmatch(name, filter)]
+
+
+def list_decoders(filter: str = "") -> list[str]:
+    """Return the decoders' names that contain or match ``filter``: ``unet``, ``deeplab*``."""
+    return [name for name in DECODERS if filter in name or fnmatch(name, filter)]
+
+
+def _check_names(decoder: Any, backbone: Any) -> None:
+    """Raise an error for an unknown name, or a name of the other argument."""
+    if decoder in BACKBONES.keys() - DECODERS.keys():
+        example = backbone if backbone in DECODERS else "unet"
+        raise ConfigError(
+            f"decoder: '{decoder}' is a backbone; the decoder is the first argument: "
+            f"create_model('{example}', '{decoder}', ...)"
+        )
+    if backbone in DECODERS.keys() - BACKBONES.keys():
+        raise ConfigError(
+            f"backbone: '{backbone}' is a decoder; expected a name of list_backbones(), "
+            "such as 'resnet50'"
+        )
+    for argument, name, registry in (
+        ("decoder", decoder, DECODERS),
+        ("backbone", backbone, BACKBONES),
+    ):
+        if isinstance(name, str) and name not in registry:
+            standard = name.lower().replace("+", "plus")
+            raise ConfigError(f"{argument}: unknown {quoted(name)}{closest(standard, registry)}")
+
+
 def build_model(
     backbone: Component | str,
     decoder: Component | str,
@@ -101,8 +176,9 @@ def build_model(
     freeze_batch_norm: bool = False,
     seed: int = 0,
     initialize: bool = True,
+    where: str = "model.",
 ) -> Segmenter:
-    """Build a model by name.
+    """Build a model as a configuration describes it.
 
     Args:
         backbone: A name of ``BACKBONES``, or ``{"name": ..., arguments}``.
@@ -115,22 +191,26 @@ def build_model(
             them and is not changed.
         initialize: ``False`` leaves most parameters uninitialized, which is fast, for a model whose
             whole state is loaded next.
+        where: What errors put before ``backbone``, ``decoder`` and ``weights``.
 
     Raises:
         ConfigError: If a name or argument is unknown, or this backbone has no such weights.
         CheckpointError: If a file does not hold weights of this backbone.
 
     Returns:
-        The model; its ``report`` says what was loaded.
+        The model; its ``report`` says what was loaded, and its ``config`` is the section ``model``
+        of a configuration that builds it again.
     """
+    if num_classes < 1:
+        raise ConfigError(f"num_classes: expected at least 1, got {num_classes}")
     values = nullcontext() if initialize else _without_values()
     with torch.random.fork_rng(devices=()), values:
         torch.default_generator.manual_seed(seed)
-        encoder = build(BACKBONES, backbone, "model.backbone")
+        encoder = build(BACKBONES, backbone, f"{where}backbone")
         head = build(
             DECODERS,
             decoder,
-            "model.decoder",
+            f"{where}decoder",
             channels=encoder.channels,
             strides=encoder.strides,
             num_classes=num_classes,
@@ -138,10 +218,15 @@ def build_model(
     for part, module in (("backbone", encoder), ("decoder", head)):
         for name, parameter in module.named_parameters():
             if parameter.numel() == 0:
-                raise ConfigError(f"model.{part}: a size is 0, so its '{name}' is empty")
+                raise ConfigError(f"{where}{part}: a size is 0, so its '{name}' is empty")
     model = Segmenter(encoder, head, freeze_batch_norm=freeze_batch_norm)
+    model.config = {
+        "backbone": backbone,
+        "decoder": decoder,
+        "freeze_batch_norm": freeze_batch_norm,
+    }
     if weights is not None:
-        path, source = locate(_name(backbone), weights)
+        path, source = locate(_name(backbone), weights, argument=f"{where}weights")
         model.report = load_file(model, path, source=source)
     return model
 
@@ -154,7 +239,7 @@ def check_weights(model: Segmenter, backbone: Component | str, weights: str) -> 
         backbone: The backbone it was built with.
         weights: As in :func:`build_model`.
     """
-    path, source = locate(_name(backbone), weights)
+    path, source = locate(_name(backbone), weights, argument="model.weights")
     fit(model, identify(read_file(path), path, source=source), source=source)
 
 

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from segkit.core.config import check_bounds
+from segkit.models.backbones.inputs import MOST_CHANNELS
 from segkit.models.backbones.stages import refuse_dilation
 
 Upsampling = Literal["bilinear", "bilinear_by_factor", "nearest"]
@@ -28,9 +30,10 @@ class HRNet(nn.Module):
         align_corners: Used by both bilinear modes: true in the authors' OCRNet, false in
             mmsegmentation.
         checkpointing: Do not store activations inside modules; recompute them in backward.
+        in_channels: Channels of the image.
 
     Shape:
-        image: (B, 3, H, W)
+        image: (B, in_channels, H, W)
         features[i]: (B, channels[i], H / strides[i], W / strides[i]), rounded up
     """
 
@@ -43,13 +46,16 @@ class HRNet(nn.Module):
         upsampling: Upsampling = "bilinear",
         align_corners: bool = True,
         checkpointing: bool = False,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
+        check_bounds(1, MOST_CHANNELS, in_channels=in_channels)
+        self.in_channels = in_channels
         self.channels = tuple(width * 2**branch for branch in range(4))
         self.upsampling = upsampling
         self.align_corners = align_corners
         self.checkpointing = checkpointing
-        self.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.conv2 = nn.Conv2d(64, 64, 3, stride=2, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
@@ -183,6 +189,7 @@ def hrnet(width: int) -> Callable[..., HRNet]:
         upsampling: Upsampling = "bilinear",
         align_corners: bool = True,
         checkpointing: bool = False,
+        in_channels: int = 3,
         output_stride: int = 32,
     ) -> HRNet:
         refuse_dilation("HRNet", output_stride)
@@ -191,6 +198,7 @@ def hrnet(width: int) -> Callable[..., HRNet]:
             upsampling=upsampling,
             align_corners=align_corners,
             checkpointing=checkpointing,
+            in_channels=in_channels,
         )
 
     return build

@@ -52,7 +52,7 @@ def seresnet(depths: Sequence[int]) -> Callable[..., Stages]:
     stem = ("layer0.conv1", "layer0.bn1", "layer0.relu1")
     stages = (stem, ("layer0.pool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 
-    def build(*, output_stride: Literal[8, 16, 32] = 32) -> Stages:
+    def build(*, in_channels: int = 3, output_stride: Literal[8, 16, 32] = 32) -> Stages:
         network = nn.Sequential()
         layer0: dict[str, nn.Module] = {
             "conv1": nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
@@ -73,7 +73,11 @@ def seresnet(depths: Sequence[int]) -> Callable[..., Stages]:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         # The strided convolutions are 1x1, so contract_dilation has no effect.
         return Stages(
-            network=network, stages=stages, output_stride=output_stride, contract_dilation=False
+            network=network,
+            stages=stages,
+            in_channels=in_channels,
+            output_stride=output_stride,
+            contract_dilation=False,
         )
 
     return build

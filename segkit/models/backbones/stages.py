@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import SqueezeExcitation
 
 from segkit.core.errors import ConfigError
+from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.kernels.depthwise import speed_up_depthwise
 
 
@@ -22,6 +23,8 @@ class Stages(nn.Module):
         network: The classifier.
         stages: For each feature map, shallow to deep, the names of the submodules between the
             previous one and it, in order.
+        in_channels: Channels of the image. If the network has another number, its first convolution
+            is newly initialized.
         output_stride: Stride of the deepest map, 8, 16 or 32. Below 32 the last stages have stride
             1 and dilated kernels instead (Chen et al. 2017, https://arxiv.org/abs/1706.05587):
             every value of the strided map is also in the new map, with others in between.
@@ -29,7 +32,7 @@ class Stages(nn.Module):
         checkpointing: Do not store activations inside blocks; recompute them in backward.
 
     Shape:
-        image: (B, 3, H, W)
+        image: (B, in_channels, H, W)
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
 
     Raises:
@@ -44,6 +47,7 @@ class Stages(nn.Module):
         *,
         network: nn.Module,
         stages: Sequence[Sequence[str]],
+        in_channels: int = 3,
         output_stride: int = 32,
         contract_dilation: bool = True,
         checkpointing: bool = False,
@@ -51,7 +55,9 @@ class Stages(nn.Module):
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise ConfigError(f"output_stride: expected 8, 16 or 32, got {output_stride}")
+        set_in_channels(network, in_channels)
         self.stages = stages
+        self.in_channels = in_channels
         self.output_stride = output_stride
         self.contract_dilation = contract_dilation
         self.checkpointing = checkpointing
@@ -89,7 +95,7 @@ class Stages(nn.Module):
     @torch.no_grad()
     def _shapes(self) -> list[torch.Size]:
         """Return the shapes of the feature maps of the smallest image, 32 x 32."""
-        image = next(self.parameters()).new_zeros(1, 3, _SIDE, _SIDE)
+        image = next(self.parameters()).new_zeros(1, self.in_channels, _SIDE, _SIDE)
         self.eval()
         features = Stages.forward(self, image)
         self.train()

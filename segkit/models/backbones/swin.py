@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import swin_transformer as reference
 
 from segkit.core.config import check_bounds
+from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.stages import refuse_dilation
 
 
@@ -29,9 +30,10 @@ class Swin(nn.Module):
         drop_path: Probability of stochastic depth of the last block; it grows linearly from 0 at
             the first block.
         checkpointing: Do not store activations inside blocks; recompute them in backward.
+        in_channels: Channels of the image.
 
     Shape:
-        image: (B, 3, H, W)
+        image: (B, in_channels, H, W)
         features[i]: (B, channels[i], H / strides[i], W / strides[i]), rounded up
 
     Departs from torchvision: pads the image to whole patches, so that no pixel is dropped.
@@ -51,6 +53,7 @@ class Swin(nn.Module):
         window: int = 7,
         drop_path: float = 0.3,
         checkpointing: bool = False,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         block, attention, merge = {
@@ -68,6 +71,8 @@ class Swin(nn.Module):
             block=partial(block, attn_layer=attention),
             downsample_layer=merge,
         ).features
+        set_in_channels(self.features, in_channels)
+        self.in_channels = in_channels
         self.channels = tuple(width * 2**stage for stage in range(4))
         self.checkpointing = checkpointing
         for stage in self.features[1::2]:
@@ -365,6 +370,7 @@ def swin(
         window: int = window,
         drop_path: float = 0.3,
         checkpointing: bool = False,
+        in_channels: int = 3,
         output_stride: int = 32,
     ) -> Swin:
         refuse_dilation("Swin", output_stride)
@@ -378,6 +384,7 @@ def swin(
             window=window,
             drop_path=drop_path,
             checkpointing=checkpointing,
+            in_channels=in_channels,
         )
 
     return build

@@ -29,10 +29,16 @@ def resnet(builder: Builder) -> Callable[..., Stages]:
     stem = ("conv1", "bn1", "relu")
     stages = (stem, ("maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 
-    def build(*, output_stride: Literal[8, 16, 32] = 32, contract_dilation: bool = True) -> Stages:
+    def build(
+        *,
+        in_channels: int = 3,
+        output_stride: Literal[8, 16, 32] = 32,
+        contract_dilation: bool = True,
+    ) -> Stages:
         return Stages(
             network=builder(),
             stages=stages,
+            in_channels=in_channels,
             output_stride=output_stride,
             contract_dilation=contract_dilation,
         )
@@ -82,10 +88,15 @@ def regnet(builder: Builder) -> Callable[..., Stages]:
     """
     stages = (("stem",), *((f"trunk_output.block{i}",) for i in range(1, 5)))
 
-    def build(*, output_stride: Literal[8, 16, 32] = 32) -> Stages:
+    def build(*, in_channels: int = 3, output_stride: Literal[8, 16, 32] = 32) -> Stages:
         with torch.device("cpu"):  # it computes widths with tensors, which fails on "meta"
             network = builder()
-        return Stages(network=network, stages=stages, output_stride=output_stride)
+        return Stages(
+            network=network,
+            stages=stages,
+            in_channels=in_channels,
+            output_stride=output_stride,
+        )
 
     return build
 
@@ -101,9 +112,18 @@ def mobilenet(builder: Builder, *taps: int) -> Callable[..., Stages]:
             last 1x1 convolution, are removed.
     """
 
-    def build(*, output_stride: Literal[8, 16, 32] = 32, contract_dilation: bool = True) -> Stages:
+    def build(
+        *,
+        in_channels: int = 3,
+        output_stride: Literal[8, 16, 32] = 32,
+        contract_dilation: bool = True,
+    ) -> Stages:
         return _cut(
-            builder(), taps, output_stride=output_stride, contract_dilation=contract_dilation
+            builder(),
+            taps,
+            in_channels=in_channels,
+            output_stride=output_stride,
+            contract_dilation=contract_dilation,
         )
 
     return build
@@ -132,6 +152,7 @@ def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Calla
         *,
         drop_path: float = 0.2,
         like: Literal["torchvision", "timm", "tensorflow", "smp"] = "torchvision",
+        in_channels: int = 3,
         output_stride: Literal[8, 16, 32] = 32,
         contract_dilation: bool = True,
     ) -> Stages:
@@ -148,6 +169,7 @@ def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Calla
             network,
             taps,
             early=like == "smp" and builder is models.efficientnet_b0,
+            in_channels=in_channels,
             output_stride=output_stride,
             contract_dilation=contract_dilation,
         )
@@ -210,12 +232,19 @@ def convnext(builder: Builder, drop_path: float) -> Callable[..., Stages]:
         drop_path: float = drop_path,
         output_norms: bool = False,
         checkpointing: bool = False,
+        in_channels: int = 3,
         output_stride: int = 32,
     ) -> Stages:
         refuse_dilation("ConvNeXt", output_stride)
         network = builder(stochastic_depth_prob=drop_path)
         kind = NormalizedStages if output_norms else Stages
-        return _cut(network, (1, 3, 5, 7), kind=kind, checkpointing=checkpointing)
+        return _cut(
+            network,
+            (1, 3, 5, 7),
+            kind=kind,
+            in_channels=in_channels,
+            checkpointing=checkpointing,
+        )
 
     return build
 

@@ -14,6 +14,7 @@ from torchvision import models
 from segkit.core import checkpoint
 from segkit.core.errors import CheckpointError, quoted
 from segkit.models.backbones import BACKBONES
+from segkit.models.backbones.inputs import MOST_CHANNELS, adapt_rgb, first_convolution
 from segkit.models.layers import Classifier
 from segkit.models.pretrained import swin
 from segkit.models.pretrained.naming import State
@@ -134,6 +135,8 @@ def fit(model: nn.Module, found: Found, *, source: str) -> tuple[dict[str, Tenso
     if why := misfit(backbone, found):
         names = fitting(found)
         advice = f"choose the backbone it fits: {', '.join(names)}"
+        if (channels := _input_channels(backbone, found)) != 3:
+            advice += f", with in_channels {channels}"
         if not names:
             advice = "no backbone of segkit has its structure"
         raise CheckpointError(f"{source}: {why} ({found.title}); {advice}")
@@ -195,8 +198,11 @@ def misfit(backbone: nn.Module, found: Found) -> str:
     more = [*found.backbone.unknown, *(found.backbone.names[name] for name in more)]
     if more:
         return f"has {len(more)} entries more than the backbone, the first '{more[0]}'"
+    image_weight = f"{first_convolution(backbone)}.weight"
     for name in needed:
         have_shape, want = theirs[name].shape, own[name].shape
+        if name == image_weight and have_shape == (want[0], 3, *want[2:]):
+            continue  # it is adapted if the backbone's images have other channels than RGB
         if have_shape != want and not _resizable(name, have_shape, want):
             return (
                 f"'{found.backbone.names[name]}' has shape {tuple(have_shape)}, the backbone "
@@ -206,22 +212,33 @@ def misfit(backbone: nn.Module, found: Found) -> str:
 
 
 def fitting(found: Found) -> list[str]:
-    """Names of the backbones that a file has exactly, windows and ConvNeXt's output norms apart."""
+    """Return the names of the backbones that a file has, with some window, norms and channels."""
     values = sum(tensor.numel() for tensor in found.backbone.tensors.values())
     names = []
     for name in BACKBONES:
         if not name.startswith(found.builds) or not _plausible(name, values):
             continue
-        norms = name.startswith("convnext_") and bool(output_norms(found))
-        if not misfit(_without_values(name, output_norms=norms), found):
+        options = {}
+        if (channels := _input_channels(_without_values(name), found)) != 3:
+            options["in_channels"] = channels
+        if name.startswith("convnext_"):
+            options["output_norms"] = bool(output_norms(found))
+        if not misfit(_without_values(name, **options), found):
             names.append(name)
     return names
 
 
 @functools.cache
-def _without_values(name: str, *, output_norms: bool) -> nn.Module:
+def _without_values(name: str, **options: Any) -> nn.Module:
     with torch.random.fork_rng(devices=()), torch.device("meta"):
-        return BACKBONES[name](**{"output_norms": True} if output_norms else {})
+        return BACKBONES[name](**options)
+
+
+def _input_channels(backbone: nn.Module, found: Found) -> int:
+    """Return the channels of the images that a file's weights are for; 3 if they cannot be."""
+    weight = found.backbone.tensors.get(f"{first_convolution(backbone)}.weight")
+    channels = weight.shape[1] if weight is not None and weight.ndim == 4 else 3
+    return channels if 1 <= channels <= MOST_CHANNELS else 3
 
 
 def windows(found: Found) -> list[int]:
@@ -237,6 +254,7 @@ def _fit_backbone(
     entries: dict[str, Tensor] = {}
     fresh: dict[str, str] = {}
     notes: dict[str, None] = {}
+    image_weight = f"{first_convolution(backbone)}.weight"
     for name, value in backbone.state_dict().items():
         if name.endswith(_CONSTANTS):
             theirs = found.backbone.tensors.get(name, value)
@@ -248,7 +266,10 @@ def _fit_backbone(
             fresh[f"backbone.{name}"] = "not in the file"
             continue
         tensor = found.backbone.tensors[name]
-        if tensor.shape != value.shape:
+        if tensor.shape != value.shape and name == image_weight:
+            notes[f"RGB filters of '{name}' adapted to {value.shape[1]} channels"] = None
+            tensor = adapt_rgb(tensor, value.shape[1])
+        elif tensor.shape != value.shape:
             sides = f"from window {_window(tensor)} to {_window(value)}"
             notes[f"position biases resized {sides}"] = None
             tensor = swin.resize_bias_table(tensor, value.shape[0])

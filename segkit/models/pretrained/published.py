@@ -15,7 +15,7 @@ SECONDS = 30
 """Longest time without a byte before a download counts as failed."""
 
 
-def locate(backbone: str, weights: str) -> tuple[Path, str]:
+def locate(backbone: str, weights: str, *, argument: str = "weights") -> tuple[Path, str]:
     """Return the file that ``weights`` means for a backbone, and what to call it in a report.
 
     Torchvision's weights are looked for where torch keeps its downloads, and downloaded if they
@@ -24,6 +24,7 @@ def locate(backbone: str, weights: str) -> tuple[Path, str]:
     Args:
         backbone: A name of ``BACKBONES``.
         weights: ``imagenet``, another name of torchvision's weights, or a file.
+        argument: What errors call ``weights``.
 
     Raises:
         ConfigError: Torchvision has no such weights, and there is no such file.
@@ -34,19 +35,19 @@ def locate(backbone: str, weights: str) -> tuple[Path, str]:
         names = models.get_model_weights(backbone).__members__
     name = "DEFAULT" if weights == "imagenet" else weights
     if name in names:
-        return _downloaded(names[name].url), str(names[name])
+        return _downloaded(names[name].url, argument), str(names[name])
     if weights == "imagenet":
         raise ConfigError(
-            f"model.weights: torchvision has no weights for '{backbone}'; give a file, or null"
+            f"{argument}: torchvision has no weights for '{backbone}'; give a file, or none"
         )
     if not Path(weights).exists():
         raise ConfigError(
-            f"model.weights: there is no file '{weights}'{closest(weights, ('imagenet', *names))}"
+            f"{argument}: there is no file '{weights}'{closest(weights, ('imagenet', *names))}"
         )
     return Path(weights), weights
 
 
-def _downloaded(url: str) -> Path:
+def _downloaded(url: str, argument: str) -> Path:
     """Return the file of a published address in torch's cache, downloaded if it is not there."""
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir(), "checkpoints", name)
@@ -60,9 +61,9 @@ def _downloaded(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(path), digest)
     except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the digest
         raise CheckpointError(
-            f"model.weights: {url} cannot be downloaded to {path} "
+            f"{argument}: {url} cannot be downloaded to {path} "
             f"({str(error) or type(error).__name__}); "
-            "put the file there, or name a copy of it by model.weights=PATH"
+            f"put the file there, or name a copy of it by {argument}=PATH"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
