@@ -47,7 +47,7 @@ def plain(model: nn.Module, views: str, image: Tensor) -> Callable[[], None]:
 def ours(model: nn.Module, views: str, image: Tensor) -> Callable[[], object]:
     """Probabilities merged from the views."""
     predict = Predictor(model, mean=MEAN, std=STD, views=parse_views(views), channels_last=True)
-    return lambda: predict(image)
+    return lambda: predict.probabilities(image)
 
 
 def ttach(model: nn.Module, image: Tensor) -> Callable[[], object]:

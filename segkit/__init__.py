@@ -4,7 +4,10 @@ from segkit.augment import Pipeline
 from segkit.core import __version__
 from segkit.core.config import Config
 from segkit.core.errors import CheckpointError, ConfigError, DataError, SegkitError
+from segkit.inference import soup
+from segkit.inference.model_file import load, save
 from segkit.inference.outputs import overlay
+from segkit.inference.prediction import Prediction
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
 from segkit.models.backbones import BACKBONES
@@ -31,6 +34,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Pipeline",
+    "Prediction",
     "Predictor",
     "SegkitError",
     "Segmenter",
@@ -42,9 +46,12 @@ __all__ = [
     "create_model",
     "list_backbones",
     "list_decoders",
+    "load",
     "load_model",
     "overlay",
     "parse_views",
+    "save",
     "scores",
+    "soup",
     "train_step",
 ]

@@ -317,8 +317,8 @@ def untrained() -> nn.Module:
     "options", [{}, {"views": parse_views("flips,scale1.5,rotate5")}, {"tile": 64}, {"size": 80}]
 )
 def test_predictions_are_those_of_the_cpu(options: dict[str, Any]) -> None:
-    expected = Predictor(untrained(), **IMAGENET, **options)(photograph())
-    there = Predictor(untrained().to(DEVICE), **IMAGENET, **options)(photograph())
+    expected = Predictor(untrained(), **IMAGENET, **options).probabilities(photograph())
+    there = Predictor(untrained().to(DEVICE), **IMAGENET, **options).probabilities(photograph())
     assert there.device.type == DEVICE.type
     torch.testing.assert_close(there.cpu(), expected, rtol=0, atol=1e-4)
 
@@ -395,19 +395,19 @@ def test_two_ranks_on_one_device_are_one_process() -> None:
 @pytest.mark.skipif(ON_CPU, reason="the CPU's memory is not limited here")
 def test_memory_is_free_again_after_too_large_an_image() -> None:
     predict = Predictor(untrained().to(DEVICE), **IMAGENET)
-    expected = predict(photograph())
+    expected = predict.probabilities(photograph())
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction(2 * 2**30 / total)
     try:
         try:
-            predict(torch.zeros(3, 8000, 8000, dtype=torch.uint8))
+            predict.probabilities(torch.zeros(3, 8000, 8000, dtype=torch.uint8))
         except torch.OutOfMemoryError:
             pass  # pytest.raises would keep the frames, and what they hold
         else:
             pytest.fail("the image was not too large")
         assert torch.cuda.memory_allocated() <= before
-        torch.testing.assert_close(predict(photograph()), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(predict.probabilities(photograph()), expected, rtol=0, atol=1e-5)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -44,9 +44,17 @@ def read_image(path: Path | str) -> Tensor:
         DataError: The file is missing, damaged, not an image, or larger than :data:`MAX_PIXELS`.
     """
     with open_image(path) as image:
-        orientation = _orientation(image)
-        pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)
-    return _upright(pixels, orientation)
+        return to_tensor(image)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return a Pillow image as :func:`read_image` returns a file.
+
+    Raises:
+        ValueError: The image has 32-bit samples.
+    """
+    orientation = _orientation(image)
+    return _upright(torch.from_numpy(_rgb(image)).permute(2, 0, 1), orientation)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

@@ -12,14 +12,12 @@ from segkit.core import __version__, checkpoint, config, distributed
 from segkit.core.errors import SegkitError
 from segkit.inference import soup
 from segkit.inference.candidates import Candidate
+from segkit.inference.model_file import load
 from segkit.inference.predictor import Predictor
 from segkit.inference.trained_run import Images, TrainedRun, common_selection
-from segkit.inference.tta import View, fit_weights, true_class_samples
+from segkit.inference.tta import View, fit_coefficients, true_class_samples
 from segkit.inference.voting import HardVote, SoftVote
-from segkit.models.kernels.fuse import fuse_batch_norm
-from segkit.models.segmenter import load_model
 from segkit.training.evaluate import predictions
-from segkit.training.step import precision
 
 Predictions = Iterator[tuple[int, Tensor, Tensor | None]]
 """Index of an image, its mask or probabilities, and its true mask where that is known."""
@@ -71,7 +69,7 @@ class CandidatePredictor:
         """
         if len(candidate.paths) == 1:
             predict = self._member(candidate, candidate.paths[0])
-            yield from self.predictions(predict, images, labels=False)
+            yield from self.predictions(predict.probabilities, images, labels=False)
         else:
             (vote,) = self.cast(candidate, images, [candidate.vote])
             if not isinstance(vote, SoftVote):
@@ -110,7 +108,7 @@ class CandidatePredictor:
             else SoftVote(
                 shapes,
                 classes,
-                weights=coefficients if vote == "weighted" else None,
+                coefficients=coefficients if vote == "weighted" else None,
                 folder=self.folder,
             )
             for vote in votes
@@ -118,7 +116,7 @@ class CandidatePredictor:
         place = {index: number for number, index in enumerate(mine)}
         for voter, path in enumerate(candidate.paths):
             predict = self._member(candidate, path)
-            for index, scored, _ in self.predictions(predict, images, labels=False):
+            for index, scored, _ in self.predictions(predict.probabilities, images, labels=False):
                 for ballot in ballots:
                     ballot.add(place[index], scored, voter=voter)
         return ballots
@@ -163,22 +161,14 @@ class CandidatePredictor:
             fuse: Fuse BatchNorm; without, the model can load other weights.
         """
         self.digest(path)
-        model, trained, _ = load_model(path, verify=False)
-        cfg = config.override(trained, self.runs[0].overrides)
-        layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
-        model.to(self.device).to(memory_format=layout)
-        return Predictor(
-            fuse_batch_norm(model) if fuse else model,
-            mean=cfg.data.mean,
-            std=cfg.data.std,
-            size=cfg.infer.size,
+        return load(
+            path,
+            device=self.device,
             views=views,
-            merge=cfg.infer.merge,
-            weights=coefficients,
-            tile=cfg.infer.tile,
-            overlap=cfg.infer.overlap,
-            amp=precision(cfg.train.amp, self.device),
-            channels_last=cfg.train.channels_last,
+            coefficients=coefficients,
+            overrides=self.runs[0].overrides,
+            fuse=fuse,
+            verify=False,
         )
 
     def view_coefficients(self, path: Path, views: tuple[View, ...]) -> tuple[float, ...]:
@@ -207,11 +197,11 @@ class CandidatePredictor:
         samples = torch.zeros(len(views), len(row), 1024)
         for number, view in enumerate(views):
             predict.views = (view,)
-            for index, scored, mask in self.predictions(predict, images, labels=True):
+            for index, scored, mask in self.predictions(predict.probabilities, images, labels=True):
                 assert mask is not None
                 samples[number, row[index]] = true_class_samples(scored, mask).cpu()
         samples = distributed.all_reduce(samples.to(self.device)).cpu().flatten(1)
-        return tuple(fit_weights(samples[:, ~samples[0].isnan()]))
+        return tuple(fit_coefficients(samples[:, ~samples[0].isnan()]))
 
     def predictions(
         self, predict: Callable[[Tensor], Tensor], images: Images, *, labels: bool

@@ -1,14 +1,17 @@
 """Predict probabilities and masks of a photograph, at its own size, with views and tiles."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segkit.core.backend import cudnn_autotuning
-from segkit.inference.tta import Merge, View, merge_views
+from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
+from segkit.inference.prediction import Photo, Prediction, as_tensor
+from segkit.inference.tta import Merge, Views, merge_views, parse_views
 
 # The deepest stride of any backbone. Tiles start at multiples of it, so that strided layers sample
 # the same pixels as in the whole image; smaller images are padded to it.
@@ -24,18 +27,25 @@ class Predictor:
     Normalization, resizing, views, tiles and precision are all handled here, so that validation,
     inference and serving give equal results.
 
+    A model with one plane of logits is binary: its probabilities are those of background and
+    foreground, ``1 - sigmoid`` and ``sigmoid``, and its mask is 1 where the latter is above 0.5.
+
     Tiles overlap. Each is multiplied by a window that falls smoothly from its middle to its edges;
     the windows sum to one at every pixel. The outer quarter of an overlap is not used, so a model
     whose receptive field reaches no further gives the same result as on the whole image.
 
     Args:
-        model: Maps a normalized image to ``{"out": logits}`` of the image's size.
-        mean: Means of R, G and B, in 0..1.
-        std: Standard deviations of R, G and B, in 0..1.
+        model: Maps normalized images to logits of the images' size, as a tensor (B, C, H, W) or
+            as ``out`` of a dict.
+        mean: Mean of each channel, in 0..1; default: ImageNet's.
+        std: Standard deviation of each channel, in 0..1; default: ImageNet's.
+        classes: Class names, for :class:`Prediction`; of a binary model both names, or the
+            foreground's only.
         size: The photograph is resized to this longest side; None for no resize.
-        views: Test-time augmentations; see ``segkit.inference.tta``. Empty: the image itself.
-        merge: How the views are merged; see ``segkit.inference.tta.merge_views``.
-        weights: One coefficient per view; default: equal.
+        views: Test-time augmentations, such as ``"flips"``; see
+            :func:`segkit.inference.tta.parse_views`. Empty: the image itself.
+        merge: How the views are merged; see :func:`segkit.inference.tta.merge_views`.
+        coefficients: One per view; default: equal.
         tile: Side of the tiles, in pixels after the resize; None for the whole image at once.
         overlap: Share of a tile that its neighbor also covers, 0 to 0.9.
         amp: Precision of autocast, such as ``torch.bfloat16``; None turns autocast off.
@@ -49,12 +59,13 @@ class Predictor:
         self,
         model: nn.Module,
         *,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        classes: Sequence[str] = (),
         size: int | None = None,
-        views: Sequence[View] = (),
+        views: Views = (),
         merge: Merge = "mean",
-        weights: Sequence[float] | None = None,
+        coefficients: Sequence[float] | None = None,
         tile: int | None = None,
         overlap: float = 0.25,
         amp: torch.dtype | None = None,
@@ -63,10 +74,11 @@ class Predictor:
         if tile is not None and tile < STRIDE:
             raise ValueError(f"tiles must be at least {STRIDE} pixels wide, not {tile}")
         self.model = model.eval()
+        self.classes = tuple(classes)
         self.size = size
-        self.views = views
+        self.views = parse_views(views)
         self.merge = merge
-        self.weights = weights
+        self.coefficients = coefficients
         self.tile = tile
         self.overlap = overlap
         self.amp = amp
@@ -74,18 +86,43 @@ class Predictor:
         first = next(model.parameters(), torch.empty(0))
         self.device = first.device
         # (image / 255 - mean) / std as one multiplication and one addition.
-        spread = torch.tensor(std, device=self.device).view(3, 1, 1)
+        spread = torch.tensor(std, device=self.device).view(-1, 1, 1)
         self._scale = 1 / (255 * spread)
-        self._shift = -torch.tensor(mean, device=self.device).view(3, 1, 1) / spread
+        self._shift = -torch.tensor(mean, device=self.device).view(-1, 1, 1) / spread
+
+    @overload
+    def __call__(self, photo: Photo) -> Prediction: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, photo: Sequence[Photo]) -> list[Prediction]: ...
+
+    def __call__(self, photo: Photo | Sequence[Photo]) -> Prediction | list[Prediction]:
+        """Predict a photograph, or each of a list.
+
+        Args:
+            photo: A file, a Pillow image, a uint8 array (H, W, 3), a uint8 tensor (3, H, W) or
+                (B, 3, H, W), or a list of these.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        if isinstance(photo, Sequence) and not isinstance(photo, str):
+            return [self(part) for part in photo]
+        image = as_tensor(photo)
+        scores = self.probabilities(image)
+        binary = scores.shape[-3] == 2 and len(self.classes) == 1
+        classes = ("background", *self.classes) if binary else self.classes
+        mask = scores.max(-3).indices.to(torch.uint8)
+        return Prediction(image.cpu(), mask.cpu(), scores.cpu(), classes)
 
     @torch.inference_mode()
-    def __call__(self, image: Tensor) -> Tensor:
+    def probabilities(self, image: Tensor) -> Tensor:
         """Return the probabilities of every class at every pixel, on the model's device.
 
         Shape:
             image: (3, H, W) or (B, 3, H, W), uint8 -> (C, H, W) or (B, C, H, W), float32
         """
-        scores = _joined(self._bands(_as_batch(image)), image.shape[-2])
+        scores = _joined(self._bands(self._as_batch(image)), image.shape[-2])
         return scores if image.dim() == 4 else scores[0]
 
     @torch.inference_mode()
@@ -104,7 +141,7 @@ class Predictor:
         Yields:
             The first row of the band, and its classes, uint8, (h, W) or (B, h, W).
         """
-        for top, scores in self._bands(_as_batch(image)):
+        for top, scores in self._bands(self._as_batch(image)):
             # Over an axis that is not the last in memory, max is four times as fast as argmax.
             classes = scores.max(1).indices.to(torch.uint8)
             del scores  # frees the memory before the next band is computed
@@ -152,7 +189,7 @@ class Predictor:
     def _probabilities(self, image: Tensor) -> Tensor:
         image = torch.addcmul(self._shift, image.to(self.device).float(), self._scale)
         return merge_views(
-            self._logits, image, views=self.views, merge=self.merge, weights=self.weights
+            self._logits, image, views=self.views, merge=self.merge, coefficients=self.coefficients
         )
 
     def _logits(self, image: Tensor) -> Tensor:
@@ -163,15 +200,41 @@ class Predictor:
         image = image.contiguous(memory_format=self.memory_format)
         precision = torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
         with precision, cudnn_autotuning(False):
-            return self.model(image)["out"][..., :height, :width]
+            logits = _logits_of(self.model(image), image)[..., :height, :width]
+        if logits.shape[1] == 1:  # the softmax of (0, x) is (1 - sigmoid(x), sigmoid(x))
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
+        return logits
+
+    def _as_batch(self, image: Tensor) -> Tensor:
+        channels = len(self._scale)
+        if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-3] != channels:
+            raise ValueError(
+                f"image: expected uint8 ({channels}, H, W) or (B, {channels}, H, W), "
+                f"got {image.dtype} {tuple(image.shape)}"
+            )
+        return image if image.dim() == 4 else image[None]
 
 
-def _as_batch(image: Tensor) -> Tensor:
-    if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-3] != 3:
-        raise ValueError(
-            f"expected uint8 (3, H, W) or (B, 3, H, W), got {image.dtype} {tuple(image.shape)}"
+def _logits_of(output: Any, image: Tensor) -> Tensor:
+    """Return the logits in a model's output.
+
+    Raises:
+        TypeError: There are none.
+        ValueError: They have another size than the image.
+    """
+    logits = output.get("out") if isinstance(output, Mapping) else output
+    if not isinstance(logits, Tensor):
+        keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+        raise TypeError(
+            f"model: returned {type(output).__name__}{keys}; expected logits as a tensor, or as "
+            "'out' of a dict"
         )
-    return image if image.dim() == 4 else image[None]
+    if logits.dim() != 4 or logits.shape[-2:] != image.shape[-2:]:
+        raise ValueError(
+            f"model: returned logits {tuple(logits.shape)} for images {tuple(image.shape)}; "
+            "expected (B, C, H, W) of the same height and width"
+        )
+    return logits
 
 
 def _joined(bands: Iterable[tuple[int, Tensor]], height: int) -> Tensor:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -117,18 +117,26 @@ SETS = {
 """Named sets of views. ``flip_rotate_scale`` has the contest's 16 views."""
 
 
-def parse_views(spec: str | Sequence[str]) -> tuple[View, ...]:
+Views: TypeAlias = str | Sequence[str | View]
+"""Views, or their names; see :func:`parse_views`."""
+
+
+def parse_views(spec: Views) -> tuple[View, ...]:
     """Parse views: a name, a set (``"flips"``), or a product (``"hflip*scale1.5"``).
 
     Args:
-        spec: Names, or a comma-separated string of them. Duplicate views are removed.
+        spec: Names and views, or a comma-separated string of names. Duplicates are removed.
 
     Raises:
         ConfigError: A name is unknown, or a scale or an angle is out of range.
     """
-    names = spec.split(",") if isinstance(spec, str) else spec
-    products = [product for name in names for product in SETS.get(name.strip(), (name,))]
-    return tuple(dict.fromkeys(_parse_product(product) for product in products))
+    views: list[View] = []
+    for name in spec.split(",") if isinstance(spec, str) else spec:
+        if isinstance(name, View):
+            views.append(name)
+        else:
+            views += map(_parse_product, SETS.get(name.strip(), (name,)))
+    return tuple(dict.fromkeys(views))
 
 
 def _parse_product(product: str) -> View:
@@ -165,9 +173,9 @@ def merge_views(
     logits_of: Callable[[Tensor], Tensor],
     image: Tensor,
     *,
-    views: Sequence[View] = (),
+    views: Views = (),
     merge: Merge = "mean",
-    weights: Sequence[float] | None = None,
+    coefficients: Sequence[float] | None = None,
 ) -> Tensor:
     """Return probabilities merged over several views of an image, one view in memory at a time.
 
@@ -177,16 +185,16 @@ def merge_views(
         merge: ``"mean"`` of the probabilities, ``"max"`` of them (scaled to sum to one), or the
             probabilities of the mean ``"logits"``. ``"geometric"``, the mean of logarithms scaled
             to sum to one, equals ``"logits"``, since a softmax depends on differences only.
-        weights: One coefficient per view, of any sum; default: equal.
+        coefficients: One per view, of any sum; default: equal.
 
     Shape:
         image: (B, 3, H, W) -> (B, C, H, W), float32
 
     Raises:
-        ConfigError: The weights do not fit the views or the merge.
+        ConfigError: The coefficients do not fit the views or the merge.
     """
-    views = views or (View(),)
-    shares = _shares(weights, len(views), merge)
+    views = parse_views(views) or (View(),)
+    shares = _shares(coefficients, len(views), merge)
     merged: Tensor | None = None
     for view, share in zip(views, shares, strict=True):
         part = view.invert(logits_of(view.apply(image)).float(), _size(image))
@@ -224,7 +232,7 @@ def true_class_samples(probabilities: Tensor, target: Tensor, *, samples: int = 
     return probabilities.flatten(1)[classes, chosen.to(probabilities.device)]
 
 
-def fit_weights(probabilities: Tensor, *, steps: int = 100) -> list[float]:
+def fit_coefficients(probabilities: Tensor, *, steps: int = 100) -> list[float]:
     """Return the view coefficients that maximize the likelihood of the true classes.
 
     Expectation maximization of a mixture's coefficients (Dempster et al. 1977): every step raises
@@ -238,23 +246,25 @@ def fit_weights(probabilities: Tensor, *, steps: int = 100) -> list[float]:
         probabilities: (views, N)
     """
     probabilities = probabilities.double().clamp_min(1e-12)
-    weights = torch.full_like(probabilities[:, :1], 1 / len(probabilities))
+    coefficients = torch.full_like(probabilities[:, :1], 1 / len(probabilities))
     for _ in range(steps):
-        shares = weights * probabilities
-        weights = (shares / shares.sum(0)).mean(1, keepdim=True)
-    return weights[:, 0].tolist()
+        shares = coefficients * probabilities
+        coefficients = (shares / shares.sum(0)).mean(1, keepdim=True)
+    return coefficients[:, 0].tolist()
 
 
-def _shares(weights: Sequence[float] | None, count: int, merge: Merge) -> list[float]:
-    if weights is None:
+def _shares(coefficients: Sequence[float] | None, count: int, merge: Merge) -> list[float]:
+    if coefficients is None:
         return [1 / count] * count
     if merge == "max":
-        raise ConfigError("merging views by max takes no view weights; leave them out")
-    if len(weights) != count:
-        raise ConfigError(f"{len(weights)} view weights were given for {count} views")
-    if min(weights) < 0 or not 0 < sum(weights) < math.inf:
-        raise ConfigError(f"view weights must be positive or zero and not all zero, not {weights}")
-    return [weight / sum(weights) for weight in weights]
+        raise ConfigError("merging views by max takes no view coefficients; leave them out")
+    if len(coefficients) != count:
+        raise ConfigError(f"{len(coefficients)} view coefficients were given for {count} views")
+    if min(coefficients) < 0 or not 0 < sum(coefficients) < math.inf:
+        raise ConfigError(
+            f"view coefficients must be positive or zero and not all zero, not {coefficients}"
+        )
+    return [value / sum(coefficients) for value in coefficients]
 
 
 def _size(image: Tensor) -> Size:

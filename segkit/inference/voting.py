@@ -27,8 +27,8 @@ class HardVote:
     Args:
         shapes: (H, W) of every image.
         num_classes: Number of classes, at most 255.
-        weights: Coefficients of the votes: (voters, C), such as each model's validation IoU of each
-            class (NaN counts as 0), or (voters,); default: 1.
+        coefficients: Of the votes: (voters, C), such as each model's validation IoU of each class
+            (NaN counts as 0), or (voters,); default: 1.
         max_bytes: A voter's masks are kept in memory up to this size, and in a file above it.
         folder: Folder of such files; they are unnamed and disappear with the process.
 
@@ -42,13 +42,13 @@ class HardVote:
         shapes: Sequence[Size],
         num_classes: int,
         *,
-        weights: Tensor | None = None,
+        coefficients: Tensor | None = None,
         max_bytes: int = IN_MEMORY,
         folder: Path | None = None,
     ) -> None:
         self.shapes = tuple(shapes)
         self.num_classes = num_classes
-        self.weights = weights
+        self.coefficients = coefficients
         self.max_bytes = max_bytes
         self.folder = folder
         self._masks: dict[int, _Planes] = {}
@@ -83,7 +83,9 @@ class HardVote:
         voters = [voter for voter in sorted(self._masks) if (voter, image) in self._cast]
         if not voters:
             raise ValueError(f"no voter has voted on image {image}")
-        coefficients = [_coefficients(self.weights, voter, self.num_classes) for voter in voters]
+        coefficients = [
+            _coefficients(self.coefficients, voter, self.num_classes) for voter in voters
+        ]
         masks = [self._masks[voter][image][0] for voter in voters]
         winner = torch.empty(self.shapes[image], dtype=torch.uint8)
         for rows in _bands(self.shapes[image], self.num_classes):
@@ -110,7 +112,7 @@ class SoftVote:
     Args:
         shapes: (H, W) of every image.
         num_classes: Number of classes.
-        weights: Coefficients of the probabilities, (voters, C) or (voters,); default: 1.
+        coefficients: Of the probabilities, (voters, C) or (voters,); default: 1.
         dtype: Type of the sums. ``"float16"`` needs half the space, with three digits per sum.
         max_bytes: The sums are kept in memory up to this size, and in a file above it.
         folder: Folder of such a file; it is unnamed and disappears with the process.
@@ -125,14 +127,14 @@ class SoftVote:
         shapes: Sequence[Size],
         num_classes: int,
         *,
-        weights: Tensor | None = None,
+        coefficients: Tensor | None = None,
         dtype: Literal["float16", "float32"] = "float32",
         max_bytes: int = IN_MEMORY,
         folder: Path | None = None,
     ) -> None:
         self.shapes = tuple(shapes)
         self.num_classes = num_classes
-        self.weights = weights
+        self.coefficients = coefficients
         self._sums = _Planes(self.shapes, num_classes, dtype, max_bytes, folder)
         self._cast: set[tuple[int, int]] = set()
 
@@ -145,7 +147,7 @@ class SoftVote:
         _check(image, probabilities.shape, (self.num_classes, *self.shapes[image]))
         if (voter, image) in self._cast:
             raise ValueError(f"voter {voter} has voted on image {image} already")
-        coefficients = _coefficients(self.weights, voter, self.num_classes).float()
+        coefficients = _coefficients(self.coefficients, voter, self.num_classes).float()
         sums = torch.from_numpy(self._sums[image])
         sums += (probabilities.float().cpu() * coefficients.view(-1, 1, 1)).to(sums.dtype)
         self._cast.add((voter, image))
@@ -206,11 +208,11 @@ class _Planes:
         return np.memmap(self.file, self.dtype, "r+", start, shape)
 
 
-def _coefficients(weights: Tensor | None, voter: int, num_classes: int) -> Tensor:
+def _coefficients(coefficients: Tensor | None, voter: int, num_classes: int) -> Tensor:
     """Return the coefficients of a voter's votes for each class, (C,)."""
-    if weights is None:
+    if coefficients is None:
         return torch.ones(num_classes, dtype=torch.float64)
-    return weights[voter].double().nan_to_num(0.0).expand(num_classes)
+    return coefficients[voter].double().nan_to_num(0.0).expand(num_classes)
 
 
 def _check(image: int, shape: Sequence[int], expected: Sequence[int]) -> None:

@@ -43,7 +43,7 @@ def _photograph(*size: int, seed: int = 0) -> Tensor:
 
 def test_normalizes_as_the_formula_says() -> None:
     model, image = _Local(), _photograph(65, 97)
-    Predictor(model, **IMAGENET)(image)
+    Predictor(model, **IMAGENET).probabilities(image)
     mean, std = (torch.tensor(IMAGENET[name]).view(3, 1, 1) for name in ("mean", "std"))
     torch.testing.assert_close(model.seen[0][0], (image / 255 - mean) / std, atol=1e-6, rtol=1e-5)
 
@@ -52,7 +52,7 @@ def test_normalizes_as_the_formula_says() -> None:
 def test_probabilities_and_mask_have_the_photographs_size(size: tuple[int, int]) -> None:
     predict = Predictor(_Local(), **PLAIN)
     image = _photograph(*size)
-    probabilities = predict(image)
+    probabilities = predict.probabilities(image)
     assert probabilities.shape == (4, *size)
     assert probabilities.dtype == torch.float32
     torch.testing.assert_close(probabilities.sum(0), torch.ones(size))
@@ -64,7 +64,7 @@ def test_probabilities_and_mask_have_the_photographs_size(size: tuple[int, int])
 def test_small_images_are_padded_for_the_model_only() -> None:
     model = _Local()
     image = _photograph(3, 50)
-    probabilities = Predictor(model, **PLAIN)(image)
+    probabilities = Predictor(model, **PLAIN).probabilities(image)
     assert model.seen[0].shape == (1, 3, 32, 50)
     expected = model(image[None] / 255)["out"].softmax(1)[0]
     torch.testing.assert_close(probabilities, expected)
@@ -73,16 +73,16 @@ def test_small_images_are_padded_for_the_model_only() -> None:
 def test_a_batch_equals_its_images() -> None:
     predict = Predictor(_Local(2), **PLAIN, views=parse_views("flips,scale1.3"), tile=64)
     images = torch.stack([_photograph(65, 97, seed=seed) for seed in range(3)])
-    together = predict(images)
+    together = predict.probabilities(images)
     assert together.shape == (3, 4, 65, 97)
     for image, one in zip(images, together, strict=True):
-        torch.testing.assert_close(predict(image), one)
+        torch.testing.assert_close(predict.probabilities(image), one)
     assert predict.mask(images).shape == (3, 65, 97)
 
 
 def test_evaluation_mode_and_no_gradient() -> None:
     model = _Local().train()
-    probabilities = Predictor(model, **PLAIN)(_photograph(40, 40))
+    probabilities = Predictor(model, **PLAIN).probabilities(_photograph(40, 40))
     assert not model.training
     assert not probabilities.requires_grad
 
@@ -91,26 +91,26 @@ def test_evaluation_mode_and_no_gradient() -> None:
 @pytest.mark.parametrize("size", [(65, 97), (97, 300), (129, 64), (200, 31)])
 def test_tiles_equal_the_whole_for_a_pointwise_model(size: tuple[int, int], overlap: float) -> None:
     image = _photograph(*size)
-    whole = Predictor(_Local(), **PLAIN)(image)
+    whole = Predictor(_Local(), **PLAIN).probabilities(image)
     tiled = Predictor(_Local(), **PLAIN, tile=64, overlap=overlap)
-    torch.testing.assert_close(tiled(image), whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(tiled.probabilities(image), whole, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 8, 32])
 def test_tiles_equal_the_whole_for_a_model_that_sees_a_quarter_of_the_overlap(stride: int) -> None:
     image = _photograph(200, 333)
     radius = max(1, 32 // 4 // stride) if stride < 32 else 0
-    whole = Predictor(_Local(radius, stride), **PLAIN)(image)
+    whole = Predictor(_Local(radius, stride), **PLAIN).probabilities(image)
     model = _Local(radius, stride)
-    tiled = Predictor(model, **PLAIN, tile=128, overlap=0.25)(image)
+    tiled = Predictor(model, **PLAIN, tile=128, overlap=0.25).probabilities(image)
     assert len(model.seen) == 2 * 4
     torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_tiles_of_a_model_that_sees_further_differ() -> None:
     image = _photograph(200, 200)
-    whole = Predictor(_Local(9), **PLAIN)(image)
-    tiled = Predictor(_Local(9), **PLAIN, tile=128, overlap=0.25)(image)
+    whole = Predictor(_Local(9), **PLAIN).probabilities(image)
+    tiled = Predictor(_Local(9), **PLAIN, tile=128, overlap=0.25).probabilities(image)
     assert (tiled - whole).abs().max() > 1e-3
 
 
@@ -139,14 +139,14 @@ def test_bands_are_the_mask_and_are_small() -> None:
     assert max(heights) <= 64
     mask = torch.cat([band for _, band in bands])
     assert torch.equal(mask, predict.mask(image))
-    assert torch.equal(mask.long(), Predictor(_Local(), **PLAIN)(image).argmax(0))
+    assert torch.equal(mask.long(), Predictor(_Local(), **PLAIN).probabilities(image).argmax(0))
 
 
 @pytest.mark.parametrize("size", [60, 97, 200])
 def test_size_is_the_longest_side_the_model_sees(size: int) -> None:
     model = _Local()
     image = _photograph(65, 97)
-    probabilities = Predictor(model, **PLAIN, size=size)(image)
+    probabilities = Predictor(model, **PLAIN, size=size).probabilities(image)
     assert model.seen[0].shape[-2:] == (round(65 * size / 97), size)
     assert probabilities.shape == (4, 65, 97)
     small = F.interpolate(
@@ -165,23 +165,27 @@ def test_rows_of_a_resize_equal_the_resize() -> None:
         torch.testing.assert_close(rows, whole[:, :, top:bottom], atol=1e-5, rtol=1e-5)
 
 
-def test_views_weights_and_amp_reach_the_model() -> None:
+def test_views_coefficients_and_amp_reach_the_model() -> None:
     model = _Local()
     image = _photograph(65, 97)
     views = parse_views("identity,rot90,scale1.3")
-    bf16 = Predictor(model, **PLAIN, views=views, weights=(2, 1, 1), amp=torch.bfloat16)(image)
+    bf16 = Predictor(
+        model, **PLAIN, views=views, coefficients=(2, 1, 1), amp=torch.bfloat16
+    ).probabilities(image)
     assert [tuple(x.shape[-2:]) for x in model.seen] == [(65, 97), (97, 65), (84, 126)]
     assert bf16.dtype == torch.float32
-    full = Predictor(model, **PLAIN, views=views, weights=(2, 1, 1))(image)
+    full = Predictor(model, **PLAIN, views=views, coefficients=(2, 1, 1)).probabilities(image)
     torch.testing.assert_close(bf16, full, atol=0.05, rtol=0)
     assert not torch.equal(bf16, full)
-    merged = Predictor(model, **PLAIN, views=views, merge="max")(image)
+    merged = Predictor(model, **PLAIN, views=views, merge="max").probabilities(image)
     assert not torch.allclose(merged, full, atol=1e-3)
 
 
 def test_channels_last_reaches_the_model() -> None:
     model = _Local()
-    Predictor(model, **PLAIN, channels_last=True, views=parse_views("square"))(_photograph(40, 50))
+    Predictor(model, **PLAIN, channels_last=True, views=parse_views("square")).probabilities(
+        _photograph(40, 50)
+    )
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in model.seen)
 
 
@@ -190,7 +194,7 @@ def test_channels_last_reaches_the_model() -> None:
 )
 def test_wrong_images(image: Tensor) -> None:
     with pytest.raises(ValueError, match="expected uint8"):
-        Predictor(_Local(), **PLAIN)(image)
+        Predictor(_Local(), **PLAIN).probabilities(image)
 
 
 def test_tiny_tiles_are_refused() -> None:

@@ -13,7 +13,7 @@ from segkit.inference.tta import (
     SETS,
     SYMMETRIES,
     View,
-    fit_weights,
+    fit_coefficients,
     merge_views,
     parse_views,
     true_class_samples,
@@ -143,7 +143,7 @@ def _left_right(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("merge", "weights", "left"),
+    ("merge", "coefficients", "left"),
     [
         ("mean", None, (0.75 + 0.5) / 2),
         ("mean", (3, 1), (3 * 0.75 + 0.5) / 4),
@@ -153,10 +153,14 @@ def _left_right(x: Tensor) -> Tensor:
         ("max", None, 0.75 / (0.75 + 0.5)),
     ],
 )
-def test_merges_by_hand(merge: str, weights: tuple[float, ...] | None, left: float) -> None:
+def test_merges_by_hand(merge: str, coefficients: tuple[float, ...] | None, left: float) -> None:
     image = torch.zeros(1, 3, 2, 2)
     merged = merge_views(
-        _left_right, image, views=parse_views("identity,hflip"), merge=merge, weights=weights
+        _left_right,
+        image,
+        views=parse_views("identity,hflip"),
+        merge=merge,
+        coefficients=coefficients,
     )
     assert merged[0, 0, 0, 0].item() == pytest.approx(left)
     torch.testing.assert_close(merged.sum(1), torch.ones(1, 2, 2))
@@ -213,23 +217,23 @@ def test_bad_views(spec: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "merge", "message"),
+    ("coefficients", "merge", "message"),
     [
-        ((1,), "mean", "1 view weights were given for 2"),
+        ((1,), "mean", "1 view coefficients were given for 2"),
         ((1, -1), "mean", "positive"),
         ((0, 0), "mean", "all zero"),
         ((1, math.nan), "mean", "all zero"),
-        ((1, 1), "max", "takes no view weights"),
+        ((1, 1), "max", "takes no view coefficients"),
     ],
 )
-def test_bad_weights(weights: tuple[float, ...], merge: str, message: str) -> None:
+def test_bad_coefficients(coefficients: tuple[float, ...], merge: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         merge_views(
             lambda x: x,
             torch.zeros(1, 3, 2, 2),
             views=parse_views("identity,hflip"),
             merge=merge,
-            weights=weights,
+            coefficients=coefficients,
         )
 
 
@@ -246,9 +250,9 @@ def test_true_class_samples_by_hand() -> None:
 def test_fitted_weights_by_hand() -> None:
     # Maximum of ln(w) + ln(1 - w) twice weighted: of 3 pixels view 0 is right on 2, view 1 on 1.
     right = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    assert fit_weights(right) == pytest.approx([2 / 3, 1 / 3])
-    assert fit_weights(torch.full((4, 9), 0.3)) == pytest.approx([0.25] * 4)
-    assert fit_weights(torch.tensor([[0.9, 0.8], [0.2, 0.1]]))[0] > 0.999
+    assert fit_coefficients(right) == pytest.approx([2 / 3, 1 / 3])
+    assert fit_coefficients(torch.full((4, 9), 0.3)) == pytest.approx([0.25] * 4)
+    assert fit_coefficients(torch.tensor([[0.9, 0.8], [0.2, 0.1]]))[0] > 0.999
 
 
 def test_fitted_weights_beat_every_weight_on_a_grid() -> None:
@@ -258,7 +262,7 @@ def test_fitted_weights_beat_every_weight_on_a_grid() -> None:
     def likelihood(first: float) -> float:
         return float((first * probabilities[0] + (1 - first) * probabilities[1]).log().mean())
 
-    first, second = fit_weights(probabilities)
+    first, second = fit_coefficients(probabilities)
     assert first + second == pytest.approx(1)
     assert first > 0.5
     assert likelihood(first) >= max(likelihood(one / 50) for one in range(51)) - 1e-4

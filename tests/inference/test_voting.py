@@ -53,15 +53,15 @@ def test_ranks_hold_in_any_order_of_voters() -> None:
 def test_hard_votes_weighted_by_class() -> None:
     # Voter 0 is good at class 1 only; voters 1 and 2 are good at class 2.
     weights = torch.tensor([[0.5, 0.9, 0.1, 0.0], [0.5, 0.2, 0.4, 0.0], [0.5, 0.2, 0.6, 0.0]])
-    assert _hard([1, 2], weights=weights) == 1  # .9 against .4
-    assert _hard([1, 2, 2], weights=weights) == 2  # .9 against 1.0
-    assert _hard([2, 1, 1], weights=weights) == 1  # .1 against .4
-    assert _hard([3, 3, 3], weights=weights) == 3  # worth nothing, yet nobody says otherwise
-    assert _hard([3, 3, 1], weights=weights) == 1
-    assert _hard([1, 2, 2], weights=torch.tensor([3.0, 1.0, 1.0])) == 1
+    assert _hard([1, 2], coefficients=weights) == 1  # .9 against .4
+    assert _hard([1, 2, 2], coefficients=weights) == 2  # .9 against 1.0
+    assert _hard([2, 1, 1], coefficients=weights) == 1  # .1 against .4
+    assert _hard([3, 3, 3], coefficients=weights) == 3  # worth nothing, yet nobody says otherwise
+    assert _hard([3, 3, 1], coefficients=weights) == 1
+    assert _hard([1, 2, 2], coefficients=torch.tensor([3.0, 1.0, 1.0])) == 1
     missing = weights.clone()
     missing[1:, 2] = float("nan")
-    assert _hard([1, 2, 2], weights=missing) == 1
+    assert _hard([1, 2, 2], coefficients=missing) == 1
 
 
 @pytest.mark.parametrize("max_bytes", [IN_MEMORY, IN_FILES])
@@ -110,7 +110,7 @@ def test_soft_votes_by_hand() -> None:
     for voter, one in enumerate([unsure, unsure, sure]):
         vote.add(0, one.view(3, 1, 1), voter=voter)
     assert int(vote.result(0)) == 1  # 1.7 against 1.3, though two of three say 2
-    weighted = SoftVote([(1, 1)], 3, weights=torch.tensor([[1.0, 0.1, 1.0], [1.0, 0.1, 1.0]]))
+    weighted = SoftVote([(1, 1)], 3, coefficients=torch.tensor([[1.0, 0.1, 1.0], [1.0, 0.1, 1.0]]))
     weighted.add(0, sure.view(3, 1, 1), voter=1)
     assert int(weighted.result(0)) == 2  # .09 against .1
     torch.testing.assert_close(

@@ -1,0 +1,103 @@
+"""Files of models: save a model with its classes, and load a predictor from a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from segkit.core import checkpoint, config
+from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
+from segkit.core.errors import CheckpointError
+from segkit.inference.predictor import Predictor
+from segkit.inference.tta import Views
+from segkit.models.kernels.fuse import fuse_batch_norm
+from segkit.models.segmenter import Segmenter, build_model, load_model
+from segkit.training.step import precision
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    classes: Sequence[str],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> None:
+    """Write a model to a file that :func:`load` reads, and that soups take as an ingredient.
+
+    Args:
+        model: From :func:`segkit.create_model` or :func:`segkit.build_model`.
+        path: The file, which is replaced.
+        classes: Class names, one per plane of logits; for a single plane that of the foreground.
+        mean: Means of R, G and B that the model was trained with, in 0..1.
+        std: Standard deviations of R, G and B, in 0..1.
+
+    Raises:
+        CheckpointError: The model has no record of its backbone and decoder, or has another number
+            of classes.
+    """
+    if not isinstance(model, Segmenter) or model.config is None:
+        raise CheckpointError(
+            f"model: {type(model).__name__} does not record its backbone and decoder; expected a "
+            "model of segkit.create_model; save the state_dict() of others with torch.save"
+        )
+    raw = {"model": model.config, "data": {"mean": list(mean), "std": list(std)}}
+    cfg, weights = config.parse(raw, "model"), model.state_dict()
+    with torch.device("meta"):
+        expected = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=len(classes))
+    try:
+        checkpoint.check_fit(expected, weights, Path(path))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"classes: {len(classes)} names do not fit the model: {error}"
+        ) from error
+    state = {"config": config.to_dict(cfg), "classes": list(classes), "model": weights}
+    checkpoint.save(state, Path(path))
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    views: Views = (),
+    coefficients: Sequence[float] | None = None,
+    overrides: Sequence[str] = (),
+    fuse: bool = True,
+    verify: bool = True,
+) -> Predictor:
+    """Return the predictor of a checkpoint, set up by the checkpoint's own configuration.
+
+    Args:
+        path: A checkpoint of a run, a soup, or a file of :func:`save`.
+        device: Where the model runs; default: CUDA if available, else the CPU.
+        views: Test-time augmentations, such as ``"flips"``.
+        coefficients: One per view; default: equal.
+        overrides: Settings in place of the checkpoint's, such as ``["infer.tile=512"]``.
+        fuse: Fuse BatchNorm; without, the model can load other weights.
+        verify: Compare the file with its digest first.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or no checkpoint of a model.
+        ConfigError: A view or an override is invalid.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, trained, entries = load_model(Path(path), verify=verify)
+    cfg = config.override(trained, overrides)
+    layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
+    model.to(device).to(memory_format=layout)
+    return Predictor(
+        fuse_batch_norm(model) if fuse else model,
+        mean=cfg.data.mean,
+        std=cfg.data.std,
+        classes=entries["classes"],
+        size=cfg.infer.size,
+        views=views,
+        merge=cfg.infer.merge,
+        coefficients=coefficients,
+        tile=cfg.infer.tile,
+        overlap=cfg.infer.overlap,
+        amp=precision(cfg.train.amp, torch.device(device)),
+        channels_last=cfg.train.channels_last,
+    )

@@ -1,0 +1,88 @@
+"""Prediction of a photograph, and the forms in which photographs are given."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from segkit.data.images import read_image, to_tensor
+from segkit.inference.outputs import overlay
+
+Photo: TypeAlias = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
+"""A file, a Pillow image, a uint8 array (H, W, 3), or a uint8 tensor (3, H, W) or (B, 3, H, W)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Prediction of a photograph; all tensors are on the CPU.
+
+    That of a batch has the additional axis B; ``prediction[i]`` is that of one image.
+
+    Args:
+        image: The photograph, upright RGB.
+        mask: The most probable class at every pixel.
+        probabilities: Probabilities of the classes; of background and foreground for a model with
+            one plane of logits.
+        classes: Class names, or ``()`` if the predictor has none.
+
+    Shape:
+        image: uint8 (3, H, W)
+        mask: uint8 (H, W)
+        probabilities: float32 (C, H, W)
+    """
+
+    image: Tensor = field(repr=False)
+    mask: Tensor = field(repr=False)
+    probabilities: Tensor = field(repr=False)
+    classes: tuple[str, ...] = ()
+
+    def overlay(self, **options: Any) -> Image.Image:
+        """Return the photograph blended with the classes' colors.
+
+        Args:
+            **options: ``colors``, ``opacity``, ``background`` and ``legend`` of
+                :func:`segkit.overlay`.
+        """
+        if self.image.dim() == 4:
+            raise ValueError("overlay() draws one image; use prediction[i].overlay()")
+        return overlay(self.image, self.mask, classes=self.classes, **options)
+
+    def __getitem__(self, index: int) -> "Prediction":
+        if self.image.dim() != 4:
+            raise TypeError("only the prediction of a batch has items")
+        return Prediction(
+            self.image[index], self.mask[index], self.probabilities[index], self.classes
+        )
+
+
+def as_tensor(photo: Photo) -> Tensor:
+    """Return a photograph as a uint8 tensor, (3, H, W), or (B, 3, H, W) for a batch.
+
+    Files and Pillow images are rotated to their EXIF orientation and converted to RGB.
+
+    Raises:
+        DataError: A file cannot be read.
+        TypeError: ``photo`` is none of the types of :data:`Photo`.
+        ValueError: An array has another type or shape.
+    """
+    if isinstance(photo, str | Path):
+        return read_image(photo)
+    if isinstance(photo, Image.Image):
+        return to_tensor(photo)
+    if isinstance(photo, np.ndarray):
+        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+            raise ValueError(
+                f"photo: expected a uint8 array (H, W, 3), got {photo.dtype} {photo.shape}; "
+                "give images with the channels first as a tensor"
+            )
+        return torch.from_numpy(np.ascontiguousarray(photo)).permute(2, 0, 1)
+    if isinstance(photo, Tensor):
+        return photo
+    raise TypeError(
+        "photo: expected a path, a Pillow image, an array, a tensor, or a list of these; "
+        f"got {type(photo).__name__}"
+    )
