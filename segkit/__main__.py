@@ -4,7 +4,7 @@ import sys
 from typing import NoReturn
 
 from segkit import infer, train
-from segkit.commands import augment, check, console, demo, explore, report, weights
+from segkit.commands import augment, check, console, demo, explore, reference, report, weights
 from segkit.core.errors import closest
 
 COMMANDS = {
@@ -13,11 +13,9 @@ COMMANDS = {
     "check": (check.main, "read a data set and list all faults"),
     "explore": (explore.main, "write a page about labelled images"),
     "report": (report.main, "write the pages of runs"),
-    "weights": (
-        weights.main,
-        "show the model of a weights file, and the entries that would be loaded",
-    ),
+    "weights": (weights.main, "show the model of a weights file and what would be loaded"),
     "augment": (augment.main, "draw augmented training images"),
+    "list": (reference.main, "print components, their arguments and defaults"),
     "demo": (demo.main, "draw the demo data set"),
 }
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from segkit.commands import console
+from segkit.commands import console, reference
 from segkit.core import checkpoint, distributed
 from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError
@@ -333,7 +333,7 @@ def _sign(score: dict[str, Any]) -> str:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="segkit infer", description="Predict with trained runs.")
+    parser = reference.parser("infer", "Predict with trained runs.")
     parser.add_argument(
         "--run-dir", action="append", metavar="DIR", help="a run (repeatable); default the newest"
     )

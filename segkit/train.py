@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from segkit.augment.pipeline import build_pipeline
-from segkit.commands import console
+from segkit.commands import console, reference
 from segkit.core import backend, checkpoint, config, distributed
 from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError, shorten
@@ -395,12 +395,7 @@ def note(step: int, order: TrainOrder, loss: Tensor, lr: float) -> str:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="segkit train",
-        description="Train the folds of a configuration.",
-        epilog=config.describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = reference.parser("train", "Train the folds of a configuration.")
     parser.add_argument(
         "--cfg", required=True, metavar="NAME", help="a path, or a name in configs/"
     )

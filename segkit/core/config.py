@@ -188,7 +188,8 @@ class Infer:
     tta: tuple[str, ...] = _setting(("flips",), "views of test-time augmentation (--tta)")
     merge: Literal["mean", "logits", "geometric", "max"] = _setting("mean", "how views are merged")
     palette: Literal["safe", "contest"] = _setting(
-        "safe", "colors of masks, overlays and pages: safe for color blindness, or the contest's"
+        "safe",
+        "colors of masks, overlays and pages: safe for color blindness, or the trash contest's",
     )
     outputs: tuple[Literal["overlays", "sheets", "coco", "csv", "soft"], ...] = _setting(
         ("overlays", "coco", "csv"), "outputs of infer.py in addition to the masks"
@@ -355,22 +356,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def describe() -> str:
-    """Return help text of every setting, with its type and default, for ``--help``."""
-    lines = ["settings (in the file, or by --set section.key=value):"]
-    for section in dataclasses.fields(Config):
-        lines.append("")
-        if not dataclasses.is_dataclass(section.type):
-            lines.append(_describe(section, section.name))
-            continue
-        lines.append(f"  {section.name}: {(section.type.__doc__ or '').strip()}")
-        lines += [
-            _describe(setting, f"{section.name}.{setting.name}")
-            for setting in _fields(section.type)
-        ]
-    return "\n".join(lines)
-
-
 def bind(
     registry: Mapping[str, Callable[..., Any]],
     spec: Component | str,
@@ -397,23 +382,18 @@ def bind(
     if name not in registry:
         raise ConfigError(f"{path}.name: unknown {quoted(name)}{closest(name, registry)}")
     target = registry[name]
-    hints = _hints(target)
-    parameters = {
-        key: parameter
-        for key, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    }
-    settable = [key for key in parameters if key not in given]
+    types = hints(target)
+    parameters = settable(target, given)
     for key in arguments:
-        if key not in settable:
+        if key not in parameters:
             raise ConfigError(
-                f"{path}.{shorten(key)}: '{name}' has no such argument{closest(key, settable)}"
+                f"{path}.{shorten(key)}: '{name}' has no such argument{closest(key, parameters)}"
             )
-    for key in settable:
-        if parameters[key].default is inspect.Parameter.empty and key not in arguments:
-            raise ConfigError(f"{path}.{key}: is missing; '{name}' expects {_spell(hints[key])}")
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise ConfigError(f"{path}.{key}: is missing; '{name}' expects {spell(types[key])}")
     converted = {
-        key: _convert(value, hints.get(key, Any), f"{path}.{key}")
+        key: _convert(value, types.get(key, Any), f"{path}.{key}")
         for key, value in arguments.items()
     }
     return functools.partial(target, **converted)
@@ -454,7 +434,18 @@ def check_bounds(low: float, high: float, **arguments: float | Sequence[float]) 
                 raise ConfigError(f"{name}: expected {low:g} to {high:g}, got {number}")
 
 
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+def settable(target: Callable[..., Any], given: Sequence[str] = ()) -> dict[str, inspect.Parameter]:
+    """Return the parameters that a configuration may set: those not in ``given``."""
+    return {
+        key: parameter
+        for key, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and key not in given
+    }
+
+
+def hints(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return the annotated types of a component's parameters."""
     return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
 
 
@@ -539,7 +530,7 @@ def _check_range(value: Any, setting: dataclasses.Field, path: str) -> None:
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """Convert ``value`` to its annotated type: lists to tuples, ints to floats, nothing else."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    refusal = f"{path}: expected {_spell(hint)}, got {_kind(value)}"
+    refusal = f"{path}: expected {spell(hint)}, got {_kind(value)}"
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
@@ -551,7 +542,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if value in inner and type(value) in {type(word) for word in inner}:
             return value
         nearest = closest(value, map(str, inner)) if isinstance(value, str) else ""
-        raise ConfigError(f"{path}: expected {_spell(hint)}, got {_kind(value)}{nearest}")
+        raise ConfigError(f"{path}: expected {spell(hint)}, got {_kind(value)}{nearest}")
     if not _shape_fits(value, hint):
         raise ConfigError(refusal)
     if hint is float:
@@ -564,7 +555,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         elif len(value) == len(inner):
             hints = list(inner)
         else:
-            raise ConfigError(f"{path}: expected {_spell(hint)}, got {len(value)} values")
+            raise ConfigError(f"{path}: expected {spell(hint)}, got {len(value)} values")
         return tuple(
             _convert(item, item_hint, f"{path}[{i}]")
             for i, (item, item_hint) in enumerate(zip(value, hints, strict=True))
@@ -615,17 +606,17 @@ def _finite(value: float, path: str) -> float:
     return number
 
 
-def _spell(hint: Any) -> str:
+def spell(hint: Any) -> str:
     """Return an annotation in plain words, for messages."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_spell(option) for option in inner)
+        return " or ".join(spell(option) for option in inner)
     if origin is Literal:
         return "one of " + ", ".join(repr(word) for word in inner)
     if origin is tuple and not (len(inner) == 2 and inner[1] is Ellipsis):
-        return f"a list of {len(inner)} ({', '.join(map(_spell, inner))})"
+        return f"a list of {len(inner)} ({', '.join(map(spell, inner))})"
     if origin in _SEQUENCES:
-        return f"a list ({_spell(inner[0])} each)" if inner else "a list"
+        return f"a list ({spell(inner[0])} each)" if inner else "a list"
     if _is_mapping(hint):
         return "an object"
     plain = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -638,11 +629,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
     return f"{json.dumps(value):.60}"
-
-
-def _describe(setting: dataclasses.Field, path: str) -> str:
-    default = setting.default
-    if default is dataclasses.MISSING:
-        default = setting.default_factory() if callable(setting.default_factory) else None
-    kind = f"{_spell(setting.type)}; default {json.dumps(default)}"
-    return f"    {path}\n        {setting.metadata['help']} ({kind})"

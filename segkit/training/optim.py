@@ -32,6 +32,13 @@ def adamw(
     """Return Adam with decoupled weight decay.
 
     Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
+
+    Args:
+        groups: Parameter groups.
+        lr: Learning rate.
+        weight_decay: Share of a weight that a step removes, relative to ``lr``.
+        betas: Decay of the averages of the gradient and of its square.
+        eps: Added to the denominator.
     """
     return AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True)
 
@@ -44,7 +51,15 @@ def sgd(
     momentum: float = 0.9,
     nesterov: bool = False,
 ) -> SGD:
-    """Return stochastic gradient descent with momentum."""
+    """Return stochastic gradient descent with momentum.
+
+    Args:
+        groups: Parameter groups.
+        lr: Learning rate.
+        weight_decay: Coefficient of the weights that is added to the gradient.
+        momentum: Decay of the sum of gradients.
+        nesterov: Use Nesterov's momentum.
+    """
     return SGD(
         groups,
         lr=lr,
@@ -109,6 +124,9 @@ def cosine(step: int, *, total: int, warmup: int = 0, min_factor: float = 0.0) -
     """Return half a cosine from 1 to ``min_factor``.
 
     Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983
+
+    Args:
+        min_factor: Factor on the learning rate at the last step.
     """
     if step < warmup:
         return _climb(step, warmup)
@@ -121,6 +139,10 @@ def poly(
     """Return ``(1 - progress) ** power``, scaled to fall from 1 to ``min_factor``.
 
     Chen et al. 2017, https://arxiv.org/abs/1606.00915
+
+    Args:
+        power: Exponent; 1 is linear.
+        min_factor: Factor on the learning rate at the last step.
     """
     if step < warmup:
         return _climb(step, warmup)

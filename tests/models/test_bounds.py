@@ -50,7 +50,7 @@ def values(hint: Any, numbers: Numbers) -> list[Any]:
 def components(registry: Registry, numbers: Numbers) -> Iterator[dict[str, Any]]:
     seen = set()
     for name, target in registry.items():
-        hints = config._hints(target)
+        hints = config.hints(target)
         for key in inspect.signature(target).parameters:
             family = target.__qualname__, target.__module__, key
             if key in GIVEN or key not in hints or (family in seen and "<locals>" in family[0]):
