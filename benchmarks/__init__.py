@@ -8,12 +8,14 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from segkit.training.step import precision
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,41 @@ class Figure:
 
 
 class Turns(NamedTuple):
-    """What taking turns found: a ratio a round, and the medians of both sides' seconds."""
+    """The median ratio of some rounds, its quartiles, and the medians of both sides' seconds."""
 
     ratio: float
     spread: tuple[float, float]
     ours: float
     theirs: float
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Return the seconds of each side in each round.
+
+    The order is reversed in every round, so that other work of the machine affects all sides alike.
+    For work of one thread, ``time.process_time`` as the clock leaves out waiting for a core (see
+    :func:`clock_for`). Work that a side leaves to a GPU is waited for.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(-warm_up, rounds):
+        for name in list(sides) if turn % 2 else reversed(list(sides)):
+            took = _seconds(sides[name], clock)
+            if turn >= 0:
+                seconds[name].append(took)
+    return seconds
+
+
+def ratio_of(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median of the rounds' ratios ``theirs / ours``, and its quartiles."""
+    ratios = [peer / mine for peer, mine in zip(theirs, ours, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, low, high
 
 
 def take_turns(
@@ -62,23 +93,12 @@ def take_turns(
     warm_up: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Turns:
-    """The median of peer's time over ours, and its quartiles, a ratio a round.
-
-    Who is first changes with each round, so that what else the machine does falls on both alike.
-    For work of one thread, ``time.process_time`` as the clock leaves out waiting for a core (see
-    :func:`clock_for`). What a side leaves to a GPU is waited for.
-    """
-    seconds: dict[Callable[[], object], list[float]] = {ours: [], peer: []}
-    for turn in range(-warm_up, rounds):
-        for side in (ours, peer) if turn % 2 else (peer, ours):
-            took = _seconds(side, clock)
-            if turn >= 0:
-                seconds[side].append(took)
-    pairs = zip(seconds[ours], seconds[peer], strict=True)
-    low, middle, high = statistics.quantiles([theirs / mine for mine, theirs in pairs], n=4)
-    return Turns(
-        middle, (low, high), statistics.median(seconds[ours]), statistics.median(seconds[peer])
-    )
+    """Return the ratio of the peer's time over ours; see :func:`alternate`."""
+    sides = {"ours": ours, "peer": peer}
+    seconds = alternate(sides, rounds=rounds, warm_up=warm_up, clock=clock)
+    middle, low, high = ratio_of(seconds["peer"], seconds["ours"])
+    medians = (statistics.median(seconds[side]) for side in sides)
+    return Turns(middle, (low, high), *medians)
 
 
 def clock_for(threads: int, device: str = "cpu") -> Callable[[], float]:
@@ -101,6 +121,14 @@ def version_of(package: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         print(f"missing: {package}; install it with: pip install '.[bench]'", file=sys.stderr)
         return None
+
+
+def bf16(device: str = "cpu") -> torch.dtype | None:
+    """Return ``torch.bfloat16``, or None, with a sentence on stderr, if it would be emulated."""
+    if precision("auto", torch.device(device)) is torch.bfloat16:
+        return torch.bfloat16
+    print(f"{device} has no bf16 arithmetic; its rows are left out", file=sys.stderr)
+    return None
 
 
 def matmul_rate(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:

@@ -9,6 +9,7 @@ reaches is the bytes of the logits in its time, beside the rate at which memory 
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +31,12 @@ SHAPE = (8, 11, 512, 512)
 Side = Callable[[Tensor, Tensor], Tensor]
 
 
-def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Logits and masks as the loader gives them."""
+def batch(device: str = "cpu", size: int = SHAPE[2]) -> tuple[Tensor, Tensor]:
+    """Return logits, and masks as the loader yields them."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(SHAPE, generator=generator)
-    target = torch.randint(SHAPE[1], (SHAPE[0], *SHAPE[2:]), generator=generator, dtype=torch.uint8)
+    logits = torch.randn(*SHAPE[:2], size, size, generator=generator)
+    shape = SHAPE[0], size, size
+    target = torch.randint(SHAPE[1], shape, generator=generator, dtype=torch.uint8)
     return logits.to(device), target.to(device)
 
 
@@ -59,20 +61,20 @@ def argmax_and_bincount(logits: Tensor, target: Tensor) -> Tensor:
     return torch.bincount(codes.flatten(), minlength=SHAPE[1] ** 2).view(SHAPE[1], SHAPE[1])
 
 
-def memory(side: Side | None, device: str) -> None:
-    """What a fresh process measures the memory of."""
-    logits, target = batch(device)
-    if side is not None:
-        side(logits, target)
+def memory(side: Side, *where: Any) -> None:
+    """Make a batch and run a side on it; a new process measures its memory."""
+    side(*batch(*where))
 
 
-def figures(rounds: int, threads: int, device: str = "cpu") -> Iterator[Figure]:
-    """Time and memory against each peer."""
+def figures(
+    rounds: int, threads: int, device: str = "cpu", size: int = SHAPE[2]
+) -> Iterator[Figure]:
+    """Yield time and memory against each peer."""
     torch.set_num_threads(threads)
-    logits, target = batch(device)
-    rate, size = copy_rate(device), logits.nbytes / 1e9
-    start = peak_memory(memory, None, device, device=device)
-    mine = peak_memory(memory, segkit, device, device=device) - start
+    logits, target = batch(device, size)
+    rate, read = copy_rate(device), logits.nbytes / 1e9
+    start = peak_memory(batch, device, size, device=device)
+    mine = peak_memory(memory, segkit, device, size, device=device) - start
     peers = {"torchmetrics": torchmetrics, "argmax and bincount": argmax_and_bincount}
     for name, peer in peers.items():
         version = version_of(name) if peer is torchmetrics else torch.__version__
@@ -85,10 +87,10 @@ def figures(rounds: int, threads: int, device: str = "cpu") -> Iterator[Figure]:
             rounds=rounds,
             clock=clock_for(threads, device),
         )
-        reached = size / turns.ours, size / turns.theirs, rate
+        reached = read / turns.ours, read / turns.theirs, rate
         task = "logits to confusion matrix"
         yield Figure(task, name, version, *turns[:2], threads, *reached, "GB/s")
-        used = peak_memory(memory, peer, device, device=device) - start
+        used = peak_memory(memory, peer, device, size, device=device) - start
         ratio = used / mine
         yield Figure(
             f"memory, {task}", name, version, ratio, (ratio, ratio), threads, mine, used, unit="MiB"

@@ -1,10 +1,11 @@
-"""An evaluation pass against the libraries whose models these are.
+"""Inference against the libraries whose models these are.
 
     python -m benchmarks.inference [--json] [--rounds 10] [--threads 2] [--case NAME ...]
         [--size 256] [--amp]
 
-The models of ``benchmarks.step``, on two images in inference mode. Ours is as ``infer.py`` runs it:
-BatchNorm folded into the convolutions, channels_last. What a side reaches is reckoned as there.
+The models of ``benchmarks.step``, on two images in inference mode. Ours is the pass of the
+:class:`Predictor` that ``infer.py`` builds: BatchNorm fused into the convolutions, channels_last,
+and on CUDA a graph of the shape. GFLOP/s are computed as there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,27 +14,66 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import Figure, clock_for, matmul_rate, show, take_turns, version_of
-from benchmarks.step import CASES, Case, batch, chosen, flops, model_arguments, ours, rates
+from benchmarks.step import (
+    BATCH,
+    CASES,
+    ON_CPU,
+    Case,
+    batch,
+    chosen,
+    flops,
+    model_arguments,
+    ours,
+    rates,
+)
+from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
+from segkit.inference.predictor import Predictor
 from segkit.models.kernels.fuse import fuse_batch_norm
 
-
-def our_pass(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
-    """This library's side."""
-    model = fuse_batch_norm(ours(case, device).eval())
-    images = batch(size, device)[0].contiguous(memory_format=torch.channels_last)
-    return _inference(model, images, amp)
+Pass = Callable[[], object]
 
 
-def their_pass(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
-    """The peer's side."""
-    return _inference(case.theirs().to(device).eval(), batch(size, device)[0], amp)
+def our_pass(
+    case: Case, size: int, amp: torch.dtype | None, device: str, *, images: int = BATCH
+) -> Pass:
+    """Return this library's pass from normalized images to logits of their size."""
+    predict = Predictor(
+        fuse_batch_norm(ours(case, device).eval()),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        amp=amp,
+        channels_last=True,
+    )
+    pixels, _ = batch(size, device, images)
+    return torch.inference_mode()(lambda: predict._logits(pixels))
 
 
-def _inference(model: nn.Module, images: Tensor, amp: torch.dtype | None) -> Callable[[], object]:
+def their_pass(
+    case: Case,
+    size: int,
+    amp: torch.dtype | None,
+    device: str,
+    *,
+    images: int = BATCH,
+    layout: torch.memory_format = torch.contiguous_format,
+    without_aux: bool = False,
+) -> Pass:
+    """Return the peer's pass; ``layout`` and ``without_aux`` are what an informed user adds."""
+    with torch.device(device):
+        model = case.theirs().eval().to(memory_format=layout)
+    for name in ("aux_classifier", "auxiliary_head"):  # torchvision's, transformers'
+        if without_aux and hasattr(model, name):
+            setattr(model, name, None)
+    return _pass(model, batch(size, device, images)[0], amp, layout)
+
+
+def _pass(
+    model: nn.Module, pixels: Tensor, amp: torch.dtype | None, layout: torch.memory_format
+) -> Pass:
     @torch.inference_mode()
     def run() -> object:
-        with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
-            return model(images)
+        with torch.autocast(pixels.device.type, dtype=amp, enabled=amp is not None):
+            return model(pixels.contiguous(memory_format=layout))
 
     return run
 
@@ -42,7 +82,7 @@ def figures(
     rounds: int,
     threads: int,
     *,
-    names: Sequence[str] = tuple(CASES),
+    names: Sequence[str] = ON_CPU,
     size: int = 256,
     amp: torch.dtype | None = None,
     device: str = "cpu",

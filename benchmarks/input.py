@@ -1,41 +1,54 @@
-"""What the model waits for: the cache against decoding, and an epoch against one batch in memory.
+"""Input: the cache against decoding, and steps fed by the loader against steps on one batch.
 
-    python -m benchmarks.input [--json] [--rounds 25]
+    python -m benchmarks.input [--json] [--rounds 25] [--device cpu] [--workers 8] [--size 512]
 
-Reading is of 512×512 photographs with ten COCO polygons each. An epoch trains on the same size with
-``num_workers`` 0 and 2, and is compared with the same steps on one batch that never changes: 1.0 is
-an input pipeline that costs nothing.
+Reading is of 512 x 512 photographs with ten COCO polygons each. An epoch trains on crops of
+256 x 256 with ``data.workers`` 0 and 2, and is compared with the same steps on one batch that never
+changes: 1.0 is an input pipeline that costs nothing.
+
+With ``--device cuda`` the steps are those of UNet++ on ResNet-34, 16 crops of 512 x 512, fed by
+``--workers`` with the augmentations of the shipped configuration ``swin``, rendered on the CPU and
+on the model's device (``augment.device``). The loader alone comes first, in images per second.
 """
 
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import Figure, arguments, show, take_turns
+from benchmarks import Figure, alternate, arguments, ratio_of, show, take_turns
+from benchmarks.step import CASES, our_step
 from segkit import build_loss, build_model, build_optimizer, train_step
 from segkit.augment import Pipeline
+from segkit.core.backend import cudnn_autotuning
 from segkit.data import CachedSource, CocoSource, Source
 from segkit.data.loader import TrainImages, TrainOrder, train_batches
+from segkit.training.step import precision
 
 SIZE, IMAGES, BATCH = 512, 16, 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OPERATIONS = [
-    {"name": "scale", "range": [0.5, 2.0]},
-    {"name": "rotate", "degrees": [-30, 30], "p": 0.5},
-    {"name": "crop", "size": [256, 256], "max_class_share": 0.75},
-    "hflip",
-    "photometric",
-]
+
+
+def operations(crop: int) -> list[dict[str, Any]]:
+    """Return the augmentations of the contest's configurations, with crops of this side."""
+    return [
+        {"name": "scale", "range": [0.5, 2.0]},
+        {"name": "rotate", "degrees": [-180, 180], "p": 0.5},
+        {"name": "crop", "size": [crop, crop], "max_class_share": 0.75},
+        {"name": "hflip"},
+        {"name": "photometric"},
+    ]
 
 
 def write_set(folder: Path) -> CocoSource:
-    """Photographs of smooth colors and fine texture, with polygons of forty corners."""
+    """Write photographs of smooth colors and fine texture, with polygons of forty corners."""
     rng = np.random.default_rng(0)
     images, annotations = [], []
     for i in range(IMAGES):
@@ -94,7 +107,7 @@ def trainer() -> Callable[[tuple[Tensor, Tensor]], None]:
 def epoch(source: Source, workers: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """The steps of an epoch fed by the pipeline, and as many on one batch."""
     step = trainer()
-    pipeline = Pipeline(OPERATIONS, size=None, mean=MEAN, std=STD)
+    pipeline = Pipeline(operations(SIZE // 2), size=None, mean=MEAN, std=STD)
     indices = list(range(len(source)))
     images = TrainImages(source, indices, pipeline, seed=0)
     order = TrainOrder(indices, epochs=10**6, batch_size=BATCH, accumulate=1, seed=0)
@@ -112,8 +125,81 @@ def epoch(source: Source, workers: int) -> tuple[Callable[[], None], Callable[[]
     return fed, still
 
 
+def feed(
+    source: Source, *, size: int, batch: int, workers: int, device: str, render: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return an endless iterator of augmented batches on a device."""
+    pipeline = Pipeline(operations(size), size=None, mean=MEAN, std=STD)
+    indices = list(range(len(source)))
+    images = TrainImages(source, indices, pipeline, seed=0, render=render)
+    order = TrainOrder(indices, epochs=10**6, batch_size=batch, accumulate=1, seed=0)
+    return iter(train_batches(images, order, workers=workers, device=torch.device(device)))
+
+
+def fed_steps(
+    device: str,
+    size: int = SIZE,
+    *,
+    case: str = "UNet++ ResNet-34",
+    batch: int = IMAGES,
+    workers: int = 8,
+    steps: int = 40,
+    rounds: int = 2,
+) -> Iterator[Figure]:
+    """Yield the rates of steps and of the loader alone, for each device that can augment."""
+    amp = precision("auto", torch.device(device))
+    step = our_step(CASES[case], size, amp, device, images=batch, recompute="off")
+    with tempfile.TemporaryDirectory() as root, cudnn_autotuning(True):
+        source = CachedSource(write_set(Path(root)), Path(root, "cache"), limit=1e9)
+        for where in ("cpu", "model"):
+            render = where == "cpu"
+            batches = feed(
+                source, size=size, batch=batch, workers=workers, device=device, render=render
+            )
+            # The workers prepare up to 4 batches each while other sides are measured.
+            seconds = turns(step, batches, steps=steps, rounds=rounds, ahead=4 * workers + 2)
+            del batches  # ends the workers
+            fed, fixed, alone = (
+                rounds * steps * batch / sum(seconds[side]) for side in ("fed", "fixed", "alone")
+            )
+            middle, low, high = ratio_of(seconds["fixed"], seconds["fed"])
+            about = f"{case}, {batch} x {size}, {workers} workers, augment.device={where}"
+            yield Figure(
+                f"fed steps, {about}", "one batch", "", middle, (low, high), 1, fed, fixed, alone,
+                "images/s; the last is the loader alone",
+            )  # fmt: skip
+
+
+def turns(
+    step: Callable[..., object], batches: Iterator, *, steps: int, rounds: int, ahead: int
+) -> dict[str, list[float]]:
+    """Return the seconds of steps on new batches, of as many on one batch, and of batches alone."""
+    fixed = next(batches)
+
+    def run(side: str) -> None:
+        for _ in range(steps):
+            given = fixed if side == "fixed" else next(batches)
+            if side != "alone":
+                step(*given)
+
+    step(*fixed)
+    seconds: dict[str, list[float]] = {"fed": [], "fixed": [], "alone": []}
+    for _ in range(rounds):
+        for side, taken in seconds.items():
+            if side != "fixed":
+                drain(batches, ahead)
+            taken += alternate({side: partial(run, side)}, rounds=1, warm_up=0)[side]
+    return seconds
+
+
+def drain(batches: Iterator, number: int) -> None:
+    """Take batches and throw them away."""
+    for _ in range(number):
+        next(batches)
+
+
 def figures(rounds: int) -> Iterator[Figure]:
-    """Reading, and epochs."""
+    """Yield reading, and epochs."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         plain = write_set(Path(root))
@@ -127,5 +213,12 @@ def figures(rounds: int) -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__ or "").parse_args()
-    show(figures(options.rounds), as_json=options.json)
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--workers", type=int, default=8, help="of the loader, with cuda")
+    parser.add_argument("--size", type=int, default=SIZE, help="side of the crops, with cuda")
+    options = parser.parse_args()
+    if options.device == "cuda":
+        show(fed_steps("cuda", options.size, workers=options.workers), as_json=options.json)
+    else:
+        show(figures(options.rounds), as_json=options.json)

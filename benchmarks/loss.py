@@ -10,6 +10,7 @@ at which memory is copied.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ TASKS = {
 Side = Callable[[Tensor, Tensor], Tensor]
 
 
-def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Logits that learn, and a target."""
+def batch(device: str = "cpu", size: int = SHAPE[2]) -> tuple[Tensor, Tensor]:
+    """Return logits that require a gradient, and a target."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(SHAPE, generator=generator)
-    target = torch.randint(SHAPE[1], (SHAPE[0], *SHAPE[2:]), generator=generator)
+    logits = torch.randn(*SHAPE[:2], size, size, generator=generator)
+    target = torch.randint(SHAPE[1], (SHAPE[0], size, size), generator=generator)
     return logits.to(device).requires_grad_(), target.to(device)
 
 
@@ -68,25 +69,22 @@ def forward_and_backward(side: Side, logits: Tensor, target: Tensor) -> Tensor:
     return loss.detach()
 
 
-def memory(make: Callable[[str], Side], task: str, device: str) -> None:
-    """What a fresh process measures the memory of, less the logits that both sides start from."""
-    forward_and_backward(make(task), *batch(device))
+def memory(make: Callable[[str], Side], task: str, *where: Any) -> None:
+    """Make a batch and run a side on it; a new process measures its memory."""
+    forward_and_backward(make(task), *batch(*where))
 
 
-def given(device: str) -> None:
-    """The logits and target alone."""
-    batch(device)
-
-
-def figures(rounds: int, threads: int, device: str = "cpu") -> Iterator[Figure]:
-    """Each task: time, then memory beyond logits and target."""
+def figures(
+    rounds: int, threads: int, device: str = "cpu", size: int = SHAPE[2]
+) -> Iterator[Figure]:
+    """Yield for each task the time, then the memory in addition to logits and target."""
     torch.set_num_threads(threads)
     package = "segmentation-models-pytorch"
     if not (version := version_of(package)):
         return
-    logits, target = batch(device)
-    rate, size = copy_rate(device), 2 * logits.nbytes / 1e9
-    start = peak_memory(given, device, device=device)
+    logits, target = batch(device, size)
+    rate, moved = copy_rate(device), 2 * logits.nbytes / 1e9
+    start = peak_memory(batch, device, size, device=device)
     for task in TASKS:
         ours, theirs = segkit(task), smp(task)
         if "theirs" not in task:
@@ -98,10 +96,11 @@ def figures(rounds: int, threads: int, device: str = "cpu") -> Iterator[Figure]:
             rounds=rounds,
             clock=clock_for(threads, device),
         )
-        reached = size / turns.ours, size / turns.theirs, rate
+        reached = moved / turns.ours, moved / turns.theirs, rate
         yield Figure(task, package, version, *turns[:2], threads, *reached, "GB/s")
         used = [
-            peak_memory(memory, side, task, device, device=device) - start for side in (segkit, smp)
+            peak_memory(memory, side, task, device, size, device=device) - start
+            for side in (segkit, smp)
         ]
         ratio = used[1] / used[0]
         yield Figure(

@@ -33,6 +33,7 @@ from benchmarks import (
     Figure,
     Turns,
     arguments,
+    bf16,
     clock_for,
     matmul_rate,
     peak_memory,
@@ -76,14 +77,17 @@ def smp(architecture: str, encoder: str) -> nn.Module:
     return getattr(peer, architecture)(encoder, encoder_weights=None, classes=CLASSES)
 
 
-def transformers(width: int, depths: Sequence[int], heads: Sequence[int]) -> nn.Module:
-    """UPerNet on a Swin of transformers, the window of 7 patches."""
+def transformers(
+    width: int, depths: Sequence[int], heads: Sequence[int], window: int = 7
+) -> nn.Module:
+    """UPerNet on a Swin of transformers."""
     import transformers as peer
 
     swin = peer.SwinConfig(
         embed_dim=width,
         depths=list(depths),
         num_heads=list(heads),
+        window_size=window,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     about = peer.UperNetConfig(
@@ -132,6 +136,12 @@ CASES = {
         "transformers",
         partial(transformers, 128, (2, 2, 18, 2), (4, 8, 16, 32)),
     ),
+    "UPerNet Swin-L window 12": Case(
+        {"name": "swin_l", "window": 12},
+        "upernet",
+        "transformers",
+        partial(transformers, 192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
+    ),
     "FCN ResNet-50": Case(
         {"name": "resnet50", "output_stride": 8},
         "fcn",
@@ -141,18 +151,27 @@ CASES = {
 }
 
 
-def batch(size: int, device: str) -> tuple[Tensor, Tensor]:
-    """Normalized images and their masks."""
+ON_CPU = tuple(name for name in CASES if name != "UPerNet Swin-L window 12")
+"""The cases that take seconds on a CPU."""
+
+
+def batch(size: int, device: str, images: int = BATCH) -> tuple[Tensor, Tensor]:
+    """Return normalized images and their masks."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(BATCH, 3, size, size, generator=generator)
-    masks = torch.randint(CLASSES, (BATCH, size, size), generator=generator)
-    return images.to(device), masks.to(device)
+    pixels = torch.randn(images, 3, size, size, generator=generator)
+    masks = torch.randint(CLASSES, (images, size, size), generator=generator)
+    return pixels.to(device), masks.to(device)
 
 
 def ours(case: Case, device: str) -> nn.Module:
-    """This library's model."""
-    model = build_model(case.backbone, case.decoder, num_classes=CLASSES)
-    return model.to(device, memory_format=torch.channels_last)
+    """Return this library's model."""
+    with torch.device(device):
+        model = build_model(case.backbone, case.decoder, num_classes=CLASSES)
+    return model.to(memory_format=torch.channels_last)
+
+
+Step = Callable[..., object]
+"""A training step; called with images and masks, it trains on these."""
 
 
 def our_step(
@@ -161,35 +180,54 @@ def our_step(
     amp: torch.dtype | None,
     device: str,
     *,
+    images: int = BATCH,
     compiled: bool = False,
     recompute: str = "auto",
-) -> Callable[[], object]:
-    """This library's side of a step."""
+) -> Step:
+    """Return this library's step, as ``train.py`` runs it."""
     model = ours(case, device).train()
     if compiled:
         model.compile()
     criterion = build_loss(["cross_entropy"], num_classes=CLASSES, aux_weight=case.aux_weight)
+    criterion.to(device)
     optimizer = build_optimizer(model, "adamw", lr=1e-4)
     scaler = torch.amp.GradScaler(device, enabled=False)
-    images, masks = batch(size, device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    masks = masks.to(torch.uint8)
-    return lambda: train_step(
-        model, criterion, optimizer, [(images, masks)], amp=amp, scaler=scaler, clip_norm=None,
-        recompute=recomputes(recompute, torch.device(device)),
-    )  # fmt: skip
+    saving = recomputes(recompute, torch.device(device))
+    given = batch(size, device, images)
+
+    def step(pixels: Tensor = given[0], masks: Tensor = given[1]) -> object:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return train_step(
+            model, criterion, optimizer, [(pixels, masks.to(torch.uint8))], amp=amp, scaler=scaler,
+            clip_norm=None, recompute=saving,
+        )  # fmt: skip
+
+    return step
 
 
-def their_step(case: Case, size: int, amp: torch.dtype | None, device: str) -> Callable[[], object]:
-    """The peer's side of a step."""
-    model = case.theirs().to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images, masks = batch(size, device)
+def their_step(
+    case: Case,
+    size: int,
+    amp: torch.dtype | None,
+    device: str,
+    *,
+    images: int = BATCH,
+    compiled: bool = False,
+    layout: torch.memory_format = torch.contiguous_format,
+    fused: bool | None = None,
+) -> Step:
+    """Return the peer's step; ``layout`` and ``fused`` are what an informed user adds."""
+    with torch.device(device):
+        model = case.theirs().train().to(memory_format=layout)
+    if compiled:
+        model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+    given = batch(size, device, images)
 
-    def step() -> None:
+    def step(pixels: Tensor = given[0], masks: Tensor = given[1]) -> None:
         optimizer.zero_grad()
         with torch.autocast(device, dtype=amp, enabled=amp is not None):
-            loss = their_loss(case, model, images, masks)
+            loss = their_loss(case, model, pixels.contiguous(memory_format=layout), masks)
         loss.backward()
         optimizer.step()
 
@@ -223,11 +261,12 @@ def memory(side: Callable[..., Callable[[], object]], threads: int, *rest: Any) 
         run()
 
 
-def flops(case: Case, size: int, *, training: bool) -> float:
-    """GFLOP of one forward pass of the peer's."""
-    model, images = case.theirs().train(training), batch(size, "cpu")[0]
+def flops(case: Case, size: int, *, training: bool, images: int = BATCH) -> float:
+    """Return the GFLOP of a forward pass of the peer's model."""
+    with torch.device("meta"):
+        model, pixels = case.theirs().train(training), torch.empty(images, 3, size, size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(images)
+        model(pixels)
     return counter.get_total_flops() / 1e9
 
 
@@ -244,7 +283,7 @@ def figures(
     rounds: int,
     threads: int,
     *,
-    names: Sequence[str] = tuple(CASES),
+    names: Sequence[str] = ON_CPU,
     size: int = 256,
     amp: torch.dtype | None = None,
     measure_memory: bool = False,
@@ -281,16 +320,17 @@ def figures(
 def model_arguments(description: str) -> argparse.ArgumentParser:
     """The parser of benchmarks that run the cases."""
     parser = arguments(description, rounds=10)
-    parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--case", nargs="+", default=list(ON_CPU), choices=CASES)
     parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--amp", action="store_true", help="both sides under bf16 autocast")
     return parser
 
 
 def chosen(options: argparse.Namespace) -> dict[str, Any]:
-    """Those options, as ``figures`` takes them."""
-    amp = torch.bfloat16 if options.amp else None
-    return {"names": options.case, "size": options.size, "amp": amp}
+    """Return those options as arguments of ``figures``; no names where bf16 would be emulated."""
+    amp = bf16() if options.amp else None
+    names = [] if options.amp and amp is None else options.case
+    return {"names": names, "size": options.size, "amp": amp}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """What benchmarks count, where it can be worked out by hand."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import take_turns, version_of
+import benchmarks
+from benchmarks import alternate, bf16, gpu, input, ratio_of, step, take_turns, version_of
 from benchmarks.models import NAMES, cost, kept_for_backward
 from segkit.core import config
 
@@ -77,3 +80,122 @@ def test_without_a_gpu_its_benchmark_says_so() -> None:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "benchmarks.gpu needs a CUDA device, and PyTorch finds none here.\n"
+
+
+# ---- benchmarks.gpu, on the CPU with a small model
+
+
+class Peer(nn.Module):
+    """A model of another library: it returns logits of the image's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 11, 1))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.layers(image)
+
+
+def rows_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *more: str
+) -> tuple[int, list[dict[str, Any]], str]:
+    """Run the script with a small model; return its exit code, its rows, and stderr."""
+    small = step.Case("resnet18_half", {"name": "fcn", "width": 8}, "torch", Peer)
+    monkeypatch.setitem(step.CASES, "small", small)
+    monkeypatch.setattr(gpu, "copy_rate", lambda device: 1.0)
+    monkeypatch.setattr(gpu, "matmul_rate", lambda amp, device: 100.0)
+    monkeypatch.setattr(gpu, "bf16", lambda device: None)
+    words = ["--device", "cpu", "--size", "32", "--rounds", "2", "--batch", "2", "--json", *more]
+    code = gpu.main(words)
+    printed = capsys.readouterr()
+    return code, [json.loads(line) for line in printed.out.splitlines()], printed.err
+
+
+def test_rows_of_steps_and_passes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--case", "small", "--documented", "--part", "step", "inference")
+    code, (about, trained, *passes), _ = rows_on_the_cpu(monkeypatch, capsys, *more)
+    assert code == 0
+    assert about["torch"] == torch.__version__
+    assert trained["model"] == "small"
+    assert trained["format"] in gpu.LAYOUTS
+    for side in ("off", "peer"):
+        assert trained[f"images/s {side}"] == pytest.approx(2000 / trained[f"ms {side}"])
+        assert trained[f"launches {side}"] is None
+        # forward, and twice that in backward, of two images; the machine reaches 100 GFLOP/s
+        products = 2 * 3 * 2 * 32 * 32 * (27 * 8 + 8 * 11)
+        share = products / 1e9 / (trained[f"ms {side}"] / 1e3) / 100
+        assert trained[f"of matrix rate {side}"] == pytest.approx(share)
+    low, high = trained["peer / off"][1:]
+    assert 0 < low <= trained["peer / off"][0] <= high
+    assert [row["batch"] for row in passes] == [1, 2]
+    assert all(row["ms documented"] > 0 for row in passes)
+
+
+def test_a_row_that_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(**_: object) -> None:
+        raise RuntimeError("no such step")
+
+    monkeypatch.setattr(gpu, "our_step", broken)
+    more = ("--case", "small", "--part", "step", "inference")
+    code, rows, errors = rows_on_the_cpu(monkeypatch, capsys, *more)
+    assert code == 1
+    assert [row["part"] for row in rows] == ["machine", "inference", "inference"]
+    assert "step, small: failed" in errors
+    assert "no such step" in errors
+
+
+def test_rows_of_losses_and_matrices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used = iter([0.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr("benchmarks.evaluation.peak_memory", lambda *_, device: next(used))
+    monkeypatch.setattr("benchmarks.evaluation.copy_rate", lambda device: 1.0)
+    code, rows, _ = rows_on_the_cpu(monkeypatch, capsys, "--part", "matrix")
+    assert code == 0
+    assert "argmax and bincount" in [row.get("peer") for row in rows]
+
+
+def test_a_table_has_a_head_and_quartiles(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"model": "a", "images/s": 123.456, "ratio": (1.2, 1.1, 1.3), "launches": None}
+    gpu.show_row("step", row, first=True, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [
+        "| model | images/s | ratio | launches |",
+        "| --- | --- | --- | --- |",
+        "| a | 123 | 1.20 [1.10, 1.30] |  |",
+    ]
+
+
+def test_sides_alternate_and_ratios_are_of_rounds() -> None:
+    order: list[str] = []
+    sides = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = alternate(sides, rounds=2, warm_up=1)
+    assert "".join(order) == "abccbaabc"
+    assert [len(seconds[name]) for name in "abc"] == [2, 2, 2]
+    assert ratio_of([2.0, 8.0, 12.0], [1.0, 2.0, 4.0]) == (3, 2, 4)
+
+
+def test_without_bf16_arithmetic_its_rows_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = step.model_arguments("").parse_args(["--amp"])
+    monkeypatch.setattr(benchmarks, "precision", lambda amp, device: torch.bfloat16)
+    assert bf16() is torch.bfloat16
+    assert step.chosen(options)["names"] == list(step.ON_CPU)
+    monkeypatch.setattr(benchmarks, "precision", lambda amp, device: None)
+    assert bf16() is None
+    assert "cpu has no bf16 arithmetic" in capsys.readouterr().err
+    assert step.chosen(options)["names"] == []
+
+
+def test_steps_fed_by_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = step.Case("resnet18_half", {"name": "fcn", "width": 8}, "torch", Peer)
+    monkeypatch.setitem(step.CASES, "small", small)
+    monkeypatch.setattr(input, "IMAGES", 4)
+    found = [*input.fed_steps("cpu", 32, case="small", batch=2, workers=0, steps=1, rounds=2)]
+    assert [figure.name.rsplit("=")[-1] for figure in found] == ["cpu", "model"]
+    assert all(figure.ours > 0 and figure.limit > 0 for figure in found)
