@@ -32,8 +32,8 @@ def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
 
 
-def small_model(num_classes: int = 3, seed: int = 0) -> segkit.Segmenter:
-    return segkit.create_model("fcn", "resnet18_half", num_classes=num_classes, seed=seed)
+def small_model() -> segkit.Segmenter:
+    return segkit.create_model("fcn", "resnet18_half", num_classes=len(CLASSES))
 
 
 class Bright(nn.Module):
