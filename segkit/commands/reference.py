@@ -75,17 +75,12 @@ KINDS = {
 }
 
 BACKBONE_ARGUMENTS = {
-    "output_stride": "Stride of the deepest feature map; below 32, dilation replaces strides.",
-    "contract_dilation": "Halve the dilation of the first block of a dilated stage.",
+    "output_stride": "Must be 32: this backbone has no dilated form.",
     "drop_path": "Largest probability of stochastic depth.",
     "like": "Library whose weights are loaded; padding and epsilon of BatchNorm follow it.",
     "output_norms": "Normalize each feature map, as published segmentation models do.",
-    "checkpointing": "Recompute each block in backward to save memory.",
-    "window": "Side of the attention windows; 12 for weights of 384-pixel images.",
-    "upsampling": "Interpolation between resolutions.",
-    "align_corners": "Passed to the interpolation.",
 }
-"""Meaning of the arguments that backbones share."""
+"""Arguments of backbones that no class documents."""
 
 VIEWS = {
     **dict.fromkeys(SYMMETRIES, "flip or quarter turn"),
@@ -131,11 +126,13 @@ def arguments(target: Callable[..., Any], given: Sequence[str] = ()) -> list[Set
         target: Class or function.
         given: Arguments that segkit passes itself.
     """
-    classes = target.__mro__ if inspect.isclass(target) else [target]
-    texts: dict[str, str] = dict(BACKBONE_ARGUMENTS) if target in BACKBONES.values() else {}
-    for documented in reversed(classes):
-        texts |= _documented(documented)
     hints = config.hints(target)
+    made = (
+        target if inspect.isclass(target) else hints.get("return", object)
+    )  # a function may build a class
+    texts = dict(BACKBONE_ARGUMENTS) if target in BACKBONES.values() else {}
+    for documented in (*reversed(made.__mro__), target):
+        texts |= _documented(documented)
     return [
         Setting(
             name,
