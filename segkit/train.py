@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 from segkit.augment.pipeline import build_pipeline
 from segkit.commands import console, reference
 from segkit.core import backend, checkpoint, config, distributed
+from segkit.core.background import Background, HostCopy
 from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.core.run import Run, new_folder, runs
@@ -104,12 +105,17 @@ def main(argv: Sequence[str]) -> None:
         before = run.optional("summary.json", {})
         summary = {}
         follow = tracking.following(run, cfg.track.trackers)
-        with run.recording(), follow as trackers, console.Stop() as stop:
+        with (
+            run.recording(),
+            follow as trackers,
+            console.Stop() as stop,
+            Background() as background,
+        ):
             tell_faults((pseudo or train_source, val_source), run, say)
             if pseudo is not None and distributed.is_main():
                 run.log(event="pseudo", round=pseudo.round, images=len(pseudo.extra))
             sources = train_source, val_source, pseudo
-            job = Job(cfg, run, split, *sources, device, resume, stop, say, trackers)
+            job = Job(cfg, run, split, *sources, device, resume, stop, say, trackers, background)
             for fold in folds:
                 with console.memory_advice(MEMORY_TO_TRAIN.format(run=run.folder)):
                     summary[f"fold{fold}"] = train_fold(job, fold)
@@ -140,6 +146,8 @@ class Job:
     stop: console.Stop
     say: Callable[[str], None]
     trackers: tracking.Followers
+    background: Background
+    host: HostCopy = field(default_factory=HostCopy)
 
 
 def train_fold(job: Job, fold: int) -> dict[str, Any]:
@@ -209,16 +217,18 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
 
         # ---- evaluations and checkpoints
         last_step = state.step == order.steps
+        evaluated: Evaluated | None = None
         if last_step or (not into_epoch and epoch % cfg.train.evaluate_every == 0):
-            evaluate_fold(job, fold, epoch, state, predict, validation, about)
+            evaluated = evaluate_fold(job, fold, epoch, state, predict, validation)
             net.train()
             log.restart(state.step)
         due = cfg.train.save_every and state.step % cfg.train.save_every == 0
         if job.stop.asked(device) or due or not into_epoch or last_step:
             state.seconds = time.perf_counter() - started
             if distributed.is_main():
-                resumable = {**about, **state.state_dict()}
-                checkpoint.save(resumable, folder / "last.pt", keep_previous=True)
+                save_fold(job, fold, state, about, evaluated)
+        job.background.check()
+    job.background.wait()
     progress.close()
     best_score, best_epoch = state.top[0] if state.top else (None, None)
     return {
@@ -271,6 +281,21 @@ def validator(state: TrainState, cfg: Config, amp: torch.dtype | None) -> Predic
     )
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation that is to be saved and drawn.
+
+    Args:
+        entries: Entries of the model's checkpoint: ``epoch``, ``step``, ``score``, ``iou``.
+        ranked: (score, epoch) of the best checkpoints and of this one, from best to worst.
+        draw: Functions that write the pictures and the page.
+    """
+
+    entries: dict[str, Any]
+    ranked: list[tuple[float, int]]
+    draw: Sequence[Callable[[], object]]
+
+
 def evaluate_fold(
     job: Job,
     fold: int,
@@ -278,9 +303,8 @@ def evaluate_fold(
     state: TrainState,
     predict: Predictor,
     validation: Sequence[int],
-    about: dict[str, Any],
-) -> None:
-    """Evaluate, keep the checkpoint if it is among the best, and update the log and the page.
+) -> Evaluated:
+    """Evaluate and log the scores.
 
     Args:
         job: Everything that the folds share.
@@ -289,7 +313,6 @@ def evaluate_fold(
         state: Training state; the score is added to its ``top``.
         predict: Predictor with the model to evaluate.
         validation: Indices of the images to evaluate on.
-        about: Entries of a checkpoint other than the weights.
     """
     cfg, run, source = job.cfg, job.run, job.val_source
     predict.model.eval()
@@ -305,21 +328,51 @@ def evaluate_fold(
         raise DataError(f"fold {fold}: no validation image has a labelled pixel")
     ranked = rank_best([*state.top, (result.miou, epoch)])
     if distributed.is_main():
-        best = {**about, "init": state.init, "model": predict.model.state_dict()}
-        best |= {"epoch": epoch, "step": state.step, "score": result.miou, "iou": list(result.iou)}
-        keep_best(run.fold(fold), best, ranked, cfg.train.keep)
         run.log(
             event="evaluate", fold=fold, epoch=epoch, step=state.step, **result.to_dict(),
             interval=bootstrap_interval(evaluation.counts),
         )  # fmt: skip
+    draw: list[Callable[[], object]] = [partial(write_run_page, run)]
     if ranked[0][1] == epoch:
-        job.trackers.pictures(state.step, record(run, fold, state.step, evaluation, gallery))
-    if distributed.is_main():
-        write_run_page(run)
+        show = partial(record, run, fold, state.step, evaluation, gallery)
+        if job.trackers.are_open or distributed.world_size() > 1:  # record is called by all ranks
+            job.trackers.pictures(state.step, show())
+        else:
+            draw.insert(0, show)
     state.top = ranked[: cfg.train.keep]
     job.say(f"fold {fold} epoch {epoch}: mIoU {result.miou:.4f} (best {ranked[0][0]:.4f})")
     if console.is_verbose():
         job.say(class_table(source.classes, result.iou))
+    entries = {"epoch": epoch, "step": state.step, "score": result.miou, "iou": list(result.iou)}
+    return Evaluated(entries, ranked, draw)
+
+
+def save_fold(
+    job: Job, fold: int, state: TrainState, about: dict[str, Any], evaluated: Evaluated | None
+) -> None:
+    """Save the state, and the evaluated model if it is among the best, while training goes on.
+
+    Args:
+        job: Everything that the folds share.
+        fold: Number of the fold.
+        state: Training state.
+        about: Entries of a checkpoint other than the state.
+        evaluated: Evaluation after this step, if there was one.
+    """
+    folder, keep = job.run.fold(fold), job.cfg.train.keep
+    job.background.wait()  # its job reads the copy that is overwritten now
+    copied = job.host.take(state.state_dict())
+
+    def write() -> None:
+        saved = copied()
+        if evaluated is not None:
+            best = {**about, "init": saved["init"], "model": checkpoint.weights(saved)}
+            keep_best(folder, {**best, **evaluated.entries}, evaluated.ranked, keep)
+        checkpoint.save({**about, **saved}, folder / "last.pt", keep_previous=True)
+        for draw in evaluated.draw if evaluated is not None else ():
+            draw()
+
+    job.background.start(write)
 
 
 class StepLog:

@@ -7,10 +7,11 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,14 @@ VALUES = 10_000_000
 
 _COMMENT = b"sha256:"
 _TAIL = 2 + len(_COMMENT) + 64
+_LARGE = 1 << 20
 
 
 def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -> None:
     """Write a checkpoint atomically: a kill at any moment leaves a complete file at ``path``.
 
-    The file is written under a temporary name, its SHA-256 is added as the zip archive's comment,
-    it is flushed to disk and renamed; then the folder is flushed.
+    The file is written under a temporary name; its SHA-256, computed meanwhile, is added as the zip
+    archive's comment; it is flushed to disk and renamed; then the folder is flushed.
 
     Args:
         state: Tensors and Python scalars, strings, lists and dicts; nothing else can be loaded.
@@ -51,9 +53,9 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
         keep_previous: Keep an existing file as ``*.previous.pt``, for :func:`load_latest`.
     """
     with replacing(path, durable=True) as draft:
-        with draft.open("wb") as file:
+        with draft.open("wb") as file, _HashedFile(file) as hashed:
             try:
-                torch.save({"format": FORMAT, **state}, file)
+                torch.save({"format": FORMAT, **state}, hashed)  # type: ignore[arg-type]
             except RuntimeError as error:
                 if isinstance(error.__context__, OSError):  # such as a full disk
                     # Not bound to a variable: that would create a reference cycle with the frames.
@@ -61,16 +63,48 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
                         error.__context__.errno, error.__context__.strerror, str(path)
                     ) from None
                 raise
-        sha256 = hashlib.sha256()
-        with draft.open("r+b") as file:
-            length = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
-            file.seek(0)
-            _feed(sha256, file, length)
-            comment = _COMMENT + sha256.hexdigest().encode()
-            file.seek(length)
+            comment = _COMMENT + hashed.sha256.hexdigest().encode()
+            file.seek(-2, os.SEEK_END)  # the comment's length
             file.write(struct.pack("<H", len(comment)) + comment)
         if keep_previous and path.exists():
             link(path, previous(path))
+
+
+class _HashedFile:
+    """Writes to a file and computes the SHA-256 of all bytes except for the last two.
+
+    Large blocks are hashed by another thread while they are written.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.sha256 = hashlib.sha256()
+        self._file, self._last = file, b""
+        self._pool = ThreadPoolExecutor(1)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write bytes, of which the last two are hashed by the next call."""
+        kept = (self._last + bytes(data[-2:]))[-2:]
+        if len(data) < _LARGE:
+            self.sha256.update((self._last + bytes(data))[:-2])
+            self._file.write(data)
+        else:
+            self.sha256.update(self._last)
+            hashing = self._pool.submit(self.sha256.update, data[:-2])
+            try:
+                self._file.write(data)
+            finally:
+                wait([hashing])  # the memory is valid only during this call
+        self._last = kept
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def __enter__(self) -> "_HashedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
 
 def load(

@@ -226,6 +226,11 @@ class Followers:
         self._fold: int | None = None
         self._open: list[Tracker] = []
 
+    @property
+    def are_open(self) -> bool:
+        """True if there are trackers of the current fold."""
+        return bool(self._open)
+
     def event(self, event: Event) -> None:
         """Pass the event to the trackers of its fold."""
         if event["event"] in ("start", "resume"):
