@@ -1,4 +1,4 @@
-"""Write the pages of runs: a comparison of a folder's runs, or the page of one run.
+"""Write the pages of runs: a comparison of the runs in a folder, or the page of a single run.
 
 segkit report runs             # runs/index.html, and each run's report.html
 segkit report runs/demo-1      # runs/demo-1/report.html
@@ -6,60 +6,57 @@ segkit report runs/demo-1      # runs/demo-1/report.html
 
 import argparse
 import warnings
+from functools import partial
 from pathlib import Path
-from urllib.parse import quote
 
 from segkit.commands import console
 from segkit.core.errors import SegkitError
 from segkit.core.files import write_text
 from segkit.core.run import Run
 from segkit.inference.origin import refuse_foreign
-from segkit.report.blocks import MARK
+from segkit.report.html import MARK
 from segkit.report.index_page import index_page
 from segkit.report.log import RunLog
 from segkit.report.run_page import run_page
 
 
 def main(argv: list[str]) -> None:
-    """Write the pages and print the path of the main one."""
+    """Write the pages and print the path of the main page."""
     parser = argparse.ArgumentParser(
         prog="segkit report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", type=Path, help="a folder of runs, or one run")
+    parser.add_argument("runs", type=Path, help="a folder of runs, or a run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    alone = (args.runs / "config.json").is_file()
-    folders = [args.runs] if alone else [path.parent for path in args.runs.glob("*/config.json")]
-    if not folders:
-        raise SegkitError(
-            f"{args.runs}: holds no run; expected a run's folder, or a folder of runs"
-        )
-    folders.sort(key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True)
-    logs = [log for folder in folders if (log := open_log(folder, alone=alone)) is not None]
-    pages = [log.run.folder / "report.html" for log in logs]
-    for page in [*pages, *([] if alone else [args.runs / "index.html"])]:
-        refuse_foreign(page, MARK.encode())
-    links = {}
-    for log in logs:
-        write_text(log.run.folder / "report.html", run_page(log))
-        links[log.name] = f"{quote(log.name)}/report.html"
-    if not alone:
-        title = f"Runs in {args.runs.resolve().name}"
-        write_text(args.runs / "index.html", index_page(logs, title=title, links=links))
-    print(args.runs / ("report.html" if alone else "index.html"))
+    folder = parser.parse_args(argv).runs
+    if (folder / "config.json").is_file():
+        logs = [RunLog(Run(folder))]
+        pages = {}
+    else:
+        logs = open_logs(folder)
+        title = f"Runs in {folder.resolve().name}"
+        pages = {folder / "index.html": partial(index_page, logs, title=title)}
+    pages |= {log.run.folder / "report.html": partial(run_page, log) for log in logs}
+    for path in pages:
+        refuse_foreign(path, MARK.encode())
+    for path, page in pages.items():
+        write_text(path, page())
+    print(next(iter(pages)))
 
 
-def open_log(folder: Path, *, alone: bool) -> RunLog | None:
-    """Read a run; return ``None`` with a warning if it is unreadable and not ``alone``."""
-    try:
-        return RunLog(Run(folder))
-    except SegkitError as error:
-        if alone:
-            raise
-        warnings.warn(f"{error}; left out", stacklevel=2)
-        return None
+def open_logs(folder: Path) -> list[RunLog]:
+    """Read the runs in a folder, the newest first; unreadable runs are left out with a warning."""
+    configs = list(folder.glob("*/config.json"))
+    if not configs:
+        raise SegkitError(f"{folder}: holds no run; expected a run's folder, or a folder of runs")
+    logs = []
+    for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            logs.append(RunLog(Run(path.parent)))
+        except SegkitError as error:
+            warnings.warn(f"{error}; left out", stacklevel=2)
+    return logs
 
 
 if __name__ == "__main__":

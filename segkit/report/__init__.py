@@ -1,7 +1,7 @@
-"""A run as a page, and runs beside each other: ``segkit report``."""
+"""HTML pages: of a run, of runs compared, and of a data set."""
 
-from segkit.report.gallery import Gallery
-from segkit.report.run_page import record, write_run_page
+from segkit.report.gallery import Gallery, record
+from segkit.report.run_page import write_run_page
 from segkit.report.text import class_table, score_table
 
 __all__ = ["Gallery", "class_table", "record", "score_table", "write_run_page"]

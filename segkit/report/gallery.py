@@ -1,183 +1,180 @@
-"""Pictures for the run's page, of predictions that an evaluation makes anyway."""
+"""Pictures of an evaluation for the page of a run."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from segkit.core import distributed
+from segkit.core.files import write_json
+from segkit.core.run import Run
 from segkit.data.source import IGNORE, Source, background
-from segkit.inference.outputs import ERROR, Color, color_table, outlines, sheet
-from segkit.report.blocks import data_uri
+from segkit.inference.outputs import ERROR, PALETTES, Color, color_table, outlines, sheet
+from segkit.report.html import data_uri
+from segkit.training.evaluate import Evaluation
 from segkit.training.metrics import per_image_miou
 
 SIDE = 256
 """Longest side of a picture on the page."""
 
-_FILL, _EDGE = 150, 255  # opacity of areas and of their outlines
-_RIGHT, _WRONG, _UNKNOWN = 0, 1, 2
-_ERRORS = ((0, 0, 0, 0), (*ERROR, 215), (128, 128, 128, 190))
+MAX_SHEETS = 6
+"""Number of pictures of an evaluation that trackers get."""
 
 
-@dataclass(frozen=True)
-class _Seen:
+@dataclass(eq=False)
+class Picture:
+    """A validation image and its masks, small; :meth:`Gallery.pictures` sets the last two fields.
+
+    ``worst`` is True if the image was selected for its low IoU.
+    """
+
     index: int
+    name: str
     miou: float
     counts: Tensor
     truth: np.ndarray
     predicted: np.ndarray
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A validation image with its truth and prediction, small.
-
-    Args:
-        name: The image's file name.
-        miou: Over the classes in truth or prediction.
-        iou: Of each of these classes, by its index.
-        image: The photograph.
-        truth: Its mask.
-        predicted: The predicted mask.
-        worst: Whether it was chosen for its errors.
-    """
-
-    name: str
-    miou: float
-    iou: dict[int, float]
-    image: Image.Image
-    truth: np.ndarray
-    predicted: np.ndarray
-    worst: bool
+    image: Image.Image = field(init=False)
+    worst: bool = field(init=False)
 
 
 class Gallery:
-    """Looks on during an evaluation and keeps some images: half the worst, half evenly spread.
+    """Evaluation callback that selects images: half with the lowest IoU, half evenly spread.
 
-    Only small masks are kept, and photographs are read again at the end, so it costs next to
-    nothing. Over several ranks each keeps its own, and rank 0 chooses among them.
+    It keeps small masks only; photographs are read again at the end. With several ranks, each keeps
+    its own candidates and rank 0 selects.
 
     Args:
         source: The images.
-        indices: Those evaluated, over all ranks.
-        size: How many to keep.
+        indices: All evaluated images, over all ranks.
+        size: Number of images to select.
     """
 
     def __init__(self, source: Source, indices: Sequence[int], *, size: int) -> None:
         self._source, self._size = source, size
-        spread = np.linspace(0, len(indices) - 1, size // 2).astype(int).tolist() if size else []
-        self._spread = {indices[at] for at in spread}
-        self._seen: list[_Seen] = []
+        places = np.linspace(0, len(indices) - 1, size // 2).astype(int).tolist() if size else []
+        self._spread_indices = {indices[place] for place in places}
+        self._spread: list[Picture] = []
+        self._worst: list[Picture] = []
 
     def add(self, index: int, predicted: Tensor, truth: Tensor, counts: Tensor) -> None:
-        """Look at an image's prediction.
+        """Keep the image if it may be selected.
 
         Shape:
             predicted, truth: (H, W)
             counts: (C, 3), from :func:`segkit.training.metrics.image_counts`
         """
-        score = float(per_image_miou(counts))
-        if not self._size or score != score:  # an image without a labelled pixel has none
+        miou = float(per_image_miou(counts))
+        if not self._size or math.isnan(miou):  # NaN: the image has no labelled pixel
             return
-        others = [one.miou for one in self._seen if one.index not in self._spread]
-        enters = len(others) < self._size or score < max(others)
-        if enters or index in self._spread:
-            self._seen.append(_Seen(index, score, counts, _small(truth), _small(predicted)))
-            self._seen = self._best_of(self._seen)
-
-    def _best_of(self, seen: list[_Seen]) -> list[_Seen]:
-        """The spread ones, and of the others as many of the worst as could be needed."""
-        ranked = sorted(seen, key=lambda one: (one.miou, one.index))
-        worst = [one for one in ranked if one.index not in self._spread][: self._size]
-        return [one for one in ranked if one.index in self._spread] + worst
+        spread = index in self._spread_indices
+        if spread or len(self._worst) < self._size or miou < self._worst[-1].miou:
+            name, masks = self._source.names[index], (_small(truth), _small(predicted))
+            picture = Picture(index, name, miou, counts, *masks)
+            if spread:
+                self._spread.append(picture)
+            else:
+                self._worst = sorted([*self._worst, picture], key=_order)[: self._size]
 
     def pictures(self) -> list[Picture]:
-        """What was kept, the worst first; called by all ranks, empty on all but rank 0."""
-        shares = distributed.gather(self._seen)
-        seen = sorted((one for share in shares for one in share), key=lambda o: (o.miou, o.index))
-        worst = {one.index for one in seen[: self._size - self._size // 2]}
-        spread = [one.index for one in seen if one.index in self._spread - worst]
-        more = [one.index for one in seen if one.index not in {*worst, *spread}]
-        chosen = {*worst, *[*spread, *more][: self._size - len(worst)]}
-        return [self._picture(one, one.index in worst) for one in seen if one.index in chosen]
+        """Return the selection, the lowest IoU first, on rank 0; called by all ranks."""
+        kept = [p for share in distributed.gather(self._spread + self._worst) for p in share]
+        kept.sort(key=_order)
+        half = self._size - self._size // 2
+        worst, rest = kept[:half], kept[half:]
+        rest.sort(key=lambda p: p.index not in self._spread_indices)
+        others = sorted(rest[: self._size - len(worst)], key=_order)
+        for place, picture in enumerate(chosen := [*worst, *others]):
+            picture.worst = place < len(worst)
+            photograph = self._source.image(picture.index).permute(1, 2, 0).numpy()
+            picture.image = Image.fromarray(photograph).resize(
+                picture.truth.shape[::-1], Image.Resampling.BOX, reducing_gap=2.0
+            )
+        return chosen
 
-    def _picture(self, one: _Seen, worst: bool) -> Picture:
-        photograph = Image.fromarray(self._source.image(one.index).permute(1, 2, 0).numpy())
-        height, width = one.truth.shape
-        right, true, predicted = one.counts.unbind(-1)
-        union = true + predicted - right
-        iou = {int(c): round(float(right[c] / union[c]), 4) for c in union.nonzero()[:, 0]}
-        return Picture(
-            name=self._source.names[one.index],
-            miou=one.miou,
-            iou=iou,
-            image=photograph.resize((width, height), Image.Resampling.BOX, reducing_gap=2.0),
-            truth=one.truth,
-            predicted=one.predicted,
-            worst=worst,
-        )
-
-    def sheet(self, one: Picture, colors: Sequence[Color]) -> Image.Image:
-        """Photograph, truth, prediction and errors beside each other."""
+    def sheet(self, picture: Picture, colors: Sequence[Color]) -> Image.Image:
+        """Return photograph, truth, prediction and errors side by side."""
         return sheet(
-            torch.from_numpy(np.array(one.image)).permute(2, 0, 1),
-            torch.from_numpy(one.predicted),
-            torch.from_numpy(one.truth),
+            torch.from_numpy(np.array(picture.image)).permute(2, 0, 1),
+            torch.from_numpy(picture.predicted),
+            torch.from_numpy(picture.truth),
             colors=colors,
             background=background(self._source),
         )
 
-    def to_json(self, pictures: Sequence[Picture], colors: Sequence[Color]) -> list[dict[str, Any]]:
-        """Pictures as plain values: images are addresses that hold them."""
+    def to_json(self, picture: Picture, colors: Sequence[Color]) -> dict[str, Any]:
+        """Return a picture as JSON values; images are ``data:`` addresses."""
+        correct, true, predicted = picture.counts.unbind(-1)
+        union = true + predicted - correct
         ground = background(self._source)
-        return [
-            {
-                "name": one.name,
-                "miou": round(one.miou, 4),
-                "iou": one.iou,
-                "worst": one.worst,
-                "size": one.image.size,
-                "photograph": data_uri(one.image),
-                "truth": _layer(one.truth, colors, ground),
-                "predicted": _layer(one.predicted, colors, ground),
-                "errors": _errors(one.truth, one.predicted),
-            }
-            for one in pictures
-        ]
+        return {
+            "name": picture.name,
+            "miou": round(picture.miou, 4),
+            "iou": {int(c): round(float(correct[c] / union[c]), 4) for c in union.nonzero()[:, 0]},
+            "worst": picture.worst,
+            "size": picture.image.size,
+            "photograph": data_uri(picture.image),
+            "truth": _layer(picture.truth, colors, ground),
+            "predicted": _layer(picture.predicted, colors, ground),
+            "errors": _errors(picture.truth, picture.predicted),
+        }
+
+
+def record(
+    run: Run, fold: int, step: int, evaluation: Evaluation, gallery: Gallery
+) -> Iterator[tuple[str, Image.Image]]:
+    """Write ``evaluation.json`` of a fold's best evaluation for its page; called by all ranks.
+
+    Returns:
+        Name and sheet of the worst pictures, drawn when iterated; none on ranks other than 0.
+    """
+    pictures = gallery.pictures()
+    colors = PALETTES[run.read("config.json")["infer"]["palette"]]
+    if distributed.is_main():
+        content = {
+            "step": step,
+            "matrix": evaluation.matrix.tolist(),
+            "pictures": [gallery.to_json(picture, colors) for picture in pictures],
+        }
+        write_json(run.fold(fold) / "evaluation.json", content)
+    return ((picture.name, gallery.sheet(picture, colors)) for picture in pictures[:MAX_SHEETS])
+
+
+def _order(picture: Picture) -> tuple[float, int]:
+    return picture.miou, picture.index
 
 
 def _small(mask: Tensor) -> np.ndarray:
-    """A mask of which every n-th row and column is kept, at most :data:`SIDE` of them."""
-    height, width = mask.shape
-    scale = min(1.0, SIDE / max(height, width))
-    rows, columns = (
-        ((torch.arange(n) + 0.5) * (side / n)).long()
-        for side, n in ((height, round(height * scale)), (width, round(width * scale)))
-    )
-    return mask.cpu()[rows[:, None], columns].to(torch.uint8).numpy()
+    """Return a mask of at most :data:`SIDE` rows and columns, sampled without interpolation."""
+    scale = min(1.0, SIDE / max(mask.shape))
+    size = [max(1, round(side * scale)) for side in mask.shape]
+    pixels = mask.cpu().to(torch.uint8)[None, None]
+    return functional.interpolate(pixels, size, mode="nearest-exact")[0, 0].numpy()
 
 
 def _layer(mask: np.ndarray, colors: Sequence[Color], ground: int | None) -> str:
-    """A mask to lie over its photograph: areas let it through, outlines do not."""
-    palette, alpha = color_table(colors), np.full(256, _FILL, np.uint8)
+    """Return a mask to draw over its photograph: translucent areas with opaque outlines."""
+    palette, alpha = color_table(colors), np.full(256, 150, np.uint8)
     alpha[[IGNORE] if ground is None else [IGNORE, ground]] = 0
-    half = 128  # with fewer classes, the values from here on are outlines
-    if (mask[mask != IGNORE] < half - 1).all():
-        mask = np.where(outlines(mask) & (mask != IGNORE), mask + half, mask)
-        palette[half:IGNORE] = palette[: IGNORE - half]
-        alpha[half:IGNORE] = np.where(alpha[: IGNORE - half] > 0, _EDGE, 0)
+    first = 128  # palette entry of the first outline, if there are fewer classes
+    if (mask[mask != IGNORE] < first - 1).all():
+        mask = np.where(outlines(mask) & (mask != IGNORE), mask + first, mask)
+        palette[first:IGNORE] = palette[: IGNORE - first]
+        alpha[first:IGNORE] = np.where(alpha[: IGNORE - first] > 0, 255, 0)
     return _png(mask, palette, alpha)
 
 
 def _errors(truth: np.ndarray, predicted: np.ndarray) -> str:
-    values = np.where(truth == predicted, _RIGHT, _WRONG)
-    values[truth == IGNORE] = _UNKNOWN
-    table = np.array(_ERRORS, np.uint8)
-    return _png(values.astype(np.uint8), table[:, :3], table[:, 3])
+    """Return an image that is transparent where the prediction is right, gray if unknown."""
+    values = np.where(truth == IGNORE, 2, truth != predicted).astype(np.uint8)
+    colors = np.array([(0, 0, 0, 0), (*ERROR, 215), (128, 128, 128, 190)], np.uint8)
+    return _png(values, colors[:, :3], colors[:, 3])
 
 
 def _png(values: np.ndarray, palette: np.ndarray, alpha: np.ndarray) -> str:

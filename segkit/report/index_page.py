@@ -1,85 +1,65 @@
-"""Runs beside each other: their scores, settings, curves and classes on one page."""
+"""Comparison of runs, ``index.html``: their scores, curves, settings and classes."""
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from urllib.parse import quote
 
 from segkit.core.files import fits
-from segkit.report.blocks import cell, chart, document, duration, escape, facts, table
-from segkit.report.log import RunLog
+from segkit.report import html
+from segkit.report.html import cell, escape, number
+from segkit.report.log import RunLog, flat
 from segkit.training.metrics import FEW_IMAGES
 
-DIFFERENT = "differs"
+
+def index_page(logs: Sequence[RunLog], *, title: str) -> str:
+    """Return the page that compares runs; its place is the folder that holds theirs."""
+    scored = [log for log in logs if log.score]
+    value, name = max(((log.score[0], log.name) for log in scored if log.score), default=(0, ""))
+    facts = {
+        "Runs": str(len(logs)),
+        "Best validation mean IoU": f"{value:.3f}<small>{escape(name)}</small>" if scored else "–",
+        "Time in training": html.duration(sum(log.seconds for log in logs)),
+    }
+    sections = {
+        "Runs": _runs(logs),
+        "Curves": _curves(logs),
+        "Settings that differ": _settings(logs),
+        "Classes": _classes(scored),
+    }
+    return html.document(title, sections, header=html.facts(facts))
 
 
-def index_page(logs: Sequence[RunLog], *, title: str, links: Mapping[str, str]) -> str:
-    """The page that compares runs.
-
-    Args:
-        logs: The runs, the ones started last first.
-        title: Of the page.
-        links: Address of each run's own page by its name, where it has one.
-    """
-    scored = [(log.score[0], log.name) for log in logs if log.score]
-    value, name = max(scored, default=(0.0, ""))
-    best = f"{value:.3f}<small>{escape(name)}</small>" if scored else "–"
-    header = [
-        ("Runs", str(len(logs))),
-        ("Best validation mean IoU", best),
-        ("Time in training", duration(sum(log.seconds for log in logs))),
-    ]
-    return document(
-        title,
-        {
-            "Runs": _runs(logs, links),
-            "Curves": _curves(logs),
-            "Settings that differ": _settings(logs),
-            "Classes": _classes(logs),
-        },
-        header=facts(header),
-    )
-
-
-def _runs(logs: Sequence[RunLog], links: Mapping[str, str]) -> str:
+def _runs(logs: Sequence[RunLog]) -> str:
     rows = []
     for log in logs:
+        link = escape(f"{quote(log.run.folder.name)}/report.html")
         terms = [t["name"] for t in log.setting("loss.terms", []) if fits(t, {"name": str})]
-        name = escape(log.name)
-        if log.name in links:
-            name = f'<a href="{escape(links[log.name])}">{name}</a>'
-        started = [one["time"] for fold in log.folds.values() for one in [fold.start] if one]
+        names = [log.setting(f"model.{part}.name", "–") for part in ("decoder", "backbone")]
+        state = "<br>".join(escape(text) for text in log.run.state() if text)
+        size = log.parameters or 0
+        started = min((f.start["time"] for f in log.folds.values() if f.start), default=0.0)
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else "–"
         rows.append([
-            name,
-            cell(escape(log.setting("model.decoder.name", "–")), style="text"),
-            cell(escape(log.setting("model.backbone.name", "–")), style="text"),
-            cell(escape(" + ".join(terms)), style="text"),
-            _state(log),
+            f'<a href="{link}">{escape(log.name)}</a>',
+            *(cell(escape(text), style="text") for text in (*names, " + ".join(terms))),
+            cell(state, style="text"),
             cell(str(len(log.folds)), len(log.folds)),
             *_score(log.score, few=log.few_images is not None),
-            *_test(log),
-            cell(duration(log.seconds), log.seconds),
-            cell(f"{log.parameters / 1e6:.1f} M" if log.parameters else "–", log.parameters or 0),
-            cell(_day(started), min(started, default=0.0)),
+            *_test_score(log),
+            cell(html.duration(log.seconds), log.seconds),
+            cell(f"{size / 1e6:.1f} M" if size else "–", size),
+            cell(day, started),
         ])  # fmt: skip
     head = [
         "run", "decoder", "backbone", "loss", "state", "folds", "validation mIoU", "95 % interval",
         "test mIoU", "95 % interval", "time", "parameters", "started",
     ]  # fmt: skip
     caption = (
-        "Validation: the folds' best epochs, which were chosen on the same images. Test: what "
-        "infer.py wrote last, where labels are known."
+        "Validation: the best epochs of the folds, chosen on the same images. Test: the latest "
+        "results of infer, if the test images are labelled."
     )
-    return table(head, rows, caption=caption, sortable=True, text=(1, 2, 3, 4))
-
-
-def _state(log: RunLog) -> str:
-    """Whether the run is done, running, stopped or failed, and why it failed."""
-    state, sentence = log.run.state()
-    return cell(escape(state) + (f"<br>{escape(sentence)}" if sentence else ""), style="text")
-
-
-def _day(times: Sequence[float]) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(min(times))) if times else "–"
+    return html.table(head, rows, caption=caption, style="sortable")
 
 
 def _score(score: tuple[float, float, float] | None, *, few: bool = False) -> list[str]:
@@ -90,61 +70,54 @@ def _score(score: tuple[float, float, float] | None, *, few: bool = False) -> li
     return [cell(f"<strong>{value:.3f}</strong>", value), cell(interval, low)]
 
 
-def _test(log: RunLog) -> list[str]:
+def _test_score(log: RunLog) -> list[str]:
     titles, rows = log.combined
     if "test" not in titles:
         return _score(None)
-    found = rows[-1]["test"]
-    return _score((found["miou"], *found["interval"]), few=found["images"] < FEW_IMAGES)
+    score = rows[-1]["test"]
+    return _score((score["miou"], *score["interval"]), few=score["images"] < FEW_IMAGES)
 
 
 def _curves(logs: Sequence[RunLog]) -> str:
-    """The curves of all folds; those of a run have one color."""
+    """Return the curves of all folds; each run has its own color."""
     loss, miou = [], []
     for color, log in enumerate(logs):
         for fold in log.folds.values():
             name = log.name if len(log.folds) == 1 else f"{log.name} fold {fold.number}"
             loss.append({**fold.curve("loss"), "name": name, "color": color})
             miou.append({**fold.curve("miou"), "name": name, "color": color})
-    charts = chart("Loss", loss, smooth=True) + chart("Mean IoU, validation", miou, kind="dots")
+    charts = html.chart("Loss", loss, kind="log", smooth=True)
+    charts += html.chart("Mean IoU, validation", miou, kind="dots")
     return f'<div class="grid">{charts}</div>' if charts else ""
 
 
 def _settings(logs: Sequence[RunLog]) -> str:
-    settings = [log.settings() for log in logs]
-    keys = sorted({key for one in settings for key in one} - {"note"})
+    settings = [dict(flat(log.config)) for log in logs]
     rows = []
-    for key in keys:
-        values = [json.dumps(one[key]) if key in one else "–" for one in settings]
-        if len(set(values)) == 1:
-            continue
-        common = max(values, key=values.count)
-        cells = [
-            cell(f"<code>{escape(v)}</code>", style="text" if v == common else f"text {DIFFERENT}")
-            for v in values
-        ]
-        rows.append([f"<code>{escape(key)}</code>", *cells])
+    for key in sorted({key for of_run in settings for key in of_run} - {"note"}):
+        values = [json.dumps(of_run[key]) if key in of_run else "–" for of_run in settings]
+        most_common = max(values, key=values.count)
+        if len(set(values)) > 1:
+            rows.append([f"<code>{escape(key)}</code>"])
+            for value in values:
+                style = "text" if value == most_common else "text differs"
+                rows[-1].append(cell(f"<code>{escape(value)}</code>", style=style))
     if not rows:
         return "" if len(logs) < 2 else "<p>All runs have the same settings.</p>"
-    caption = "Marked is what differs from the value that most runs have."
-    columns = range(1, len(logs) + 1)
-    return table(["setting", *(log.name for log in logs)], rows, caption=caption, text=columns)
+    caption = "Values that differ from the most common value are marked."
+    return html.table(["setting", *(log.name for log in logs)], rows, caption=caption)
 
 
 def _classes(logs: Sequence[RunLog]) -> str:
-    scored = [log for log in logs if log.score]
-    names = list(dict.fromkeys(name for log in scored for name in log.classes))
-    known = [dict(zip(log.classes, log.class_iou, strict=True)) for log in scored]
-    rows: list[list[str]] = []
-    for name in names:
-        values = [one.get(name) for one in known]
-        best = max((v for v in values if v is not None), default=None)
-        cells = [
-            cell("–", -1)
-            if v is None
-            else cell(f"<strong>{v:.3f}</strong>" if v == best else f"{v:.3f}", v, heat=v)
-            for v in values
-        ]
-        rows.append([escape(name), *cells])
-    caption = "IoU at the folds' best epochs, their mean; the best run of each class is bold."
-    return table(["class", *(log.name for log in scored)], rows, caption=caption, sortable=True)
+    known = [dict(zip(log.classes, log.class_iou, strict=True)) for log in logs]
+    rows = []
+    for name in dict.fromkeys(name for log in logs for name in log.classes):
+        values = [of_run.get(name) for of_run in known]
+        best = max((v for v in values if v is not None), default=-1.0)
+        rows.append([escape(name)])
+        for v in values:
+            text = f"<strong>{number(v)}</strong>" if v == best else number(v)
+            rows[-1].append(cell(text, -1 if v is None else v, heat=v))
+    caption = "IoU at the folds' best epochs, averaged; the best run of each class is bold."
+    head = ["class", *(log.name for log in logs)]
+    return html.table(head, rows, caption=caption, style="sortable")

@@ -1,8 +1,7 @@
-"""A run's folder, read for its page: curves, best evaluations, scores."""
+"""The files of a run as its page needs them: curves, best evaluations, scores, settings."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from statistics import mean
 from typing import Any
@@ -14,90 +13,70 @@ from segkit.training.metrics import FEW_IMAGES
 Event = dict[str, Any]
 
 SCORE = {"miou": float, "interval": [float, float], "images": int}
-"""A column of a row of ``scores.json``."""
+"""Shape of a score in ``scores.json``."""
 
 
-@dataclass
 class Fold:
-    """What a fold has logged."""
+    """The logged events of a fold, without evaluations of another number of classes.
 
-    number: int
-    start: Event = field(default_factory=dict)
-    steps: list[Event] = field(default_factory=list)
-    evaluations: list[Event] = field(default_factory=list)
+    ``records`` are the evaluations that scored higher than all before them; the last is the best.
+    """
 
-    @property
-    def best(self) -> Event | None:
-        """The evaluation of the highest mean IoU, of equals the first."""
-        return max(self.evaluations, key=lambda one: one["miou"], default=None)
-
-    @property
-    def best_before(self) -> Event | None:
-        """The best evaluation up to the one before the best."""
-        if self.best is None:
-            return None
-        before = [one for one in self.evaluations if one["step"] < self.best["step"]]
-        return max(before, key=lambda one: one["miou"], default=None)
+    def __init__(self, number: int, events: list[Event], num_classes: int) -> None:
+        self.number, self.events = number, events
+        self.start = next((e for e in reversed(events) if e["event"] == "start"), {})
+        self.steps = [e for e in events if e["event"] == "step"]
+        self.evaluations = [
+            e for e in events if e["event"] == "evaluate" and len(e["iou"]) == num_classes
+        ]
+        self.records: list[Event] = []
+        for evaluation in self.evaluations:
+            if not self.records or evaluation["miou"] > self.records[-1]["miou"]:
+                self.records.append(evaluation)
 
     def curve(self, key: str) -> dict[str, Any]:
-        """The series of a chart: ``key`` of every step or evaluation logged, by step."""
-        events = [one for one in [*self.steps, *self.evaluations] if fits(one.get(key), float)]
-        points = [(one["step"], float(f"{one[key]:.5g}")) for one in events]
-        points = [one for one in points if math.isfinite(one[1])]
-        x, y = [x for x, _ in points], [y for _, y in points]
+        """Return a curve of :func:`segkit.report.html.chart`: ``key`` of the events by step."""
+        events = [e for e in [*self.steps, *self.evaluations] if fits(e.get(key), float)]
+        points = [(e["step"], float(f"{e[key]:.5g}")) for e in events]
+        x, y = ([point[axis] for point in points if math.isfinite(point[1])] for axis in (0, 1))
         return {"name": f"fold {self.number}", "x": x, "y": y}
 
 
 class RunLog:
-    """A run as its files tell it, whatever there is of them yet."""
+    """The files of a run, of which any but ``config.json`` may be missing or damaged.
+
+    ``folds`` are the logged folds by number, ``best`` the best evaluations of those that have one,
+    ``notes`` the events about faults of the data and about steps that were not finite.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.name = run.folder.resolve().name
-        self._logged = list(run.events())
+        events = list(run.events())
         self.config: dict[str, Any] = run.read("config.json")
-        self.classes = self._classes()
-        self.folds: dict[int, Fold] = {}
-        self.events: list[Event] = []
-        for event in self._logged:
-            kind = event["event"]
-            if kind in EVENTS and "fold" in event:
-                fold = self.folds.setdefault(event["fold"], Fold(event["fold"]))
-                if kind == "start":
-                    fold.start = event
-                elif kind == "step":
-                    fold.steps.append(event)
-                elif kind == "evaluate" and len(event["iou"]) == len(self.classes):
-                    fold.evaluations.append(event)
-            if kind in ("fault", "non-finite"):
-                self.events.append(event)
-        self.folds = dict(sorted(self.folds.items()))
+        self.summary: dict[str, Any] = run.optional("summary.json", {})
+        count = next((len(e["iou"]) for e in events if e["event"] == "evaluate"), 0)
+        unnamed = {"classes": [f"class {c}" for c in range(count)]}
+        self.classes: list[str] = run.optional("classes.json", unnamed)["classes"]
+        logged: dict[int, list[Event]] = {}
+        for event in events:
+            if "fold" in EVENTS.get(event["event"], {}):
+                logged.setdefault(event["fold"], []).append(event)
+        self.folds = {n: Fold(n, logged[n], len(self.classes)) for n in sorted(logged)}
+        self.best = {n: fold.records[-1] for n, fold in self.folds.items() if fold.records}
+        self.notes = [event for event in events if event["event"] in ("fault", "non-finite")]
 
     def setting(self, path: str, default: Any) -> Any:
-        """Return a value of ``config.json``; ``default`` where another version had none such.
-
-        Args:
-            path: ``section.key``.
-            default: Its type is what is expected.
-        """
+        """Return ``section.key`` of ``config.json``, or ``default`` if it has another type."""
         value: Any = self.config
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         return value if fits(value, type(default)) else default
 
-    def _classes(self) -> list[str]:
-        """Names of the classes; numbers if only their count is known."""
-        known = self.run.optional("classes.json", None)
-        scored = [event["iou"] for event in self._logged if event["event"] == "evaluate"]
-        count = len(scored[0]) if scored else 0
-        return known["classes"] if known else [f"class {number}" for number in range(count)]
-
     def evaluations(self) -> dict[int, dict[str, Any]]:
-        """Return each fold's ``evaluation.json``; one of other classes is left out."""
-        files = {
-            fold: self.run.optional(f"fold{fold}/evaluation.json", None) for fold in self.folds
-        }
-        return {fold: content for fold, content in files.items() if content and self._fits(content)}
+        """Return each fold's ``evaluation.json``; those of other classes are left out."""
+        files = {n: self.run.optional(f"fold{n}/evaluation.json", None) for n in self.folds}
+        return {n: content for n, content in files.items() if content and self._fits(content)}
 
     def _fits(self, evaluation: dict[str, Any]) -> bool:
         count = len(self.classes)
@@ -106,13 +85,13 @@ class RunLog:
         return set(sides) == {count} and keys <= set(map(str, range(count)))
 
     def shares(self) -> list[dict[str, Any]]:
-        """Return each part's shares of the classes; those of other classes are left out."""
+        """Return the class shares of each part; those of other classes are left out."""
         parts, count = self.run.optional("shares.json", []), len(self.classes)
         return [p for p in parts if len(p["with_class"]) == len(p["of_pixels"]) == count]
 
     @cached_property
     def combined(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """What infer.py wrote last: the columns that every row has, and the rows."""
+        """Latest results of ``infer``: the image sets that every row has a score on, and rows."""
         rows = self.run.optional("infer/scores.json", [])
         titles = ("selection", "test") if rows else ()
         return [t for t in titles if all(fits(row.get(t), SCORE) for row in rows)], rows
@@ -121,50 +100,55 @@ class RunLog:
     def score(self) -> tuple[float, float, float] | None:
         """Mean of the folds' best mean IoU, and its 95 % interval.
 
-        Folds validate on different images, so the widths of their intervals add up as those of
-        independent figures do.
+        Folds validate on different images, so the widths of their intervals combine as those of
+        independent values.
         """
-        best = [fold.best for fold in self.folds.values() if fold.best is not None]
-        if not best:
+        if not self.best:
             return None
-        value = mean(one["miou"] for one in best)
-        below = math.hypot(*(one["miou"] - one["interval"][0] for one in best)) / len(best)
-        above = math.hypot(*(one["interval"][1] - one["miou"] for one in best)) / len(best)
+        best = self.best.values()
+        value = mean(e["miou"] for e in best)
+        below = math.hypot(*(e["miou"] - e["interval"][0] for e in best)) / len(best)
+        above = math.hypot(*(e["interval"][1] - e["miou"] for e in best)) / len(best)
         return value, value - below, value + above
 
     @cached_property
+    def class_iou(self) -> list[float | None]:
+        """IoU of each class, averaged over the folds' best evaluations."""
+        return [average(v) for v in zip(*(e["iou"] for e in self.best.values()), strict=True)]
+
+    @cached_property
+    def class_change(self) -> list[float | None]:
+        """Change of each class's IoU from the previous record to the best, averaged over folds."""
+        records = [fold.records[-2:] for fold in self.folds.values() if len(fold.records) > 1]
+        changes: list[float | None] = []
+        for c in range(len(self.classes)):
+            pairs = [(old["iou"][c], new["iou"][c]) for old, new in records]
+            changes.append(average(new - old for old, new in pairs if None not in (old, new)))
+        return changes
+
+    @cached_property
     def few_images(self) -> int | None:
-        """Validation images of the smallest fold, if they are few for an interval."""
+        """Number of validation images of the smallest fold, if too few for a good interval."""
         images = [fold.start.get("validation") for fold in self.folds.values()]
         fewest = min((count for count in images if isinstance(count, int)), default=FEW_IMAGES)
         return fewest if fewest < FEW_IMAGES else None
 
     @cached_property
-    def class_iou(self) -> list[float | None]:
-        """IoU of each class, the mean over the folds' best evaluations."""
-        lists = [fold.best["iou"] for fold in self.folds.values() if fold.best is not None]
-        return [_mean(values) for values in zip(*lists, strict=True)]
-
-    @cached_property
     def seconds(self) -> float:
-        """Time in training: as the summary has it, or from the first to the last line of a fold."""
-        done = self.run.optional("summary.json", {})
-        if done:
-            return sum(one["seconds"] for one in done.values())
-        return sum(_span(fold) for fold in self.folds.values())
+        """Training time: from the summary, or from the first to the last event of each fold."""
+        if self.summary:
+            return sum(fold["seconds"] for fold in self.summary.values())
+        times = [[event["time"] for event in fold.events] for fold in self.folds.values()]
+        return sum(max(t) - min(t) for t in times)
 
     @property
     def parameters(self) -> int | None:
-        """Of the model."""
+        """Number of the model's parameters, if known."""
         return next((f.start["parameters"] for f in self.folds.values() if f.start), None)
-
-    def settings(self) -> dict[str, Any]:
-        """The configuration, flat: ``section.key`` to value."""
-        return dict(flat(self.config))
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested objects by their path; lists are leaves."""
+    """Yield path (``section.key``) and value of each leaf of nested dicts; a list is a leaf."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from flat(inner, f"{path}.{key}" if path else key)
@@ -172,11 +156,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _mean(values: Any) -> float | None:
-    known = [one for one in values if one is not None]
+def average(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not ``None``, or ``None`` if there are none."""
+    known = [value for value in values if value is not None]
     return mean(known) if known else None
-
-
-def _span(fold: Fold) -> float:
-    times = [one["time"] for one in [fold.start, *fold.steps, *fold.evaluations] if one]
-    return max(times, default=0.0) - min(times, default=0.0)

@@ -1,35 +1,52 @@
-"""One pass over labelled photographs: what each image holds, in a few kilobytes."""
+"""Statistics of a data set, its near-duplicates and its suspicious labels; images are read once."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from torch.nn import functional
 
-from segkit.core import distributed
+from segkit.core.config import Config
+from segkit.core.distributed import Progress
 from segkit.data.coco import CocoSource, Region, encode
+from segkit.data.folds import make_folds, read_groups
 from segkit.data.source import IGNORE, Source, background
+from segkit.report.duplicates import FLIPS, Pair, near_duplicates
 
 SIDE = 32
-"""Rows and columns of the miniature kept of every image and every mask."""
+"""Rows and columns of the miniatures of images and masks."""
 
 TINY_PIXELS, TINY_SHARE = 16, 2e-5
-"""An object smaller than either is suspicious."""
+"""Areas in pixels and as a share of the image; a smaller object is suspicious."""
 
 OFF_FRAME = 0.02
-"""An outline may leave the image by this share of its longer side."""
+"""Distance, as a share of the image's longer side, that polygons may reach out of the image."""
 
 SAME_PLACE = 0.7
-"""Two objects whose intersection over union is above this are one, labelled twice."""
+"""Intersection over union of two objects above which they are suspected to be the same object."""
+
+DIFFERENT = 0.5
+"""Share of differing labels above which the labels of near-duplicates are suspicious."""
+
+KINDS = {
+    "differs": "Labelled differently from a near-duplicate",
+    "overlap": "In the place of an object of another class",
+    "repeated": "Labelled twice",
+    "off-frame": "Reaches out of the image",
+    "tiny": "Tiny",
+    "unlabelled": "Nothing is labelled",
+}
+"""Kinds of suspicious labels."""
 
 
-class Item(NamedTuple):
-    """An object; where labels are masks, a connected area of one class.
+class Instance(NamedTuple):
+    """An object; if labels are masks, a connected area of one class.
 
-    ``box`` is left, top, right, bottom in pixels, the last two exclusive.
+    ``box`` is left, top, right, bottom in pixels; right and bottom are exclusive.
     """
 
     class_index: int
@@ -39,7 +56,7 @@ class Item(NamedTuple):
 
 
 class Suspect(NamedTuple):
-    """A label that may be wrong: the kind of fault, a sentence's end, and where it is."""
+    """A label that may be wrong."""
 
     kind: str
     reason: str
@@ -48,13 +65,13 @@ class Suspect(NamedTuple):
 
 
 class Photo(NamedTuple):
-    """What is kept of an image; of an unlabelled one ``pixels`` and ``grid`` are empty.
+    """Statistics of an image; ``pixels`` and ``grid`` are empty if it has no labels.
 
     Shape:
-        histogram: (3, 256) pixels of each value of R, G, B
-        gray: (SIDE, SIDE) of 0..255
-        pixels: (num_classes,)
-        grid: (SIDE, SIDE) mask values
+        histogram: (3, 256), pixels of each value of R, G, B
+        gray: (SIDE, SIDE), 0 to 255
+        pixels: (num_classes,), pixels of each class
+        grid: (SIDE, SIDE), mask values
     """
 
     name: str
@@ -63,128 +80,218 @@ class Photo(NamedTuple):
     gray: np.ndarray
     pixels: np.ndarray
     grid: np.ndarray
-    items: tuple[Item, ...]
-    suspects: tuple[Suspect, ...]
+    instances: Sequence[Instance]
+    suspects: Sequence[Suspect]
 
 
-def survey(source: Source, description: str) -> list[Photo]:
-    """Read every image and mask of ``source`` once, on all cores."""
+class Part:
+    """A part of the data with the statistics of its images.
 
-    def read(i: int) -> Photo:
-        return look(source, i)
+    Args:
+        title: ``train``, ``val`` or ``test``.
+        source: Its images, each of which is read once, on all cores.
+    """
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        photos = pool.map(read, range(len(source)))
-        return list(distributed.Progress(photos, description, total=len(source), unit="image"))
+    def __init__(self, title: str, source: Source) -> None:
+        self.title, self.source = title, source
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            photos = pool.map(partial(read_photo, source), range(len(source)))
+            progress = Progress(photos, f"reading {title}", total=len(source), unit="image")
+            self.photos: list[Photo] = list(progress)
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """Pixels of each class in each image, (N, num_classes)."""
+        return np.stack([photo.pixels for photo in self.photos])
+
+    @cached_property
+    def histogram(self) -> np.ndarray:
+        """Pixels of each value of R, G, B, (3, 256)."""
+        return np.sum([photo.histogram for photo in self.photos], 0)
+
+    def objects(self, c: int) -> Iterator[tuple[int, Instance]]:
+        """Yield the objects of class ``c``, each with the index of its image."""
+        for i, photo in enumerate(self.photos):
+            yield from ((i, instance) for instance in photo.instances if instance.class_index == c)
 
 
-def look(source: Source, i: int) -> Photo:
-    """Image ``i`` and its labels."""
+def read_photo(source: Source, i: int) -> Photo:
+    """Return the statistics of image ``i``."""
     image = source.image(i)
     height, width = image.shape[1:]
     histogram = np.stack([np.bincount(c, minlength=256) for c in image.flatten(1).numpy()])
     gray = functional.adaptive_avg_pool2d(image.float().mean(0, keepdim=True), SIDE)[0].numpy()
     pixels, grid = np.zeros(0, np.int64), np.zeros((0, 0), np.uint8)
-    items: tuple[Item, ...] = ()
+    instances: list[Instance] = []
     suspects: list[Suspect] = []
     if source.labelled:
-        mask, ground = source.mask(i).numpy(), background(source)
-        counts = np.bincount(mask.ravel(), minlength=256)
-        pixels = counts[: len(source.classes)]
-        middle = (np.arange(SIDE) + 0.5) / SIDE
-        grid = mask[np.ix_((middle * height).astype(int), (middle * width).astype(int))]
+        mask, ground = source.mask(i), background(source)
+        pixels = np.bincount(mask.numpy().ravel(), minlength=256)[: len(source.classes)]
+        small = functional.interpolate(mask[None, None], (SIDE, SIDE), mode="nearest-exact")
+        grid = small[0, 0].numpy()
         if isinstance(source, CocoSource):
             regions = [r for r in source.regions(i) if not r.crowd and r.class_index != ground]
             encoded = [encode(region.shape, height, width) for region in regions]
-            items = tuple(_item(region, rle) for region, rle in zip(regions, encoded, strict=True))
-            suspects += off_frame(regions, items, (height, width))
-            suspects += labelled_twice(items, encoded, source.classes)
+            for region, rle in zip(regions, encoded, strict=True):
+                x, y, w, h = coco_mask.toBbox(rle).astype(int).tolist()
+                area, box = int(coco_mask.area(rle)), (x, y, x + w, y + h)
+                instances.append(Instance(region.class_index, area, box, region.id))
+            suspects += _off_frame(regions, instances, (height, width))
+            suspects += _duplicated(instances, encoded, source.classes)
         else:
-            items = tuple(item for item in areas(mask) if item.class_index != ground)
-        suspects += tiny(items, height * width)
+            instances = [a for a in connected_areas(mask.numpy()) if a.class_index != ground]
+        smallest = max(TINY_PIXELS, TINY_SHARE * height * width)
+        for _, area, box, annotation in instances:
+            if area < smallest:
+                suspects.append(Suspect("tiny", f"covers {area} pixels", box, annotation))
         if pixels.sum() - (0 if ground is None else pixels[ground]) == 0:
             suspects.append(Suspect("unlabelled", "nothing is labelled", (0, 0, width, height)))
-    return Photo(
-        source.names[i], (height, width), histogram, gray, pixels, grid, items, tuple(suspects)
-    )
+    name = source.names[i]
+    return Photo(name, (height, width), histogram, gray, pixels, grid, instances, suspects)
 
 
-def _item(region: Region, rle: dict) -> Item:
-    left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
-    box = (left, top, left + width, top + height)
-    return Item(region.class_index, int(coco_mask.area(rle)), box, region.id)
-
-
-def tiny(items: Iterable[Item], image_area: int) -> Iterator[Suspect]:
-    """Objects of a few pixels: a slip of the mouse, or too small to learn from."""
-    for item in items:
-        if item.area < max(TINY_PIXELS, TINY_SHARE * image_area):
-            yield Suspect("tiny", f"covers {item.area} pixels", item.box, item.annotation)
-
-
-def off_frame(
-    regions: Iterable[Region], items: Iterable[Item], size: tuple[int, int]
+def _off_frame(
+    regions: Sequence[Region], instances: Sequence[Instance], size: tuple[int, int]
 ) -> Iterator[Suspect]:
-    """Polygons that reach far out of the image: labelled on another size, or shifted."""
+    """Yield polygons that reach far out of the image: drawn for another size, or shifted."""
     height, width = size
-    for region, item in zip(regions, items, strict=True):
+    for region, instance in zip(regions, instances, strict=True):
         if isinstance(region.shape, dict):
             continue  # an RLE cannot leave its image
         corners = np.concatenate([polygon.reshape(-1, 2) for polygon in region.shape])
         beyond = max(float((corners - (width, height)).max()), float(-corners.min()))
         if beyond > OFF_FRAME * max(size):
             reason = f"reaches {beyond:.0f} pixels out of the image"
-            yield Suspect("off-frame", reason, item.box, item.annotation)
+            yield Suspect("off-frame", reason, instance.box, instance.annotation)
 
 
-def labelled_twice(
-    items: tuple[Item, ...], encoded: list[dict], classes: tuple[str, ...]
+def _duplicated(
+    instances: Sequence[Instance], encoded: list[dict[str, Any]], classes: Sequence[str]
 ) -> Iterator[Suspect]:
-    """Objects in the same place as another one, of another class or of the same."""
-    if len(items) < 2:
+    """Yield objects in the place of another object, of the same class or of another."""
+    if len(instances) < 2:
         return
     overlap = coco_mask.iou(encoded, encoded, [0] * len(encoded))
     for a, b in np.argwhere(np.triu(overlap > SAME_PLACE, 1)).tolist():
-        one, other = items[a], items[b]
-        kind = "repeated" if one.class_index == other.class_index else "overlap"
+        first, second = instances[a], instances[b]
+        kind = "repeated" if first.class_index == second.class_index else "overlap"
         reason = (
-            f"lies where annotation {other.annotation}, {classes[other.class_index]}, does "
+            f"lies where annotation {second.annotation}, {classes[second.class_index]}, does "
             f"(IoU {overlap[a, b]:.2f})"
         )
-        yield Suspect(kind, reason, one.box, one.annotation)
+        yield Suspect(kind, reason, first.box, first.annotation)
 
 
-def areas(mask: np.ndarray) -> list[Item]:
-    """The connected areas of each class, ignored pixels left out; diagonals do not connect."""
+def connected_areas(mask: np.ndarray) -> list[Instance]:
+    """Return the 4-connected areas of each class; ignored pixels belong to none."""
     width = mask.shape[1]
     starts = np.ones(mask.shape, bool)  # of runs: equal values side by side
     starts[:, 1:] = mask[:, 1:] != mask[:, :-1]
     run = starts.cumsum().reshape(mask.shape) - 1
     first = np.flatnonzero(starts)
-    length = np.diff(first, append=mask.size)
     below = mask[1:] == mask[:-1]
     pairs = np.unique(run[:-1][below] * len(first) + run[1:][below])
     upper, lower = np.divmod(pairs, len(first))
-    label = np.arange(len(first))
+    label = np.arange(len(first))  # of each run: the first run of its area, at the end
     while (label[upper] != label[lower]).any():
         a, b = label[upper], label[lower]
         np.minimum.at(label, a, b)
         np.minimum.at(label, b, a)
         while (label != label[label]).any():
             label = label[label]
-    roots, owner = np.unique(label, return_inverse=True)
-    area = np.bincount(owner, length).astype(int)
+    order = np.argsort(label, kind="stable")
+    roots, area_starts = np.unique(label[order], return_index=True)
+
+    def over_areas(function: np.ufunc, values: np.ndarray) -> list[int]:
+        return function.reduceat(values[order], area_starts).tolist()
+
     row, column = np.divmod(first, width)
-    edges = []
-    for ends in (column, row):
-        edges.append(np.full(len(roots), mask.size))
-        np.minimum.at(edges[-1], owner, ends)
-    for ends in (column + length, row + 1):
-        edges.append(np.zeros(len(roots), int))
-        np.maximum.at(edges[-1], owner, ends)
-    values = mask.ravel()[first[roots]]
-    boxes = np.stack(edges, 1).tolist()
-    return [
-        Item(int(values[k]), int(area[k]), tuple(boxes[k]))
-        for k in np.flatnonzero(values != IGNORE)
-    ]
+    length = np.diff(first, append=mask.size)
+    boxes = zip(
+        over_areas(np.minimum, column),
+        over_areas(np.minimum, row),
+        over_areas(np.maximum, column + length),
+        over_areas(np.maximum, row + 1),
+        strict=True,
+    )
+    values = mask.ravel()[first[roots]].tolist()
+    areas = zip(values, over_areas(np.add, length), boxes, strict=True)
+    return [Instance(value, area, box) for value, area, box in areas if value != IGNORE]
+
+
+class Findings(NamedTuple):
+    """Near-duplicates and suspicious labels.
+
+    Args:
+        names: Names of the images of all parts, in order.
+        places: Place of each of these images in the split: ``fold 0``, ``selection``, ``test``, ...
+        pairs: Near-duplicates, by their indices in ``names``.
+        suspects: Suspicious labels in the order of :data:`KINDS`, each with its image's index.
+    """
+
+    names: list[str]
+    places: list[str]
+    pairs: list[Pair]
+    suspects: list[tuple[int, Suspect]]
+
+    def separated(self, pair: Pair) -> bool:
+        """Return whether the split separates a pair, which makes scores too high."""
+        return self.places[pair.first] != self.places[pair.second]
+
+    def to_json(self) -> Iterator[dict[str, Any]]:
+        """Yield each finding as JSON values."""
+        for pair in self.pairs:
+            images, places = ([of[i] for i in pair[:2]] for of in (self.names, self.places))
+            pictured = {"kind": "near-duplicate", "images": images, "places": places}
+            yield {**pictured, "flip": pair.flip, "likeness": pair.correlation}
+        for i, suspect in self.suspects:
+            yield {**suspect._asdict(), "image": self.names[i]}
+
+
+def find_problems(cfg: Config, parts: Sequence[Part]) -> Findings:
+    """Find near-duplicates in all parts, and suspicious labels in the first.
+
+    Args:
+        cfg: Configuration; its ``data`` and seed determine the folds.
+        parts: Parts of the data; the first is the training part.
+    """
+    train = parts[0]
+    pairs = near_duplicates(np.stack([photo.gray for part in parts for photo in part.photos]))
+    suspects = [(i, suspect) for i, photo in enumerate(train.photos) for suspect in photo.suspects]
+    for pair in pairs:
+        if pair.second < len(train.photos):
+            first, second = train.photos[pair.first], train.photos[pair.second]
+            share = _difference(first.grid, second.grid, pair.flip, background(train.source))
+            if share > DIFFERENT:
+                reason = f"{100 * share:.0f} % of the labels differ from {second.name}"
+                suspects.append((pair.first, Suspect("differs", reason, (0, 0, *first.size[::-1]))))
+    suspects.sort(key=lambda entry: list(KINDS).index(entry[1].kind))
+    names = [photo.name for part in parts for photo in part.photos]
+    return Findings(names, _places(cfg, parts), pairs, suspects)
+
+
+def _difference(a: np.ndarray, b: np.ndarray, flip: str, ground: int | None) -> float:
+    """Return the share of the points labelled in either of two miniatures at which they differ."""
+    down, across = FLIPS[flip]
+    b = b[::down, ::across]
+    labelled = (a != IGNORE) & (b != IGNORE) & ((a != ground) | (b != ground))
+    return float((a != b)[labelled].mean()) if labelled.sum() > 4 else 0.0
+
+
+def _places(cfg: Config, parts: Sequence[Part]) -> list[str]:
+    """Return the place of each image of all parts in the split."""
+    train, names = parts[0], parts[0].source.names
+    places = dict.fromkeys(names, train.title)
+    if cfg.data.val is None:
+        split = make_folds(
+            names,
+            train.pixels,
+            folds=cfg.data.folds,
+            selection=cfg.data.selection,
+            seed=cfg.train.seed,
+            groups=read_groups(cfg.data.groups, cfg.data.group_pattern, names),
+        )
+        places |= dict.fromkeys(split.selection, "selection")
+        for number, fold in enumerate(split.folds):
+            places |= dict.fromkeys(fold, f"fold {number}")
+    return [*places.values(), *(part.title for part in parts[1:] for _ in part.photos)]

@@ -14,10 +14,9 @@ from PIL import Image, ImageOps
 from segkit.commands.explore import main
 from segkit.core import config
 from segkit.core.errors import SegkitError
-from segkit.report.data_page import color_statistics, explore_page
+from segkit.report.data_page import color_statistics, data_page
 from segkit.report.duplicates import near_duplicates
-from segkit.report.findings import Part, findings
-from segkit.report.survey import areas, survey
+from segkit.report.survey import Part, connected_areas, find_problems
 
 
 def test_areas_by_brute_force() -> None:
@@ -40,7 +39,7 @@ def test_areas_by_brute_force() -> None:
         ys, xs = zip(*places, strict=True)
         box = (min(xs), min(ys), max(xs) + 1, max(ys) + 1)
         expected.append((int(mask[start]), len(places), box))
-    found = [(item.class_index, item.area, item.box) for item in areas(mask)]
+    found = [(item.class_index, item.area, item.box) for item in connected_areas(mask)]
     assert sorted(found) == sorted(expected)
 
 
@@ -58,7 +57,7 @@ def test_near_duplicates_of_any_flip_and_no_others() -> None:
 
 def test_color_statistics_are_those_of_the_pixels() -> None:
     source = Drawn(5)
-    mean, std = color_statistics(survey(source, "reading"))
+    mean, std = color_statistics(Part("train", source).histogram)
     pixels = torch.stack([source.image(i) for i in range(5)]).double().div(255)
     np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), atol=1e-4)
     np.testing.assert_allclose(std, pixels.std((0, 2, 3), correction=0), atol=1e-4)
@@ -66,10 +65,10 @@ def test_color_statistics_are_those_of_the_pixels() -> None:
 
 def test_counts_of_classes() -> None:
     source, cfg = Drawn(30), config.Config()
-    part = Part("train", source, survey(source, "reading"))
+    part = Part("train", source)
     assert [len(list(part.objects(c))) for c in range(4)] == [0, 10, 10, 10]
     assert part.pixels[0].tolist() == [60 * 80 - 80 - 300, 300, 0, 0]
-    page = explore_page(cfg, [part], findings(cfg, [part]), title="drawn")
+    page = data_page(cfg, [part], find_problems(cfg, [part]), title="drawn")
     assert re.search(r"bag</th><td[^>]*>10</td><td[^>]*>33.3 %</td><td[^>]*>10</td>", page)
 
 

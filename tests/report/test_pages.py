@@ -11,9 +11,8 @@ from made_run import CLASSES, NASTY, Drawn, made_run
 
 from segkit.commands.report import main as report
 from segkit.core import config
-from segkit.report.data_page import explore_page
-from segkit.report.findings import Part, findings
-from segkit.report.survey import survey
+from segkit.report.data_page import data_page
+from segkit.report.survey import Part, find_problems
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +29,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made_run(folder / f"two {NASTY.replace('/', '')}", folds=1, optim__lr="0.5")
     report([str(folder)])
     source, cfg = Drawn(20), config.Config(note=NASTY)
-    parts = [Part("train", source, survey(source, "reading"))]
-    page = explore_page(cfg, parts, findings(cfg, parts), title=NASTY)
+    parts = [Part("train", source)]
+    page = data_page(cfg, parts, find_problems(cfg, parts), title=NASTY)
     (folder / "explore.html").write_text(page, encoding="utf-8")
     return {
         "run": folder / "one" / "report.html",
@@ -99,7 +98,7 @@ def test_curves_have_the_points_of_the_log(browser: Browser, pages: dict[str, Pa
         "Loss": [40, 40],
         "Mean IoU on the validation images": [2, 2],
         "Learning rate": [40, 40],
-        "Images a second": [40, 40],
+        "Images per second": [40, 40],
     }
 
 

@@ -24,21 +24,21 @@ const ticks = (low, high, count) => {
   const raw = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= raw * 0.999);
-  const found = [];
-  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++) found.push(n * step);
-  return found;
+  const list = [];
+  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++) list.push(n * step);
+  return list;
 };
 
 const logTicks = (low, high) => {
-  const found = [];
+  const list = [];
   for (let n = Math.floor(Math.log10(low)); n <= Math.log10(high); n++) {
-    found.push(...[1, 2, 5].map((m) => m * 10 ** n).filter((v) => v >= low && v <= high));
+    list.push(...[1, 2, 5].map((m) => m * 10 ** n).filter((v) => v >= low && v <= high));
   }
-  const decades = found.filter((v) => Number.isInteger(Math.log10(v)));
-  return found.length > 6 && decades.length > 1 ? decades : found;
+  const decades = list.filter((v) => Number.isInteger(Math.log10(v)));
+  return list.length > 6 && decades.length > 1 ? decades : list;
 };
 
-/** Where in ascending `values` the one nearest to `place` stands. */
+/** Index of the value nearest to `place` in ascending `values`. */
 const nearest = (values, place) => {
   let [low, high] = [0, values.length - 1];
   while (high - low > 1) {
@@ -49,7 +49,7 @@ const nearest = (values, place) => {
   return place - values[low] <= values[high] - place ? low : high;
 };
 
-/** Moving average whose memory is a thirtieth of the curve. */
+/** Exponential moving average over about a thirtieth of the curve. */
 const smoothed = (values) => {
   const keep = 1 - 1 / Math.max(1, values.length / 30);
   let mean = 0;
@@ -61,23 +61,24 @@ const smoothed = (values) => {
   });
 };
 
-/** A chart: drawn anew at each width; pointer or arrow keys show the values at a place. */
+/** Draw a chart, again after each resize; pointer or arrow keys read its values. */
 const drawChart = (figure) => {
-  const { x: unit, kind, log, smooth, series } = JSON.parse(figure.querySelector("script").textContent);
+  const { x: unit, kind, smooth, series } = JSON.parse(figure.querySelector("script").textContent);
   const title = figure.querySelector("figcaption").textContent;
   const readout = htmlElement("div", { className: "readout" });
   const svg = svgElement("svg", { tabindex: 0, role: "img" });
   figure.append(readout, svg);
-  const shown = series.filter((one) => one.x.length);
-  const colors = series.map((one, i) => `var(--s${(one.color ?? i) % 8})`);
-  const colorOf = (one) => colors[series.indexOf(one)];
-  const places = [...new Set(shown.flatMap((one) => one.x))].sort((a, b) => a - b);
-  const values = shown.flatMap((one) => one.y).filter((v) => Number.isFinite(v) && (!log || v > 0));
+  const shown = series.filter((curve) => curve.x.length);
+  const colors = series.map((curve, i) => `var(--s${(curve.color ?? i) % 8})`);
+  const colorOf = (curve) => colors[series.indexOf(curve)];
+  const places = [...new Set(shown.flatMap((curve) => curve.x))].sort((a, b) => a - b);
+  const values = shown.flatMap((curve) => curve.y);
   let [low, high] = [values, values].map((v, i) => v.reduce((a, b) => (i ? Math.max(a, b) : Math.min(a, b)), v[0]));
+  const log = kind === "log" && low > 0 && high > 10 * low;
   if (!log) {
     if (low > 0 && low < high * 0.5) low = 0;
     if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
-  } else if (low === high) [low, high] = [low / 2, high * 2];
+  }
   const alone = places.length === 1 ? 1 : 0;
   const [first, last] = [places[0] - alone, places.at(-1) + alone];
   let cursor = null;
@@ -86,11 +87,11 @@ const drawChart = (figure) => {
   const read = (place) => {
     cursor = place;
     const at = place === null ? [] : [htmlElement("span", {}, `${unit} `, htmlElement("b", { textContent: shortNumber(place) }))];
-    readout.replaceChildren(...at, ...shown.map((one) => {
-      const index = place === null ? one.x.length - 1 : nearest(one.x, place);
+    readout.replaceChildren(...at, ...shown.map((curve) => {
+      const index = place === null ? curve.x.length - 1 : nearest(curve.x, place);
       const dot = htmlElement("i", {});
-      dot.style.background = colorOf(one);
-      return htmlElement("span", {}, dot, `${one.name} `, htmlElement("b", { textContent: shortNumber(one.y[index]) }));
+      dot.style.background = colorOf(curve);
+      return htmlElement("span", {}, dot, `${curve.name} `, htmlElement("b", { textContent: shortNumber(curve.y[index]) }));
     }));
     svg.setAttribute("aria-label", `${title}. ${readout.textContent}. Left and right arrows read values.`);
     const line = svg.querySelector(".cursor");
@@ -116,18 +117,18 @@ const drawChart = (figure) => {
     for (const v of ticks(first, last, Math.max(2, width / 110))) {
       svg.append(svgElement("text", { x: scaleX(v), y: height - 6, "text-anchor": "middle" }, shortNumber(v)));
     }
-    for (const one of shown) {
-      const path = (ys) => one.x.map((x, i) => `${i ? "L" : "M"}${scaleX(x).toFixed(1)} ${scaleY(Math.max(ys[i], log ? low : -Infinity)).toFixed(1)}`).join("");
-      const style = `stroke:${colorOf(one)}`;
-      const soft = smooth && one.x.length > 30;
+    for (const curve of shown) {
+      const path = (ys) => curve.x.map((x, i) => `${i ? "L" : "M"}${scaleX(x).toFixed(1)} ${scaleY(ys[i]).toFixed(1)}`).join("");
+      const style = `stroke:${colorOf(curve)}`;
+      const soft = smooth && curve.x.length > 30;
       if (kind === "area") {
-        const foot = `L${scaleX(one.x.at(-1))} ${scaleY(low)}L${scaleX(one.x[0])} ${scaleY(low)}Z`;
-        svg.append(svgElement("path", { d: path(one.y) + foot, style: `fill:${colorOf(one)};opacity:.15` }));
+        const foot = `L${scaleX(curve.x.at(-1))} ${scaleY(low)}L${scaleX(curve.x[0])} ${scaleY(low)}Z`;
+        svg.append(svgElement("path", { d: path(curve.y) + foot, style: `fill:${colorOf(curve)};opacity:.15` }));
       }
-      svg.append(svgElement("path", { class: soft ? "curve raw" : "curve", d: path(one.y), style, "data-points": one.x.length }));
-      if (soft) svg.append(svgElement("path", { class: "curve", d: path(smoothed(one.y)), style }));
-      if (kind === "dots" || one.x.length === 1) {
-        one.x.forEach((x, i) => svg.append(svgElement("circle", { cx: scaleX(x), cy: scaleY(one.y[i]), r: 3, style: `fill:${colorOf(one)}` })));
+      svg.append(svgElement("path", { class: soft ? "curve raw" : "curve", d: path(curve.y), style, "data-points": curve.x.length }));
+      if (soft) svg.append(svgElement("path", { class: "curve", d: path(smoothed(curve.y)), style }));
+      if (kind === "dots" || curve.x.length === 1) {
+        curve.x.forEach((x, i) => svg.append(svgElement("circle", { cx: scaleX(x), cy: scaleY(curve.y[i]), r: 3, style: `fill:${colorOf(curve)}` })));
       }
     }
     svg.append(svgElement("line", { class: "cursor", y1: top, y2: height - bottom }));
@@ -155,20 +156,20 @@ const drawChart = (figure) => {
   draw();
 };
 
-/** Rows in the order of a column; a second click turns the order round. */
+/** Sort rows by the clicked column; a second click reverses the order. */
 const sortable = (table) => {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
     head.querySelector("button")?.addEventListener("click", () => {
       const turn = head.getAttribute("aria-sort") === "descending" ? 1 : -1;
-      heads.forEach((one) => one.removeAttribute("aria-sort"));
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", turn > 0 ? "ascending" : "descending");
       const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
       const body = table.tBodies[0];
       const rows = [...body.rows].sort((a, b) => {
-        const [one, two] = [key(a), key(b)];
-        const difference = one - two;
-        return turn * (Number.isNaN(difference) ? String(one).localeCompare(two) : difference);
+        const [first, second] = [key(a), key(b)];
+        const difference = first - second;
+        return turn * (Number.isNaN(difference) ? String(first).localeCompare(second) : difference);
       });
       body.append(...rows);
     });
@@ -177,3 +178,69 @@ const sortable = (table) => {
 
 document.querySelectorAll(".chart").forEach(drawChart);
 document.querySelectorAll("table.sortable").forEach(sortable);
+
+/** Number of pictures shown until the button for all is clicked. */
+const FEW = 8;
+
+/** Controls of the gallery: view, class and order of the pictures. */
+const openGallery = (gallery) => {
+  const cards = [...gallery.children];
+  const ofClass = document.getElementById("of-class");
+  const order = document.getElementById("order");
+  const more = document.getElementById("more");
+  let all = false;
+  const ious = new Map(cards.map((card) => [card, new Map(card.dataset.iou.split(" ").map((pair) => pair.split(":")))]));
+
+  const arrange = () => {
+    const c = ofClass.value;
+    const value = (card) => Number(c === "" ? card.dataset.miou : ious.get(card).get(c));
+    const rules = {
+      worst: (a, b) => value(a) - value(b),
+      best: (a, b) => value(b) - value(a),
+      name: (a, b) => a.dataset.name.localeCompare(b.dataset.name),
+    };
+    const chosen = cards.filter((card) => c === "" || ious.get(card).has(c)).sort(rules[order.value]);
+    const shown = chosen.slice(0, all ? chosen.length : FEW);
+    for (const card of cards) card.hidden = !shown.includes(card);
+    gallery.append(...shown);
+    document.getElementById("count").textContent = `${chosen.length} of ${cards.length} pictures`;
+    more.hidden = shown.length === chosen.length;
+    more.textContent = `Show all ${chosen.length}`;
+  };
+
+  /** Add four panels per card, when they are shown for the first time. */
+  const layOut = () => {
+    for (const panels of gallery.querySelectorAll(".panels")) {
+      if (panels.children.length > 1) continue;
+      for (const layer of ["photograph", "truth", "prediction", "errors"]) {
+        const panel = panels.firstElementChild.cloneNode(true);
+        panel.lastElementChild.remove();
+        panel.dataset.layer = layer;
+        panels.append(panel);
+      }
+    }
+  };
+
+  for (const radio of document.querySelectorAll("[name=view]")) {
+    radio.addEventListener("change", () => {
+      gallery.dataset.view = radio.value;
+      if (radio.value === "all") layOut();
+    });
+  }
+  gallery.addEventListener("input", (event) => {
+    event.target.parentElement.style.setProperty("--at", `${event.target.value}%`);
+  });
+  document.getElementById("strength").addEventListener("input", (event) => {
+    gallery.style.setProperty("--strength", event.target.value / 100);
+  });
+  more.addEventListener("click", () => {
+    all = true;
+    arrange();
+  });
+  ofClass.addEventListener("change", arrange);
+  order.addEventListener("change", arrange);
+  arrange();
+};
+
+const gallery = document.getElementById("gallery");
+if (gallery) openGallery(gallery);

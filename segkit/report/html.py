@@ -1,0 +1,198 @@
+"""Building blocks of the HTML pages; a page is one file that loads nothing from the network."""
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+MARK = "<strong>segkit</strong>"
+"""Text in every page, by which segkit recognizes the pages that it wrote."""
+
+MATRIX_TEXT = 20
+"""A heat map of more classes shows colors only; values are in tooltips and for screen readers."""
+
+
+@cache
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
+
+
+def template(file: str, values: Mapping[str, str]) -> str:
+    """Return an HTML file of ``assets`` with each ``$key`` replaced by its value, which is HTML."""
+    return Template(_asset(file)).substitute(values)
+
+
+def document(title: str, sections: Mapping[str, str], *, header: str = "") -> str:
+    """Return a page of a title (plain text), a header and sections by heading; omit empty sections.
+
+    Its Content-Security-Policy forbids every request and every script but the page's own, which it
+    identifies by a digest: HTML in class or file names would have no effect.
+    """
+    script, links, body = f"\n{_asset('page.js')}\n", "", ""
+    for n, (name, content) in enumerate(sections.items()):
+        if content:
+            heading = f'<h2 id="part{n}-name">{escape(name)}</h2>'
+            links += f'<a href="#part{n}">{escape(name)}</a>'
+            body += f'<section id="part{n}" aria-labelledby="part{n}-name">\n{heading}\n'
+            body += f"{content}\n</section>\n"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    values = {"digest": digest, "title": escape(title), "style": _asset("page.css")}
+    values |= {"links": MARK + links, "header": header, "body": body, "script": script}
+    return template("page.html", values)
+
+
+def data_uri(image: Image.Image, *, format: str = "JPEG") -> str:
+    """Return a picture as a ``data:`` address."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, quality=80)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", style: str = ""
+) -> str:
+    """Return a table that scrolls sideways; the first cell of a row is its heading.
+
+    Args:
+        columns: Headings, plain text.
+        rows: Cells as HTML; a cell that starts with ``<td`` is used as it is.
+        caption: HTML.
+        style: CSS classes; in a ``sortable`` table, a click on a heading sorts the rows.
+    """
+    heads, body = "", ""
+    for n, name in enumerate(columns):
+        kind = ' class="text"' if rows and rows[0][n].startswith('<td class="text') else ""
+        label = f"<button>{escape(name)}</button>" if "sortable" in style else escape(name)
+        heads += f'<th scope="col"{kind}>{label}</th>' if name else "<td></td>"
+    for first, *rest in rows:
+        cells = "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in rest)
+        body += f'<tr><th scope="row">{first}</th>{cells}</tr>\n'
+    head = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return (
+        f'<figure class="table">{head}<div class="scroll" tabindex="0" role="group" '
+        f'aria-label="Table"><table class="{style}"><thead><tr>{heads}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div></figure>"
+    )
+
+
+def cell(
+    content: str,
+    value: float | None = None,
+    *,
+    heat: float | None = None,
+    style: str = "",
+    title: str = "",
+) -> str:
+    """Return a ``<td>`` of HTML, with CSS classes and a plain-text tooltip.
+
+    The column is sorted by ``value``, or by text without it. ``heat`` is the strength of the cell's
+    color, 0 to 1.
+    """
+    attributes = {
+        "class": style if heat is None else f"{style} heat".strip(),
+        "data-value": "" if value is None else f"{value:.6g}",
+        "style": "" if heat is None else f"--heat:{100 * heat:.0f}%",
+        "title": escape(title),
+    }
+    marks = "".join(f' {name}="{text}"' for name, text in attributes.items() if text)
+    return f"<td{marks}>{content}</td>"
+
+
+def heat_map(
+    names: Sequence[str],
+    shares: Sequence[Sequence[float | None]],
+    *,
+    corner: str,
+    caption: str,
+    diagonal: bool = False,
+) -> str:
+    """Return a square table of shares, 0 to 1; larger shares have stronger colors.
+
+    A share of ``None`` leaves its cell empty; ``diagonal`` colors cells off the diagonal as errors.
+    """
+    hidden = '<span class="unseen">{}</span>' if len(names) > MATRIX_TEXT else "{}"
+    rows = []
+    for name, line in zip(names, shares, strict=True):
+        row = [escape(name)]
+        for other, share in zip(names, line, strict=True):
+            if share is None:
+                row.append("")
+                continue
+            text = hidden.format(f"{100 * share:.0f}") if share >= 0.005 else ""
+            style = "wrong" if diagonal and name != other else ""
+            title = f"{name} → {other}: {100 * share:.2f} %"
+            # The square root makes rare confusions visible.
+            row.append(cell(text, heat=share**0.5, title=title, style=style))
+        rows.append(row)
+    style = "matrix dense" if len(names) > MATRIX_TEXT else "matrix"
+    return table([corner, *names], rows, caption=caption, style=style)
+
+
+def chart(
+    title: str,
+    series: Sequence[Mapping[str, Any]],
+    *,
+    x: str = "step",
+    kind: str = "line",
+    smooth: bool = False,
+) -> str:
+    """Return a chart that the page's script draws, or no HTML if no series has a point.
+
+    Args:
+        title: Plain text.
+        series: Curves, ``{"name": text, "x": numbers, "y": numbers}``; ``"color"`` is the index of
+            a color, by default the curve's own index.
+        x: Name of the horizontal axis.
+        kind: ``"line"``, ``"dots"`` (a line with its points), ``"area"``, or ``"log"``: a line, on
+            a logarithmic axis if its values span more than a power of ten.
+        smooth: Draw a moving average over the points.
+    """
+    if not any(curve["x"] for curve in series):
+        return ""
+    content = json_block({"x": x, "kind": kind, "smooth": smooth, "series": list(series)})
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<script type="application/json">{content}</script></figure>'
+    )
+
+
+def json_block(value: Any) -> str:
+    """Return JSON for a ``<script>`` element; no text in it can end the element."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def facts(values: Mapping[str, str]) -> str:
+    """Return large figures, as HTML, below their names."""
+    items = [f"<div><dt>{escape(k)}</dt><dd>{value}</dd></div>" for k, value in values.items()]
+    return f'<dl class="facts">{"".join(items)}</dl>'
+
+
+def class_labels(names: Iterable[str], colors: Sequence[tuple[int, int, int]]) -> list[str]:
+    """Return class names as HTML, each after a square of its color; colors repeat."""
+    swatch = '<i class="swatch" style="background:rgb{}"></i>'
+    return [swatch.format(colors[c % len(colors)]) + escape(name) for c, name in enumerate(names)]
+
+
+def number(value: float | None, spec: str = ".3f") -> str:
+    """Return a formatted number, or a dash for ``None``."""
+    return "–" if value is None else format(value, spec)
+
+
+def percent(share: float) -> str:
+    """Return a share, 0 to 1, in percent, as HTML."""
+    return f"{100 * share:.1f} %" if share >= 5e-4 or share == 0 else "&lt; 0.1 %"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
