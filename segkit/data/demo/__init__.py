@@ -1,4 +1,4 @@
-"""The embedded demo set: scenes of litter in the contest's format, drawn from a seed."""
+"""The demo data set: generated pictures of litter in the contest's format."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ from segkit.core.distributed import Progress
 from segkit.core.errors import DataError
 from segkit.core.files import regular
 from segkit.data.coco import CocoSource
-from segkit.data.demo.litter import LITTER
-from segkit.data.demo.scene import Scene, draw_scene
-from segkit.data.demo.shapes import polygon_area
+from segkit.data.demo.scene import LITTER, Scene, draw_scene, polygon_area
 
 CLASSES = ("Background", *(kind.name for kind in LITTER))
-VERSION = 3  # of the drawing: a folder drawn by another version is another data set
+
+VERSION = 4
+"""Version of the drawing; sets of different versions differ."""
 
 
 def open_demo(
@@ -31,18 +31,18 @@ def open_demo(
     size: int = 128,
     seed: int = 0,
 ) -> CocoSource:
-    """A part of the demo set, which is drawn on first use.
+    """Open a part of the demo set, which is drawn on first use.
 
     Args:
         root: Folder of the set.
-        part: ``test`` has no labels; ``test_labels`` are the same images with them, for scoring.
+        part: ``test`` has no labels; ``test_labels`` is the same images with labels.
         train: Number of training images.
         test: Number of test images.
         size: Side of the square images in pixels.
-        seed: Another seed is another set.
+        seed: Random seed of the pictures.
 
     Raises:
-        DataError: The folder holds something else, or a demo set of other numbers.
+        DataError: The folder contains something else, or a demo set of other numbers.
     """
     draw_demo(Path(root), train=train, test=test, size=size, seed=seed)
     return CocoSource(annotations=str(Path(root, f"{part}.json")), background=CLASSES[0])
@@ -51,39 +51,38 @@ def open_demo(
 def draw_demo(
     folder: Path, *, train: int = 240, test: int = 80, size: int = 128, seed: int = 0
 ) -> bool:
-    """Draw the demo set into a new folder, unless it is there already; see :func:`open_demo`.
+    """Draw the demo set into a new folder, unless it is there; arguments as in :func:`open_demo`.
 
-    The folder appears whole or not at all, so several processes may call this at once. The same
-    numbers give the same bytes wherever NumPy and Pillow are the same.
+    The folder is created atomically, so several processes may call this at once. The same numbers
+    give the same bytes with the same NumPy and Pillow.
 
     Returns:
-        Whether this call has drawn it.
+        True if this call drew the set.
 
     Raises:
-        DataError: As :func:`open_demo`; or a number that makes no set.
+        DataError: As in :func:`open_demo`, or a number is out of range.
     """
-    recipe = {"version": VERSION, "train": train, "test": test, "size": size, "seed": seed}
+    settings = {"version": VERSION, "train": train, "test": test, "size": size, "seed": seed}
     if min(train, test) < 1 or size < 32 or seed < 0:
         raise DataError(
             f"a demo set of {train} and {test} images of {size} pixels with seed {seed} cannot be "
             "drawn; expected at least 1 and 1 images, 32 pixels and seed 0"
         )
     folder = folder.resolve()
-    if _holds(folder, recipe):
+    if _exists(folder, settings):
         return False
     draft = folder.with_name(f".{folder.name}-{uuid4().hex}")
     draft.mkdir(parents=True)
     try:
-        labelled = _write_part(draft, "batch_01", number=0, images=train, size=size, seed=seed)
-        _write_json(draft / "train.json", labelled)
-        labelled = _write_part(draft, "batch_02", number=1, images=test, size=size, seed=seed)
+        _write_json(draft / "train.json", _draw_part(draft / "batch_01", train, size, (seed, 0)))
+        labelled = _draw_part(draft / "batch_02", test, size, (seed, 1))
         _write_json(draft / "test_labels.json", labelled)
         del labelled["annotations"]
         _write_json(draft / "test.json", labelled)
-        _write_json(draft / "demo.json", recipe)
+        _write_json(draft / "demo.json", settings)
         draft.rename(folder)
     except OSError:
-        if not _holds(folder, recipe):  # it is there where another process was first
+        if not _exists(folder, settings):  # it exists if another process was first
             raise
         return False
     finally:
@@ -92,65 +91,60 @@ def draw_demo(
     return True
 
 
-def _holds(folder: Path, recipe: dict[str, int]) -> bool:
-    """Whether the demo set of this recipe lies there; False where nothing does."""
+def _exists(folder: Path, settings: dict[str, int]) -> bool:
+    """Return whether the folder is the demo set of these settings; raise if it is in use."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads(regular(folder / "demo.json").read_text())
+        existing = json.loads(regular(folder / "demo.json").read_text())
     except (OSError, ValueError):
         raise DataError(f"{folder} is in use and holds no demo set; name a new folder") from None
-    if found != recipe:
+    if existing != settings:
         raise DataError(
-            f"{folder} holds a demo set of {found}, not of {recipe}; "
+            f"{folder} holds a demo set of {existing}, not of {settings}; "
             "name a new folder, or delete this one to draw it again"
         )
     return True
 
 
-def _write_part(
-    folder: Path, batch: str, *, number: int, images: int, size: int, seed: int
-) -> dict[str, Any]:
-    """Draw one part's photographs, and return its COCO content."""
-    (folder / batch).mkdir()
+def _draw_part(folder: Path, images: int, size: int, seed: tuple[int, int]) -> dict[str, Any]:
+    """Draw the pictures of a part into a folder; return their COCO content."""
+    folder.mkdir()
     scenes = {}
-    hands = Progress(_deal(images, np.random.default_rng((seed, number))), f"drawing {batch}")
-    for i, classes in enumerate(hands):
-        rng = np.random.default_rng((seed, number, i))
-        scenes[f"{batch}/{i:04d}.jpg"] = scene = draw_scene(rng, size=size, classes=classes)
-        quality = int(rng.integers(80, 95))
-        Image.fromarray(scene.image).save(folder / batch / f"{i:04d}.jpg", quality=quality)
+    classes = _choose_classes(images, np.random.default_rng(seed))
+    for i, chosen in enumerate(Progress(classes, f"drawing {folder.name}")):
+        rng = np.random.default_rng((*seed, i))
+        name = f"{i:04d}.jpg"
+        scenes[f"{folder.name}/{name}"] = scene = draw_scene(rng, size=size, classes=chosen)
+        Image.fromarray(scene.image).save(folder / name, quality=int(rng.integers(80, 95)))
     return _coco(scenes)
 
 
-def _deal(images: int, rng: np.random.Generator) -> list[list[int]]:
-    """The classes of each image's objects, from one deck that holds every class at least once."""
-    objects = rng.integers(3, 7, images)
+def _choose_classes(images: int, rng: np.random.Generator) -> list[list[int]]:
+    """Return the classes of each image's 3 to 6 objects; every class occurs at least once."""
+    counts = rng.integers(3, 7, images)
     shares = [kind.share for kind in LITTER]
-    drawn = rng.choice(len(LITTER), max(0, objects.sum() - len(LITTER)), p=shares)
-    deck = rng.permutation(np.concatenate([np.arange(len(LITTER)), drawn])) + 1
-    return [hand.tolist() for hand in np.split(deck, objects.cumsum())[:-1]]
+    drawn = rng.choice(len(LITTER), max(0, counts.sum() - len(LITTER)), p=shares)
+    classes = rng.permutation(np.concatenate([np.arange(len(LITTER)), drawn])) + 1
+    return [part.tolist() for part in np.split(classes, counts.cumsum())[:-1]]
 
 
 def _coco(scenes: Mapping[str, Scene]) -> dict[str, Any]:
-    """Scenes by file name as a COCO instance file's content."""
+    """Return the content of a COCO instance file for scenes by file name."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for name, scene in scenes.items():
         height, width = scene.mask.shape
         images.append({"id": len(images), "file_name": name, "height": height, "width": width})
-        for category, outlines in scene.objects:
-            low, high = (
-                np.min([o.min(0) for o in outlines], 0),
-                np.max([o.max(0) for o in outlines], 0),
-            )
+        for category, outline in scene.objects:
+            low, high = outline.min(0), outline.max(0)
             annotations.append(
                 {
                     "id": len(annotations),
                     "image_id": images[-1]["id"],
                     "category_id": category,
-                    "segmentation": [outline.ravel().tolist() for outline in outlines],
-                    "area": round(sum(map(polygon_area, outlines)), 2),
+                    "segmentation": [outline.ravel().tolist()],
+                    "area": round(polygon_area(outline), 2),
                     "bbox": [*low.tolist(), *(high - low).round(2).tolist()],
                     "iscrowd": 0,
                 }
