@@ -1,4 +1,4 @@
-"""Settings of PyTorch's CUDA libraries: deterministic algorithms and cuDNN's autotuning."""
+"""PyTorch's deterministic algorithms, cuDNN's autotuning, and detection of an export."""
 
 import os
 from collections.abc import Iterator
@@ -31,3 +31,11 @@ def cudnn_autotuning(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def is_exporting() -> bool:
+    """Return whether a model is being exported.
+
+    ``torch.compiler.is_exporting`` alone is also true within ``torch.compile`` before torch 2.14.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.models.kernels.depthwise import DepthwiseConv2d
 from segkit.models.kernels.doubled import conv_doubled, doubles
@@ -237,7 +238,7 @@ def resize(
         align_corners: Align the centers of the corner pixels instead of the image's edges; some
             published weights were trained so. Ignored for ``nearest``.
     """
-    if not torch.compiler.is_exporting() and x.shape[-2:] == tuple(size):
+    if not is_exporting() and x.shape[-2:] == tuple(size):
         return x  # during export, comparing sizes would fix the result of the comparison
     corners = align_corners if mode == "bilinear" else None
     return F.interpolate(x, size=tuple(size), mode=mode, align_corners=corners)
@@ -250,9 +251,7 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
     sizes divisible by ``bins``) and with deterministic algorithms (its gradient on CUDA is not
     deterministic).
     """
-    if bins == 1 or not (
-        torch.compiler.is_exporting() or torch.are_deterministic_algorithms_enabled()
-    ):
+    if bins == 1 or not (is_exporting() or torch.are_deterministic_algorithms_enabled()):
         return F.adaptive_avg_pool2d(x, bins)
     with exactly(x) as (exact,):
         rows, columns = (_averages(length, bins, exact) for length in x.shape[-2:])
@@ -271,7 +270,8 @@ def _averages(length: int, bins: int, like: Tensor) -> Tensor:
 def exactly(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """Yield ``tensors`` in at least float32, with autocast off, where half precision is too low."""
     device = tensors[0].device.type
-    halved = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch.compile on torch 2.11 cannot trace torch.amp.is_autocast_available.
+    halved = device != "meta" and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if halved else nullcontext():
         yield [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 

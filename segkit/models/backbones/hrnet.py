@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.models.backbones.inputs import MOST_CHANNELS
 from segkit.models.backbones.stages import refuse_dilation
@@ -154,7 +154,7 @@ class Exchange(nn.Module):
         if factor > 1:
             x = self._resize(x, [factor * side for side in x.shape[-2:]])
         # During export sizes are symbolic: not compared where they may or may not be equal.
-        if not (torch.compiler.is_exporting() and factor > 1) and x.shape[-2:] == like.shape[-2:]:
+        if not (is_exporting() and factor > 1) and x.shape[-2:] == like.shape[-2:]:
             return x
         return self._resize(x, like.shape[-2:])
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import swin_transformer as reference
 
+from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.stages import refuse_dilation
@@ -121,7 +122,7 @@ class WindowAttention(reference.ShiftedWindowAttention):
         self.shift_mask = ShiftMask()
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return attention_of_any_size(self, x)
         window = self.window_size[0]
         height, width = x.shape[1:3]

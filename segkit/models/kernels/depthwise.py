@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkit.core.backend import is_exporting
+
 
 class DepthwiseConv2d(nn.Conv2d):
     """A ``Conv2d`` that computes the gradient of large depthwise weights in 3 x 3 tiles.
@@ -33,7 +35,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _reads_only_center(self, x: Tensor) -> bool:
         """True if the dilation is so large that all but the center of 3 x 3 values are padding."""
-        if torch.compiler.is_exporting() or self.kernel_size != (3, 3) or self.stride != (1, 1):
+        if is_exporting() or self.kernel_size != (3, 3) or self.stride != (1, 1):
             return False
         equal = self.dilation == self.padding
         return equal and all(d >= side for d, side in zip(self.dilation, x.shape[2:], strict=True))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from segkit.core.backend import is_exporting
+
 
 def conv_doubled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Upsample ``x`` by 2 (nearest) and convolve it with 3 x 3 weights.
@@ -36,7 +38,7 @@ def doubles(x: Tensor, size: Sequence[int]) -> bool:
 
     Always false during export, where sizes are symbolic.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return False
     height, width = x.shape[-2:]
     return tuple(size) == (2 * height, 2 * width) and height * width >= 256

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from segkit.core.backend import is_exporting
+
 
 def conv_resized(x: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
     """Resize ``x`` (bilinear) and convolve it with 3 x 3 weights, mostly at the size of ``x``.
@@ -37,7 +39,7 @@ def conv_resized(x: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
 
 def resizing_last_pays(x: Tensor, size: Sequence[int]) -> bool:
     """Return whether :func:`conv_resized` is faster; false during export (symbolic sizes)."""
-    return not torch.compiler.is_exporting() and 2 * x.shape[-2] * x.shape[-1] <= size[0] * size[1]
+    return not is_exporting() and 2 * x.shape[-2] * x.shape[-1] <= size[0] * size[1]
 
 
 def _shifted(length: int, to: int, like: Tensor) -> Tensor:
