@@ -278,6 +278,7 @@ def validator(state: TrainState, cfg: Config, amp: torch.dtype | None) -> Predic
         overlap=cfg.infer.overlap,
         amp=amp,
         channels_last=cfg.train.channels_last,
+        graphs=cfg.infer.graphs,
     )
 
 

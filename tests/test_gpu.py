@@ -29,6 +29,7 @@ from segkit.data import open_source
 from segkit.inference import soup
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
+from segkit.models.decoders import DECODERS
 from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
 from segkit.models.segmenter import build_model
 from segkit.training.evaluate import evaluate
@@ -321,6 +322,26 @@ def test_predictions_are_those_of_the_cpu(options: dict[str, Any]) -> None:
     there = Predictor(untrained().to(DEVICE), **IMAGENET, **options).probabilities(photograph())
     assert there.device.type == DEVICE.type
     torch.testing.assert_close(there.cpu(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_replayed_predictions_are_those_of_ordinary_calls(name: str) -> None:
+    model = build_model("swin_t" if name == "upernet" else "resnet18", name, num_classes=5)
+    model.to(DEVICE, memory_format=torch.channels_last)
+    amp = None if ON_CPU else torch.bfloat16
+    plain, graphed = (
+        Predictor(model, channels_last=True, amp=amp, graphs=graphs) for graphs in (False, True)
+    )
+    images = [photograph(), photograph(130, 100)]
+    for _ in range(2):
+        for number in (0, 1, 0, 1, 0, 0, 1):
+            expected = plain.probabilities(images[number])
+            assert torch.equal(graphed.probabilities(images[number]), expected)
+        if not ON_CPU:
+            assert len(graphed._forward._graphs) == 2
+        with torch.no_grad():  # a replay reads the weights of the moment
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
 
 
 @pytest.mark.usefixtures("tiny")

@@ -201,6 +201,7 @@ class Infer:
     overlap: float = _setting(
         0.25, "share of a tile that overlaps the next tile", low=0.0, high=0.9
     )
+    graphs: bool = _setting(True, "on CUDA, replay a CUDA graph for image sizes that recur")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,4 +100,5 @@ def load(
         overlap=cfg.infer.overlap,
         amp=precision(cfg.train.amp, torch.device(device)),
         channels_last=cfg.train.channels_last,
+        graphs=cfg.infer.graphs,
     )

@@ -1,7 +1,8 @@
 """Predict probabilities and masks of a photograph, at its own size, with views and tiles."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -12,6 +13,8 @@ from segkit.core.backend import cudnn_autotuning
 from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
 from segkit.inference.prediction import Photo, Prediction, as_tensor
 from segkit.inference.tta import Merge, Views, merge_views, parse_views
+from segkit.models.kernels.graphs import Graphs
+from segkit.models.segmenter import Segmenter
 
 # The deepest stride of any backbone. Tiles start at multiples of it, so that strided layers sample
 # the same pixels as in the whole image; smaller images are padded to it.
@@ -50,6 +53,7 @@ class Predictor:
         overlap: Share of a tile that its neighbor also covers, 0 to 0.9.
         amp: Precision of autocast, such as ``torch.bfloat16``; None turns autocast off.
         channels_last: Use the channels_last memory format.
+        graphs: On CUDA, replay a :class:`Segmenter` as a CUDA graph for image sizes that recur.
 
     Raises:
         ValueError: An image has the wrong shape or type.
@@ -70,10 +74,12 @@ class Predictor:
         overlap: float = 0.25,
         amp: torch.dtype | None = None,
         channels_last: bool = False,
+        graphs: bool = True,
     ) -> None:
         if tile is not None and tile < STRIDE:
             raise ValueError(f"tiles must be at least {STRIDE} pixels wide, not {tile}")
-        self.model = model.eval()
+        self._graphs = graphs
+        self.model = model
         self.classes = tuple(classes)
         self.size = size
         self.views = parse_views(views)
@@ -89,6 +95,18 @@ class Predictor:
         spread = torch.tensor(std, device=self.device).view(-1, 1, 1)
         self._scale = 1 / (255 * spread)
         self._shift = -torch.tensor(mean, device=self.device).view(-1, 1, 1) / spread
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, in evaluation mode; may be replaced."""
+        return self._model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._model = model.eval()
+        self._forward: Callable[[Tensor], Tensor] = partial(_forward, model)
+        if self._graphs and isinstance(model, Segmenter):
+            self._forward = Graphs(self._forward, model)
 
     @overload
     def __call__(self, photo: Photo) -> Prediction: ...  # type: ignore[overload-overlap]
@@ -200,7 +218,7 @@ class Predictor:
         image = image.contiguous(memory_format=self.memory_format)
         precision = torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
         with precision, cudnn_autotuning(False):
-            logits = _logits_of(self.model(image), image)[..., :height, :width]
+            logits = self._forward(image)[..., :height, :width]
         if logits.shape[1] == 1:  # the softmax of (0, x) is (1 - sigmoid(x), sigmoid(x))
             logits = torch.cat([torch.zeros_like(logits), logits], 1)
         return logits
@@ -213,6 +231,10 @@ class Predictor:
                 f"got {image.dtype} {tuple(image.shape)}"
             )
         return image if image.dim() == 4 else image[None]
+
+
+def _forward(model: nn.Module, image: Tensor) -> Tensor:
+    return _logits_of(model(image), image)
 
 
 def _logits_of(output: Any, image: Tensor) -> Tensor:
