@@ -20,7 +20,7 @@ import torch
 from segkit.commands import console, reference
 from segkit.core import checkpoint, distributed
 from segkit.core.config import Config
-from segkit.core.errors import ConfigError, DataError, SegkitError
+from segkit.core.errors import ArgumentError, ConfigError, DataError, SegkitError
 from segkit.core.files import write_json
 from segkit.core.labels import IGNORE
 from segkit.core.run import Run
@@ -47,13 +47,6 @@ from segkit.report import write_run_page
 from segkit.training.metrics import FEW_IMAGES
 
 SCORES = "scores.json"
-
-OPTIONS = {
-    "allow_leak=True": "--allow-leak",
-    "kind='uniform'": "--soup uniform",
-    **{f"vote='{vote}'": f"--vote {vote}" for vote in VOTES},
-}
-"""Arguments that errors of the library name, and the options of this command for them."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -130,16 +123,16 @@ def main(argv: Sequence[str]) -> None:
 
 @contextmanager
 def naming_options() -> Iterator[None]:
-    """Replace the arguments that errors of the library name by this command's options."""
+    """Name this command's options in errors of the library that name arguments."""
+    options = {"allow_leak": "--allow-leak", "kind": "--soup", "vote": "--vote"}
     try:
         yield
-    except SegkitError as error:
-        sentence = str(error)
-        for argument, option in OPTIONS.items():
-            sentence = sentence.replace(argument, option)
-        if sentence == str(error):
-            raise
-        raise type(error)(sentence) from error
+    except ArgumentError as error:
+        raise SegkitError(
+            error.sentence(
+                lambda name, value: options[name] if value is True else f"{options[name]} {value}"
+            )
+        ) from error
 
 
 def open_photos(args: argparse.Namespace, cfg: Config) -> Images:

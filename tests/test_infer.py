@@ -254,8 +254,11 @@ def test_an_honest_selection_or_none(home: Path) -> None:
     folds["selection"] += folds["folds"][0][:2]
     (leaky / "folds.json").write_text(json.dumps(folds))
     options = ("--run-dir", "leaky", "--soup", "--out", "leaky")
-    with pytest.raises(CheckpointError, match=r"2 of the 6 images .*fold1.*pass --allow-leak$"):
+    with pytest.raises(
+        SegkitError, match=r"2 of the 6 images .*fold1.*pass --allow-leak$"
+    ) as error:
         run(*options)
+    assert isinstance(error.value.__cause__, soup.LeakError)
     out = run(*options, "--allow-leak")
     assert checkpoint.load(out / "greedy-soup-of-leaky.pt")["soup"]["leaked"] == 2
     rows = {row["name"]: row["selection"]["trained_on"] for row in read(out / "scores.json")}

@@ -4,7 +4,7 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,29 @@ class DataError(SegkitError):
 
 class CheckpointError(SegkitError):
     """Checkpoint that cannot be read or does not match the model."""
+
+
+class ArgumentError(SegkitError):
+    """An error that another value of an argument avoids.
+
+    Args:
+        problem: What is wrong.
+        *advice: What to do, apart from arguments.
+        **arguments: For each argument, the values that avoid the error.
+    """
+
+    def __init__(self, problem: str, *advice: str, **arguments: Sequence[object]) -> None:
+        self.problem, self.advice, self.arguments = problem, advice, arguments
+        super().__init__(self.sentence(lambda name, value: f"{name}={value!r}"))
+
+    def sentence(self, write: Callable[[str, object], str]) -> str:
+        """Return the error as a sentence; ``write`` says how a caller gives an argument."""
+        passed = [
+            f"pass {write(name, value)}"
+            for name, values in self.arguments.items()
+            for value in values
+        ]
+        return f"{self.problem}; {' or '.join([*self.advice, *passed])}"
 
 
 def shorten(text: str, most: int = 100) -> str:

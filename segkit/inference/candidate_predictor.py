@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from segkit.core import __version__, checkpoint, config, distributed
-from segkit.core.errors import SegkitError
+from segkit.core.errors import ArgumentError, SegkitError
 from segkit.inference import soup
 from segkit.inference.candidates import Candidate
 from segkit.inference.model_file import load
@@ -73,9 +73,10 @@ class CandidatePredictor:
         else:
             (vote,) = self.cast(candidate, images, [candidate.vote])
             if not isinstance(vote, SoftVote):
-                raise SegkitError(
+                raise ArgumentError(
                     "a hard vote has no probabilities, which pseudo labels and the output 'soft' "
-                    "need; use vote='soft' or vote='weighted'"
+                    "need",
+                    vote=["soft", "weighted"],
                 )
             for place, index in enumerate(images.share()):
                 if index not in (images.left_out or ()):
@@ -95,9 +96,10 @@ class CandidatePredictor:
             raise SegkitError("the runs have different classes, so they cannot vote together")
         for path, state in zip(candidate.paths, states, strict=True):
             if "weighted" in votes and "iou" not in state:
-                raise SegkitError(
-                    f"{path}: has no IoU of its classes, the coefficients of a weighted vote; "
-                    "train with data.selection above 0, or use vote='soft' or vote='hard'"
+                raise ArgumentError(
+                    f"{path}: has no IoU of its classes, the coefficients of a weighted vote",
+                    "train with data.selection above 0",
+                    vote=["soft", "hard"],
                 )
         mine = images.share()
         shapes, classes = [images.source.size(index) for index in mine], len(states[0]["classes"])

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from segkit.core import __version__, checkpoint, config, distributed
-from segkit.core.errors import CheckpointError, SegkitError
+from segkit.core.errors import ArgumentError, CheckpointError
 from segkit.inference import soup
 from segkit.inference.candidates import Candidate
 from segkit.inference.scoring import Scorer, mean_iou
@@ -74,9 +74,10 @@ class RunSoups:
             allow_leak = self._allow_leak or kind == "uniform"  # which chooses nothing
             return soup.check_selection(paths, selection.digests(), allow_leak=allow_leak)
         if kind != "uniform":
-            raise SegkitError(
-                f"{run.folder}: held no selection set out, which a {kind} soup needs; "
-                "train with data.selection above 0, or use kind='uniform'"
+            raise ArgumentError(
+                f"{run.folder}: held no selection set out, which a {kind} soup needs",
+                "train with data.selection above 0",
+                kind=["uniform"],
             )
         return 0
 
@@ -105,11 +106,11 @@ class RunSoups:
             mix = soup.greedy if kind == "greedy" else soup.learned
             mixed = mix(paths, trial.score, scores=own)
         if len(mixed.members) > 1:
-            trial.load(mixed.model)
-            mixed = replace(mixed, model=trial.model.state_dict())
+            trial.load(mixed.weights)
+            mixed = replace(mixed, weights=trial.model.state_dict())
         state = soup.as_checkpoint(replace(mixed, recipe={**mixed.recipe, "barriers": barriers}))
         if selection is not None:
-            trial.model.load_state_dict(mixed.model)
+            trial.model.load_state_dict(mixed.weights)
             counted = trial.evaluate()
             state |= {"score": mean_iou(counted), "iou": list(scores(counted.matrix).iou)}
             self._scorer.record(result, selection, counted)

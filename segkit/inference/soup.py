@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from segkit.core import checkpoint
 from segkit.core.distributed import all_reduce
-from segkit.core.errors import CheckpointError
-
-_NEEDS = ("classes", "model")
-"""Entries of an ingredient."""
+from segkit.core.errors import ArgumentError, CheckpointError, quoted
+from segkit.models.pretrained.reading import read_file
 
 State = dict[str, Tensor]
+
+Ingredient: TypeAlias = str | Path | Mapping[str, Tensor]
+"""A state dict, or a file of one: a checkpoint, a ``.pth`` or a ``.safetensors`` of any program."""
+
 Score = Callable[[State], float]
 """Returns the score of weights on the selection set; higher is better. A model with BatchNorm calls
 :func:`reestimate_batchnorm` first."""
 
+_NEEDS = ("classes", "model")
+"""Entries of an ingredient."""
 
-class LeakError(CheckpointError):
+
+class LeakError(ArgumentError, CheckpointError):
     """A checkpoint trained, or may have trained, on images that are to choose."""
 
 
@@ -41,75 +46,71 @@ class Soup:
     """Mixed weights, and a record of how they were mixed.
 
     Args:
-        model: A state dict.
+        weights: A state dict.
         recipe: The kind, every ingredient's file, SHA-256, own score and coefficient (``weight``),
             the score after each step and whether it was kept; JSON can hold it.
     """
 
-    model: State
+    weights: State
     recipe: dict[str, Any]
 
     @property
-    def members(self) -> list[Path]:
-        """The ingredients whose coefficient is above zero."""
-        ingredients = self.recipe["ingredients"]
-        return [Path(entry["file"]) for entry in ingredients if entry["weight"] > 0]
+    def members(self) -> list[str]:
+        """The files of the ingredients whose coefficient is above zero."""
+        return [entry["file"] for entry in self.recipe["ingredients"] if entry["weight"] > 0]
 
 
-def uniform(paths: Sequence[Path]) -> Soup:
+def uniform(ingredients: Sequence[Ingredient]) -> Soup:
     """Return the mean of all ingredients.
 
     Args:
-        paths: Checkpoints.
+        ingredients: Files or state dicts of one architecture; they are not changed.
 
     Raises:
-        CheckpointError: A checkpoint cannot be read, or does not match the first one.
+        CheckpointError: An ingredient cannot be read, or does not match the first one.
     """
-    recipe = _Recipe("uniform", paths)
-    soup = _weights(paths[0])
-    for count, path in enumerate(paths[1:], 2):
-        _mix(soup, _weights(path), 1 / count, into=soup)
-    return recipe.soup(soup, [1 / len(paths)] * len(paths))
+    mixture = _Mixture("uniform", ingredients)
+    mixture.weights = _weights(ingredients[0])
+    for count, ingredient in enumerate(ingredients[1:], 2):
+        _interpolate(mixture.weights, _weights(ingredient), 1 / count, into=mixture.weights)
+    mixture.coefficients = [1 / len(ingredients)] * len(ingredients)
+    return mixture.soup()
 
 
-def greedy(paths: Sequence[Path], score: Score, *, scores: Sequence[float] | None = None) -> Soup:
+def greedy(
+    ingredients: Sequence[Ingredient], score: Score, *, scores: Sequence[float] | None = None
+) -> Soup:
     """Return the mean of ingredients added from best to worst unless one lowers the score.
 
     All members have the same coefficient.
 
     Args:
-        paths: Checkpoints.
+        ingredients: As in :func:`uniform`.
         score: On images that no ingredient trained on; see :func:`check_selection`.
         scores: Scores of the ingredients alone; computed by default.
 
     Raises:
-        CheckpointError: A checkpoint cannot be read, or does not match the first one.
+        CheckpointError: An ingredient cannot be read, or does not match the first one.
     """
-    recipe = _Recipe("greedy", paths)
-    order = recipe.rank(score, scores)
-    members, best = [order[0]], recipe.score(order[0])
-    soup = _weights(paths[order[0]])
-    for index in order[1:]:
-        candidate = _weights(paths[index])
-        _mix(soup, candidate, 1 / (len(members) + 1), into=candidate)
-        value = score(candidate)
-        if recipe.step(index, 1 / (len(members) + 1), value, kept=value >= best):
-            soup, best = candidate, value
+    mixture = _Mixture("greedy", ingredients)
+    members = mixture.start(score, scores)[:1]
+    for index in mixture.order[1:]:
+        if mixture.add(index, 1 / (len(members) + 1), score, if_equal=True):
             members.append(index)
-        del candidate
-    coefficients = [1 / len(members) if index in members else 0.0 for index in range(len(paths))]
-    return recipe.soup(soup, coefficients, best)
+    equal = 1 / len(members)
+    mixture.coefficients = [equal if index in members else 0.0 for index in range(len(ingredients))]
+    return mixture.soup()
 
 
 def learned(
-    paths: Sequence[Path],
+    ingredients: Sequence[Ingredient],
     score: Score,
     *,
     scores: Sequence[float] | None = None,
     shares: Sequence[float] = (0.5, 0.25, 0.1),
     rounds: int = 2,
 ) -> Soup:
-    """Return a mixture whose coefficients are found by line search on the score.
+    """Return a mixture whose coefficients are optimized by line search on the score.
 
     The soup begins as the best ingredient. For each ingredient it tries the shares in order and
     keeps the first mixture that raises the score.
@@ -117,83 +118,58 @@ def learned(
     Departs from the paper: that optimizes a loss by gradient, with all ingredients in memory.
 
     Args:
-        paths: Checkpoints.
-        score: On images that no ingredient trained on; see :func:`check_selection`.
-        scores: Scores of the ingredients alone; computed by default.
+        ingredients: As in :func:`uniform`.
+        score: As in :func:`greedy`.
+        scores: As in :func:`greedy`.
         shares: Coefficients of the added ingredient to try, in this order.
         rounds: Passes over the ingredients; ends early if a pass changes nothing.
 
     Raises:
-        CheckpointError: A checkpoint cannot be read, or does not match the first one.
+        CheckpointError: An ingredient cannot be read, or does not match the first one.
     """
-    recipe = _Recipe("learned", paths)
-    order = recipe.rank(score, scores)
-    best = recipe.score(order[0])
-    coefficients = [float(index == order[0]) for index in range(len(paths))]
-    soup = _weights(paths[order[0]])
+    mixture = _Mixture("learned", ingredients)
+    mixture.start(score, scores)
     for _ in range(rounds):
-        before = best
-        for index in order:
-            if coefficients[index] == 1:
-                continue
-            for share in shares:
-                candidate = _weights(paths[index])
-                _mix(soup, candidate, share, into=candidate)
-                value = score(candidate)
-                if recipe.step(index, share, value, kept=value > best):
-                    soup, best = candidate, value
-                    coefficients = [value * (1 - share) for value in coefficients]
-                    coefficients[index] += share
-                    break
-                del candidate
-        if best == before:
+        before = mixture.best
+        for index in mixture.order:
+            if mixture.coefficients[index] < 1:
+                any(mixture.add(index, share, score) for share in shares)  # the first that is kept
+        if mixture.best == before:
             break
-    return recipe.soup(soup, coefficients, best)
-
-
-def barrier(first: Path, second: Path, score: Score, *, scores: tuple[float, float]) -> float:
-    """Return the mean score of two ingredients minus the score of their midpoint.
-
-    Far above zero, the two are not linearly mode-connected and every soup of them is worse than
-    they are, usually because their decoders were initialized differently.
-
-    Args:
-        first: A checkpoint.
-        second: Another checkpoint.
-        score: Scores the midpoint.
-        scores: Scores of the two ingredients.
-    """
-    midpoint = _weights(second)
-    _mix(_weights(first), midpoint, 0.5, into=midpoint)
-    return sum(scores) / 2 - score(midpoint)
+    return mixture.soup()
 
 
 def check_barriers(
-    paths: Sequence[Path], score: Score, *, scores: Sequence[float]
+    ingredients: Sequence[Ingredient], score: Score, *, scores: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Return the :func:`barrier` between the best ingredient and each other one.
+    """Return the barrier between the best ingredient and each other one.
 
-    Warns of a midpoint that scores below both ingredients.
+    It is the mean score of the two minus the score of their midpoint. Far above zero, the two are
+    not linearly mode-connected and every soup of them is worse than they are, usually because their
+    decoders were initialized differently. A midpoint that scores below both is warned of.
 
     Args:
-        paths: Checkpoints.
+        ingredients: As in :func:`uniform`.
         score: Scores a midpoint.
         scores: Scores of the ingredients alone.
 
     Returns:
         ``files`` and ``barrier`` of each pair; JSON can hold it.
     """
-    best = max(range(len(paths)), key=lambda index: _ordered(scores[index]))
+    names = [_name(ingredient, number) for number, ingredient in enumerate(ingredients)]
+    best = max(range(len(ingredients)), key=lambda index: _nan_last(scores[index]))
     barriers = []
-    for index in range(len(paths)):
+    for index in range(len(ingredients)):
         if index == best:
             continue
+        midpoint = _weights(ingredients[index])
+        _interpolate(_weights(ingredients[best]), midpoint, 0.5, into=midpoint)
         ends = scores[best], scores[index]
-        height = barrier(paths[best], paths[index], score, scores=ends)
-        barriers.append({"files": [str(paths[best]), str(paths[index])], "barrier": height})
+        height = sum(ends) / 2 - score(midpoint)
+        barriers.append({"files": [names[best], names[index]], "barrier": height})
         if height > sum(ends) / 2 - min(ends):
             warnings.warn(
-                f"{paths[best]} and {paths[index]} are not linearly mode-connected: the score of "
+                f"{names[best]} and {names[index]} are not linearly mode-connected: the score of "
                 f"their midpoint is {height:.3f} below the mean of their own, so a soup of both is "
                 "of no use; let them vote, or train both from the same pretrained weights",
                 stacklevel=2,
@@ -217,37 +193,39 @@ def check_selection(
     Raises:
         LeakError: Images leak, or a checkpoint does not record what it trained on.
     """
-    chosen, leaked, guilty = set(selection), set[str](), []
+    chosen, leaked, leaking = set(selection), set[str](), []
     for path in paths:
         state = checkpoint.entries(path, _NEEDS)
         if "trained_on" not in state and not allow_leak:
             raise LeakError(
-                f"{path}: does not record which images it trained on, so its score may be too "
-                "high; use another checkpoint, or pass allow_leak=True"
+                f"{path}: does not record which images it trained on, so its score may be too high",
+                "use another checkpoint",
+                allow_leak=[True],
             )
         seen = chosen.intersection(state.get("trained_on", ()))
         leaked |= seen
-        guilty += [str(path)] if seen else []
+        leaking += [str(path)] if seen else []
     if leaked and not allow_leak:
         raise LeakError(
             f"{len(leaked)} of the {len(chosen)} images that would choose were trained on by "
-            f"{', '.join(guilty)}; hold out a selection set (data.selection), or pass "
-            "allow_leak=True"
+            f"{', '.join(leaking)}",
+            "hold out a selection set (data.selection)",
+            allow_leak=[True],
         )
     return len(leaked)
 
 
 def as_checkpoint(soup: Soup) -> dict[str, Any]:
-    """Return the entries of a soup's checkpoint, which loads like that of a trained model.
+    """Return the entries of the checkpoint of a soup of checkpoints.
 
     Its ``trained_on`` has every image that any member trained on.
     """
-    states = [checkpoint.entries(path, _NEEDS) for path in soup.members]
+    states = [checkpoint.entries(Path(file), _NEEDS) for file in soup.members]
     trained_on = sorted({image for state in states for image in state.get("trained_on", ())})
     kept = ("config", "classes", "init", "fold", "epoch", "step")
     return {
         **{key: states[0][key] for key in kept if key in states[0]},
-        "model": soup.model,
+        "model": soup.weights,
         "score": soup.recipe["score"],
         "trained_on": trained_on,
         "soup": soup.recipe,
@@ -319,102 +297,155 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     return changed
 
 
-class _Recipe:
-    """Compares ingredients with the first of them, and records the soup's making."""
+class _Mixture:
+    """A soup in the making: its weights, coefficients, score and steps so far."""
 
-    def __init__(self, kind: str, paths: Sequence[Path]) -> None:
-        if not paths:
+    def __init__(self, kind: str, ingredients: Sequence[Ingredient]) -> None:
+        if not ingredients:
             raise CheckpointError("a soup needs at least one checkpoint")
-        self.kind = kind
-        self.paths = paths
-        self.sha256 = [checkpoint.digest(path) for path in paths]
-        self.scores: list[float | None] = [None] * len(paths)
+        self.kind, self.ingredients = kind, ingredients
+        self.names = [_name(ingredient, number) for number, ingredient in enumerate(ingredients)]
+        for name, ingredient in zip(self.names, ingredients, strict=True):
+            _check_type(name, ingredient)
+        self.sha256 = [_digest(ingredient) for ingredient in ingredients]
+        self.scores: list[float | None] = [None] * len(ingredients)
+        self.best: float | None = None
         self.steps: list[dict[str, Any]] = []
-        first, *others = states = [checkpoint.entries(path, _NEEDS) for path in paths]
-        for path, other in zip(paths[1:], others, strict=True):
-            _compare(paths[0], first, path, other)
-        self.dtypes = {key: tensor.dtype for key, tensor in checkpoint.weights(first).items()}
-        starts = {str(path): state.get("init") for path, state in zip(paths, states, strict=True)}
-        apart = [f"{a} and {b}" for a, b in combinations(starts, 2) if starts[a] != starts[b]]
-        if apart:
+        states = [_entries(ingredient) for ingredient in ingredients]
+        for name, state in zip(self.names[1:], states[1:], strict=True):
+            _compare(self.names[0], states[0], name, state)
+        weights = checkpoint.weights(states[0])
+        self.dtypes = {key: tensor.dtype for key, tensor in weights.items()}
+        starts = zip(self.names, [state.get("init") for state in states], strict=True)
+        differing = [
+            f"{a} and {b}" for (a, i), (b, j) in combinations(starts, 2) if i and j and i != j
+        ]
+        if differing:
             warnings.warn(
                 "these were initialized with different weights, so a soup of them may be of no "
-                f"use: {'; '.join(apart)}",
+                f"use: {'; '.join(differing)}",
                 stacklevel=3,
             )
 
-    def rank(self, score: Score, scores: Sequence[float] | None) -> list[int]:
-        """Return ingredients from best to worst; those with a score of NaN come last."""
+    def start(self, score: Score, scores: Sequence[float] | None) -> list[int]:
+        """Begin with the best ingredient; return all from best to worst, a score of NaN last."""
         if scores is None:
-            scores = [score(_weights(path)) for path in self.paths]
-        self.scores = [_ordered(value) for value in scores]
-        return sorted(range(len(self.paths)), key=self.score, reverse=True)
+            scores = [score(_weights(ingredient)) for ingredient in self.ingredients]
+        ranked = [_nan_last(value) for value in scores]
+        self.scores = [*ranked]
+        self.order = sorted(range(len(ranked)), key=ranked.__getitem__, reverse=True)
+        self.best = ranked[self.order[0]]
+        self.weights = _weights(self.ingredients[self.order[0]])
+        self.coefficients = [float(index == self.order[0]) for index in range(len(ranked))]
+        return self.order
 
-    def score(self, index: int) -> float:
-        """Return the score of an ingredient alone."""
-        value = self.scores[index]
-        assert value is not None
-        return value
-
-    def step(self, index: int, share: float, score: float, *, kept: bool) -> bool:
-        """Record a trial mixture, and return ``kept``."""
-        file = str(self.paths[index])
-        self.steps.append({"file": file, "share": share, "score": score, "kept": kept})
+    def add(self, index: int, share: float, score: Score, *, if_equal: bool = False) -> bool:
+        """Mix an ingredient in if that raises the score; return whether it did."""
+        assert self.best is not None
+        candidate = _weights(self.ingredients[index])
+        _interpolate(self.weights, candidate, share, into=candidate)
+        value = score(candidate)
+        kept = value > self.best or (if_equal and value == self.best)
+        step = {"file": self.names[index], "share": share, "score": value, "kept": kept}
+        self.steps.append(step)
+        if kept:
+            self.weights, self.best = candidate, value
+            self.coefficients = [value * (1 - share) for value in self.coefficients]
+            self.coefficients[index] += share
         return kept
 
-    def soup(self, model: State, coefficients: Sequence[float], score: float | None = None) -> Soup:
+    def soup(self) -> Soup:
         """Return the soup, its tensors in the types of the first ingredient."""
-        columns = zip(self.paths, self.sha256, self.scores, coefficients, strict=True)
+        columns = zip(self.names, self.sha256, self.scores, self.coefficients, strict=True)
         ingredients = [
-            {"file": str(path), "sha256": digest, "score": own, "weight": coefficient}
-            for path, digest, own, coefficient in columns
+            {"file": name, "sha256": digest, "score": own, "weight": coefficient}
+            for name, digest, own, coefficient in columns
         ]
         recipe = {
             "kind": self.kind,
-            "score": score,
+            "score": self.best,
             "ingredients": ingredients,
             "steps": self.steps,
             "refused": [entry["file"] for entry in ingredients if entry["weight"] == 0],
         }
-        return Soup({key: tensor.to(self.dtypes[key]) for key, tensor in model.items()}, recipe)
+        weights = {key: tensor.to(self.dtypes[key]) for key, tensor in self.weights.items()}
+        return Soup(weights, recipe)
+
+
+def _name(ingredient: Ingredient, number: int) -> str:
+    return str(ingredient) if isinstance(ingredient, str | Path) else f"ingredients[{number}]"
+
+
+def _check_type(name: str, ingredient: Any) -> None:
+    if not isinstance(ingredient, str | Path | Mapping):
+        raise CheckpointError(
+            f"{name}: expected a path or a state dict, got {type(ingredient).__name__}"
+        )
+    for key, value in ingredient.items() if isinstance(ingredient, Mapping) else ():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name}: {quoted(key)} is no tensor; expected a state dict")
+
+
+def _entries(ingredient: Ingredient) -> Mapping[str, Any]:
+    """Return a checkpoint's entries, unverified; of anything else, its weights as ``model``."""
+    if isinstance(ingredient, Mapping):
+        return {"model": ingredient}
+    if _is_checkpoint(Path(ingredient)):
+        return checkpoint.entries(Path(ingredient), _NEEDS)
+    return {"model": read_file(Path(ingredient), keep_prefixes=True)}
+
+
+def _digest(ingredient: Ingredient) -> str:
+    """Return the SHA-256 of an ingredient; a checkpoint is verified."""
+    if isinstance(ingredient, str | Path) and _is_checkpoint(Path(ingredient)):
+        return checkpoint.digest(Path(ingredient))
+    return checkpoint.digest_tensors(_entries(ingredient)["model"])
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether segkit wrote the file; a missing one counts, as its error is the clearest."""
+    return not path.exists() or checkpoint.stored_digest(path) is not None
 
 
 def _compare(
-    path: Path, state: Mapping[str, Any], other_path: Path, other: Mapping[str, Any]
+    name: str, state: Mapping[str, Any], other_name: str, other: Mapping[str, Any]
 ) -> None:
-    """Refuse a checkpoint that is not the same architecture with the same classes."""
-    if list(state["classes"]) != list(other["classes"]):
-        raise CheckpointError(f"{other_path}: has other classes than {path}; they cannot be mixed")
+    """Refuse an ingredient that is not the same architecture with the same classes."""
+    if "classes" in state and "classes" in other and state["classes"] != other["classes"]:
+        raise CheckpointError(f"{other_name}: has other classes than {name}; they cannot be mixed")
     ours, theirs = _shapes(checkpoint.weights(state)), _shapes(checkpoint.weights(other))
     differing = sorted(ours.items() ^ theirs.items())
     if differing:
         key, (shape, _) = differing[0]
         raise CheckpointError(
-            f"{other_path}: is another architecture than {path} ('{key}' {list(shape)} is not in "
+            f"{other_name}: is another architecture than {name} ('{key}' {list(shape)} is not in "
             f"both, and {len(differing) - 1} others); they cannot be mixed"
         )
 
 
-def _shapes(model: State) -> dict[str, tuple[tuple[int, ...], bool]]:
-    return {key: (tuple(x.shape), x.is_floating_point()) for key, x in model.items()}
+def _shapes(weights: State) -> dict[str, tuple[tuple[int, ...], bool]]:
+    return {key: (tuple(x.shape), x.is_floating_point()) for key, x in weights.items()}
 
 
-def _ordered(score: float) -> float:
-    """Return the score, minus infinity in place of NaN."""
+def _nan_last(score: float) -> float:
     return -math.inf if math.isnan(score) else float(score)
 
 
-def _weights(path: Path) -> State:
-    """Return a checkpoint's weights, averaged ones where it has them, in float32 or better.
+def _weights(ingredient: Ingredient) -> State:
+    """Return weights that may be written to, averaged ones if there are, in float32 or better.
 
-    They are mapped from the file privately: writing to them does not change the file.
+    Files are mapped privately: writing to the weights does not change the file.
     """
-    state = checkpoint.weights(checkpoint.entries(path, _NEEDS))
+    copy = isinstance(ingredient, Mapping)
     return {
-        key: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        if tensor.is_floating_point()
-        else tensor
-        for key, tensor in state.items()
+        key: tensor.detach().to(
+            device="cpu",
+            dtype=torch.promote_types(tensor.dtype, torch.float32)
+            if tensor.is_floating_point()
+            else tensor.dtype,
+            copy=copy,
+        )
+        for key, tensor in checkpoint.weights(_entries(ingredient)).items()
     }
 
 
@@ -422,7 +453,7 @@ _PIECE = 2**18
 """Values mixed at a time, so that temporary tensors are small."""
 
 
-def _mix(soup: State, other: State, share: float, *, into: State) -> None:
+def _interpolate(soup: State, other: State, share: float, *, into: State) -> None:
     """Write ``(1 - share) * soup + share * other`` into one of the two."""
     for key, mine in soup.items():
         if mine.is_floating_point():

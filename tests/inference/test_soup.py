@@ -1,6 +1,8 @@
 """Soups: the arithmetic by hand, the same bits from the same models, honest selection."""
 
+import json
 import math
+import struct
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -69,7 +71,7 @@ def test_identical_models_give_the_same_bits(tmp_path: Path, kind: str, count: i
         made = soup.uniform(paths)
     else:
         made = getattr(soup, kind)(paths, lambda state: 0.5)
-    assert _bits(made.model) == _bits(_awkward(0))
+    assert _bits(made.weights) == _bits(_awkward(0))
     assert len(made.members) == (1 if kind == "learned" else count)
 
 
@@ -80,19 +82,19 @@ def test_uniform_is_the_mean_and_leaves_the_files_alone(tmp_path: Path) -> None:
     for key in ("weight", "half", "bf16", "double", "last"):
         values = torch.stack([_awkward(seed)[key].double() for seed in range(5)])
         mean = values.mean(0)
-        rounding = 4 * torch.finfo(made.model[key].dtype).eps * mean.abs().max()
-        assert (made.model[key].double() - mean).abs().max() < rounding
+        rounding = 4 * torch.finfo(made.weights[key].dtype).eps * mean.abs().max()
+        assert (made.weights[key].double() - mean).abs().max() < rounding
         if key in ("half", "bf16"):  # averaged in float32 and rounded once
-            assert (made.model[key] == mean.to(made.model[key].dtype)).float().mean() > 0.99
+            assert (made.weights[key] == mean.to(made.weights[key].dtype)).float().mean() > 0.99
     assert [path.read_bytes() for path in paths] == before
 
 
 def test_integers_are_the_first_ones_and_not_averaged(tmp_path: Path) -> None:
     states = [{"weight": torch.tensor([1.0]), "count": torch.tensor([n, 7])} for n in (3, 4, 9)]
     paths = [_save(tmp_path / f"{n}.pt", state) for n, state in enumerate(states)]
-    assert soup.uniform(paths).model["count"].tolist() == [3, 7]
+    assert soup.uniform(paths).weights["count"].tolist() == [3, 7]
     best_is_last = soup.greedy(paths, lambda state: 0, scores=[0.0, 0.1, 0.2])
-    assert best_is_last.model["count"].tolist() == [9, 7]
+    assert best_is_last.weights["count"].tolist() == [9, 7]
 
 
 def test_greedy_by_hand(tmp_path: Path) -> None:
@@ -100,8 +102,8 @@ def test_greedy_by_hand(tmp_path: Path) -> None:
     paths = _points(tmp_path, 20, 1, 7, 4)
     made = soup.greedy(paths, _near(5))
     # 4; (4+7)/2 = 5.5 is kept; (4+7+1)/3 = 4 is refused; (4+7+20)/3 is refused.
-    assert made.model["weight"].item() == 5.5
-    assert made.members == [paths[2], paths[3]]
+    assert made.weights["weight"].item() == 5.5
+    assert made.members == [str(paths[2]), str(paths[3])]
     steps = [(Path(one["file"]).stem, one["score"], one["kept"]) for one in made.recipe["steps"]]
     assert steps[0] == ("2", -0.5, True)
     assert steps[1] == ("1", -1.0, False)
@@ -119,20 +121,22 @@ def test_greedy_members_weigh_the_same_in_any_order(tmp_path: Path) -> None:
     paths = _points(tmp_path, *values)
     for scores in ([4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0], [3.0, 1.0, 4.0, 2.0]):
         made = soup.greedy(paths, lambda state: 9.0, scores=scores)
-        assert made.model["weight"].item() == pytest.approx(4.25, abs=1e-6)  # not 10/2 + 4/4 + ...
+        assert made.weights["weight"].item() == pytest.approx(
+            4.25, abs=1e-6
+        )  # not 10/2 + 4/4 + ...
         assert [one["weight"] for one in made.recipe["ingredients"]] == [0.25] * 4
 
 
 def test_greedy_adds_what_is_not_worse_and_starts_with_the_best(tmp_path: Path) -> None:
     paths = _points(tmp_path, 0, 8)
-    assert soup.greedy(paths, lambda state: 1.0, scores=[0.0, 1.0]).model["weight"].item() == 4
-    assert soup.greedy(paths, lambda state: 0.99, scores=[0.0, 1.0]).model["weight"].item() == 8
+    assert soup.greedy(paths, lambda state: 1.0, scores=[0.0, 1.0]).weights["weight"].item() == 4
+    assert soup.greedy(paths, lambda state: 0.99, scores=[0.0, 1.0]).weights["weight"].item() == 8
 
 
 def test_a_diverged_ingredient_is_last_and_refused(tmp_path: Path) -> None:
     paths = _points(tmp_path, math.nan, 4, 6)
     made = soup.greedy(paths, _near(5))
-    assert made.model["weight"].item() == 5
+    assert made.weights["weight"].item() == 5
     assert made.recipe["refused"] == [str(paths[0])]
 
 
@@ -146,22 +150,29 @@ def test_learned_weights_find_what_equal_weights_cannot(tmp_path: Path) -> None:
     weights = [one["weight"] for one in learned.recipe["ingredients"]]
     assert sum(weights) == pytest.approx(1)
     mixed = sum(w * v for w, v in zip(weights, (0, 10, 50), strict=True))
-    assert learned.model["weight"].item() == pytest.approx(mixed, rel=1e-5)
+    assert learned.weights["weight"].item() == pytest.approx(mixed, rel=1e-5)
 
 
 def test_learned_stops_when_a_round_changes_nothing(tmp_path: Path) -> None:
     paths = _points(tmp_path, 5, 0)
     made = soup.learned(paths, _near(5), rounds=50)
-    assert made.members == [paths[0]]
+    assert made.members == [str(paths[0])]
     assert len(made.recipe["steps"]) == 3
 
 
-def test_barrier_by_hand(tmp_path: Path) -> None:
-    left, right = _points(tmp_path, -1, 1)
-    two_valleys = {"score": lambda state: abs(float(state["weight"])), "scores": (1.0, 1.0)}
-    assert soup.barrier(left, right, **two_valleys) == 1
-    one_valley = {"score": lambda state: 1 - abs(float(state["weight"])), "scores": (0.0, 0.0)}
-    assert soup.barrier(left, right, **one_valley) == -1
+def test_barrier_by_hand() -> None:
+    ends = [{"weight": torch.tensor([value])} for value in (-1.0, 1.0)]
+    with pytest.warns(UserWarning, match=r"ingredients\[0\] and ingredients\[1\] are not linearly"):
+        (pair,) = soup.check_barriers(
+            ends, lambda state: abs(float(state["weight"])), scores=[1.0, 1.0]
+        )
+    assert pair == {"files": ["ingredients[0]", "ingredients[1]"], "barrier": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (pair,) = soup.check_barriers(
+            ends, lambda state: 1 - abs(float(state["weight"])), scores=[0.0, 0.0]
+        )
+    assert pair["barrier"] == -1
 
 
 def test_barriers_are_those_of_the_best_with_each(tmp_path: Path) -> None:
@@ -178,13 +189,91 @@ def test_barriers_are_those_of_the_best_with_each(tmp_path: Path) -> None:
     assert f"{paths[0]} and {paths[1]} " in message  # 0.3 is below both; 0.75 is above 0.7
 
 
+@pytest.mark.parametrize("kind", ["uniform", "greedy", "learned"])
+def test_state_dicts_are_mixed_and_left_alone(kind: str) -> None:
+    states = [_awkward(seed) for seed in range(3)]
+    before = [_bits(state) for state in states]
+    if kind == "uniform":
+        made = soup.uniform(states)
+        mean = (states[0]["weight"] + states[1]["weight"] + states[2]["weight"]) / 3
+        torch.testing.assert_close(made.weights["weight"], mean)
+    else:
+        made = getattr(soup, kind)(states, lambda state: float(state["weight"].mean()))
+    assert [_bits(state) for state in states] == before
+    assert [entry["file"] for entry in made.recipe["ingredients"]] == [
+        f"ingredients[{number}]" for number in range(3)
+    ]
+
+
+def test_parameters_of_a_module_are_mixed() -> None:
+    models = [nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)]
+    made = soup.uniform([model.state_dict(keep_vars=True) for model in models])
+    assert not made.weights["weight"].requires_grad
+    models[0].load_state_dict(made.weights)
+
+
+def _write_safetensors(path: Path, weight: Tensor) -> None:
+    shape, size = list(weight.shape), 4 * weight.numel()
+    header = {"model.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + weight.numpy().tobytes())
+
+
+def test_files_of_other_programs_are_mixed_with_their_names_kept(tmp_path: Path) -> None:
+    torch.save({"model.weight": torch.tensor([1.0])}, tmp_path / "plain.pth")
+    wrapped = {"state_dict": {"model.weight": torch.tensor([3.0])}, "epoch": 4}
+    torch.save(wrapped, tmp_path / "wrapped.ckpt")
+    old = {"model.weight": torch.tensor([5.0])}
+    torch.save(old, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    _write_safetensors(tmp_path / "a.safetensors", torch.tensor([7.0]))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    mine = {"model.weight": torch.tensor([9.0])}
+    made = soup.uniform([*map(str, sorted(before)), mine])
+    assert made.weights == {"model.weight": torch.tensor([5.0])}
+    assert {path: path.read_bytes() for path in before} == before
+    again = soup.greedy([*sorted(before)], lambda state: float(state["model.weight"]))
+    assert again.weights["model.weight"].item() == 7
+
+
+def test_segkits_files_and_others_are_mixed_together(tmp_path: Path) -> None:
+    torch.save({"weight": torch.tensor([3.0])}, tmp_path / "plain.pth")
+    made = soup.uniform([*_points(tmp_path, 1), tmp_path / "plain.pth"])
+    assert made.weights["weight"].item() == 2
+
+
+class _Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("code ran",)
+
+
+def test_code_in_a_file_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weight": torch.zeros(1), "extra": _Code()}, tmp_path / "code.pth")
+    with pytest.raises(CheckpointError, match=r"code\.pth: is not a file of weights alone"):
+        soup.uniform([tmp_path / "code.pth", {"weight": torch.zeros(1)}])
+    assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ingredient", "message"),
+    [
+        ("missing.pt", r"missing\.pt: no such checkpoint"),
+        ({}, r"ingredients\[1\]: is another architecture"),
+        ({"weight": 3.0}, r"ingredients\[1\]: 'weight' is no tensor"),
+        (nn.Conv2d(1, 1, 1), r"ingredients\[1\]: expected a path or a state dict, got Conv2d"),
+    ],
+)
+def test_what_is_no_ingredient_is_named(ingredient: soup.Ingredient, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        soup.uniform([{"weight": torch.zeros(1)}, ingredient])
+
+
 def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
     for name, average in (("a", 1.0), ("b", 3.0)):
         ema = {"updates": 9, "model": {"weight": torch.tensor([average])}}
         _save(tmp_path / f"{name}.pt", {"weight": torch.tensor([100.0])}, ema=ema)
     _save(tmp_path / "c.pt", {"weight": torch.tensor([5.0])}, ema=None)
     made = soup.uniform([tmp_path / f"{name}.pt" for name in "abc"])
-    assert made.model["weight"].item() == 3
+    assert made.weights["weight"].item() == 3
 
 
 def test_a_soup_verifies_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +370,7 @@ def test_a_soup_is_a_checkpoint_and_an_ingredient(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="1 of the 1"):
         soup.check_selection([tmp_path / "soup.pt"], ["1"])
     again = soup.uniform([tmp_path / "soup.pt", paths[1]])
-    assert again.model["weight"].item() == 6.25
+    assert again.weights["weight"].item() == 6.25
 
 
 class _TwoNorms(nn.Sequential):
@@ -389,7 +478,7 @@ def test_the_norm_of_a_soup_is_wrong_until_it_is_reestimated(tmp_path: Path) -> 
         nn.init.constant_(model[0].weight, sign)
         soup.reestimate_batchnorm(model, [images])
         paths.append(_save(tmp_path / f"{name}.pt", model.state_dict()))
-    model.load_state_dict(soup.uniform(paths).model)
+    model.load_state_dict(soup.uniform(paths).weights)
     model.eval()
     assert model(images).std() < 0.1
     soup.reestimate_batchnorm(model, [images])

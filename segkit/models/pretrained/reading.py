@@ -20,12 +20,12 @@ WRAPPERS = ("state_dict", "model", "model_state_dict")
 _COMPILED_OR_PARALLEL = re.compile(r"^((module|model|_orig_mod)\.)+")
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
+def read_file(path: Path, *, keep_prefixes: bool = False) -> dict[str, Tensor]:
     """The weights in a ``.pth``, ``.pt`` or ``.safetensors`` file, on the CPU.
 
     What wraps them (:data:`WRAPPERS`) is opened, and the prefixes that wrapping modules give to
-    names (``module.``, ``model.``) are taken off. Archives and safetensors are mapped into memory.
-    A checkpoint of segkit's own is compared with its digest first.
+    names (``module.``, ``model.``) are taken off unless ``keep_prefixes`` is set. Archives and
+    safetensors are mapped into memory. A checkpoint of segkit is compared with its digest first.
 
     Raises:
         CheckpointError: Missing, unreadable, or not weights.
@@ -52,6 +52,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected a state dict, names to tensors, but {what}")
     if odd := [name for name in found if not name.isprintable()]:
         raise CheckpointError(f"{path}: {quoted(odd[0])} is no name of weights")
+    if keep_prefixes:
+        return found
     return {_COMPILED_OR_PARALLEL.sub("", name): value for name, value in found.items()}
 
 
