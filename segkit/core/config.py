@@ -1,4 +1,4 @@
-"""Configuration of a run: frozen dataclasses, strict JSON, ``--set``; independent of components."""
+"""Configuration of a run: frozen dataclasses, strict JSON, overrides; independent of components."""
 
 import dataclasses
 import functools
@@ -38,35 +38,21 @@ class Data:
     val: Component | None = _setting(None, "fixed validation images, in place of folds")
     test: Component | None = _setting(None, "images to predict, labelled or not")
     test_labels: Component | None = _setting(None, "the test images with labels, to score only")
-    pseudo: Component | None = _setting(
-        None, "pseudo-labelled images (infer.py --pseudo), as additional training images"
-    )
-    pseudo_weight: float = _setting(
-        1.0,
-        "share of the pseudo-labelled images in each epoch, drawn again for each",
-        low=0.0,
-        high=1.0,
-    )
-    folds: int = _setting(5, "number of folds; each is used for validation once", low=2, high=1000)
-    selection: float = _setting(
-        0.1,
-        "share of images held out of every fold: the selection set, which chooses soups",
-        low=0.0,
-        high=0.9,
-    )
+    pseudo: Component | None = _setting(None, "images with pseudo labels (infer.py --pseudo)")
+    pseudo_weight: float = _setting(1.0, "share of the pseudo-labelled images in an epoch", 0, 1)
+    folds: int = _setting(5, "number of folds; each is used for validation once", 2, 1000)
+    selection: float = _setting(0.1, "share of images in no fold, which choose soups", 0, 0.9)
     groups: str | None = _setting(None, "JSON file {file name: group}; a group is never split")
     group_pattern: str | None = _setting(
-        None, "regular expression with one group, which matches the image's group in its file name"
+        None, "regular expression with one group: the image's group in its file name"
     )
     mean: tuple[float, float, float] = _setting(IMAGENET_MEAN, "mean of R, G, B in 0..1")
     std: tuple[float, float, float] = _setting(
-        IMAGENET_STD, "standard deviation of R, G, B in 0..1", low=1e-6
+        IMAGENET_STD, "standard deviation of R, G, B in 0..1", 1e-6
     )
-    workers: int = _setting(2, "data-loader workers per rank", low=0, high=256)
+    workers: int = _setting(2, "data-loader workers per rank", 0, 256)
     cache: str = _setting("cache", "folder for decoded training images and masks")
-    cache_gb: float = _setting(
-        4.0, "maximum gigabytes in that folder (4 bytes per pixel); 0: no cache", low=0.0
-    )
+    cache_gb: float = _setting(4.0, "its maximum size in GB, 4 bytes per pixel; 0: no cache", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +64,16 @@ class Model:
     weights: str | None = _setting(
         None, "'imagenet', the name of torchvision weights, or a checkpoint file"
     )
-    freeze_batch_norm: bool = _setting(
-        False, "freeze the weights and statistics of the backbone's BatchNorm"
-    )
+    freeze_batch_norm: bool = _setting(False, "freeze BatchNorm of the backbone")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
     """Augmentation of training images, in this order."""
 
-    train: tuple[Component, ...] = _setting(
-        (), "operations, each with its name, probability 'p' and arguments"
-    )
+    train: tuple[Component, ...] = _setting((), "operations: name, probability 'p', arguments")
     size: tuple[int, int] | None = _setting(
-        None, "height and width of training images after augmentation", low=1, high=65536
+        None, "height and width of training images after augmentation", 1, 65536
     )
     device: Literal["cpu", "model"] = _setting(
         "cpu", "where images are transformed: in the workers, or in batches on the model's device"
@@ -106,7 +88,7 @@ class Loss:
         ({"name": "cross_entropy"},), "losses, each with an optional 'weight'"
     )
     aux_weight: float | tuple[float, ...] = _setting(
-        0.4, "weight of the auxiliary outputs: one number, or one per output", low=0.0
+        0.4, "weight of the auxiliary outputs: one number, or one per output", 0
     )
 
 
@@ -115,30 +97,30 @@ class Optim:
     """Optimizer and learning rate."""
 
     optimizer: Component = _setting({"name": "adamw", "weight_decay": 0.01}, "adamw or sgd")
-    lr: float = _setting(6e-5, "peak learning rate", low=0.0)
-    backbone_lr_factor: float = _setting(1.0, "factor on lr for the backbone", low=0.0)
+    lr: float = _setting(6e-5, "peak learning rate", 0)
+    backbone_lr_factor: float = _setting(1.0, "factor on lr for the backbone", 0)
     schedule: Component = _setting({"name": "cosine"}, "cosine, poly, constant or cosine_restarts")
-    warmup_steps: int = _setting(0, "number of steps of linear warm-up", low=0)
-    clip_norm: float | None = _setting(None, "maximum norm of the gradient", low=0.0)
+    warmup_steps: int = _setting(0, "number of steps of linear warm-up", 0)
+    clip_norm: float | None = _setting(None, "maximum norm of the gradient", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Training loop."""
 
-    epochs: int = _setting(100, "passes over the training images", low=1)
-    batch_size: int = _setting(8, "images per optimizer step, over all ranks", low=1)
+    epochs: int = _setting(100, "passes over the training images", 1)
+    batch_size: int = _setting(8, "images per optimizer step, over all ranks", 1)
     accumulate: int = _setting(
         1,
         "number of parts that a rank's batch is computed in (gradient accumulation); dice, jaccard "
         "and tversky are then the mean over parts, unless accumulate_exact is set; "
         "ohem_cross_entropy, lovasz, ms_ssim and BatchNorm are computed per part",
-        low=1,
+        1,
     )
     accumulate_exact: bool = _setting(
         False, "dice, jaccard and tversky over the whole batch, by a second forward pass per part"
     )
-    seed: int = _setting(0, "seed of weights, folds, order and augmentation", low=0, high=2**31)
+    seed: int = _setting(0, "seed of weights, folds, order and augmentation", 0, 2**31)
     amp: Literal["auto", "off", "bf16", "fp16"] = _setting(
         "auto", "automatic mixed precision; auto chooses the fastest type of the hardware"
     )
@@ -151,56 +133,34 @@ class Train:
     compile: bool = _setting(False, "torch.compile the model")
     sync_batch_norm: bool = _setting(True, "synchronize BatchNorm over all ranks")
     deterministic: bool = _setting(False, "use deterministic algorithms only")
-    ema: float | None = _setting(
-        None, "decay of the moving average of the weights", low=0.0, high=1.0
-    )
-    evaluate_every: int = _setting(
-        1, "epochs between evaluations; the last epoch is always evaluated", low=1
-    )
-    save_every: int = _setting(
-        0,
-        "steps between saves of last.pt, in addition to one per epoch; 0: no additional saves",
-        low=0,
-    )
-    keep: int = _setting(3, "number of best checkpoints kept per fold", low=1)
-    log_every: int = _setting(
-        20, "steps between lines of the log; the last step of an epoch is always logged", low=1
-    )
-    max_bad_steps: int = _setting(
-        20, "number of consecutive non-finite steps that end the run", low=1
-    )
-    timeout: float = _setting(
-        30.0,
-        "minutes that a rank waits for the others before it ends with an error",
-        low=0.1,
-        high=1440.0,
-    )
+    ema: float | None = _setting(None, "decay of the moving average of the weights", 0, 1)
+    evaluate_every: int = _setting(1, "epochs between evaluations; the last is always evaluated", 1)
+    save_every: int = _setting(0, "steps between saves of last.pt; 0: after each epoch only", 0)
+    keep: int = _setting(3, "number of best checkpoints kept per fold", 1)
+    log_every: int = _setting(20, "steps between lines of the log; each epoch's last is logged", 1)
+    max_bad_steps: int = _setting(20, "consecutive non-finite steps that end the run", 1)
+    timeout: float = _setting(30.0, "minutes that a rank waits for the others", 0.1, 1440)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Infer:
     """Prediction, in evaluations and in infer.py."""
 
-    size: int | None = _setting(
-        None, "longer side that images are resized to for the model", low=1, high=65536
-    )
-    batch_size: int = _setting(1, "number of images (of equal size) predicted together", low=1)
+    size: int | None = _setting(None, "longer side of images for the model; null: as is", 1, 65536)
+    batch_size: int = _setting(1, "number of images (of equal size) predicted together", 1)
     tta: tuple[str, ...] = _setting(("flips",), "views of test-time augmentation (--tta)")
     merge: Literal["mean", "logits", "geometric", "max"] = _setting("mean", "how views are merged")
     palette: Literal["safe", "contest"] = _setting(
-        "safe",
-        "colors of masks, overlays and pages: safe for color blindness, or the trash contest's",
+        "safe", "colors: safe for color blindness, or the trash contest's"
     )
     outputs: tuple[Literal["overlays", "sheets", "coco", "csv", "soft"], ...] = _setting(
         ("overlays", "coco", "csv"), "outputs of infer.py in addition to the masks"
     )
     batch_norm_images: int = _setting(
-        512, "number of training images to compute a soup's BatchNorm statistics with", low=1
+        512, "number of training images to compute a soup's BatchNorm statistics with", 1
     )
-    tile: int | None = _setting(None, "side of tiles, for images that do not fit in memory", low=32)
-    overlap: float = _setting(
-        0.25, "share of a tile that overlaps the next tile", low=0.0, high=0.9
-    )
+    tile: int | None = _setting(None, "side of tiles, for images that do not fit in memory", 32)
+    overlap: float = _setting(0.25, "share of a tile that overlaps the next tile", 0, 0.9)
     graphs: bool = _setting(True, "on CUDA, replay a CUDA graph for image sizes that recur")
 
 
@@ -209,17 +169,12 @@ class Track:
     """Trackers of a run, in addition to its log and page."""
 
     trackers: tuple[Component, ...] = _setting((), "any of csv, tensorboard, wandb")
-    images: int = _setting(
-        20,
-        "validation images per fold on the page, the worst and others; 0: none",
-        low=0,
-        high=1000,
-    )
+    images: int = _setting(20, "validation images per fold on the page; 0: none", 0, 1000)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a run. ``note`` is free text."""
+    """All settings of a run."""
 
     note: str = _setting("", "free text")
     data: Data = field(default_factory=Data)
@@ -251,7 +206,15 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     raw = to_dict(config)
     for text in overrides:
         _apply(raw, text)
-    return parse(raw, "--set")
+    return parse(raw, "overrides")
+
+
+_FOLDERS = Path("configs"), Path(__file__).resolve().parents[1] / "configs"
+
+
+def shipped() -> list[str]:
+    """Return the names of the configurations in the ``configs`` folders."""
+    return sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.json")})
 
 
 def find(name: str | Path) -> Path:
@@ -269,14 +232,6 @@ def _search(name: str | Path, *paths: Path) -> Path | None:
     return next(files, None)
 
 
-_FOLDERS = Path("configs"), Path(__file__).resolve().parents[1] / "configs"
-
-
-def shipped() -> list[str]:
-    """Return the names of the configurations in the ``configs`` folders."""
-    return sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.json")})
-
-
 def _read_merged(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a configuration and its base, whose values it replaces.
 
@@ -284,7 +239,7 @@ def _read_merged(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         path: The file.
         above: The files that build on it.
     """
-    raw = read_json(path)
+    raw = _read_json(path)
     base = raw.pop("base", None)
     parse(raw, str(path))  # checked alone, so that an error names the file it is in
     if base is None:
@@ -293,8 +248,7 @@ def _read_merged(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: base: expected a string, got {_kind(base)}")
     files = (*above, path)
     chain = " → ".join(map(str, files))
-    beside = [path.parent / base, path.parent / f"{base}.json"]
-    below = _search(base, *beside)
+    below = _search(base, path.parent / base, path.parent / f"{base}.json")
     if below is None:
         raise ConfigError(
             f"{path}: base: no configuration file {quoted(base)} ({chain})"
@@ -325,23 +279,66 @@ def _merge(base: Any, values: Any) -> Any:
     return {**base, **values, **merged}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file: UTF-8, no repeated keys, no NaN or infinity."""
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         text = regular(path).read_text(encoding="utf-8")
+        raw = _parse_json(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-    if not text.strip():
-        raise ConfigError(f"{path}: is empty; expected a JSON object")
-    try:
-        raw = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not valid JSON: {error}") from error
+        why = f"is not valid JSON: {error}" if text.strip() else "is empty; expected a JSON object"
+        raise ConfigError(f"{path}: {why}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {_kind(raw)}")
     return raw
+
+
+def _parse_json(text: str) -> Any:
+    """Parse JSON; repeated keys, NaN and infinity are errors."""
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    repeated = {key for key in keys if keys.count(key) > 1}
+    if repeated:
+        raise ValueError(f"the key {quoted(min(repeated))} is duplicated in one object")
+    return dict(pairs)
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _apply(raw: dict[str, Any], text: str) -> None:
+    """Apply ``section.key=value`` to a configuration of JSON values."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {shorten(text)}: expected section.key=value")
+    try:
+        parsed = _parse_json(value)
+    except (ValueError, RecursionError):
+        parsed = value  # a string, so that paths and names need no quotes
+    at: Any = raw
+    for depth, part in enumerate(parts):
+        here, last = ".".join(parts[:depth]), depth == len(parts) - 1
+        if isinstance(at, list) and part not in map(str, range(len(at))):
+            why = f"{here} has {len(at)} items, no item {quoted(part)}"
+        elif not isinstance(at, list | dict):
+            why = f"{here} holds {_kind(at)}, so it has no {quoted(part)}"
+        elif isinstance(at, dict) and part not in at and not last:
+            why = f"unknown key {quoted(part)}{closest(part, at)}"
+        else:
+            step: Any = int(part) if isinstance(at, list) else part
+            if last:
+                at[step] = parsed
+            else:
+                at = at[step]
+            continue
+        raise ConfigError(f"override {shorten(text)}: {why}")
 
 
 def parse(raw: Mapping[str, Any], where: str = "") -> Config:
@@ -374,9 +371,7 @@ def bind(
     Returns:
         The constructor with the configured arguments, converted to their annotated types.
     """
-    if isinstance(spec, str):
-        spec = {"name": spec}
-    arguments = dict(spec)
+    arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = arguments.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(f"{path}.name: is missing{closest('', registry)}")
@@ -416,23 +411,9 @@ def build(
     except (ArithmeticError, RuntimeError, ValueError) as error:
         if not make.keywords:
             raise
-        arguments = ", ".join(
-            f"{key}={shorten(str(value))}" for key, value in make.keywords.items()
-        )
+        given_here = (f"{key}={shorten(str(value))}" for key, value in make.keywords.items())
         why = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{path}: cannot be made with {arguments} ({why})") from error
-
-
-def check_bounds(low: float, high: float, **arguments: float | Sequence[float]) -> None:
-    """Check that arguments of a component (numbers or sequences) are within ``low`` to ``high``.
-
-    Raises:
-        ConfigError: A number is outside; the message names the argument.
-    """
-    for name, value in arguments.items():
-        for number in value if isinstance(value, Sequence) else (value,):
-            if not low <= number <= high:
-                raise ConfigError(f"{name}: expected {low:g} to {high:g}, got {number}")
+        raise ConfigError(f"{path}: cannot be made with {', '.join(given_here)} ({why})") from error
 
 
 def settable(target: Callable[..., Any], given: Sequence[str] = ()) -> dict[str, inspect.Parameter]:
@@ -450,60 +431,22 @@ def hints(target: Callable[..., Any]) -> dict[str, Any]:
     return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    repeated = {key for key in keys if keys.count(key) > 1}
-    if repeated:
-        raise ValueError(f"the key {quoted(min(repeated))} is duplicated in one object")
-    return dict(pairs)
+def check_bounds(low: float, high: float, **arguments: float | Sequence[float]) -> None:
+    """Check that arguments of a component (numbers or sequences) are within ``low`` to ``high``.
 
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is not a JSON number")
-
-
-def _apply(raw: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set {shorten(text)}: expected section.key=value")
-    try:
-        parsed = json.loads(value, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        parsed = value  # a string, so that paths and names need no quotes
-    at: Any = raw
-    for depth, part in enumerate(parts):
-        here = ".".join(parts[:depth])
-        last = depth == len(parts) - 1
-        step: int | str = part
-        if isinstance(at, list):
-            if part not in map(str, range(len(at))):
-                raise ConfigError(
-                    f"--set {shorten(text)}: {here} has {len(at)} items, no item {quoted(part)}"
-                )
-            step = int(part)
-        elif not isinstance(at, dict):
-            raise ConfigError(
-                f"--set {shorten(text)}: {here} holds {_kind(at)}, so it has no {quoted(part)}"
-            )
-        elif not last and part not in at:
-            raise ConfigError(
-                f"--set {shorten(text)}: unknown key {quoted(part)}{closest(part, at)}"
-            )
-        if last:
-            at[step] = parsed
-        else:
-            at = at[step]
-
-
-def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(cls)
+    Raises:
+        ConfigError: A number is outside; the message names the argument.
+    """
+    for name, value in arguments.items():
+        for number in value if isinstance(value, Sequence) else (value,):
+            if not low <= number <= high:
+                raise ConfigError(f"{name}: expected {low:g} to {high:g}, got {number}")
 
 
 def _convert_dataclass(raw: Any, cls: Any, path: str) -> Any:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path}: expected an object, got {_kind(raw)}")
-    known = {setting.name: setting for setting in _fields(cls)}
+    known = {setting.name: setting for setting in dataclasses.fields(cls)}
     values = {}
     for key, value in raw.items():
         here = f"{path}.{shorten(str(key))}" if path else shorten(str(key))
@@ -514,12 +457,11 @@ def _convert_dataclass(raw: Any, cls: Any, path: str) -> Any:
             values[key] = _convert_dataclass(value, setting.type, here)
         else:
             values[key] = _convert(value, setting.type, here)
-            _check_range(values[key], setting, here)
+            _check_range(values[key], setting.metadata["low"], setting.metadata["high"], here)
     return cls(**values)
 
 
-def _check_range(value: Any, setting: dataclasses.Field, path: str) -> None:
-    low, high = setting.metadata.get("low"), setting.metadata.get("high")
+def _check_range(value: Any, low: float | None, high: float | None, path: str) -> None:
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool):
             if low is not None and number < low:
@@ -528,73 +470,48 @@ def _check_range(value: Any, setting: dataclasses.Field, path: str) -> None:
                 raise ConfigError(f"{path}: expected at most {high:g}, got {number:g}")
 
 
+_ACCEPTED: dict[Any, Any] = {
+    **{bool: bool, int: int, float: (int, float), str: str, types.NoneType: types.NoneType},
+    **dict.fromkeys((tuple, list, Sequence), (list, tuple)),
+    **dict.fromkeys((Mapping, dict), (Mapping, str)),
+}
+"""Python types of the JSON values that an annotation accepts; a string can be a component."""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return True if ``value`` is of the type ``hint``; items of containers are not checked."""
+    kind = typing.get_origin(hint) or hint
+    if kind is Literal:
+        return any(value == word and type(value) is type(word) for word in typing.get_args(hint))
+    if kind is Any:
+        return True
+    return isinstance(value, _ACCEPTED[kind]) and (kind is bool or not isinstance(value, bool))
+
+
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """Convert ``value`` to its annotated type: lists to tuples, ints to floats, nothing else."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    refusal = f"{path}: expected {spell(hint)}, got {_kind(value)}"
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        for option in inner:
-            if _shape_fits(value, option):
-                return _convert(value, option, path)
-        raise ConfigError(refusal)
-    if origin is Literal:
-        if value in inner and type(value) in {type(word) for word in inner}:
-            return value
-        nearest = closest(value, map(str, inner)) if isinstance(value, str) else ""
-        raise ConfigError(f"{path}: expected {spell(hint)}, got {_kind(value)}{nearest}")
-    if not _shape_fits(value, hint):
-        raise ConfigError(refusal)
-    if hint is float:
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    options = inner if kind in (Union, types.UnionType) else (hint,)
+    accepting = next((option for option in options if _fits(value, option)), None)
+    if accepting is None:
+        near = closest(value, map(str, inner)) if kind is Literal and isinstance(value, str) else ""
+        raise ConfigError(f"{path}: expected {spell(hint)}, got {_kind(value)}{near}")
+    if accepting is not hint:
+        return _convert(value, accepting, path)
+    if kind is float:
         return _finite(value, path)
-    if hint is int and not -(2**63) <= value < 2**63:
+    if kind is int and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{path}: expected an integer of 64 bits, got {shorten(str(value), 40)}")
-    if origin in _SEQUENCES:
-        if origin is not tuple or (len(inner) == 2 and inner[1] is Ellipsis):
-            hints = [inner[0] if inner else Any] * len(value)
-        elif len(value) == len(inner):
-            hints = list(inner)
-        else:
+    if isinstance(value, list | tuple) and kind is not Any:
+        if kind is not tuple or inner[1:] == (Ellipsis,):
+            inner = (inner[0] if inner else Any,) * len(value)
+        elif len(value) != len(inner):
             raise ConfigError(f"{path}: expected {spell(hint)}, got {len(value)} values")
-        return tuple(
-            _convert(item, item_hint, f"{path}[{i}]")
-            for i, (item, item_hint) in enumerate(zip(value, hints, strict=True))
-        )
-    if _is_mapping(hint) and isinstance(value, str):
+        items = enumerate(zip(value, inner, strict=True))
+        return tuple(_convert(item, each, f"{path}[{i}]") for i, (item, each) in items)
+    if isinstance(value, str) and kind in (Mapping, dict):
         return {"name": value}
     return value
-
-
-_SEQUENCES = (tuple, list, Sequence)
-
-
-def _is_mapping(hint: Any) -> bool:
-    return hint in (Mapping, dict) or typing.get_origin(hint) in (Mapping, dict)
-
-
-def _shape_fits(value: Any, hint: Any) -> bool:
-    """Return whether ``value`` is of the type ``hint``; items of containers are not checked."""
-    origin = typing.get_origin(hint)
-    if hint is Any:
-        return True
-    if hint is type(None) or hint is None:
-        return value is None
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, str)
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin in _SEQUENCES or hint in _SEQUENCES:
-        return isinstance(value, list | tuple)
-    if _is_mapping(hint):
-        return isinstance(value, Mapping | str)
-    raise TypeError(f"segkit.core.config cannot check values against {hint}")
 
 
 def _finite(value: float, path: str) -> float:
@@ -607,21 +524,24 @@ def _finite(value: float, path: str) -> float:
     return number
 
 
+_WORDS: dict[Any, str] = {
+    **{int: "an integer", float: "a number", bool: "true or false", str: "a string"},
+    **{types.NoneType: "null", Any: "a value", Mapping: "an object", dict: "an object"},
+}
+
+
 def spell(hint: Any) -> str:
     """Return an annotation in plain words, for messages."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(spell(option) for option in inner)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(word) for word in inner)
-    if origin is tuple and not (len(inner) == 2 and inner[1] is Ellipsis):
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " or ".join(map(spell, inner))
+    if kind is Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if kind is tuple and inner[1:] != (Ellipsis,):
         return f"a list of {len(inner)} ({', '.join(map(spell, inner))})"
-    if origin in _SEQUENCES:
+    if kind in (tuple, list, Sequence):
         return f"a list ({spell(inner[0])} each)" if inner else "a list"
-    if _is_mapping(hint):
-        return "an object"
-    plain = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    return {**plain, type(None): "null", Any: "a value"}.get(hint, str(hint))
+    return _WORDS.get(kind, str(hint))
 
 
 def _kind(value: Any) -> str:

@@ -27,6 +27,7 @@ class Toy:
         width: int,
         rate: float = 0.5,
         mode: Literal["soft", "hard"] = "soft",
+        stride: Literal[8, 16] = 8,
         sizes: tuple[int, ...] = (),
         pair: tuple[float, float] | None = None,
         inner: Mapping[str, Any] | None = None,
@@ -152,7 +153,7 @@ def test_a_folder_is_not_a_configuration(tmp_path: Path) -> None:
 def test_bad_overrides_are_named(text: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         override(Config(), [text])
-    for word in ["--set", *words]:
+    for word in ["override", *words]:
         assert word in str(caught.value)
 
 
@@ -184,6 +185,8 @@ def test_bind_converts_by_annotation() -> None:
         ({"name": "toy", "width": 1, "with": 2}, ["model.toy.with", "'width'"]),
         ({"name": "toy", "width": True}, ["model.toy.width", "an integer", "true"]),
         ({"name": "toy", "width": 1, "mode": "softt"}, ["model.toy.mode", "'soft'", "softt"]),
+        ({"name": "toy", "width": 1, "stride": "8"}, ["model.toy.stride", "one of 8, 16", '"8"']),
+        ({"name": "toy", "width": 1, "stride": 8.0}, ["model.toy.stride", "one of 8, 16", "8.0"]),
         ({"name": "toy", "width": 1, "pair": [1]}, ["model.toy.pair", "2", "1 values"]),
         ({"name": "toy", "width": 1, "pair": [1, None]}, ["model.toy.pair[1]", "null"]),
         ({"name": "toy", "width": 1, "inner": 3}, ["model.toy.inner", "an object or null"]),
