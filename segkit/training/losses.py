@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from segkit.core.config import Component, build
 from segkit.core.distributed import sum_over_ranks, world_size
-from segkit.core.errors import ConfigError
+from segkit.core.errors import ConfigError, DataError
 from segkit.core.labels import IGNORE
 
 
@@ -50,16 +50,27 @@ class WholeStep:
 class Pixels:
     """Logits and target, with the quantities that the losses need, each computed once.
 
+    One logit plane is binary: it is the logit of class 1, and that of class 0 is 0.
+
     Args:
         logits: Any floating type; everything below is at least fp32.
         target: Class indices; ``IGNORE`` for ignored pixels.
         across_ranks: Make :meth:`total` sum over the ranks of a distributed run.
         step: The step that these pixels are a part of; None if they are the whole step.
         output: Name of the decoder's output.
+        smoothed: Also compute :attr:`log_area`.
+
+    Attributes:
+        regions: The classes that losses of regions, such as Dice, average over: all, but only class
+            1 if binary.
 
     Shape:
         logits: (B, C, H, W)
         target: (B, H, W), uint8 or int64
+
+    Raises:
+        ValueError: The shapes do not match.
+        DataError: The target has an invalid label; only on the CPU, see :func:`check_labels`.
     """
 
     def __init__(
@@ -70,22 +81,28 @@ class Pixels:
         across_ranks: bool = False,
         step: WholeStep | None = None,
         output: str = "out",
+        smoothed: bool = False,
     ) -> None:
         if logits.dim() != 4 or target.shape != logits.shape[:1] + logits.shape[2:]:
             raise ValueError(
                 f"expected logits (B, C, H, W) and target (B, H, W), "
                 f"got {tuple(logits.shape)} and {tuple(target.shape)}"
             )
-        self.logits = logits
+        self.binary = logits.shape[1] == 1
+        self.regions = slice(1 if self.binary else 0, None)
+        self.logits = torch.cat([torch.zeros_like(logits), logits], 1) if self.binary else logits
         self.target = target
         self.across_ranks = across_ranks
         self.step = step
         self.output = output
+        self.smoothed = smoothed
+        if _on_cpu(target):
+            check_labels(target, self.logits.shape[1])
 
     @cached_property
     def valid(self) -> Tensor:
-        """(B, H, W) bool: True where the target is not ``IGNORE``."""
-        return self.target != IGNORE
+        """(B, H, W) bool: True where the target is a class."""
+        return _is_class(self.target, self.logits.shape[1])
 
     @cached_property
     def index(self) -> Tensor:
@@ -94,7 +111,7 @@ class Pixels:
 
     @cached_property
     def _softmax_sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        return _SoftmaxSums.apply(self.logits, self.target)
+        return _SoftmaxSums.apply(self.logits, self.index, self.valid, self.smoothed)
 
     @property
     def log_true(self) -> Tensor:
@@ -108,7 +125,7 @@ class Pixels:
 
     @property
     def log_area(self) -> Tensor:
-        """(B, C): sum of each class's log-probability over the valid pixels."""
+        """(B, C): sum of each class's log-probability over the valid pixels, if ``smoothed``."""
         return self._softmax_sums[2]
 
     @cached_property
@@ -155,13 +172,20 @@ class Pixels:
         rows = values.new_zeros(*values.shape[:2], self.logits.shape[1])
         return rows.scatter_add(2, self.index, values * self.valid).sum(1)
 
+    def sum(self, values: Tensor, factors: Tensor | None) -> Tensor:
+        """Sum (B, H, W) values, 0 where ignored, times the factor of each pixel's true class."""
+        if factors is None:
+            return values.sum()
+        return (self.by_class(values) * factors.to(values)).sum()
+
     def total(self, x: Tensor) -> Tensor:
         """Return the sum of ``x`` over the ranks if ``across_ranks``, else ``x``."""
         return sum_over_ranks(x) if self.across_ranks else x
 
     def mean(self, total: Tensor, count: Tensor) -> Tensor:
         """Return ``total / count`` of the global batch; 0, with a gradient, if the count is 0."""
-        total, count = self.total(torch.stack([total, count.to(total)])).unbind()
+        if self.across_ranks and world_size() > 1:
+            total, count = self.total(torch.stack([total, count.to(total)])).unbind()
         return total / torch.where(count > 0, count, 1)
 
     def step_mean(self, total: Tensor, step_count: Tensor) -> Tensor:
@@ -179,22 +203,26 @@ class Loss(nn.Module):
         shares: Quantities that the parts of a step must share for the mean of their losses to equal
             the loss of the whole step: ``"counts"`` of the masks; ``"sums"``, which a first pass
             over the parts collects; or ``"nothing"``: it is a mean of separate losses.
+        smoothed: True if the loss reads :attr:`Pixels.log_area`.
 
     Shape:
-        logits: (B, C, H, W)
+        outputs: logits (B, C, H, W), or a decoder's outputs, of which ``out`` is scored
         target: (B, H, W), uint8 or int64; ``IGNORE`` for ignored pixels
         loss: (), fp32 (float64 for float64 logits)
     """
 
     shares: Literal["counts", "sums", "nothing"] = "counts"
+    smoothed = False
 
     def of(self, pixels: Pixels) -> Tensor:
         """Return the loss of pixels, whose quantities other losses may share."""
         raise NotImplementedError
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
+        logits = outputs if isinstance(outputs, Tensor) else outputs["out"]
         with _no_autocast(logits):
-            return self.of(Pixels(logits, target, across_ranks=self.training))
+            pixels = Pixels(logits, target, across_ranks=self.training, smoothed=self.smoothed)
+            return _nan_if_invalid(self.of(pixels), target, logits.shape[1])
 
 
 class CrossEntropy(Loss):
@@ -217,15 +245,18 @@ class CrossEntropy(Loss):
         _check_share("label_smoothing", label_smoothing)
         self.register_buffer("class_weights", _weights(class_weights), persistent=False)
         self.label_smoothing = label_smoothing
+        self.smoothed = label_smoothing > 0
 
     def of(self, pixels: Pixels) -> Tensor:
-        log_true = pixels.by_class(pixels.log_true)
-        weights = _ones_or(self.class_weights, log_true)
-        loss = -(log_true * weights).sum()
-        if self.label_smoothing:
-            spread = -(pixels.log_area * weights).mean(1).sum()
-            loss = torch.lerp(loss, spread, self.label_smoothing)
-        return pixels.step_mean(loss, (pixels.step_count * weights).sum())
+        weights = self.class_weights
+        loss = -pixels.sum(pixels.log_true, weights)
+        count = pixels.step_valid
+        if weights is not None:
+            count = (pixels.step_count * weights.to(loss)).sum()
+        if self.smoothed:
+            log_area = pixels.log_area if weights is None else pixels.log_area * weights.to(loss)
+            loss = torch.lerp(loss, -log_area.mean(1).sum(), self.label_smoothing)
+        return pixels.step_mean(loss, count)
 
 
 class Focal(Loss):
@@ -251,8 +282,8 @@ class Focal(Loss):
     def of(self, pixels: Pixels) -> Tensor:
         # The lower bound keeps the derivative of the power finite at p = 1 for any gamma.
         doubt = (-pixels.log_true.expm1()).clamp_min(torch.finfo(pixels.log_true.dtype).eps)
-        losses = pixels.by_class(-pixels.log_true * doubt**self.gamma)
-        return pixels.step_mean((losses * _ones_or(self.alpha, losses)).sum(), pixels.step_valid)
+        losses = -pixels.log_true * doubt**self.gamma
+        return pixels.step_mean(pixels.sum(losses, self.alpha), pixels.step_valid)
 
 
 class SigmoidFocal(Loss):
@@ -274,7 +305,12 @@ class SigmoidFocal(Loss):
         self.alpha = alpha
 
     def of(self, pixels: Pixels) -> Tensor:
-        true, others = _SigmoidFocalSums.apply(pixels.logits, pixels.target, self.gamma)
+        if pixels.binary:
+            alpha = None if self.alpha is None else (1 - self.alpha, self.alpha)
+            return Focal(gamma=self.gamma, alpha=alpha).to(pixels.logits.device).of(pixels)
+        true, others = _SigmoidFocalSums.apply(
+            pixels.logits, pixels.index, pixels.valid, self.gamma
+        )
         right, wrong = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
         loss = right * true + wrong * others
         return pixels.step_mean(loss, pixels.step_valid * pixels.logits.shape[1])
@@ -316,22 +352,22 @@ class Tversky(Loss):
         sums = pixels.sums
         if self.per_image:
             sums = torch.stack([pixels.intersection, pixels.area, pixels.count])
-        true_positive, predicted, truth = sums
+        true_positive, predicted, truth = sums[..., pixels.regions]
         errors = self.alpha * (predicted - true_positive) + self.beta * (truth - true_positive)
         denominator = (true_positive + errors + self.smooth).clamp_min(1e-7)
         index = (true_positive + self.smooth) / denominator
-        counted = self._counted(truth)
+        counted = self._counted(sums[2], pixels)
         loss = ((1 - index) * counted).sum()
         if self.per_image:
-            return pixels.step_mean(loss, self._counted(pixels.step_count).sum())
+            return pixels.step_mean(loss, self._counted(pixels.step_count, pixels).sum())
         return loss / counted.sum().clamp_min(1)
 
-    def _counted(self, truth: Tensor) -> Tensor:
+    def _counted(self, truth: Tensor, pixels: Pixels) -> Tensor:
         """Return True for the classes of each image that the mean is over."""
         present = truth > 0
         if self.classes == "all":
-            return present.any(1, keepdim=True).expand_as(truth)
-        return present
+            present = present.any(1, keepdim=True).expand_as(truth)
+        return present[:, pixels.regions]
 
 
 class Dice(Tversky):
@@ -434,23 +470,22 @@ class Lovasz(Loss):
         self.per_image = per_image
 
     def of(self, pixels: Pixels) -> Tensor:
-        images: list[slice | int] = [slice(None)]
-        if self.per_image:
-            images = list(range(len(pixels.target)))
+        images = range(len(pixels.target)) if self.per_image else [slice(None)]
+        present = (pixels.count > 0).tolist()  # read once: on a GPU this waits
+        classes = range(pixels.logits.shape[1])[pixels.regions]
         losses = []
         for image in images:
             valid = pixels.valid[image].flatten()
             target = pixels.target[image].flatten()
-            present = pixels.count[image].reshape(-1, pixels.count.shape[1]).sum(0)
             by_class = [
-                _lovasz(probability.flatten(), target == c, valid)
-                for c, probability in enumerate(pixels.probabilities.transpose(0, 1)[:, image])
-                if present[c] > 0
+                _lovasz(pixels.probabilities[image, c].flatten(), target == c, valid)
+                for c in classes
+                if (present[image][c] if self.per_image else any(row[c] for row in present))
             ]
             if by_class:
                 losses.append(torch.stack(by_class).mean())
         if not losses:
-            return pixels.area.sum()  # no valid pixel: 0, with a gradient
+            return 0 * pixels.area.sum()  # 0, with a gradient
         return torch.stack(losses).mean()
 
 
@@ -476,6 +511,7 @@ class MSSSIM(Loss):
     def of(self, pixels: Pixels) -> Tensor:
         x = pixels.probabilities * pixels.valid[:, None]
         y = torch.zeros_like(x).scatter_(1, pixels.index[:, None], 1.0) * pixels.valid[:, None]
+        x, y = x[:, pixels.regions], y[:, pixels.regions]
         side = min(x.shape[2:])
         window = min(self.window, side - (side + 1) % 2)
         weights = self.scale_weights[: (side // window).bit_length()]
@@ -560,6 +596,11 @@ class Criterion(nn.Module):
         """Return the names of the terms whose :attr:`Loss.shares` is ``what``."""
         return [name for name, loss in self.losses.items() if getattr(loss, "shares", None) == what]
 
+    def check_labels(self, outputs: Tensor | Mapping[str, Tensor], target: Tensor) -> None:
+        """Raise a DataError if the target has an invalid label; waits for a GPU."""
+        logits = outputs if isinstance(outputs, Tensor) else outputs["out"]
+        check_labels(target, max(2, logits.shape[1]))
+
     @torch.no_grad()
     def collect(self, outputs: Mapping[str, Tensor], target: Tensor, step: WholeStep) -> None:
         """Add a part's sums to those of its step; called before the parts are scored."""
@@ -570,19 +611,25 @@ class Criterion(nn.Module):
                 step.sums[name] = step.sums.get(name, 0) + sums
 
     def forward(
-        self, outputs: Mapping[str, Tensor], target: Tensor, step: WholeStep | None = None
+        self,
+        outputs: Tensor | Mapping[str, Tensor],
+        target: Tensor,
+        step: WholeStep | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and its unweighted parts: each term on ``out``, each auxiliary output.
 
         Args:
-            outputs: Outputs of the decoder.
+            outputs: Logits, or outputs of the decoder.
             target: Class indices.
             step: The step that this batch is a part of; None if it is the whole step. The mean over
                 the parts is the loss of the step.
 
         Raises:
             ConfigError: The decoder's outputs do not fit the configured terms or weights.
+            DataError: The target has an invalid label; only on the CPU, see :func:`check_labels`.
         """
+        if isinstance(outputs, Tensor):
+            outputs = {"out": outputs}
         others = [name for name in outputs if name != "out"]
         terms = self._terms("out", outputs["out"], target, step)
         parts = {name: value.detach() for name, value in terms.items()}
@@ -596,20 +643,24 @@ class Criterion(nn.Module):
                 "loss.terms: 'presence' scores a presence output, and this decoder has none; "
                 "remove the term or turn the decoder's presence head on"
             )
-        return loss, parts
+        return _nan_if_invalid(loss, target, outputs["out"].shape[1]), parts
 
     def _terms(
         self, output: str, logits: Tensor, target: Tensor, step: WholeStep | None
     ) -> dict[str, Tensor]:
         if logits.dim() == 2:
             return {"presence": self.losses["presence"](logits, target, step)}
+        losses = {name: loss for name, loss in self.losses.items() if isinstance(loss, Loss)}
         with _no_autocast(logits):
-            pixels = Pixels(logits, target, across_ranks=self.training, step=step, output=output)
-            return {
-                name: loss.of(pixels)
-                for name, loss in self.losses.items()
-                if isinstance(loss, Loss)
-            }
+            pixels = Pixels(
+                logits,
+                target,
+                across_ranks=self.training,
+                step=step,
+                output=output,
+                smoothed=any(loss.smoothed for loss in losses.values()),
+            )
+            return {name: loss.of(pixels) for name, loss in losses.items()}
 
     def _weighted_sum(self, terms: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
@@ -677,125 +728,175 @@ LOSSES: dict[str, type[nn.Module]] = {
 class _SoftmaxSums(torch.autograd.Function):
     """Quantities of a softmax that the losses need, computed without storing all of it.
 
-    Returns :attr:`Pixels.log_true`, :attr:`Pixels.area` and :attr:`Pixels.log_area`. An image is
-    processed in pieces that fit the cache; backward recomputes each piece's probabilities, so the
-    gradient is the only tensor of the logits' size.
+    Returns :attr:`Pixels.log_true`, :attr:`Pixels.area` and :attr:`Pixels.log_area`. Backward
+    computes the probabilities again, so nothing of the logits' size is kept between the passes.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _at_least_fp32(logits)
+    def forward(
+        ctx: Any, logits: Tensor, index: Tensor, valid: Tensor, smoothed: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x = logits.flatten(2)
-        labels = target.flatten(1)
-        log_true = x.new_empty(labels.shape, dtype=dtype)
+        index, valid = index.flatten(1), valid.flatten(1)
+        log_true = x.new_empty(index.shape, dtype=_at_least_fp32(logits))
         log_z = torch.empty_like(log_true)
-        area = x.new_zeros(x.shape[:2], dtype=dtype)
+        area = log_true.new_zeros(x.shape[:2])
         log_area = torch.zeros_like(area)
-        for b, part in _pieces(x):
-            scores = x[b, :, part].to(dtype)
-            index, valid = _split(labels[b, part])
-            top = scores.amax(0)
-            powers = (scores - top).exp_()
-            z = powers.sum(0)
-            area[b] += powers @ (valid / z)
+        for at in _pieces(x):
+            pixels = at[0], at[2]
+            scores = x[at].to(log_true.dtype)
+            top = scores.amax(1)
+            powers = (scores - top[:, None]).exp_()
+            z = powers.sum(1)
+            area[at[0]] += _sum_pixels(powers, valid[pixels] / z)
             z = z.log_().add_(top)
-            log_area[b] += scores @ valid.to(dtype) - (z * valid).sum()
-            log_true[b, part] = (scores.gather(0, index)[0] - z).masked_fill_(~valid, 0)
+            if smoothed:
+                weight = valid[pixels].to(z)
+                log_area[at[0]] += _sum_pixels(scores, weight) - (z * weight).sum(1)[:, None]
+            true = scores.gather(1, index[pixels][:, None])[:, 0]
+            log_true[pixels] = (true - z).masked_fill_(~valid[pixels], 0)
             # exp(score - inf) = 0, so ignored pixels have no gradient in backward.
-            log_z[b, part] = z.masked_fill_(~valid, math.inf)
-        ctx.save_for_backward(logits, target, log_z)
+            log_z[pixels] = z.masked_fill_(~valid[pixels], math.inf)
+        ctx.save_for_backward(logits, index, valid, log_z)
         ctx.set_materialize_grads(False)
-        return log_true.view(target.shape), area, log_area
+        return log_true.view(logits[:, 0].shape), area, log_area
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, d_true: Tensor | None, d_area: Tensor | None, d_log_area: Tensor | None
-    ) -> tuple[Tensor, None]:
-        logits, target, log_z = ctx.saved_tensors
+    ) -> tuple[Tensor, None, None, None]:
+        logits, index, valid, log_z = ctx.saved_tensors
         x = logits.flatten(2)
-        labels = target.flatten(1)
         gradient = torch.empty_like(x)
-        d_true = torch.zeros_like(log_z) if d_true is None else d_true.flatten(1)
-        with _no_autocast(logits):
-            for b, part in _pieces(x):
-                index, valid = _split(labels[b, part])
-                p = (x[b, :, part] - log_z[b, part]).exp_()
-                at_true = d_true[b, part] * valid
-                shared = at_true
-                if d_area is not None:
-                    shared = shared + d_area[b] @ p
-                if d_log_area is not None:
-                    shared = shared + d_log_area[b].sum()
-                slope = -shared if d_area is None else d_area[b, :, None] - shared
-                p.mul_(slope)
-                if d_log_area is not None:
-                    p.addcmul_(d_log_area[b, :, None], valid.to(p.dtype))
-                gradient[b, :, part] = p.scatter_add_(0, index, at_true[None])
-        return gradient.view(logits.shape), None
+        at_true = torch.zeros_like(log_z) if d_true is None else d_true.flatten(1) * valid
+        for at in _pieces(x):
+            pixels = at[0], at[2]
+            p = (x[at] - log_z[pixels][:, None]).exp_()
+            slope = -at_true[pixels][:, None]
+            if d_log_area is not None:
+                slope = slope - d_log_area[at[0]].sum(1)[:, None, None]
+            if d_area is not None:
+                d = d_area[at[0]]
+                slope = d[:, :, None] + (slope - _sum_classes(p, d)[:, None])
+            p.mul_(slope)
+            if d_log_area is not None:
+                p.addcmul_(d_log_area[at[0], :, None], valid[pixels][:, None].to(p))
+            gradient[at] = p.scatter_add_(1, index[pixels][:, None], at_true[pixels][:, None])
+        return gradient.view_as(logits), None, None, None
 
 
 class _SigmoidFocalSums(torch.autograd.Function):
     """Sums over the valid pixels of the focal loss of the true class, and of all other classes.
 
-    Computed in pieces, as in :class:`_SoftmaxSums`. The true class's logit is negated, so that one
-    formula holds for all classes.
+    The true class's logit is negated, so that one formula holds for all classes.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-        dtype = _at_least_fp32(logits)
+    def forward(
+        ctx: Any, logits: Tensor, index: Tensor, valid: Tensor, gamma: float
+    ) -> tuple[Tensor, Tensor]:
         x = logits.flatten(2)
-        labels = target.flatten(1)
-        sums = x.new_zeros(2, dtype=dtype)
-        for b, part in _pieces(x):
-            index, valid = _split(labels[b, part])
-            p, entropy = _wrong(x[b, :, part], index, dtype)
+        index, valid = index.flatten(1), valid.flatten(1)
+        true = x.new_zeros((), dtype=_at_least_fp32(logits))
+        total = torch.zeros_like(true)
+        for at in _pieces(x):
+            pixels = at[0], at[2]
+            p, entropy = _wrong(x[at], index[pixels][:, None], total.dtype)
             losses = entropy.mul_(p.pow_(gamma))
-            at_true = losses.gather(0, index)[0] * valid
-            true = at_true.sum()
-            sums += torch.stack([true, (losses.sum(0) * valid).sum() - true])
-        ctx.save_for_backward(logits, target)
+            true += (losses.gather(1, index[pixels][:, None])[:, 0] * valid[pixels]).sum()
+            total += (losses.sum(1) * valid[pixels]).sum()
+        ctx.save_for_backward(logits, index, valid)
         ctx.gamma = gamma
-        return sums[0], sums[1]
+        return true, total - true
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_true: Tensor, d_others: Tensor) -> tuple[Tensor, None, None]:
-        logits, target = ctx.saved_tensors
+    def backward(ctx: Any, d_true: Tensor, d_others: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, index, valid = ctx.saved_tensors
         x = logits.flatten(2)
-        labels = target.flatten(1)
         gradient = torch.empty_like(x)
-        for b, part in _pieces(x):
-            index, valid = _split(labels[b, part])
-            p, entropy = _wrong(x[b, :, part], index, d_true.dtype)
+        for at in _pieces(x):
+            pixels = at[0], at[2]
+            true = index[pixels][:, None]
+            p, entropy = _wrong(x[at], true, d_true.dtype)
             slope = entropy.mul_(1 - p).mul_(ctx.gamma).add_(p).mul_(p.pow_(ctx.gamma))
-            at_true = slope.gather(0, index) * (-d_true * valid)
-            gradient[b, :, part] = slope.mul_(d_others * valid).scatter_(0, index, at_true)
-        return gradient.view(logits.shape), None, None
+            at_true = slope.gather(1, true) * (-d_true * valid[pixels])[:, None]
+            slope.mul_((d_others * valid[pixels])[:, None])
+            gradient[at] = slope.scatter_(1, true, at_true)
+        return gradient.view_as(logits), None, None, None
 
 
-def _wrong(x: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return ``sigmoid`` and ``softplus`` of the logits, with the true class's logit negated.
-
-    Exact within 1e-7, and five times as fast as torch's own softplus on the CPU.
-    """
+def _wrong(x: Tensor, true: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return ``sigmoid`` and ``softplus`` of the logits, with the true class's logit negated."""
     x = x.to(dtype, copy=True)
-    x.scatter_(0, index, -x.gather(0, index))
+    x.scatter_(1, true, -x.gather(1, true))
+    if not _on_cpu(x):
+        return x.sigmoid(), F.softplus(x)
+    # Exact within 1e-7, and five times as fast as torch's own on the CPU.
     softplus = x.abs().sigmoid_().log_().neg_().add_(x.relu())
     return x.sigmoid_(), softplus
 
 
-def _pieces(x: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield (image, pixels) pieces of (B, C, pixels): cache-sized on the CPU, else whole images."""
-    pixels = x.shape[2]
-    size = max(1, _PIECE // x.shape[1]) if x.device.type == "cpu" else max(1, pixels)
-    for b in range(len(x)):
-        for start in range(0, pixels, size):
-            yield b, slice(start, start + size)
+_PIECE = 1 << 18  # numbers on the CPU: 1 MiB of fp32, which fits a core's cache
+_LARGE_PIECE = 1 << 26  # elsewhere: 256 MiB of fp32, so that a batch takes few launches
 
 
-_PIECE = 1 << 18  # numbers, so 1 MiB of fp32
+def _pieces(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield the pieces of (B, C, pixels) that are computed together: images, or parts of one."""
+    images, channels, pixels = x.shape
+    size = _PIECE if _on_cpu(x) else _LARGE_PIECE
+    together = max(1, size // max(1, channels * pixels))
+    step = max(1, size // channels)
+    for b in range(0, images, together):
+        for start in range(0, pixels, step):
+            yield slice(b, b + together), slice(None), slice(start, start + step)
+
+
+def _sum_pixels(x: Tensor, weight: Tensor) -> Tensor:
+    """Sum x * weight over the pixels: (B, C, N) and (B, N) to (B, C)."""
+    if _on_cpu(x):
+        return torch.stack([image @ w for image, w in zip(x, weight, strict=True)])
+    # A product of matrices has as many blocks as results here, and may round to TF32.
+    return (x * weight[:, None]).sum(2)
+
+
+def _sum_classes(x: Tensor, weight: Tensor) -> Tensor:
+    """Sum x * weight over the classes: (B, C, N) and (B, C) to (B, N)."""
+    if _on_cpu(x):
+        with _no_autocast(x):  # backward may run under autocast
+            return torch.stack([w @ image for image, w in zip(x, weight, strict=True)])
+    return (x * weight[:, :, None]).sum(1)
+
+
+def check_labels(target: Tensor, num_classes: int) -> None:
+    """Raise an error if a target has a value that is neither a class nor ``IGNORE``.
+
+    On a GPU this waits for the device. So the losses call it on the CPU only; elsewhere they return
+    NaN for such a target, and :func:`segkit.train_step` calls it for a loss that is not finite.
+
+    Raises:
+        DataError: The message has the value.
+    """
+    invalid = ~_is_class(target, num_classes) & (target != IGNORE)
+    if invalid.any():
+        raise DataError(
+            f"target holds {int(target[invalid][0])}; expected a class, 0 to {num_classes - 1}, or "
+            f"{IGNORE} for ignored pixels"
+        )
+
+
+def _nan_if_invalid(loss: Tensor, target: Tensor, planes: int) -> Tensor:
+    """Return the loss; off the CPU NaN, as is its gradient, if the target has an invalid label."""
+    if _on_cpu(target):
+        return loss
+    invalid = (target != IGNORE) & ~_is_class(target, max(2, planes))
+    return loss * torch.where(invalid.any(), math.nan, 1.0)
+
+
+def _is_class(target: Tensor, num_classes: int) -> Tensor:
+    below = target < num_classes
+    return below & (target >= 0) if target.dtype.is_signed else below
 
 
 def _count(target: Tensor) -> Tensor:
@@ -803,12 +904,6 @@ def _count(target: Tensor) -> Tensor:
     rows = torch.zeros(*target.shape[:2], IGNORE + 1, device=target.device)
     ones = torch.ones(target.shape, device=target.device)
     return rows.scatter_add_(2, target.long(), ones).sum(1)
-
-
-def _split(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an index for gather, (1, pixels) int64 with 0 where ignored, and the valid mask."""
-    valid = labels != IGNORE
-    return (labels * valid).long()[None], valid
 
 
 def _lovasz(probability: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
@@ -837,6 +932,10 @@ def _ssim(x: Tensor, y: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     return luminance, (2 * covariance + c2) / (variances + c2)
 
 
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def _at_least_fp32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -851,11 +950,6 @@ def _weights(values: tuple[float, ...] | None) -> Tensor | None:
     if not values or min(values) < 0 or sum(values) == 0:
         raise ConfigError("expected weights of at least 0, not all 0, one per class")
     return torch.tensor(values)
-
-
-def _ones_or(weights: Tensor | None, like: Tensor) -> Tensor:
-    """Return the coefficients of the classes, (C,), with the dtype of ``like``."""
-    return like.new_ones(like.shape[1]) if weights is None else weights.to(like)
 
 
 def _check_share(name: str, value: float) -> None:

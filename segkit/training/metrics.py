@@ -21,8 +21,7 @@ FEW_IMAGES = 30
 def classes_of(logits: Tensor) -> Tensor:
     """Return the class of the largest logit at each pixel; the lowest index among equal logits.
 
-    Compares plane by plane into uint8: on the CPU many times faster than ``argmax`` over an axis
-    that is not the last in memory, and without an int64 result.
+    One logit plane is binary: class 1 where the logit is above 0.
 
     Shape:
         logits: (B, C, H, W), C up to 255
@@ -30,6 +29,12 @@ def classes_of(logits: Tensor) -> Tensor:
     """
     if logits.shape[1] > IGNORE:
         raise ValueError(f"expected at most {IGNORE} classes, got {logits.shape[1]}")
+    if logits.shape[1] == 1:
+        return (logits[:, 0] > 0).to(torch.uint8)
+    if not _on_cpu(logits):
+        return logits.argmax(1).to(torch.uint8)
+    # On the CPU, comparing planes is many times faster than argmax over an axis that is not the
+    # last in memory.
     classes = torch.zeros_like(logits[:, 0], dtype=torch.uint8)
     for image, mask in zip(logits, classes, strict=True):
         if image.stride(0) == 1 and image.numel() > len(image):  # channels_last
@@ -43,21 +48,24 @@ def classes_of(logits: Tensor) -> Tensor:
     return classes
 
 
-def image_matrices(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Return the confusion matrix of each image; rows are the truth.
+def pixel_counts(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Count the pixels of each pair of true and predicted class, without waiting for a GPU.
+
+    :func:`matrices_of` turns the counts of any number of batches into confusion matrices.
 
     Args:
         predicted: Logits, or class indices.
         target: Class indices, 255 for ignored pixels.
-        num_classes: C.
+        num_classes: C; 1 is binary and counts as 2.
 
     Shape:
         predicted: (B, C, H, W) floating, or (B, H, W) integer
         target: (B, H, W) integer
-        matrices: (B, C, C) int64
+        counts: (B, C + 2, C + 1) int64; row C + 1 has ignored pixels; row and column C have values
+            that are no class index
 
     Raises:
-        ValueError: The target or the prediction holds a value that is no class index.
+        ValueError: The sizes differ; on the CPU also for a value that is no class index.
     """
     if predicted.dim() == 4:
         predicted = classes_of(predicted)
@@ -66,34 +74,82 @@ def image_matrices(predicted: Tensor, target: Tensor, num_classes: int) -> Tenso
             f"expected predictions and target of the same size, "
             f"got {tuple(predicted.shape)} and {tuple(target.shape)}"
         )
+    classes = max(2, num_classes)
+    if _on_cpu(target):
+        return _pixel_counts_cpu(predicted, target, classes)
+    rows, columns = classes + 2, classes + 1
+    row = torch.where(_is_class(target, classes), target, (target == IGNORE).int() + classes)
+    column = torch.where(_is_class(predicted, classes), predicted, classes)
+    image = torch.arange(len(target), dtype=torch.int32, device=target.device)[:, None, None]
+    code = ((image * rows + row) * columns + column).int()
+    bins = len(target) * rows * columns
+    if code.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        counts = torch.histc(code, bins, 0, bins)  # bincount would wait for the device
+    else:
+        counts = torch.bincount(code.flatten(), minlength=bins)
+    return counts.view(-1, rows, columns).long()
+
+
+def _pixel_counts_cpu(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
     predicted, target = _as_bytes(predicted, "prediction"), _as_bytes(target, "target")
-    if predicted.numel() and (largest := int(predicted.max())) >= num_classes:
-        raise ValueError(f"prediction holds {largest}, but there are {num_classes} classes")
+    if predicted.numel() and (largest := int(predicted.max())) >= classes:
+        raise ValueError(f"prediction holds {largest}, but there are {classes} classes")
     # Each uint8 value has a row, so no pixel needs a test: ignored and invalid values are
     # separated after counting.
-    bins = (IGNORE + 1) * num_classes
+    columns = classes + 1
+    bins = (IGNORE + 1) * columns
     code_type = torch.int16 if bins <= torch.iinfo(torch.int16).max else torch.int32
-    rows = target.new_zeros((len(target), IGNORE + 1, num_classes), dtype=torch.int64)
+    counts = torch.empty(len(target), IGNORE + 1, columns, dtype=torch.int64)
     for b, (mask, truth) in enumerate(zip(predicted, target, strict=True)):
-        code = truth.to(code_type).mul_(num_classes).add_(mask)
-        rows[b] = torch.bincount(code.flatten(), minlength=bins).view(-1, num_classes)
-    invalid = rows[:, num_classes:IGNORE].sum((0, 2))
+        code = truth.to(code_type).mul_(columns).add_(mask)
+        counts[b] = torch.bincount(code.flatten(), minlength=bins).view(-1, columns)
+    invalid = counts[:, classes:IGNORE].sum((0, 2))
     if invalid.any():
-        value = num_classes + int(invalid.nonzero()[0])
+        value = classes + int(invalid.nonzero()[0])
         raise ValueError(
-            f"target holds {value}, but there are {num_classes} classes and {IGNORE} for ignored"
+            f"target holds {value}, but there are {classes} classes and {IGNORE} for ignored"
         )
-    return rows[:, :num_classes]
+    none = torch.zeros_like(counts[:, :1])
+    return torch.cat([counts[:, :classes], none, counts[:, IGNORE:]], 1)
+
+
+def matrices_of(counts: Tensor) -> Tensor:
+    """Return the confusion matrices of :func:`pixel_counts`; rows are the truth.
+
+    Shape:
+        counts: (B, C + 2, C + 1)
+        matrices: (B, C, C) int64
+
+    Raises:
+        ValueError: A target or a prediction has a value that is no class index.
+    """
+    classes = counts.shape[2] - 1
+    labels, predictions = torch.stack([
+        counts[:, classes].sum(), counts[:, :, classes].sum()
+    ]).tolist()  # fmt: skip
+    for what, pixels in (("target", labels), ("prediction", predictions)):
+        if pixels:
+            raise ValueError(
+                f"{what} holds no class index in {pixels} pixels; expected 0 to {classes - 1}, "
+                f"or {IGNORE} for ignored pixels of a target"
+            )
+    return counts[:, :classes, :classes]
+
+
+def image_matrices(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Return the confusion matrix of each image, (B, C, C) int64; rows are the truth.
+
+    Arguments as in :func:`pixel_counts`.
+
+    Raises:
+        ValueError: The target or the prediction holds a value that is no class index.
+    """
+    return matrices_of(pixel_counts(predicted, target, num_classes))
 
 
 def confusion_matrix(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """Return the sum of :func:`image_matrices`, (C, C) int64; rows are the truth."""
     return image_matrices(predicted, target, num_classes).sum(0)
-
-
-def image_counts(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Return (correct, true, predicted) pixels of each image and class, (B, C, 3) int64."""
-    return counts_of(image_matrices(predicted, target, num_classes))
 
 
 def counts_of(matrices: Tensor) -> Tensor:
@@ -146,7 +202,7 @@ def per_image_miou(counts: Tensor, *, include_background: bool = True) -> Tensor
     """Return each image's mean IoU over its true or predicted classes; NaN if it has none.
 
     Shape:
-        counts: (..., C, 3), from :func:`image_counts`
+        counts: (..., C, 3), from :func:`counts_of`
         miou: (...), float64
     """
     right, true, predicted = counts.double().unbind(-1)
@@ -175,7 +231,7 @@ def bootstrap_interval(
         include_background: Include class 0 in the mean.
 
     Shape:
-        counts: (N, C, 3), from :func:`image_counts`
+        counts: (N, C, 3), from :func:`counts_of`
 
     Departs from the plain percentile interval, which is too low if few images have a class: a
     sample without any image of a class leaves that class out of its mean (false predictions alone
@@ -216,6 +272,14 @@ def paired_difference(
         for draws in (whole, samples)
     )
     return (float(difference), *_interval(redrawn, level))
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _is_class(x: Tensor, classes: int) -> Tensor:
+    return (x >= 0) & (x < classes) if x.dtype.is_signed else x < classes
 
 
 def _as_bytes(x: Tensor, what: str) -> Tensor:

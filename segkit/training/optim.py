@@ -231,6 +231,7 @@ class EMA:
             ``min(decay, (1 + t) / (10 + t))`` at update t, counted from 0.
 
     Buffers are copied: BatchNorm's statistics are averages already, and others are integers.
+    torch's own optimizers use the same ``_foreach`` functions: a few kernels for all tensors.
     """
 
     def __init__(self, model: nn.Module, *, decay: float = 0.999) -> None:
@@ -243,8 +244,13 @@ class EMA:
         """Update the average with ``model``'s weights, after an optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for averaged, current in zip(self.model.buffers(), model.buffers(), strict=True):
-            averaged.copy_(current)
+            group = groups.setdefault(current.dtype, ([], []))
+            group[0].append(averaged)
+            group[1].append(current)
+        for targets, sources in groups.values():
+            torch._foreach_copy_(targets, sources)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,18 +1,22 @@
 """The training step, its precision, and its recomputation setting."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from segkit.core.distributed import all_reduce, world_size
 from segkit.models.kernels.recompute import recompute_activations
 from segkit.training.losses import Criterion, WholeStep
+
+Part = tuple[Tensor, Tensor]
+"""Images and masks."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,11 @@ def train_step(
     model: nn.Module,
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batch: Part | Sequence[Part],
     *,
-    amp: torch.dtype | None,
-    scaler: torch.amp.GradScaler,
-    clip_norm: float | None,
+    amp: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    clip_norm: float | None = None,
     recompute: bool = False,
     seeds: Sequence[int] | None = None,
     exact: bool = False,
@@ -54,60 +58,130 @@ def train_step(
         model: Plain or DistributedDataParallel; in training mode.
         criterion: Maps (outputs, masks) to (loss, parts).
         optimizer: Optimizer of the model's parameters.
-        batches: (images, masks) of each part, on the model's device; :attr:`Loss.shares` tells
-            which losses equal those of the whole batch.
+        batch: (images, masks) on the model's device, or a sequence of such parts of a batch, whose
+            gradients are averaged; :attr:`Loss.shares` tells which losses equal those of the whole
+            batch.
         amp: Precision of autocast; ``None`` turns autocast off.
-        scaler: Gradient scaler; enabled for fp16 only.
+        scaler: Gradient scaler, for fp16.
         clip_norm: Largest norm of the gradient; ``None`` for no clipping.
         recompute: Recompute outputs of norms and activations in backward, to save memory.
         seeds: Dropout seed of each part; default: torch's own generator.
         exact: Run the forward pass twice if a loss needs sums over all parts (such as Dice), so
             that it equals the loss of the whole batch.
+
+    Raises:
+        DataError: The masks have an invalid label.
     """
+    parts = cast(list[Part], [batch] if isinstance(batch[0], Tensor) else list(batch))
     saving = recompute_activations if recompute else nullcontext
-    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    statistics = _Statistics(model)
     optimizer.zero_grad(set_to_none=True)
-    whole = WholeStep([masks for _, masks in batches]) if len(batches) > 1 else None
+    whole = WholeStep([masks for _, masks in parts]) if len(parts) > 1 else None
 
     def forward(number: int) -> Any:
         if seeds is not None:
             torch.manual_seed(seeds[number])
-        images = batches[number][0]
+        images = parts[number][0]
         with saving(), torch.autocast(images.device.type, amp, enabled=amp is not None):
             return model(images)
 
     without_sync = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
     if whole is not None and exact and criterion.sharing("sums"):
-        seeds = seeds or torch.randint(2**62, (len(batches),)).tolist()
+        seeds = seeds or torch.randint(2**62, (len(parts),)).tolist()
         # Not under no_grad: attention could choose another kernel, with different dropout masks.
-        for number, (_, masks) in enumerate(batches):
+        for number, (_, masks) in enumerate(parts):
             with without_sync():
                 criterion.collect(forward(number), masks, whole)
-        for buffer, before in statistics:
-            buffer.copy_(before)
+        statistics.restore()
     values: list[Tensor] = []
-    for number, (_, masks) in enumerate(batches):
-        with without_sync() if number < len(batches) - 1 else nullcontext():
-            loss, parts = criterion(forward(number), masks, whole)
-            scaler.scale(loss / len(batches)).backward()
-        values.append(torch.stack([loss.detach(), *parts.values()]))
+    for number, (_, masks) in enumerate(parts):
+        with without_sync() if number < len(parts) - 1 else nullcontext():
+            outputs = forward(number)
+            loss, terms = criterion(outputs, masks, whole)
+            scaled = loss / len(parts)
+            (scaled if scaler is None else scaler.scale(scaled)).backward()
+        values.append(torch.stack([loss.detach(), *terms.values()]))
     value = torch.stack(values).mean(0)
     if criterion.sharing("nothing"):  # the value differs between ranks
         value = all_reduce(value) / world_size()
-    scaler.unscale_(optimizer)
+    norm, finite = _update(model, optimizer, scaler, clip_norm)
+    if not finite:
+        statistics.restore()
+        for _, masks in parts:
+            criterion.check_labels(outputs, masks)
+    return Step(value[0], dict(zip(terms, value[1:], strict=True)), norm, finite)
+
+
+def _update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    clip_norm: float | None,
+) -> tuple[Tensor, bool]:
+    """Step the optimizer if the gradient is finite; return its norm before clipping, and whether.
+
+    A fused optimizer decides on the device, as with a GradScaler: it reads the attribute
+    ``found_inf``. So the only value that the CPU waits for is copied before the optimizer's work is
+    queued, and a GPU is busy with that work while the CPU queues the next.
+    """
+    if scaler is not None:
+        scaler.unscale_(optimizer)
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     norm = get_total_norm(gradients, foreach=True)
-    finite = bool(norm.isfinite())
-    if finite:
-        if clip_norm is not None:
-            clip_grads_with_norm_(trained, clip_norm, norm, foreach=True)
-        scaler.step(optimizer)
-    else:
-        for buffer, before in statistics:
-            buffer.copy_(before)
-    scaler.update()
-    return Step(value[0], dict(zip(parts, value[1:], strict=True)), norm.detach(), finite)
+    finite = norm.isfinite()
+    read = _copy_to_cpu(finite)
+    if clip_norm is not None:
+        clip_grads_with_norm_(trained, clip_norm, norm, foreach=True)
+    scaled = scaler is not None and scaler.is_enabled()
+    # Without state, a skipped step would leave SGD's new momentum uninitialized.
+    if optimizer.state and not scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif read():
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
+    return norm.detach(), read()
+
+
+def _copy_to_cpu(x: Tensor) -> Callable[[], bool]:
+    """Begin to copy a boolean; the returned function waits for the copy, not for later work."""
+    if x.device.type != "cuda":
+        return lambda: bool(x)
+    copy = x.to("cpu", non_blocking=True)
+    event = torch.cuda.current_stream(x.device).record_event()
+
+    def read() -> bool:
+        event.synchronize()
+        return bool(copy)
+
+    return read
+
+
+class _Statistics:
+    """The running statistics of a model's norms as they are now, to restore them later.
+
+    Those of a device and type are saved as one tensor: a network has hundreds.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for module in model.modules():
+            if isinstance(module, _NormBase) and module.training:
+                for buffer in module.buffers(recurse=False):
+                    groups.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        self.saved = [(x, torch.cat([buffer.reshape(-1) for buffer in x])) for x in groups.values()]
+
+    def restore(self) -> None:
+        """Set the statistics to what they were."""
+        for buffers, saved in self.saved:
+            parts = saved.split([buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
 
 
 def precision(amp: str, device: torch.device) -> torch.dtype | None:

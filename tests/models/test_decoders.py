@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.core.errors import ConfigError
-from segkit.models import layers
+from segkit.models import kernels, layers
 from segkit.models.decoders import DECODERS, stlnet
 from segkit.models.decoders.ocrnet import OCRNet, gather
 from segkit.models.decoders.stlnet import Texture, co_occurrence, maxima, quantize, spread, sums
@@ -17,7 +17,7 @@ from segkit.models.decoders.unet3plus import UNet3Plus
 from segkit.models.decoders.unetplusplus import UNetPlusPlus
 from segkit.models.decoders.upernet import UPerNet
 from segkit.models.kernels.doubled import conv_doubled, doubles
-from segkit.models.kernels.resized import conv_resized
+from segkit.models.kernels.resized import conv_resized, resizing_last_pays
 from segkit.models.layers import (
     ASPP,
     BatchNorm2d,
@@ -280,6 +280,28 @@ def test_only_large_maps_that_are_doubled_exactly_are_convolved_so() -> None:
     assert not doubles(large, (32, 33))
     assert not doubles(large, (16, 17))
     assert not doubles(small, (30, 34))
+
+
+def test_kernels_are_used_only_on_devices_where_they_were_measured() -> None:
+    meta = torch.zeros(1, 1, 16, 17, device="meta")
+    assert not doubles(meta, (32, 34))
+    assert not resizing_last_pays(meta, (64, 68))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97)])
+@torch.no_grad()
+def test_upernet_is_the_same_with_plain_convolutions(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make("upernet").eval()
+    rng = torch.Generator().manual_seed(0)
+    features = [
+        torch.randn(1, channels, *(-(-side // stride) for side in size), generator=rng)
+        for channels, stride in zip(CHANNELS, LAYOUTS["chain"][0], strict=True)
+    ]
+    expected = decoder(features)["out"]
+    monkeypatch.setitem(kernels.DEVICES, "conv_resized", ())
+    torch.testing.assert_close(decoder(features)["out"], expected)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (65, 97)])

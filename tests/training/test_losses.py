@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import segkit.training.losses
-from segkit.core.errors import ConfigError
+from segkit.core.errors import ConfigError, DataError
 from segkit.training.losses import (
     IGNORE,
     LOSSES,
@@ -318,6 +318,38 @@ def test_pieces_join_without_a_seam(make, monkeypatch: pytest.MonkeyPatch) -> No
     cut = make()(logits, target)
     torch.testing.assert_close(cut, whole)
     torch.testing.assert_close(*torch.autograd.grad(cut, logits), gradient)
+
+
+@map_losses
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_batches_of_a_gpu_have_the_loss_of_pieces(
+    make, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, target = batch(images=3)
+    expected = make()(logits, target)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    monkeypatch.setattr(segkit.training.losses, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(segkit.training.losses, "_LARGE_PIECE", 2 * logits[0].numel())
+    x = logits.detach().contiguous(memory_format=layout).requires_grad_()
+    loss = make()(x, target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*torch.autograd.grad(loss, x), gradient, rtol=1e-4, atol=1e-7)
+
+
+@map_losses
+@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.int64])
+def test_an_invalid_label_is_named(make, target_dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target = batch(target_dtype=target_dtype)
+    target[1, 2, 3] = 3
+    sentence = "target holds 3; expected a class, 0 to 2, or 255 for ignored pixels"
+    with pytest.raises(DataError, match=sentence):
+        make()(logits, target)
+    # A GPU would wait for the check, so there the loss and its gradient are NaN.
+    monkeypatch.setattr(segkit.training.losses, "_on_cpu", lambda x: False)
+    loss = make()(logits, target)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.isnan()
+    assert gradient.isnan().any()
 
 
 @map_losses

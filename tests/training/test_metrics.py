@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+import segkit.training.metrics
 from segkit.training.metrics import (
     IGNORE,
     bootstrap_interval,
     classes_of,
     confusion_matrix,
     counts_of,
-    image_counts,
     image_matrices,
+    matrices_of,
     paired_difference,
     per_image_miou,
+    pixel_counts,
     scores,
 )
 
@@ -40,7 +42,7 @@ def brute_force(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
     return matrix
 
 
-@pytest.mark.parametrize("classes", [1, 2, 11, 150, 255])
+@pytest.mark.parametrize("classes", [2, 11, 150, 255])
 def test_classes_of_is_argmax_in_bytes(classes: int) -> None:
     logits, _ = batch(classes=classes, size=(13, 17))
     logits = (logits * 2).round()  # equal maxima are common
@@ -51,8 +53,18 @@ def test_classes_of_is_argmax_in_bytes(classes: int) -> None:
         assert torch.equal(found.long(), expected)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 11, 127, 128, 255])
-def test_confusion_matrix_by_brute_force(classes: int) -> None:
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute on the CPU in the way that is chosen elsewhere."""
+    monkeypatch.setattr(segkit.training.metrics, "_on_cpu", lambda x: False)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("classes", [2, 11, 127, 128, 255])
+def test_confusion_matrix_by_brute_force(
+    classes: int, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu:
+        as_on_a_gpu(monkeypatch)
     logits, target = batch(classes=classes, size=(9, 31))
     predicted = logits.argmax(1)
     expected = brute_force(predicted, target, classes) if classes < 20 else None
@@ -67,23 +79,46 @@ def test_confusion_matrix_by_brute_force(classes: int) -> None:
         assert torch.equal(confusion_matrix(form, target.long(), classes), expected)
 
 
+def test_a_logit_plane_is_binary_with_threshold_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target = torch.tensor([[[[-1.0, 0.0, 2.0, 3.0]]]]), torch.tensor([[[0, 1, 0, 1]]])
+    expected = torch.tensor([[1, 1], [1, 1]])
+    for _ in range(2):
+        assert torch.equal(confusion_matrix(logits, target, 1), expected)
+        assert torch.equal(confusion_matrix((logits > 0)[:, 0].long(), target, 1), expected)
+        as_on_a_gpu(monkeypatch)
+
+
+def test_counts_of_several_batches_are_checked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target = batch()
+    expected = image_matrices(logits, target, 4)
+    as_on_a_gpu(monkeypatch)
+    good = pixel_counts(logits, target, 4)
+    assert good[:, 5].sum() == (target == IGNORE).sum()
+    assert torch.equal(matrices_of(torch.cat([good, good])), torch.cat([expected, expected]))
+    target[0, 0, :3], target[0, 1, 0] = 4, 254
+    with pytest.raises(ValueError, match="target holds no class index in 4 pixels"):
+        matrices_of(torch.cat([good, pixel_counts(logits, target, 4)]))
+    with pytest.raises(ValueError, match="prediction holds no class index in 1 pixels"):
+        matrices_of(pixel_counts(torch.tensor([[[-1, 3]]]), torch.tensor([[[0, 1]]]), 4))
+
+
 def test_shards_sum_to_the_whole() -> None:
     logits, target = batch()
     whole = confusion_matrix(logits, target, 4)
     assert torch.equal(image_matrices(logits, target, 4).sum(0), whole)
     parts = [confusion_matrix(logits[i : i + 1], target[i : i + 1], 4) for i in range(3)]
     assert torch.equal(sum(parts), whole)
-    counts = image_counts(logits, target, 4)
+    counts = counts_of(image_matrices(logits, target, 4))
     assert counts.shape == (3, 4, 3)
     assert torch.equal(counts.sum(0), counts_of(whole))
     assert whole.sum() == (target != IGNORE).sum()
 
 
-def test_image_counts_are_right_true_and_predicted() -> None:
+def test_counts_are_right_true_and_predicted() -> None:
     predicted = torch.tensor([[[0, 1, 1, 2]]])
     target = torch.tensor([[[0, 1, 2, IGNORE]]])
     expected = torch.tensor([[[1, 1, 1], [1, 1, 2], [0, 1, 0]]])
-    assert torch.equal(image_counts(predicted, target, 3), expected)
+    assert torch.equal(counts_of(image_matrices(predicted, target, 3)), expected)
 
 
 @pytest.mark.parametrize("value", [4, 200, 254])
@@ -172,7 +207,7 @@ def noisy_counts(noise: float, images: int = 40, seed: int = 0) -> Tensor:
     wrong = torch.rand(target.shape, generator=rng) < noise * torch.rand(
         images, 1, 1, generator=rng
     )
-    return image_counts(torch.where(wrong, (target + 1) % 3, target), target, 3)
+    return counts_of(image_matrices(torch.where(wrong, (target + 1) % 3, target), target, 3))
 
 
 def test_bootstrap_interval_holds_the_score_and_depends_on_its_seed() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import segkit.training.losses
 from segkit import train
-from segkit.core.errors import SegkitError
+from segkit.core.errors import DataError, SegkitError
 from segkit.core.run import Run
 from segkit.models.segmenter import build_model, load_model
 from segkit.training.losses import build_loss
@@ -51,6 +52,59 @@ def test_a_step_that_is_not_finite_changes_nothing(value: float) -> None:
     torch.testing.assert_close(model.state_dict(), before[0], rtol=0, atol=0)
     torch.testing.assert_close(optimizer.state_dict()["state"], before[1], rtol=0, atol=0)
     assert step(model, optimizer, batch(1)).finite  # and the next one goes on
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_first_step_that_is_not_finite_leaves_no_state(name: str) -> None:
+    results = []
+    for bad_first in (False, True):
+        torch.manual_seed(0)
+        model, _ = make()
+        optimizer = build_optimizer(model, name, lr=0.01)
+        if bad_first:
+            images, masks = batch(1)
+            assert not step(model, optimizer, (images * torch.nan, masks)).finite
+        steps = [step(model, optimizer, batch(seed)) for seed in range(3)]
+        assert all(result.finite for result in steps)
+        results.append(model.state_dict())
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_optimizers_that_are_not_fused_skip_such_a_step_too(kind: Any) -> None:
+    model, _ = make()
+    optimizer = kind(model.parameters(), lr=0.01)
+    step(model, optimizer, batch())
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    images, masks = batch(1)
+    assert not step(model, optimizer, (images * torch.inf, masks)).finite
+    torch.testing.assert_close(model.state_dict(), before[0], rtol=0, atol=0)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before[1], rtol=0, atol=0)
+
+
+def test_a_step_needs_only_a_model_a_loss_an_optimizer_and_a_batch() -> None:
+    models = [make()[0] for _ in range(2)]
+    criterion = build_loss(["cross_entropy", "dice"], num_classes=3)
+    images, masks = batch()
+    for model, data in zip(models, [(images, masks), [(images, masks)]], strict=True):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        assert train_step(model, criterion, optimizer, data).finite
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+
+
+def test_an_invalid_label_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = make()
+    step(model, optimizer, batch())
+    images, masks = batch()
+    masks[1, 2, 3] = 17
+    with pytest.raises(DataError, match="target holds 17; expected a class, 0 to 2, or 255"):
+        step(model, optimizer, (images, masks))
+    before = copy.deepcopy(model.state_dict())
+    # A GPU does not wait for a check: the loss is NaN, and the step finds out why.
+    monkeypatch.setattr(segkit.training.losses, "_on_cpu", lambda x: False)
+    with pytest.raises(DataError, match="target holds 17; expected a class, 0 to 2, or 255"):
+        step(model, optimizer, (images, masks))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_clipping_bounds_the_gradient_and_tells_its_norm_before() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkit.core.backend import is_exporting
+from segkit.models.kernels import used
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -29,7 +30,7 @@ class DepthwiseConv2d(nn.Conv2d):
             weight = weight[:, :, 1:2, 1:2]
             return F.conv2d(input, weight, bias, groups=self.groups)
         wide = min(self.kernel_size) > 3 or (self.dilation != (1, 1) and self.kernel_size != (1, 1))
-        if wide and depthwise(self) and self.training and input.device.type == "cpu":
+        if wide and depthwise(self) and self.training and used("depthwise", input):
             return _Convolve.apply(input, weight, bias, self.stride, self.padding, self.dilation)
         return super()._conv_forward(input, weight, bias)
 
