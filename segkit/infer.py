@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from segkit.commands import console, reference
 from segkit.core import checkpoint, distributed
@@ -37,7 +38,7 @@ from segkit.inference.candidates import (
 )
 from segkit.inference.origin import claim
 from segkit.inference.outputs import PALETTES
-from segkit.inference.pseudo import Confidence, confident, pseudo_file
+from segkit.inference.pseudo import Confidence, confident, write_pseudo_labels
 from segkit.inference.results import Results
 from segkit.inference.run_soups import RunSoups
 from segkit.inference.scoring import Scorer
@@ -242,15 +243,18 @@ def write_pseudo(
     distributed.barrier()
     if not distributed.is_main():
         return
-    kept = 0
-    with pseudo_file(folder / "pseudo.json", classes=classes, info=info) as add:
+    names: list[str] = []
+
+    def labelled() -> Iterator[tuple[str, Tensor]]:
         for index in images.indices:
             name = source.names[index]
             mask = labels.mask(name)
             if (mask != IGNORE).any():
                 checkpoint.link(source.path(index), folder / links[index])
-                add(name, mask)
-                kept += 1
+                names.append(name)
+                yield name, mask
+
+    write_pseudo_labels(folder / "pseudo.json", labelled(), classes=classes, info=info)
     left = len(photos.indices) - len(images.indices)
     spec = {
         "name": "coco",
@@ -259,7 +263,7 @@ def write_pseudo(
         "background": classes[0],
     }
     print(
-        f"pseudo labels of {kept} images ({left} are labelled already): {folder}\n"
+        f"pseudo labels of {len(names)} images ({left} are labelled already): {folder}\n"
         f"train on them too with: --set 'data.pseudo={json.dumps(spec)}'"
     )
 

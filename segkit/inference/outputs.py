@@ -1,16 +1,15 @@
 """Write results: index PNGs, overlays, probability maps, the contest's CSV, COCO results.
 
-Files are written atomically: to a temporary file that is renamed when it is complete. Writers of
-many images take one image at a time and store none.
+Files are written atomically: to a temporary file that is renamed when it is complete.
 """
 
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -18,13 +17,13 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from segkit.core.errors import DataError
-from segkit.core.files import regular, replacing
+from segkit.core.files import replacing
 from segkit.core.labels import IGNORE
 from segkit.data.inputs import inside
 
 Color = tuple[int, int, int]
-Add = Callable[[str, Tensor], None]
+NamedMasks = Iterable[tuple[str, Tensor]]
+"""The file name of each image and its mask, (H, W)."""
 
 SUBMISSION_HEADER = ("image_id", "PredictionString")
 
@@ -133,11 +132,8 @@ def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
         DataError: The name leads out of the folder.
     """
     path = inside(folder, f"{name}.npy")
-    with replacing(path) as draft:
-        planes = np.lib.format.open_memmap(draft, "w+", np.float16, tuple(probabilities.shape))
-        for plane, probability in zip(planes, probabilities, strict=True):
-            plane[:] = probability.cpu().numpy()
-        planes.flush()
+    with replacing(path) as draft, draft.open("wb") as file:
+        np.save(file, probabilities.to(torch.float16).cpu().numpy())
     return path
 
 
@@ -257,8 +253,7 @@ def save_jpeg(image: Image.Image, folder: Path, name: str) -> None:
         image.save(draft, format="JPEG", quality=90)
 
 
-@contextmanager
-def submission(path: Path, *, names: Sequence[str], size: int = 256) -> Iterator[Add]:
+def write_submission(path: Path, masks: NamedMasks, *, size: int = 256) -> None:
     """Write the contest's CSV: ``image_id,PredictionString``, one line per image.
 
     Each mask is sampled to ``size`` rows and columns: row i is the mask's row floor(i * H / size),
@@ -267,97 +262,57 @@ def submission(path: Path, *, names: Sequence[str], size: int = 256) -> Iterator
 
     Args:
         path: The CSV file.
-        names: File names of all images, in the order of the test file.
+        masks: In the order of the test file; read one at a time.
         size: Number of rows and columns of a prediction.
-
-    Yields:
-        A function that takes an image's file name and its mask; call it in the order of ``names``.
-
-    Raises:
-        ValueError: An image is added out of order, or is missing at the end.
     """
-    due = iter(names)
     with _writing(path) as file:
         write = csv.writer(file, lineterminator="\n").writerow
-
-        def add(name: str, mask: Tensor) -> None:
-            if name != (expected := next(due, None)):
-                raise ValueError(f"the submission's next image is {expected}, not {name}")
+        write(SUBMISSION_HEADER)
+        for name, mask in masks:
             write((name, " ".join(map(str, _sampled(_pixels(mask), size).ravel().tolist()))))
 
-        write(SUBMISSION_HEADER)
-        yield add
-        if (missing := next(due, None)) is not None:
-            raise ValueError(f"the submission ends before {missing}")
 
-
-def read_submission(path: Path, *, size: int = 256) -> Iterator[tuple[str, Tensor]]:
-    """Yield each image's file name and its predicted classes, uint8 (size, size).
-
-    Raises:
-        DataError: The file is not a submission of masks of this size.
-    """
-    csv.field_size_limit(max(csv.field_size_limit(), 4 * size * size))
-    with regular(path).open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file)
-        if next(rows, None) != list(SUBMISSION_HEADER):
-            raise DataError(f"{path}: expected the header {','.join(SUBMISSION_HEADER)}")
-        for row in rows:
-            try:
-                name, values = row
-                mask = np.array(values.split(), np.int64).reshape(size, size)
-                if not (mask.min() >= 0 and mask.max() <= 255):
-                    raise ValueError
-            except (ValueError, OverflowError):
-                raise DataError(
-                    f"{path}, line {rows.line_num}: expected a file name and {size * size} classes"
-                ) from None
-            yield name, torch.from_numpy(mask.astype(np.uint8))
-
-
-@contextmanager
-def coco_results(
+def write_coco(
     path: Path,
+    masks: NamedMasks,
     *,
     image_ids: Mapping[str, int],
     category_ids: Mapping[int, int] | None = None,
     background: int | None = 0,
-) -> Iterator[Add]:
+) -> None:
     """Write COCO results: a list of compressed RLEs, one per class and image.
 
     https://cocodataset.org/#format-results; each has the score 1, which COCO's tools require.
 
     Args:
         path: The JSON file.
+        masks: Read one at a time.
         image_ids: Image id by file name.
         category_ids: Class index by category id; default: the class index is the id.
         background: Index of a class to leave out, or None; ignored pixels are always left out.
-
-    Yields:
-        A function that takes an image's file name and its mask.
     """
     categories = {c: category for category, c in (category_ids or {}).items()}
     separator = "[\n"
     with _writing(path) as file:
-
-        def add(name: str, mask: Tensor) -> None:
-            nonlocal separator
-            values = np.asfortranarray(_pixels(mask))
-            for c in np.unique(values).tolist():
+        for name, mask in masks:
+            for c in mask.unique().tolist():
                 if c in (background, IGNORE):
                     continue
-                encoded = coco_mask.encode((values == c).astype(np.uint8, order="F"))
                 result = {
                     "image_id": image_ids[name],
                     "category_id": categories[c] if categories else c,
-                    "segmentation": {**encoded, "counts": encoded["counts"].decode("ascii")},
+                    "segmentation": encode_rle(mask == c),
                     "score": 1.0,
                 }
                 file.write(separator + json.dumps(result))
                 separator = ",\n"
-
-        yield add
         file.write("[]\n" if separator == "[\n" else "\n]\n")
+
+
+def encode_rle(region: Tensor) -> dict[str, Any]:
+    """Return the compressed RLE of a mask (H, W) of zeros and ones; JSON can hold it."""
+    encoded = coco_mask.encode(np.asfortranarray(_pixels(region)))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 
 
 def _pixels(mask: Tensor) -> np.ndarray:

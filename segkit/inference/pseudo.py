@@ -1,32 +1,21 @@
 """Pseudo labels: confident predictions as training labels; all other pixels are ignored."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from segkit.core.errors import DataError
 from segkit.core.files import write_text
 from segkit.core.labels import IGNORE
-
-Add = Callable[[str, Tensor], None]
+from segkit.inference.outputs import NamedMasks, encode_rle
 
 
 class Confidence:
-    """Histogram of a model's confidence in the classes it predicts, over any number of images.
-
-    Args:
-        num_classes: Number of classes.
-
-    Shape:
-        probabilities: (C, H, W)
-    """
+    """Histogram of a model's confidence in each class it predicts, over any number of images."""
 
     # Equal steps of log2(1 - confidence), down to float32's last bit: most pixels are near 1.
     _STEPS, _BITS = 100, 24
@@ -35,7 +24,7 @@ class Confidence:
         self.counts = torch.zeros(num_classes, self._STEPS * self._BITS + 1, dtype=torch.int64)
 
     def add(self, probabilities: Tensor) -> None:
-        """Count the pixels of one image."""
+        """Count the pixels of one image, (C, H, W)."""
         num_classes, steps = self.counts.shape
         confidence, classes = probabilities.max(0)
         doubt = (1 - confidence).clamp_min(2.0**-self._BITS)
@@ -84,69 +73,51 @@ def confident(probabilities: Tensor, thresholds: Sequence[float]) -> Tensor:
     return classes.to(torch.uint8).masked_fill(confidence < least[classes], IGNORE)
 
 
-@contextmanager
-def pseudo_file(
+def write_pseudo_labels(
     path: Path,
+    masks: NamedMasks,
     *,
     classes: Sequence[str],
-    excluded: Collection[str] = (),
     info: Mapping[str, Any] | None = None,
-) -> Iterator[Add]:
+) -> None:
     """Write masks as a COCO file, one RLE per class and image; ignored pixels are a crowd region.
 
     ``CocoSource(annotations=path, images=folder, background=classes[0])`` reads the same masks and
     classes: pixels without an annotation are class 0.
 
     Args:
-        path: The JSON file; written when the block ends without an error.
+        path: The JSON file.
+        masks: File names, each once, and masks.
         classes: Class names of the model.
-        excluded: Names of images to refuse: those that select models or thresholds.
         info: Origin of the labels (checkpoints, round, thresholds).
 
-    Yields:
-        A function that takes an image's file name and its mask, (H, W).
-
     Raises:
-        DataError: An excluded image was added, an image was added twice, or no pixel is labelled.
+        DataError: No pixel is labelled.
     """
-    images: dict[str, dict[str, Any]] = {}
+    images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-
-    def add(name: str, mask: Tensor) -> None:
-        if name in excluded:
-            raise DataError(f"{name}: selects models, so it cannot get pseudo labels; leave it out")
-        if name in images:
-            raise DataError(f"{name}: was given pseudo labels twice; remove one of the two")
+    for image_id, (name, mask) in enumerate(masks, 1):
         height, width = mask.shape
-        image_id = len(images) + 1
-        images[name] = {"id": image_id, "file_name": name, "height": height, "width": width}
+        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         for value in mask.unique().tolist():
             if value == 0:
                 continue
             region = mask == value
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": 1 if value == IGNORE else value,
-                    "iscrowd": int(value == IGNORE),
-                    "segmentation": _rle(region),
-                    "area": int(region.sum()),
-                }
-            )
-
-    yield add
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": image_id,
+                "category_id": 1 if value == IGNORE else value,
+                "iscrowd": int(value == IGNORE),
+                "segmentation": encode_rle(region),
+                "area": int(region.sum()),
+            }
+            annotations.append(annotation)
     if not annotations:
         raise DataError(f"{path}: no pixel was labelled; lower the thresholds or add images")
     content = {
         "info": dict(info or {}),
         "categories": [{"id": index, "name": name} for index, name in enumerate(classes) if index],
-        "images": list(images.values()),
+        "images": images,
         "annotations": annotations,
     }
     write_text(path, json.dumps(content))
-
-
-def _rle(region: Tensor) -> dict[str, Any]:
-    encoded = coco_mask.encode(np.asfortranarray(region.cpu().numpy(), np.uint8))
-    return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}

@@ -1,8 +1,7 @@
 """Result folder of an inference: written image by image, resumed, and gathered into files."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ from segkit.inference.origin import renew
 from segkit.inference.outputs import (
     SAFE,
     Color,
-    coco_results,
     overlay,
     result_names,
     save_jpeg,
     sheet,
-    submission,
+    write_coco,
     write_mask,
     write_soft,
+    write_submission,
 )
 
 GATHERED = {"csv": "submission.csv", "coco": "coco.json"}
@@ -119,24 +118,22 @@ class Results:
         """
         source = self.source
         names = [source.names[index] for index in indices]
-        with ExitStack() as files:
-            writers = []
-            if "csv" in self.outputs:
-                path = self.folder / GATHERED["csv"]
-                writers.append(files.enter_context(submission(path, names=names)))
-            if "coco" in self.outputs:
-                ids = getattr(source, "image_ids", range(len(source)))
-                writer = coco_results(
-                    self.folder / GATHERED["coco"],
-                    image_ids=dict(zip(source.names, ids, strict=True)),
-                    category_ids=category_ids or None,
-                    background=self.background,
-                )
-                writers.append(files.enter_context(writer))
+
+        def masks() -> Iterator[tuple[str, Tensor]]:
             for name in distributed.Progress(names, "write", unit="image"):
-                mask = self.mask(name)
-                for write in writers:
-                    write(name, mask)
+                yield name, self.mask(name)
+
+        if "csv" in self.outputs:
+            write_submission(self.folder / GATHERED["csv"], masks())
+        if "coco" in self.outputs:
+            ids = getattr(source, "image_ids", range(len(source)))
+            write_coco(
+                self.folder / GATHERED["coco"],
+                masks(),
+                image_ids=dict(zip(source.names, ids, strict=True)),
+                category_ids=category_ids or None,
+                background=self.background,
+            )
 
     def _path(self, kind: str, index: int) -> str:
         """Return the path of an image's result of a kind, relative to the folder."""

@@ -4,55 +4,83 @@ import math
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Size = tuple[int, int]
+Shape = tuple[int, ...]
 
 IN_MEMORY = 2**28
 """Largest number of bytes of votes kept in memory; larger votes are kept in a file."""
 
 
-class HardVote:
-    """Majority vote per pixel: every model has one vote, and the class with most votes wins.
-
-    A tie is won by the class that the best-ranked voter chose, not by the lowest class index, which
-    would favor the background. All votes are stored, one byte per pixel and voter, so that the
-    result does not depend on the order of the voters.
+class Vote:
+    """Per-pixel vote of several models on many images.
 
     Args:
         shapes: (H, W) of every image.
         num_classes: Number of classes, at most 255.
         coefficients: Of the votes: (voters, C), such as each model's validation IoU of each class
             (NaN counts as 0), or (voters,); default: 1.
-        max_bytes: A voter's masks are kept in memory up to this size, and in a file above it.
+        max_bytes: Votes are kept in memory up to this size, and in a file above it.
         folder: Folder of such files; they are unnamed and disappear with the process.
-
-    Shape:
-        prediction: (H, W) class indices, or (C, H, W) probabilities
-        result: (H, W), uint8
     """
 
     def __init__(
         self,
-        shapes: Sequence[Size],
+        shapes: Sequence[tuple[int, int]],
         num_classes: int,
         *,
         coefficients: Tensor | None = None,
         max_bytes: int = IN_MEMORY,
         folder: Path | None = None,
     ) -> None:
-        self.shapes = tuple(shapes)
-        self.num_classes = num_classes
-        self.coefficients = coefficients
-        self.max_bytes = max_bytes
-        self.folder = folder
-        self._masks: dict[int, _Planes] = {}
-        self._cast: set[tuple[int, int]] = set()
+        self.shapes, self.num_classes = tuple(shapes), num_classes
+        self._max_bytes, self._folder = max_bytes, folder
+        self._given = None if coefficients is None else coefficients.double().nan_to_num(0.0)
+        self._voters: list[set[int]] = [set() for _ in shapes]
+        self._stored: dict[int, _Arrays] = {}
+
+    def _check(self, image: int, voter: int, prediction: Tensor, *planes: int) -> None:
+        expected = (*planes, *self.shapes[image])
+        if tuple(prediction.shape) != expected:
+            raise ValueError(
+                f"image {image}: expected shape {expected}, got {tuple(prediction.shape)}"
+            )
+        if voter in self._voters[image]:
+            raise ValueError(f"voter {voter} has voted on image {image} already")
+
+    def _ranked(self, image: int) -> list[int]:
+        """Return the voters of an image, the best first."""
+        if not self._voters[image]:
+            raise ValueError(f"no voter has voted on image {image}")
+        return sorted(self._voters[image])
+
+    def _coefficients(self, voter: int) -> Tensor:
+        """Return a voter's coefficient for each class, (C,)."""
+        if self._given is None:
+            return torch.ones(self.num_classes, dtype=torch.float64)
+        return self._given[voter].expand(self.num_classes)
+
+    def _arrays(self, planes: int, dtype: type[np.generic]) -> "_Arrays":
+        shapes = [(planes, *shape) for shape in self.shapes]
+        return _Arrays(shapes, np.dtype(dtype), self._max_bytes, self._folder)
+
+
+class HardVote(Vote):
+    """Majority vote per pixel: every model has one vote, and the class with most votes wins.
+
+    A tie is won by the class that the best-ranked voter chose, not by the lowest class index, which
+    would favor the background. All votes are stored, one byte per pixel and voter, so that the
+    result does not depend on the order of the voters. Arguments are those of :class:`Vote`.
+
+    Shape:
+        prediction: (H, W) class indices, or (C, H, W) probabilities
+        result: (H, W), uint8
+    """
 
     def add(self, image: int, prediction: Tensor, *, voter: int) -> None:
         """Add a voter's prediction of an image. Voters are numbered by rank, from 0 for the best.
@@ -61,18 +89,16 @@ class HardVote:
             ValueError: The voter has voted on this image, or the prediction does not fit.
         """
         mask = prediction.max(0).indices if prediction.dim() == 3 else prediction
-        _check(image, mask.shape, self.shapes[image])
+        self._check(image, voter, mask)
         if int(mask.max()) >= self.num_classes:
             raise ValueError(
                 f"image {image}: prediction holds class {int(mask.max())}, "
                 f"but there are {self.num_classes} classes"
             )
-        if (voter, image) in self._cast:
-            raise ValueError(f"voter {voter} has voted on image {image} already")
-        if voter not in self._masks:
-            self._masks[voter] = _Planes(self.shapes, 1, "uint8", self.max_bytes, self.folder)
-        self._masks[voter][image][0] = mask.to(torch.uint8).cpu().numpy()
-        self._cast.add((voter, image))
+        if voter not in self._stored:
+            self._stored[voter] = self._arrays(1, np.uint8)
+        self._stored[voter][image][0] = mask.to(torch.uint8).cpu().numpy()
+        self._voters[image].add(voter)
 
     def result(self, image: int) -> Tensor:
         """Return the class with most votes at every pixel.
@@ -80,13 +106,9 @@ class HardVote:
         Raises:
             ValueError: No voter has voted on this image.
         """
-        voters = [voter for voter in sorted(self._masks) if (voter, image) in self._cast]
-        if not voters:
-            raise ValueError(f"no voter has voted on image {image}")
-        coefficients = [
-            _coefficients(self.coefficients, voter, self.num_classes) for voter in voters
-        ]
-        masks = [self._masks[voter][image][0] for voter in voters]
+        voters = self._ranked(image)
+        coefficients = [self._coefficients(voter) for voter in voters]
+        masks = [self._stored[voter][image][0] for voter in voters]
         winner = torch.empty(self.shapes[image], dtype=torch.uint8)
         for rows in _bands(self.shapes[image], self.num_classes):
             winner[rows] = _most_votes([torch.tensor(mask[rows]) for mask in masks], coefficients)
@@ -106,37 +128,15 @@ def _most_votes(votes: list[Tensor], coefficients: list[Tensor]) -> Tensor:
     return winner[0].to(torch.uint8)
 
 
-class SoftVote:
+class SoftVote(Vote):
     """Soft vote per pixel: the class with the largest weighted sum of probabilities wins.
 
-    Args:
-        shapes: (H, W) of every image.
-        num_classes: Number of classes.
-        coefficients: Of the probabilities, (voters, C) or (voters,); default: 1.
-        dtype: Type of the sums. ``"float16"`` needs half the space, with three digits per sum.
-        max_bytes: The sums are kept in memory up to this size, and in a file above it.
-        folder: Folder of such a file; it is unnamed and disappears with the process.
+    Arguments are those of :class:`Vote`.
 
     Shape:
         probabilities: (C, H, W)
         result: (H, W), uint8
     """
-
-    def __init__(
-        self,
-        shapes: Sequence[Size],
-        num_classes: int,
-        *,
-        coefficients: Tensor | None = None,
-        dtype: Literal["float16", "float32"] = "float32",
-        max_bytes: int = IN_MEMORY,
-        folder: Path | None = None,
-    ) -> None:
-        self.shapes = tuple(shapes)
-        self.num_classes = num_classes
-        self.coefficients = coefficients
-        self._sums = _Planes(self.shapes, num_classes, dtype, max_bytes, folder)
-        self._cast: set[tuple[int, int]] = set()
 
     def add(self, image: int, probabilities: Tensor, *, voter: int) -> None:
         """Add a voter's probabilities of an image.
@@ -144,13 +144,10 @@ class SoftVote:
         Raises:
             ValueError: The voter has voted on this image, or the probabilities do not fit.
         """
-        _check(image, probabilities.shape, (self.num_classes, *self.shapes[image]))
-        if (voter, image) in self._cast:
-            raise ValueError(f"voter {voter} has voted on image {image} already")
-        coefficients = _coefficients(self.coefficients, voter, self.num_classes).float()
+        self._check(image, voter, probabilities, self.num_classes)
         sums = torch.from_numpy(self._sums[image])
-        sums += (probabilities.float().cpu() * coefficients.view(-1, 1, 1)).to(sums.dtype)
-        self._cast.add((voter, image))
+        sums += probabilities.float().cpu() * self._coefficients(voter).float().view(-1, 1, 1)
+        self._voters[image].add(voter)
 
     def probabilities(self, image: int) -> Tensor:
         """Return the weighted mean of the probabilities, (C, H, W), float32, with a sum of one.
@@ -158,7 +155,8 @@ class SoftVote:
         Raises:
             ValueError: No voter has voted on this image.
         """
-        sums = torch.from_numpy(self._counted(image).astype(np.float32))
+        self._ranked(image)
+        sums = torch.tensor(self._sums[image])
         return sums / sums.sum(0, keepdim=True)
 
     def result(self, image: int) -> Tensor:
@@ -167,31 +165,29 @@ class SoftVote:
         Raises:
             ValueError: No voter has voted on this image.
         """
-        sums = self._counted(image)
-        winner = torch.empty(self.shapes[image], dtype=torch.uint8)
+        self._ranked(image)
+        sums, winner = self._sums[image], torch.empty(self.shapes[image], dtype=torch.uint8)
         for rows in _bands(self.shapes[image], self.num_classes):
             winner[rows] = torch.tensor(sums[:, rows]).max(0).indices.to(torch.uint8)
         return winner
 
-    def _counted(self, image: int) -> np.ndarray:
-        if not any(voted == image for _, voted in self._cast):
-            raise ValueError(f"no voter has voted on image {image}")
-        return self._sums[image]
+    @cached_property
+    def _sums(self) -> "_Arrays":
+        return self._arrays(self.num_classes, np.float32)
 
 
-class _Planes:
-    """Arrays (planes, H, W) of many images in one block, initialized with zeros.
+class _Arrays:
+    """Arrays of given shapes in one block, initialized with zeros.
 
-    The block is kept in memory, or above ``max_bytes`` in a file. Only the image in use is mapped
+    The block is kept in memory, or above ``max_bytes`` in a file. Only the array in use is mapped
     from the file, so that resident memory does not grow with the number of images.
     """
 
     def __init__(
-        self, shapes: Sequence[Size], planes: int, dtype: str, max_bytes: int, folder: Path | None
+        self, shapes: Sequence[Shape], dtype: np.dtype, max_bytes: int, folder: Path | None
     ) -> None:
-        self.shapes = [(planes, *shape) for shape in shapes]
-        self.dtype = np.dtype(dtype)
-        sizes = [math.prod(shape) * self.dtype.itemsize for shape in self.shapes]
+        self.shapes, self.dtype = shapes, dtype
+        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
         self.starts = np.cumsum([0, *sizes]).tolist()
         self.memory: np.ndarray | None = None
         if self.starts[-1] <= max_bytes:
@@ -208,19 +204,7 @@ class _Planes:
         return np.memmap(self.file, self.dtype, "r+", start, shape)
 
 
-def _coefficients(coefficients: Tensor | None, voter: int, num_classes: int) -> Tensor:
-    """Return the coefficients of a voter's votes for each class, (C,)."""
-    if coefficients is None:
-        return torch.ones(num_classes, dtype=torch.float64)
-    return coefficients[voter].double().nan_to_num(0.0).expand(num_classes)
-
-
-def _check(image: int, shape: Sequence[int], expected: Sequence[int]) -> None:
-    if tuple(shape) != tuple(expected):
-        raise ValueError(f"image {image}: expected shape {tuple(expected)}, got {tuple(shape)}")
-
-
-def _bands(shape: Size, num_classes: int) -> Iterator[slice]:
+def _bands(shape: Shape, num_classes: int) -> Iterator[slice]:
     """Return slices of rows with at most 16 million scores each."""
     step = max(1, 2**24 // (shape[1] * num_classes))
     return (slice(top, top + step) for top in range(0, shape[0], step))

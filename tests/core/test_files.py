@@ -20,7 +20,6 @@ from segkit.data.inputs import inside, read_json, read_text
 from segkit.data.loader import digests
 from segkit.data.masks import MaskSource
 from segkit.data.photos import PhotoSource
-from segkit.inference.outputs import read_submission
 from segkit.models.pretrained.reading import read_file
 
 
@@ -64,7 +63,6 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "photo": ("a.jpg", lambda path: PhotoSource(paths=(str(path.parent),)).image(0)),
     "image digest": ("a.jpg", lambda path: digests(PhotoSource(paths=(str(path.parent),)), [0])),
     "run": ("config.json", lambda path: Run(path.parent).read(path.name)),
-    "submission": ("a.csv", lambda path: list(read_submission(path))),
 }
 
 

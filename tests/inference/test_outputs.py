@@ -1,5 +1,8 @@
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,68 +194,46 @@ def test_safe_colors_stay_apart_for_color_blind_eyes() -> None:
 
 def test_submission_byte_for_byte(tmp_path: Path) -> None:
     mask = torch.arange(16, dtype=torch.uint8).view(4, 4)
-    with outputs.submission(tmp_path / "a.csv", names=["b/1.jpg", "b/0.jpg"], size=2) as add:
-        add("b/1.jpg", mask)
-        add("b/0.jpg", torch.full((2, 2), 10))
+    masks = [("b/1.jpg", mask), ("b/0.jpg", torch.full((2, 2), 10))]
+    outputs.write_submission(tmp_path / "a.csv", masks, size=2)
     expected = b"image_id,PredictionString\nb/1.jpg,0 2 8 10\nb/0.jpg,10 10 10 10\n"
     assert (tmp_path / "a.csv").read_bytes() == expected
 
 
+def submitted(path: Path, mask: torch.Tensor, size: int = 256) -> torch.Tensor:
+    """Write a submission of one mask and return what its line holds."""
+    outputs.write_submission(path, [("0.jpg", mask)], size=size)
+    _, line = path.read_text().splitlines()
+    name, values = line.split(",")
+    assert name == "0.jpg"
+    return torch.tensor([int(value) for value in values.split()]).view(size, size)
+
+
 def test_submission_of_the_contest_s_size_takes_every_second_pixel(tmp_path: Path) -> None:
     mask = a_mask(512, 512, 11)
-    with outputs.submission(tmp_path / "a.csv", names=["0.jpg"]) as add:
-        add("0.jpg", mask)
-    [(name, read)] = outputs.read_submission(tmp_path / "a.csv")
-    assert name == "0.jpg"
-    assert torch.equal(read, mask[::2, ::2])
+    assert torch.equal(submitted(tmp_path / "a.csv", mask), mask[::2, ::2].long())
 
 
 @pytest.mark.parametrize(("height", "width"), [(65, 97), (7, 300), (256, 256)])
 def test_submission_samples_any_size(tmp_path: Path, height: int, width: int) -> None:
     mask = a_mask(height, width)
-    with outputs.submission(tmp_path / "a.csv", names=["0.jpg"], size=30) as add:
-        add("0.jpg", mask)
-    [(_, read)] = outputs.read_submission(tmp_path / "a.csv", size=30)
+    read = submitted(tmp_path / "a.csv", mask, size=30)
     for i in range(30):
         for j in range(30):
             assert read[i, j] == mask[i * height // 30, j * width // 30]
 
 
-def test_submission_keeps_the_test_file_s_order(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    with (
-        pytest.raises(ValueError, match=r"next image is 0\.jpg, not 1\.jpg"),
-        outputs.submission(path, names=["0.jpg", "1.jpg"], size=2) as add,
-    ):
-        add("1.jpg", a_mask())
-    with (
-        pytest.raises(ValueError, match=r"ends before 1\.jpg"),
-        outputs.submission(path, names=["0.jpg", "1.jpg"], size=2) as add,
-    ):
-        add("0.jpg", a_mask())
-    with (
-        pytest.raises(ValueError, match=r"next image is None, not 0\.jpg"),
-        outputs.submission(path, names=[], size=2) as add,
-    ):
-        add("0.jpg", a_mask())
-    assert not list(tmp_path.iterdir())  # no half of a file, and no draft
-
-
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "id,mask\n",
-        "image_id,PredictionString\n0.jpg\n",
-        "image_id,PredictionString\n0.jpg,0 0 0\n",
-        "image_id,PredictionString\n0.jpg,0 0 0 x\n",
-        "image_id,PredictionString\n0.jpg,0 0 0 300\n",
-    ],
+    "write", [outputs.write_submission, partial(outputs.write_coco, image_ids={"a": 0})]
 )
-def test_what_is_no_submission_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(DataError, match=r"a\.csv.*expected"):
-        list(outputs.read_submission(tmp_path / "a.csv", size=2))
+def test_an_interrupted_file_is_not_there(write: Any, tmp_path: Path) -> None:
+    def masks() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", a_mask()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", masks())
+    assert not list(tmp_path.iterdir())  # no half of a file, and no draft
 
 
 # ---------------------------------------------------------------------------- COCO results
@@ -263,9 +244,7 @@ def test_coco_results_load_in_pycocotools(tmp_path: Path) -> None:
     masks["a.jpg"][:5] = 255
     ids, categories = {"a.jpg": 17, "b.jpg": 4}, {30: 1, 10: 2, 20: 3, 5: 4}
     path = tmp_path / "new" / "results.json"
-    with outputs.coco_results(path, image_ids=ids, category_ids=categories) as add:
-        for name, mask in masks.items():
-            add(name, mask)
+    outputs.write_coco(path, masks.items(), image_ids=ids, category_ids=categories)
     truth = COCO()
     truth.dataset = {
         "images": [{"id": i} for i in ids.values()],
@@ -285,15 +264,13 @@ def test_coco_results_load_in_pycocotools(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("masks", [[], [torch.zeros(4, 4)]])
 def test_coco_results_without_any(tmp_path: Path, masks: list[torch.Tensor]) -> None:
-    with outputs.coco_results(tmp_path / "a.json", image_ids={"a": 0}) as add:
-        for mask in masks:
-            add("a", mask)
+    outputs.write_coco(tmp_path / "a.json", [("a", mask) for mask in masks], image_ids={"a": 0})
     assert json.loads((tmp_path / "a.json").read_text()) == []
 
 
 def test_coco_results_of_a_set_without_background(tmp_path: Path) -> None:
-    with outputs.coco_results(tmp_path / "a.json", image_ids={"a": 0}, background=None) as add:
-        add("a", torch.tensor([[0, 255]]))
+    masks = [("a", torch.tensor([[0, 255]]))]
+    outputs.write_coco(tmp_path / "a.json", masks, image_ids={"a": 0}, background=None)
     [result] = json.loads((tmp_path / "a.json").read_text())
     assert result["category_id"] == 0
     assert coco_mask.decode(result["segmentation"]).tolist() == [[1, 0]]

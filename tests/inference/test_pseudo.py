@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segkit.core.errors import DataError
 from segkit.data.coco import CocoSource
-from segkit.inference.pseudo import Confidence, confident, pseudo_file
+from segkit.inference.pseudo import Confidence, confident, write_pseudo_labels
 
 CLASSES = ("ground", "paper", "metal")
 
@@ -77,12 +77,12 @@ def test_bad_quantile() -> None:
 def test_the_file_reads_back_to_the_same_masks(tmp_path: Path, classes: tuple[str, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     masks = {}
-    with pseudo_file(tmp_path / "pseudo.json", classes=classes, info={"round": 1}) as add:
-        for name, size in {"a.png": (65, 97), "b.png": (1, 7), "c.png": (33, 32)}.items():
-            values = torch.tensor([0, 1, 2, 255], dtype=torch.uint8)
-            masks[name] = values[torch.randint(0, 4, size, generator=generator)]
-            add(name, masks[name])
-            Image.new("RGB", size[::-1]).save(tmp_path / name)
+    for name, size in {"a.png": (65, 97), "b.png": (1, 7), "c.png": (33, 32)}.items():
+        values = torch.tensor([0, 1, 2, 255], dtype=torch.uint8)
+        masks[name] = values[torch.randint(0, 4, size, generator=generator)]
+        Image.new("RGB", size[::-1]).save(tmp_path / name)
+    path = tmp_path / "pseudo.json"
+    write_pseudo_labels(path, masks.items(), classes=classes, info={"round": 1})
     source = CocoSource(annotations=str(tmp_path / "pseudo.json"), background=classes[0])
     assert source.classes == classes
     assert source.names == tuple(masks)
@@ -93,21 +93,8 @@ def test_the_file_reads_back_to_the_same_masks(tmp_path: Path, classes: tuple[st
     assert source.info == {"round": 1}
 
 
-def _write(path: Path, *names: str, excluded: tuple[str, ...] = ()) -> None:
-    with pseudo_file(path, classes=CLASSES, excluded=excluded) as add:
-        for name in names:
-            add(name, torch.ones(2, 2, dtype=torch.uint8))
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (("a.png", "b.png"), r"b\.png: selects models"),
-        (("a.png", "a.png"), r"a\.png: was given pseudo labels twice"),
-        ((), "no pixel was labelled"),
-    ],
-)
-def test_what_never_comes_in(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        _write(tmp_path / "pseudo.json", *names, excluded=("b.png",))
+@pytest.mark.parametrize("masks", [[], [("a.png", torch.zeros(2, 2, dtype=torch.uint8))]])
+def test_labels_of_nothing_are_refused(tmp_path: Path, masks: list[tuple[str, Tensor]]) -> None:
+    with pytest.raises(DataError, match="no pixel was labelled"):
+        write_pseudo_labels(tmp_path / "pseudo.json", masks, classes=CLASSES)
     assert not list(tmp_path.iterdir())
