@@ -11,13 +11,10 @@ from segkit.data.source import background
 from segkit.inference.outputs import PALETTES, Color, overlay
 from segkit.report import html
 from segkit.report.html import cell, escape, percent
-from segkit.report.survey import KINDS, Findings, Part
+from segkit.report.survey import KINDS, Box, Findings, Part
 
-CROPS, CROP_SIDE = 400, 112
-"""Number of example objects of all classes together, and their longer side in pixels."""
-
-MAX_SHOWN, SHOWN_SIDE = 24, 176
-"""Number of pictures of a kind of finding, and their longer side in pixels."""
+CROPS, CROP_SIDE = 400, 112  # example objects of all classes together, and their longer side
+MAX_SHOWN, SHOWN_SIDE = 24, 176  # pictures of a kind of finding, and their longer side
 
 
 def data_page(cfg: Config, parts: Sequence[Part], findings: Findings, *, title: str) -> str:
@@ -31,13 +28,13 @@ def data_page(cfg: Config, parts: Sequence[Part], findings: Findings, *, title: 
     """
     train, colors = parts[0], PALETTES[cfg.infer.palette]
     labels = html.class_labels(train.source.classes, colors)
-    split = sum(map(findings.separated, findings.pairs))
+    separated = sum(map(findings.separated, findings.pairs))
     others = "".join(f"<small>{len(part.photos):,} {part.title}</small>" for part in parts[1:])
     facts = {
         "Training images": f"{len(train.photos):,}{others}",
         "Classes": str(len(labels)),
         "Objects": f"{sum(len(photo.instances) for photo in train.photos):,}",
-        "Near-duplicates": f"{len(findings.pairs):,}<small>{split:,} in different parts</small>",
+        "Near-duplicates": f"{len(findings.pairs):,}<small>{separated:,} in two parts</small>",
         "Suspicious labels": f"{len(findings.suspects):,}",
     }
     sections = {
@@ -45,10 +42,11 @@ def data_page(cfg: Config, parts: Sequence[Part], findings: Findings, *, title: 
         "Examples": _examples(train, labels, colors),
         "Suspicious labels": _suspects(train, findings, colors),
         "Near-duplicates": _pairs(parts, findings),
-        "Colors": _colors(train),
+        "Colors": _colors(train.histogram),
         "Sizes": _sizes(parts),
     }
-    return html.document(title, sections, header=f"<p>{escape(cfg.note)}</p>\n{html.facts(facts)}")
+    header = f"<p>{escape(cfg.note)}</p>\n{html.facts(facts)}"
+    return html.document(title, sections, header=header)
 
 
 def _classes(part: Part, labels: Sequence[str]) -> str:
@@ -79,11 +77,9 @@ def _classes(part: Part, labels: Sequence[str]) -> str:
 def _histogram(shares: Sequence[float]) -> str:
     """Return an SVG with a bar for each half power of ten."""
     counts, _ = np.histogram(np.log10(np.maximum(shares, 1e-5)), bins=10, range=(-5, 0))
-    bars = "".join(
-        f'<rect x="{12 * n}" y="{32 - h:.1f}" width="10" height="{h:.1f}"/>'
-        for n, h in enumerate(32 * counts / counts.max())
-    )
-    text = ", ".join(map(str, counts.tolist()))
+    text, bars = ", ".join(map(str, counts)), ""
+    for n, height in enumerate(32 * counts / counts.max()):
+        bars += f'<rect x="{12 * n}" y="{32 - height:.1f}" width="10" height="{height:.1f}"/>'
     return (
         f'<svg class="sizes" viewBox="0 0 120 33" role="img" aria-label="objects by size: {text}">'
         f'{bars}<path d="M0 32.5H120"/></svg>'
@@ -108,37 +104,34 @@ def _together(part: Part) -> str:
 
 
 def _examples(part: Part, labels: Sequence[str], colors: Sequence[Color]) -> str:
-    count = max(3, min(12, CROPS // len(labels)))
-    strips = []
+    count, strips = max(3, min(12, CROPS // len(labels))), ""
     for c, label in enumerate(labels):
         objects = sorted(part.objects(c), key=lambda pair: pair[1].area)
-        if c == background(part.source) or not objects:
-            continue
-        places = np.linspace(len(objects) // 4, len(objects) - 1, count).astype(int)
-        chosen = [objects[place] for place in np.unique(places)[::-1]]
-        crops = [_picture(part, i, CROP_SIDE, colors, instance.box) for i, instance in chosen]
-        strips.append(f'<h3>{label}</h3><div class="strip">{"".join(crops)}</div>')
-    return "\n".join(strips)
+        if objects and c != background(part.source):
+            places = np.linspace(len(objects) // 4, len(objects) - 1, count).astype(int)
+            chosen = [objects[place] for place in np.unique(places)[::-1]]
+            crops = [_picture(part, i, CROP_SIDE, colors, instance.box) for i, instance in chosen]
+            strips += f'<h3>{label}</h3><div class="strip">{"".join(crops)}</div>\n'
+    return strips
 
 
 def _suspects(part: Part, findings: Findings, colors: Sequence[Color]) -> str:
-    blocks = []
+    blocks = ""
     for kind, title in KINDS.items():
         suspects = [(i, suspect) for i, suspect in findings.suspects if suspect.kind == kind]
         figures = []
         for i, suspect in suspects[:MAX_SHOWN]:
             box = None if kind in ("differs", "unlabelled") else suspect.box
-            reason = suspect.reason
-            if suspect.annotation is not None:
-                reason = f"annotation {suspect.annotation}: {reason}"
+            key = "" if suspect.annotation is None else f"annotation {suspect.annotation}: "
             figures.append(
-                f"<figure>{_picture(part, i, SHOWN_SIDE, colors, box)}<figcaption>"
-                f"<b>{escape(part.photos[i].name)}</b><br>{escape(reason)}</figcaption></figure>"
+                f"<figure>{_picture(part, i, SHOWN_SIDE, colors, box)}<figcaption><b>"
+                f"{escape(part.photos[i].name)}</b><br>{escape(key + suspect.reason)}</figcaption>"
+                "</figure>"
             )
         if suspects:
-            heading = f'<h3>{title} <span class="muted">{len(suspects):,}</span></h3>'
-            blocks.append(heading + _tiles(figures, len(suspects)))
-    return "\n".join(blocks)
+            blocks += f'<h3>{title} <span class="muted">{len(suspects):,}</span></h3>'
+            blocks += _tiles(figures, len(suspects))
+    return blocks
 
 
 def _pairs(parts: Sequence[Part], findings: Findings) -> str:
@@ -170,11 +163,7 @@ def _tiles(figures: Sequence[str], total: int) -> str:
 
 
 def color_statistics(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of R, G, B in 0..1.
-
-    Shape:
-        histogram: (3, 256), pixels of each value
-    """
+    """Return mean and standard deviation of R, G, B in 0..1, from the pixels of each value."""
     levels = np.arange(256) / 255
     shares = histogram / histogram.sum(1, keepdims=True)
     mean = shares @ levels
@@ -182,27 +171,25 @@ def color_statistics(histogram: np.ndarray) -> tuple[list[float], list[float]]:
     return mean.round(4).tolist(), std.round(4).tolist()
 
 
-def _colors(part: Part) -> str:
-    mean, std = color_statistics(part.histogram)
-    shares = (100 * part.histogram / part.histogram.sum(1, keepdims=True)).round(4)
-    levels = list(range(256))
-    series = [
-        {"name": name, "x": levels, "y": shares[c].tolist(), "color": color}
-        for c, (name, color) in enumerate((("red", 4), ("green", 2), ("blue", 0)))
-    ]
+def _colors(histogram: np.ndarray) -> str:
+    mean, std = color_statistics(histogram)
+    shares = (100 * histogram / histogram.sum(1, keepdims=True)).round(4)
+    curves = zip(("red", "green", "blue"), (4, 2, 0), shares.tolist(), strict=True)
+    x = list(range(256))
+    series = [{"name": name, "x": x, "y": y, "color": color} for name, color, y in curves]
     text = f'"mean": {mean}, "std": {std}'
     return (
         f"<p>For normalization, as entries of <code>data</code>: <code>{text}</code></p>"
-        + html.chart("Percent of the pixels at each level", series, x="level", kind="area")
+        + html.chart("Percent of the pixels at each level", series, unit="level", kind="area")
     )
 
 
 def _sizes(parts: Sequence[Part]) -> str:
     sizes = Counter(photo.size for part in parts for photo in part.photos)
-    rows = [
-        [f"{width} × {height}", cell(f"{n:,}", n), cell(percent(n / sizes.total()), n)]
-        for (height, width), n in sizes.most_common(20)
-    ]
+    rows = []
+    for (height, width), n in sizes.most_common(20):
+        share = percent(n / sizes.total())
+        rows.append([f"{width} × {height}", cell(f"{n:,}", n), cell(share, n)])
     more = len(sizes) - len(rows)
     caption = "Width × height of the images"
     caption += f"; {more:,} more sizes are rarer." if more else "."
@@ -210,16 +197,11 @@ def _sizes(parts: Sequence[Part]) -> str:
 
 
 def _picture(
-    part: Part,
-    i: int,
-    side: int,
-    colors: Sequence[Color] | None = None,
-    box: tuple[int, int, int, int] | None = None,
+    part: Part, i: int, side: int, colors: Sequence[Color] | None = None, box: Box | None = None
 ) -> str:
     """Return a small image ``i``, or its crop around ``box``; with ``colors`` also its labels."""
     pixels = part.source.image(i)
-    height, width = pixels.shape[1:]
-    left, top, right, bottom = box or (0, 0, width, height)
+    left, top, right, bottom = box or (0, 0, pixels.shape[2], pixels.shape[1])
     margin = max(8, round(0.15 * max(right - left, bottom - top))) if box else 0
     rows = slice(max(0, top - margin), bottom + margin)
     columns = slice(max(0, left - margin), right + margin)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,10 @@ from segkit.report.html import data_uri
 from segkit.training.evaluate import Evaluation
 from segkit.training.metrics import per_image_miou
 
-SIDE = 256
-"""Longest side of a picture on the page."""
+SIDE = 256  # longest side of a picture on the page
+MAX_SHEETS = 6  # pictures of an evaluation that trackers get
 
-MAX_SHEETS = 6
-"""Number of pictures of an evaluation that trackers get."""
+_order = attrgetter("miou", "index")
 
 
 @dataclass(eq=False)
@@ -58,8 +58,8 @@ class Gallery:
 
     def __init__(self, source: Source, indices: Sequence[int], *, size: int) -> None:
         self._source, self._size = source, size
-        places = np.linspace(0, len(indices) - 1, size // 2).astype(int).tolist() if size else []
-        self._spread_indices = {indices[place] for place in places}
+        places = np.linspace(0, len(indices) - 1, size // 2).astype(int)
+        self._evenly = {indices[place] for place in places}
         self._spread: list[Picture] = []
         self._worst: list[Picture] = []
 
@@ -73,40 +73,32 @@ class Gallery:
         miou = float(per_image_miou(counts))
         if not self._size or math.isnan(miou):  # NaN: the image has no labelled pixel
             return
-        spread = index in self._spread_indices
-        if spread or len(self._worst) < self._size or miou < self._worst[-1].miou:
+        low = len(self._worst) < self._size or miou < self._worst[-1].miou
+        if low or index in self._evenly:
             name, masks = self._source.names[index], (_small(truth), _small(predicted))
-            picture = Picture(index, name, miou, counts, *masks)
-            if spread:
-                self._spread.append(picture)
-            else:
-                self._worst = sorted([*self._worst, picture], key=_order)[: self._size]
+            kept = self._spread if index in self._evenly else self._worst
+            kept.append(Picture(index, name, miou, counts, *masks))
+            self._worst = sorted(self._worst, key=_order)[: self._size]
 
     def pictures(self) -> list[Picture]:
         """Return the selection, the lowest IoU first, on rank 0; called by all ranks."""
-        kept = [p for share in distributed.gather(self._spread + self._worst) for p in share]
-        kept.sort(key=_order)
+        shares = distributed.gather(self._spread + self._worst)
+        kept = sorted((picture for share in shares for picture in share), key=_order)
         half = self._size - self._size // 2
-        worst, rest = kept[:half], kept[half:]
-        rest.sort(key=lambda p: p.index not in self._spread_indices)
-        others = sorted(rest[: self._size - len(worst)], key=_order)
-        for place, picture in enumerate(chosen := [*worst, *others]):
-            picture.worst = place < len(worst)
-            photograph = self._source.image(picture.index).permute(1, 2, 0).numpy()
-            picture.image = Image.fromarray(photograph).resize(
-                picture.truth.shape[::-1], Image.Resampling.BOX, reducing_gap=2.0
-            )
+        rest = sorted(kept[half:], key=lambda picture: picture.index not in self._evenly)
+        chosen = kept[:half] + sorted(rest[: self._size - half], key=_order)
+        for place, picture in enumerate(chosen):
+            picture.worst = place < half
+            photograph = Image.fromarray(self._source.image(picture.index).permute(1, 2, 0).numpy())
+            height, width = picture.truth.shape
+            picture.image = photograph.resize((width, height), Image.Resampling.BOX, reducing_gap=2)
         return chosen
 
     def sheet(self, picture: Picture, colors: Sequence[Color]) -> Image.Image:
         """Return photograph, truth, prediction and errors side by side."""
-        return sheet(
-            torch.from_numpy(np.array(picture.image)).permute(2, 0, 1),
-            torch.from_numpy(picture.predicted),
-            torch.from_numpy(picture.truth),
-            colors=colors,
-            background=background(self._source),
-        )
+        image = torch.from_numpy(np.array(picture.image)).permute(2, 0, 1)
+        truth, predicted = torch.from_numpy(picture.truth), torch.from_numpy(picture.predicted)
+        return sheet(image, predicted, truth, colors=colors, background=background(self._source))
 
     def to_json(self, picture: Picture, colors: Sequence[Color]) -> dict[str, Any]:
         """Return a picture as JSON values; images are ``data:`` addresses."""
@@ -137,17 +129,10 @@ def record(
     pictures = gallery.pictures()
     colors = PALETTES[run.read("config.json")["infer"]["palette"]]
     if distributed.is_main():
-        content = {
-            "step": step,
-            "matrix": evaluation.matrix.tolist(),
-            "pictures": [gallery.to_json(picture, colors) for picture in pictures],
-        }
+        shown = [gallery.to_json(picture, colors) for picture in pictures]
+        content = {"step": step, "matrix": evaluation.matrix.tolist(), "pictures": shown}
         write_json(run.fold(fold) / "evaluation.json", content)
     return ((picture.name, gallery.sheet(picture, colors)) for picture in pictures[:MAX_SHEETS])
-
-
-def _order(picture: Picture) -> tuple[float, int]:
-    return picture.miou, picture.index
 
 
 def _small(mask: Tensor) -> np.ndarray:

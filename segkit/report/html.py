@@ -16,8 +16,7 @@ from PIL import Image
 MARK = "<strong>segkit</strong>"
 """Text in every page, by which segkit recognizes the pages that it wrote."""
 
-MATRIX_TEXT = 20
-"""A heat map of more classes shows colors only; values are in tooltips and for screen readers."""
+MATRIX_TEXT = 20  # a heat map of more classes shows values in tooltips only
 
 
 @cache
@@ -59,13 +58,10 @@ def data_uri(image: Image.Image, *, format: str = "JPEG") -> str:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", style: str = ""
 ) -> str:
-    """Return a table that scrolls sideways; the first cell of a row is its heading.
+    """Return a table that scrolls sideways, from plain-text headings and rows of HTML.
 
-    Args:
-        columns: Headings, plain text.
-        rows: Cells as HTML; a cell that starts with ``<td`` is used as it is.
-        caption: HTML.
-        style: CSS classes; in a ``sortable`` table, a click on a heading sorts the rows.
+    The first cell of a row is its heading; other cells may be the result of :func:`cell`. In a
+    table of the CSS class ``sortable``, a click on a heading sorts the rows.
     """
     heads, body = "", ""
     for n, name in enumerate(columns):
@@ -136,28 +132,11 @@ def heat_map(
     return table([corner, *names], rows, caption=caption, style=style)
 
 
-def chart(
-    title: str,
-    series: Sequence[Mapping[str, Any]],
-    *,
-    x: str = "step",
-    kind: str = "line",
-    smooth: bool = False,
-) -> str:
-    """Return a chart that the page's script draws, or no HTML if no series has a point.
-
-    Args:
-        title: Plain text.
-        series: Curves, ``{"name": text, "x": numbers, "y": numbers}``; ``"color"`` is the index of
-            a color, by default the curve's own index.
-        x: Name of the horizontal axis.
-        kind: ``"line"``, ``"dots"`` (a line with its points), ``"area"``, or ``"log"``: a line, on
-            a logarithmic axis if its values span more than a power of ten.
-        smooth: Draw a moving average over the points.
-    """
+def chart(title: str, series: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """Return a chart, or no HTML if no series has a point; ``drawChart`` of page.js draws it."""
     if not any(curve["x"] for curve in series):
         return ""
-    content = json_block({"x": x, "kind": kind, "smooth": smooth, "series": list(series)})
+    content = json_block({"series": list(series), **options})
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<script type="application/json">{content}</script></figure>'
@@ -189,6 +168,11 @@ def number(value: float | None, spec: str = ".3f") -> str:
 def percent(share: float) -> str:
     """Return a share, 0 to 1, in percent, as HTML."""
     return f"{100 * share:.1f} %" if share >= 5e-4 or share == 0 else "&lt; 0.1 %"
+
+
+def millions(count: int) -> str:
+    """Return a count in millions, or a dash for 0."""
+    return f"{count / 1e6:.1f} M" if count else "–"
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from segkit.core.files import fits
 from segkit.report import html
 from segkit.report.html import cell, escape, number
-from segkit.report.log import RunLog, flat
+from segkit.report.log import RunLog
 from segkit.training.metrics import FEW_IMAGES
 
 
@@ -37,7 +37,6 @@ def _runs(logs: Sequence[RunLog]) -> str:
         terms = [t["name"] for t in log.setting("loss.terms", []) if fits(t, {"name": str})]
         names = [log.setting(f"model.{part}.name", "–") for part in ("decoder", "backbone")]
         state = "<br>".join(escape(text) for text in log.run.state() if text)
-        size = log.parameters or 0
         started = min((f.start["time"] for f in log.folds.values() if f.start), default=0.0)
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else "–"
         rows.append([
@@ -48,7 +47,7 @@ def _runs(logs: Sequence[RunLog]) -> str:
             *_score(log.score, few=log.few_images is not None),
             *_test_score(log),
             cell(html.duration(log.seconds), log.seconds),
-            cell(f"{size / 1e6:.1f} M" if size else "–", size),
+            cell(html.millions(log.parameters), log.parameters),
             cell(day, started),
         ])  # fmt: skip
     head = [
@@ -92,10 +91,9 @@ def _curves(logs: Sequence[RunLog]) -> str:
 
 
 def _settings(logs: Sequence[RunLog]) -> str:
-    settings = [dict(flat(log.config)) for log in logs]
     rows = []
-    for key in sorted({key for of_run in settings for key in of_run} - {"note"}):
-        values = [json.dumps(of_run[key]) if key in of_run else "–" for of_run in settings]
+    for key in sorted({key for log in logs for key in log.settings} - {"note"}):
+        values = [json.dumps(log.settings[key]) if key in log.settings else "–" for log in logs]
         most_common = max(values, key=values.count)
         if len(set(values)) > 1:
             rows.append([f"<code>{escape(key)}</code>"])

@@ -26,16 +26,15 @@ class Fold:
         self.number, self.events = number, events
         self.start = next((e for e in reversed(events) if e["event"] == "start"), {})
         self.steps = [e for e in events if e["event"] == "step"]
-        self.evaluations = [
-            e for e in events if e["event"] == "evaluate" and len(e["iou"]) == num_classes
-        ]
+        evaluations = [e for e in events if e["event"] == "evaluate"]
+        self.evaluations = [e for e in evaluations if len(e["iou"]) == num_classes]
         self.records: list[Event] = []
         for evaluation in self.evaluations:
             if not self.records or evaluation["miou"] > self.records[-1]["miou"]:
                 self.records.append(evaluation)
 
     def curve(self, key: str) -> dict[str, Any]:
-        """Return a curve of :func:`segkit.report.html.chart`: ``key`` of the events by step."""
+        """Return a curve for a chart: ``key`` of the events by step."""
         events = [e for e in [*self.steps, *self.evaluations] if fits(e.get(key), float)]
         points = [(e["step"], float(f"{e[key]:.5g}")) for e in events]
         x, y = ([point[axis] for point in points if math.isfinite(point[1])] for axis in (0, 1))
@@ -45,19 +44,22 @@ class Fold:
 class RunLog:
     """The files of a run, of which any but ``config.json`` may be missing or damaged.
 
-    ``folds`` are the logged folds by number, ``best`` the best evaluations of those that have one,
-    ``notes`` the events about faults of the data and about steps that were not finite.
+    Attributes:
+        settings: The configuration, by ``section.key``.
+        folds: The logged folds by number.
+        best: The best evaluation of each fold that has any.
+        notes: The events about faulty files and steps that were not finite.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.name = run.folder.resolve().name
         events = list(run.events())
-        self.config: dict[str, Any] = run.read("config.json")
+        self.settings = dict(flatten(run.read("config.json")))
         self.summary: dict[str, Any] = run.optional("summary.json", {})
         count = next((len(e["iou"]) for e in events if e["event"] == "evaluate"), 0)
-        unnamed = {"classes": [f"class {c}" for c in range(count)]}
-        self.classes: list[str] = run.optional("classes.json", unnamed)["classes"]
+        numbered = {"classes": [f"class {c}" for c in range(count)]}
+        self.classes: list[str] = run.optional("classes.json", numbered)["classes"]
         logged: dict[int, list[Event]] = {}
         for event in events:
             if "fold" in EVENTS.get(event["event"], {}):
@@ -67,22 +69,21 @@ class RunLog:
         self.notes = [event for event in events if event["event"] in ("fault", "non-finite")]
 
     def setting(self, path: str, default: Any) -> Any:
-        """Return ``section.key`` of ``config.json``, or ``default`` if it has another type."""
-        value: Any = self.config
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
+        """Return a setting, or ``default`` if it is missing or of another type."""
+        value = self.settings.get(path)
         return value if fits(value, type(default)) else default
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """Return each fold's ``evaluation.json``; those of other classes are left out."""
         files = {n: self.run.optional(f"fold{n}/evaluation.json", None) for n in self.folds}
-        return {n: content for n, content in files.items() if content and self._fits(content)}
-
-    def _fits(self, evaluation: dict[str, Any]) -> bool:
-        count = len(self.classes)
-        keys = {key for picture in evaluation["pictures"] for key in picture["iou"]}
-        sides = [len(evaluation["matrix"]), *map(len, evaluation["matrix"])]
-        return set(sides) == {count} and keys <= set(map(str, range(count)))
+        size, keys = len(self.classes), {str(c) for c in range(len(self.classes))}
+        return {
+            n: content
+            for n, content in files.items()
+            if content is not None
+            and {size} == {len(content["matrix"]), *map(len, content["matrix"])}
+            and all(keys.issuperset(picture["iou"]) for picture in content["pictures"])
+        }
 
     def shares(self) -> list[dict[str, Any]]:
         """Return the class shares of each part; those of other classes are left out."""
@@ -116,15 +117,11 @@ class RunLog:
         """IoU of each class, averaged over the folds' best evaluations."""
         return [average(v) for v in zip(*(e["iou"] for e in self.best.values()), strict=True)]
 
-    @cached_property
-    def class_change(self) -> list[float | None]:
-        """Change of each class's IoU from the previous record to the best, averaged over folds."""
+    def class_change(self, c: int) -> float | None:
+        """Return the change of a class's IoU from the record before to the best, over folds."""
         records = [fold.records[-2:] for fold in self.folds.values() if len(fold.records) > 1]
-        changes: list[float | None] = []
-        for c in range(len(self.classes)):
-            pairs = [(old["iou"][c], new["iou"][c]) for old, new in records]
-            changes.append(average(new - old for old, new in pairs if None not in (old, new)))
-        return changes
+        pairs = [(old["iou"][c], new["iou"][c]) for old, new in records]
+        return average(new - old for old, new in pairs if None not in (old, new))
 
     @cached_property
     def few_images(self) -> int | None:
@@ -142,16 +139,16 @@ class RunLog:
         return sum(max(t) - min(t) for t in times)
 
     @property
-    def parameters(self) -> int | None:
-        """Number of the model's parameters, if known."""
-        return next((f.start["parameters"] for f in self.folds.values() if f.start), None)
+    def parameters(self) -> int:
+        """Number of the model's parameters, 0 if unknown."""
+        return next((f.start["parameters"] for f in self.folds.values() if f.start), 0)
 
 
-def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield path (``section.key``) and value of each leaf of nested dicts; a list is a leaf."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from flat(inner, f"{path}.{key}" if path else key)
+            yield from flatten(inner, f"{path}.{key}" if path else key)
     else:
         yield path, value
 

@@ -1,21 +1,19 @@
 """Page of a run, ``report.html``: curves, pictures, classes, confusions, results, settings."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from segkit.core.files import write_text
 from segkit.core.run import Run
-from segkit.inference.outputs import ERROR, PALETTES, SAFE
+from segkit.inference.outputs import ERROR, PALETTES, SAFE, Color
 from segkit.report import html
 from segkit.report.html import cell, escape, number, percent
-from segkit.report.log import Event, Fold, RunLog, average, flat
+from segkit.report.log import Event, Fold, RunLog, average
 from segkit.training.metrics import FEW_IMAGES
 
-MAX_PICTURES = 100
-"""Number of pictures on a page; it stays below 5 MB."""
-
-MAX_CONFUSIONS, MAX_CHIPS, MAX_NOTES = 12, 4, 50
-"""Number of class pairs listed, of classes named below a picture, and of notes."""
+MAX_PICTURES = 100  # a page stays below 5 MB
+MAX_CONFUSIONS, MAX_NOTES = 12, 50
 
 
 def write_run_page(run: Run) -> RunLog:
@@ -32,13 +30,13 @@ def run_page(log: RunLog) -> str:
     evaluations = log.evaluations()
     sections = {
         "Curves": _curves(log.folds.values()),
-        "Pictures": _pictures(log.classes, labels, evaluations),
+        "Pictures": _pictures(log.classes, colors, evaluations),
         "Classes": _classes(log, labels),
         "Confusions": _confusions(log.classes, [e["matrix"] for e in evaluations.values()]),
         "Models combined": _combined(*log.combined),
         "Folds": _shares(log.classes, log.shares()),
         "Notes": _notes(log.notes),
-        "Settings": _settings("Configuration, resolved", dict(flat(log.config)))
+        "Settings": _settings("Configuration, resolved", log.settings)
         + _settings("Environment", log.run.optional("environment.json", {})),
     }
     return html.document(log.name, sections, header=_header(log))
@@ -65,20 +63,20 @@ def _header(log: RunLog) -> str:
         "State": state,
         "Time in training": html.duration(log.seconds),
         "Images per second": number(average(step["images_per_s"] for step in steps), ".1f"),
-        "Parameters": f"{log.parameters / 1e6:.1f} M" if log.parameters else "–",
+        "Parameters": html.millions(log.parameters),
     }
     return f"<p>{escape(names)}</p>\n{html.facts(facts)}"
 
 
 def _curves(folds: Collection[Fold]) -> str:
-    curves = {
-        key: [fold.curve(key) for fold in folds] for key in ("loss", "miou", "lr", "images_per_s")
-    }
+    def chart(title: str, key: str, **options: Any) -> str:
+        return html.chart(title, [fold.curve(key) for fold in folds], **options)
+
     charts = (
-        html.chart("Loss", curves["loss"], kind="log", smooth=True)
-        + html.chart("Mean IoU on the validation images", curves["miou"], kind="dots")
-        + html.chart("Learning rate", curves["lr"])
-        + html.chart("Images per second", curves["images_per_s"], smooth=True)
+        chart("Loss", "loss", kind="log", smooth=True)
+        + chart("Mean IoU on the validation images", "miou", kind="dots")
+        + chart("Learning rate", "lr")
+        + chart("Images per second", "images_per_s", smooth=True)
     )
     return f'<div class="grid">{charts}</div>' if charts else ""
 
@@ -94,7 +92,7 @@ def _classes(log: RunLog, labels: Sequence[str]) -> str:
         of_folds = [e["iou"][c] for e in log.best.values()] if len(log.best) > 1 else []
         marks = "".join(f'<i style="left:{100 * v:.1f}%"></i>' for v in of_folds if v is not None)
         bar = f'<span class="bar"><b style="width:{100 * iou:.1f}%"></b>{marks}</span>'
-        change = _change(log.class_change[c])
+        change = _change(log.class_change(c))
         rows.append([label, cell(bar, iou, style="wide"), cell(number(iou), iou), change])
     caption = (
         "IoU of the best epochs on their own validation images, and the change since the best "
@@ -168,38 +166,23 @@ def _combined(titles: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _pictures(
-    classes: Sequence[str], labels: Sequence[str], evaluations: Mapping[int, Mapping[str, Any]]
+    classes: Sequence[str], colors: Sequence[Color], evaluations: Mapping[int, Mapping[str, Any]]
 ) -> str:
-    pictures = [(fold, p) for fold, e in evaluations.items() for p in e["pictures"]]
+    pictures = [{**p, "fold": n} for n, e in evaluations.items() for p in e["pictures"]]
+    pictures = [p for p in pictures if math.isfinite(sum(p["iou"].values(), p["miou"]))]
     if not pictures:
         return ""
-    pictures.sort(key=lambda pair: pair[1]["miou"])
+    pictures.sort(key=lambda picture: picture["miou"])
     left_out = len(pictures) - MAX_PICTURES
-    key = [*labels, *html.class_labels(["an error"], [ERROR])]
-    options = [f'<option value="{c}">{escape(name)}</option>' for c, name in enumerate(classes)]
-    values = {
-        "left_out": f" {left_out} more are left out." if left_out > 0 else "",
-        "options": "".join(options),
-        "key": "".join(f"<li>{label}</li>" for label in key),
-        "cards": "\n".join(_card(fold, p, labels) for fold, p in pictures[:MAX_PICTURES]),
+    content = {
+        "classes": classes,
+        "colors": [colors[c % len(colors)] for c in range(len(classes))],
+        "error": ERROR,
+        "pictures": pictures[:MAX_PICTURES],
     }
+    more = f" {left_out} more are left out." if left_out > 0 else ""
+    values = {"content": html.json_block(content), "left_out": more}
     return html.template("gallery.html", values)
-
-
-def _card(fold: int, picture: Mapping[str, Any], labels: Sequence[str]) -> str:
-    ranked = sorted(picture["iou"].items(), key=lambda pair: pair[1])
-    chips = [f"{labels[int(c)]} <b>{value:.2f}</b>" for c, value in ranked[:MAX_CHIPS]]
-    if len(ranked) > MAX_CHIPS:
-        chips.append(f"and {len(ranked) - MAX_CHIPS} more")
-    values = {key: escape(str(value)) for key, value in picture.items()} | {
-        "fold": str(fold),
-        "iou": escape(" ".join(f"{c}:{value}" for c, value in picture["iou"].items())),
-        "ratio": "{}/{}".format(*picture["size"]),
-        "score": number(picture["miou"]),
-        "mark": '<span class="mark">most wrong</span>' if picture["worst"] else "",
-        "chips": "".join(f"<li>{chip}</li>" for chip in chips),
-    }
-    return html.template("card.html", values)
 
 
 def _shares(classes: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> str:

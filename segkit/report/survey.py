@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from torch import Tensor
 from torch.nn import functional
 
 from segkit.core.config import Config
@@ -17,20 +18,11 @@ from segkit.data.folds import make_folds, read_groups
 from segkit.data.source import IGNORE, Source, background
 from segkit.report.duplicates import FLIPS, Pair, near_duplicates
 
-SIDE = 32
-"""Rows and columns of the miniatures of images and masks."""
-
-TINY_PIXELS, TINY_SHARE = 16, 2e-5
-"""Areas in pixels and as a share of the image; a smaller object is suspicious."""
-
-OFF_FRAME = 0.02
-"""Distance, as a share of the image's longer side, that polygons may reach out of the image."""
-
-SAME_PLACE = 0.7
-"""Intersection over union of two objects above which they are suspected to be the same object."""
-
-DIFFERENT = 0.5
-"""Share of differing labels above which the labels of near-duplicates are suspicious."""
+SIDE = 32  # rows and columns of the miniatures of images and masks
+TINY_PIXELS, TINY_SHARE = 16, 2e-5  # an object of a smaller area is suspicious
+OFF_FRAME = 0.02  # share of the image's longer side that a polygon may reach out of the image
+SAME_PLACE = 0.7  # intersection over union above which two objects may be the same
+DIFFERENT = 0.5  # share of labels in which near-duplicates may differ
 
 KINDS = {
     "differs": "Labelled differently from a near-duplicate",
@@ -42,16 +34,16 @@ KINDS = {
 }
 """Kinds of suspicious labels."""
 
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels; right and bottom are exclusive."""
+
 
 class Instance(NamedTuple):
-    """An object; if labels are masks, a connected area of one class.
-
-    ``box`` is left, top, right, bottom in pixels; right and bottom are exclusive.
-    """
+    """An object; if labels are masks, a connected area of one class."""
 
     class_index: int
     area: int
-    box: tuple[int, int, int, int]
+    box: Box
     annotation: int | None = None
 
 
@@ -60,7 +52,7 @@ class Suspect(NamedTuple):
 
     kind: str
     reason: str
-    box: tuple[int, int, int, int]
+    box: Box
     annotation: int | None = None
 
 
@@ -78,10 +70,10 @@ class Photo(NamedTuple):
     size: tuple[int, int]
     histogram: np.ndarray
     gray: np.ndarray
-    pixels: np.ndarray
-    grid: np.ndarray
-    instances: Sequence[Instance]
-    suspects: Sequence[Suspect]
+    pixels: np.ndarray = np.zeros(0, np.int64)
+    grid: np.ndarray = np.zeros((0, 0), np.uint8)
+    instances: Sequence[Instance] = ()
+    suspects: Sequence[Suspect] = ()
 
 
 class Part:
@@ -90,6 +82,10 @@ class Part:
     Args:
         title: ``train``, ``val`` or ``test``.
         source: Its images, each of which is read once, on all cores.
+
+    Attributes:
+        pixels: Pixels of each class in each image, (N, num_classes).
+        histogram: Pixels of each value of R, G, B, (3, 256).
     """
 
     def __init__(self, title: str, source: Source) -> None:
@@ -98,68 +94,65 @@ class Part:
             photos = pool.map(partial(read_photo, source), range(len(source)))
             progress = Progress(photos, f"reading {title}", total=len(source), unit="image")
             self.photos: list[Photo] = list(progress)
+        self.pixels = np.array([photo.pixels for photo in self.photos])
+        self.histogram = np.sum([photo.histogram for photo in self.photos], 0)
 
-    @cached_property
-    def pixels(self) -> np.ndarray:
-        """Pixels of each class in each image, (N, num_classes)."""
-        return np.stack([photo.pixels for photo in self.photos])
-
-    @cached_property
-    def histogram(self) -> np.ndarray:
-        """Pixels of each value of R, G, B, (3, 256)."""
-        return np.sum([photo.histogram for photo in self.photos], 0)
-
-    def objects(self, c: int) -> Iterator[tuple[int, Instance]]:
-        """Yield the objects of class ``c``, each with the index of its image."""
-        for i, photo in enumerate(self.photos):
-            yield from ((i, instance) for instance in photo.instances if instance.class_index == c)
+    def objects(self, c: int) -> list[tuple[int, Instance]]:
+        """Return the objects of class ``c``, each with the index of its image."""
+        objects = ((i, x) for i, photo in enumerate(self.photos) for x in photo.instances)
+        return [(i, instance) for i, instance in objects if instance.class_index == c]
 
 
 def read_photo(source: Source, i: int) -> Photo:
     """Return the statistics of image ``i``."""
     image = source.image(i)
-    height, width = image.shape[1:]
     histogram = np.stack([np.bincount(c, minlength=256) for c in image.flatten(1).numpy()])
     gray = functional.adaptive_avg_pool2d(image.float().mean(0, keepdim=True), SIDE)[0].numpy()
-    pixels, grid = np.zeros(0, np.int64), np.zeros((0, 0), np.uint8)
-    instances: list[Instance] = []
+    photo = Photo(source.names[i], (image.shape[1], image.shape[2]), histogram, gray)
+    if not source.labelled:
+        return photo
+    mask, ground = source.mask(i), background(source)
+    pixels = np.bincount(mask.numpy().ravel(), minlength=256)[: len(source.classes)]
+    grid = functional.interpolate(mask[None, None], (SIDE, SIDE), mode="nearest-exact")[0, 0]
+    instances, suspects = read_instances(source, i, mask)
+    if pixels.sum() - (0 if ground is None else pixels[ground]) == 0:
+        box = (0, 0, mask.shape[1], mask.shape[0])
+        suspects.append(Suspect("unlabelled", "nothing is labelled", box))
+    return photo._replace(pixels=pixels, grid=grid.numpy(), instances=instances, suspects=suspects)
+
+
+def read_instances(source: Source, i: int, mask: Tensor) -> tuple[list[Instance], list[Suspect]]:
+    """Return the objects of image ``i``, without the background, and those that are suspicious."""
+    (height, width), ground = mask.shape, background(source)
     suspects: list[Suspect] = []
-    if source.labelled:
-        mask, ground = source.mask(i), background(source)
-        pixels = np.bincount(mask.numpy().ravel(), minlength=256)[: len(source.classes)]
-        small = functional.interpolate(mask[None, None], (SIDE, SIDE), mode="nearest-exact")
-        grid = small[0, 0].numpy()
-        if isinstance(source, CocoSource):
-            regions = [r for r in source.regions(i) if not r.crowd and r.class_index != ground]
-            encoded = [encode(region.shape, height, width) for region in regions]
-            for region, rle in zip(regions, encoded, strict=True):
-                x, y, w, h = coco_mask.toBbox(rle).astype(int).tolist()
-                area, box = int(coco_mask.area(rle)), (x, y, x + w, y + h)
-                instances.append(Instance(region.class_index, area, box, region.id))
-            suspects += _off_frame(regions, instances, (height, width))
-            suspects += _duplicated(instances, encoded, source.classes)
-        else:
-            instances = [a for a in connected_areas(mask.numpy()) if a.class_index != ground]
-        smallest = max(TINY_PIXELS, TINY_SHARE * height * width)
-        for _, area, box, annotation in instances:
-            if area < smallest:
-                suspects.append(Suspect("tiny", f"covers {area} pixels", box, annotation))
-        if pixels.sum() - (0 if ground is None else pixels[ground]) == 0:
-            suspects.append(Suspect("unlabelled", "nothing is labelled", (0, 0, width, height)))
-    name = source.names[i]
-    return Photo(name, (height, width), histogram, gray, pixels, grid, instances, suspects)
+    if isinstance(source, CocoSource):
+        regions = [r for r in source.regions(i) if not r.crowd and r.class_index != ground]
+        encoded = [encode(region.shape, height, width) for region in regions]
+        instances = []
+        for region, rle in zip(regions, encoded, strict=True):
+            x, y, w, h = coco_mask.toBbox(rle).astype(int).tolist()
+            area, box = int(coco_mask.area(rle)), (x, y, x + w, y + h)
+            instances.append(Instance(region.class_index, area, box, region.id))
+        suspects += _off_frame(regions, instances, (height, width))
+        suspects += _duplicated(instances, encoded, source.classes)
+    else:
+        instances = [x for x in connected_areas(mask.numpy()) if x.class_index != ground]
+    smallest = max(TINY_PIXELS, TINY_SHARE * height * width)
+    for _, area, box, annotation in instances:
+        if area < smallest:
+            suspects.append(Suspect("tiny", f"covers {area} pixels", box, annotation))
+    return instances, suspects
 
 
 def _off_frame(
     regions: Sequence[Region], instances: Sequence[Instance], size: tuple[int, int]
 ) -> Iterator[Suspect]:
     """Yield polygons that reach far out of the image: drawn for another size, or shifted."""
-    height, width = size
     for region, instance in zip(regions, instances, strict=True):
         if isinstance(region.shape, dict):
             continue  # an RLE cannot leave its image
         corners = np.concatenate([polygon.reshape(-1, 2) for polygon in region.shape])
-        beyond = max(float((corners - (width, height)).max()), float(-corners.min()))
+        beyond = max(float((corners - size[::-1]).max()), float(-corners.min()))
         if beyond > OFF_FRAME * max(size):
             reason = f"reaches {beyond:.0f} pixels out of the image"
             yield Suspect("off-frame", reason, instance.box, instance.annotation)
@@ -175,16 +168,13 @@ def _duplicated(
     for a, b in np.argwhere(np.triu(overlap > SAME_PLACE, 1)).tolist():
         first, second = instances[a], instances[b]
         kind = "repeated" if first.class_index == second.class_index else "overlap"
-        reason = (
-            f"lies where annotation {second.annotation}, {classes[second.class_index]}, does "
-            f"(IoU {overlap[a, b]:.2f})"
-        )
+        other = f"annotation {second.annotation}, {classes[second.class_index]}"
+        reason = f"lies where {other}, does (IoU {overlap[a, b]:.2f})"
         yield Suspect(kind, reason, first.box, first.annotation)
 
 
 def connected_areas(mask: np.ndarray) -> list[Instance]:
     """Return the 4-connected areas of each class; ignored pixels belong to none."""
-    width = mask.shape[1]
     starts = np.ones(mask.shape, bool)  # of runs: equal values side by side
     starts[:, 1:] = mask[:, 1:] != mask[:, :-1]
     run = starts.cumsum().reshape(mask.shape) - 1
@@ -192,7 +182,7 @@ def connected_areas(mask: np.ndarray) -> list[Instance]:
     below = mask[1:] == mask[:-1]
     pairs = np.unique(run[:-1][below] * len(first) + run[1:][below])
     upper, lower = np.divmod(pairs, len(first))
-    label = np.arange(len(first))  # of each run: the first run of its area, at the end
+    label = np.arange(len(first))  # of each run: in the end, the first run of its area
     while (label[upper] != label[lower]).any():
         a, b = label[upper], label[lower]
         np.minimum.at(label, a, b)
@@ -205,17 +195,12 @@ def connected_areas(mask: np.ndarray) -> list[Instance]:
     def over_areas(function: np.ufunc, values: np.ndarray) -> list[int]:
         return function.reduceat(values[order], area_starts).tolist()
 
-    row, column = np.divmod(first, width)
+    row, column = np.divmod(first, mask.shape[1])
     length = np.diff(first, append=mask.size)
-    boxes = zip(
-        over_areas(np.minimum, column),
-        over_areas(np.minimum, row),
-        over_areas(np.maximum, column + length),
-        over_areas(np.maximum, row + 1),
-        strict=True,
-    )
+    low = over_areas(np.minimum, column), over_areas(np.minimum, row)
+    high = over_areas(np.maximum, column + length), over_areas(np.maximum, row + 1)
     values = mask.ravel()[first[roots]].tolist()
-    areas = zip(values, over_areas(np.add, length), boxes, strict=True)
+    areas = zip(values, over_areas(np.add, length), zip(*low, *high, strict=True), strict=True)
     return [Instance(value, area, box) for value, area, box in areas if value != IGNORE]
 
 
@@ -242,8 +227,8 @@ class Findings(NamedTuple):
         """Yield each finding as JSON values."""
         for pair in self.pairs:
             images, places = ([of[i] for i in pair[:2]] for of in (self.names, self.places))
-            pictured = {"kind": "near-duplicate", "images": images, "places": places}
-            yield {**pictured, "flip": pair.flip, "likeness": pair.correlation}
+            finding = {"kind": "near-duplicate", "images": images, "places": places}
+            yield {**finding, "flip": pair.flip, "likeness": pair.correlation}
         for i, suspect in self.suspects:
             yield {**suspect._asdict(), "image": self.names[i]}
 
@@ -256,18 +241,18 @@ def find_problems(cfg: Config, parts: Sequence[Part]) -> Findings:
         parts: Parts of the data; the first is the training part.
     """
     train = parts[0]
-    pairs = near_duplicates(np.stack([photo.gray for part in parts for photo in part.photos]))
+    photos = [photo for part in parts for photo in part.photos]
+    pairs = near_duplicates(np.stack([photo.gray for photo in photos]))
     suspects = [(i, suspect) for i, photo in enumerate(train.photos) for suspect in photo.suspects]
     for pair in pairs:
+        first, second = photos[pair.first], photos[pair.second]
         if pair.second < len(train.photos):
-            first, second = train.photos[pair.first], train.photos[pair.second]
             share = _difference(first.grid, second.grid, pair.flip, background(train.source))
             if share > DIFFERENT:
                 reason = f"{100 * share:.0f} % of the labels differ from {second.name}"
                 suspects.append((pair.first, Suspect("differs", reason, (0, 0, *first.size[::-1]))))
     suspects.sort(key=lambda entry: list(KINDS).index(entry[1].kind))
-    names = [photo.name for part in parts for photo in part.photos]
-    return Findings(names, _places(cfg, parts), pairs, suspects)
+    return Findings([photo.name for photo in photos], _places(cfg, parts), pairs, suspects)
 
 
 def _difference(a: np.ndarray, b: np.ndarray, flip: str, ground: int | None) -> float:
@@ -280,17 +265,13 @@ def _difference(a: np.ndarray, b: np.ndarray, flip: str, ground: int | None) -> 
 
 def _places(cfg: Config, parts: Sequence[Part]) -> list[str]:
     """Return the place of each image of all parts in the split."""
-    train, names = parts[0], parts[0].source.names
-    places = dict.fromkeys(names, train.title)
-    if cfg.data.val is None:
+    data, names = cfg.data, parts[0].source.names
+    places = dict.fromkeys(names, parts[0].title)
+    if data.val is None:
         split = make_folds(
-            names,
-            train.pixels,
-            folds=cfg.data.folds,
-            selection=cfg.data.selection,
-            seed=cfg.train.seed,
-            groups=read_groups(cfg.data.groups, cfg.data.group_pattern, names),
-        )
+            names, parts[0].pixels, folds=data.folds, selection=data.selection, seed=cfg.train.seed,
+            groups=read_groups(data.groups, data.group_pattern, names),
+        )  # fmt: skip
         places |= dict.fromkeys(split.selection, "selection")
         for number, fold in enumerate(split.folds):
             places |= dict.fromkeys(fold, f"fold {number}")

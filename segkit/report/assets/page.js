@@ -61,9 +61,19 @@ const smoothed = (values) => {
   });
 };
 
-/** Draw a chart, again after each resize; pointer or arrow keys read its values. */
+/**
+ * Draw a chart, again after each resize; pointer or arrow keys read its values.
+ *
+ * Its JSON has the keys
+ *   series: curves, { name, x, y, color }; color is an index, by default that of the curve
+ *   unit: name of the horizontal axis
+ *   kind: "line", "dots" (a line with its points), "area", or "log" (a line, on a logarithmic axis
+ *     if its values span more than a power of ten)
+ *   smooth: true to draw a moving average over the points
+ */
 const drawChart = (figure) => {
-  const { x: unit, kind, smooth, series } = JSON.parse(figure.querySelector("script").textContent);
+  const content = JSON.parse(figure.querySelector("script").textContent);
+  const { series, unit = "step", kind = "line", smooth = false } = content;
   const title = figure.querySelector("figcaption").textContent;
   const readout = htmlElement("div", { className: "readout" });
   const svg = svgElement("svg", { tabindex: 0, role: "img" });
@@ -179,31 +189,72 @@ const sortable = (table) => {
 document.querySelectorAll(".chart").forEach(drawChart);
 document.querySelectorAll("table.sortable").forEach(sortable);
 
-/** Number of pictures shown until the button for all is clicked. */
-const FEW = 8;
+/** Number of pictures shown until the button for all is clicked, and of classes named below each. */
+const [FEW, MAX_CHIPS] = [8, 4];
 
-/** Controls of the gallery: view, class and order of the pictures. */
+/** A class name after a square of its color. */
+const classLabel = (name, color) => {
+  const square = htmlElement("i", { className: "swatch" });
+  square.style.background = `rgb(${color})`;
+  return [square, name];
+};
+
+/** A picture with its layers, a slider and a caption. */
+const makeCard = (picture, { classes, colors }) => {
+  const { name, miou, iou, fold, worst, size } = picture;
+  const layers = ["photograph", "truth", "predicted", "errors"].map((layer) =>
+    htmlElement("img", { className: layer, src: picture[layer], alt: "" }));
+  const slider = htmlElement("input", {
+    type: "range", min: 0, max: 100, value: 50,
+    ariaLabel: `${name}: truth to the left, prediction to the right`,
+  });
+  const stage = htmlElement("div", { className: "stage" }, ...layers, slider);
+  stage.style.aspectRatio = size.join("/");
+  const ranked = Object.entries(iou).sort(([, a], [, b]) => a - b);
+  const chips = ranked.slice(0, MAX_CHIPS).map(([c, value]) =>
+    htmlElement("li", {}, ...classLabel(classes[c], colors[c]), " ", htmlElement("b", {}, value.toFixed(2))));
+  const more = ranked.length - chips.length;
+  if (more > 0) chips.push(htmlElement("li", {}, `and ${more} more`));
+  const caption = htmlElement(
+    "figcaption", {},
+    htmlElement("b", { className: "score" }, miou.toFixed(3)), ` ${name} `,
+    htmlElement("span", { className: "muted" }, `fold ${fold}`),
+    ...(worst ? [" ", htmlElement("span", { className: "mark" }, "most wrong")] : []),
+    htmlElement("ul", { className: "chips" }, ...chips),
+  );
+  const panels = htmlElement("div", { className: "panels" }, stage);
+  return htmlElement("figure", { className: "card" }, panels, caption);
+};
+
+/** Show the pictures and their controls: view, class and order. */
 const openGallery = (gallery) => {
-  const cards = [...gallery.children];
+  const content = JSON.parse(gallery.querySelector("script").textContent);
+  const { classes, colors, error, pictures } = content;
   const ofClass = document.getElementById("of-class");
   const order = document.getElementById("order");
   const more = document.getElementById("more");
+  const cards = new Map();
   let all = false;
-  const ious = new Map(cards.map((card) => [card, new Map(card.dataset.iou.split(" ").map((pair) => pair.split(":")))]));
+  classes.forEach((name, c) => ofClass.append(new Option(name, c)));
+  document.getElementById("key").append(...[...classes, "an error"].map((name, c) =>
+    htmlElement("li", {}, ...classLabel(name, colors[c] ?? error))));
 
   const arrange = () => {
     const c = ofClass.value;
-    const value = (card) => Number(c === "" ? card.dataset.miou : ious.get(card).get(c));
+    const value = (picture) => (c === "" ? picture.miou : picture.iou[c]);
     const rules = {
       worst: (a, b) => value(a) - value(b),
       best: (a, b) => value(b) - value(a),
-      name: (a, b) => a.dataset.name.localeCompare(b.dataset.name),
+      name: (a, b) => a.name.localeCompare(b.name),
     };
-    const chosen = cards.filter((card) => c === "" || ious.get(card).has(c)).sort(rules[order.value]);
+    const chosen = pictures.filter((picture) => value(picture) !== undefined).sort(rules[order.value]);
     const shown = chosen.slice(0, all ? chosen.length : FEW);
-    for (const card of cards) card.hidden = !shown.includes(card);
-    gallery.append(...shown);
-    document.getElementById("count").textContent = `${chosen.length} of ${cards.length} pictures`;
+    for (const picture of shown) {
+      if (!cards.has(picture)) cards.set(picture, makeCard(picture, content));
+    }
+    gallery.replaceChildren(...shown.map((picture) => cards.get(picture)));
+    if (gallery.dataset.view === "all") layOut();
+    document.getElementById("count").textContent = `${chosen.length} of ${pictures.length} pictures`;
     more.hidden = shown.length === chosen.length;
     more.textContent = `Show all ${chosen.length}`;
   };
