@@ -28,7 +28,7 @@ from segkit.core.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.core.run import Run, new_folder, runs
 from segkit.data import SOURCES, open_source
 from segkit.data.folds import Split
-from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
+from segkit.data.loader import EvalBatches, TrainImages, TrainOrder, digests, train_batches
 from segkit.data.memo import MEMO
 from segkit.data.pseudo_labelled import PseudoLabelled
 from segkit.data.source import Source, positions
@@ -187,6 +187,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     options = step_options(cfg, device)
     net = wrap(state.model, cfg, device)
     predict = validator(state, cfg, options["amp"])
+    val_batches = validation_batches(cfg, job.val_source, validation, device)
     progress = distributed.Progress(
         None, f"fold {fold}", total=order.steps * cfg.train.batch_size,
         initial=state.step * cfg.train.batch_size, unit="image", parts=cfg.train.epochs, delay=0,
@@ -219,7 +220,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         last_step = state.step == order.steps
         evaluated: Evaluated | None = None
         if last_step or (not into_epoch and epoch % cfg.train.evaluate_every == 0):
-            evaluated = evaluate_fold(job, fold, epoch, state, predict, validation)
+            evaluated = evaluate_fold(job, fold, epoch, state, predict, val_batches)
             net.train()
             log.restart(state.step)
         due = cfg.train.save_every and state.step % cfg.train.save_every == 0
@@ -276,9 +277,26 @@ def validator(state: TrainState, cfg: Config, amp: torch.dtype | None) -> Predic
         size=cfg.infer.size,
         tile=cfg.infer.tile,
         overlap=cfg.infer.overlap,
+        pad=cfg.infer.pad,
         amp=amp,
         channels_last=cfg.train.channels_last,
         graphs=cfg.infer.graphs,
+    )
+
+
+def validation_batches(
+    cfg: Config, source: Source, validation: Sequence[int], device: torch.device
+) -> EvalBatches:
+    """Return the batches of evaluations; images are padded as the predictor pads them."""
+    whole = cfg.infer.size is None and cfg.infer.tile is None
+    return EvalBatches(
+        source,
+        validation,
+        labels=True,
+        batch_size=cfg.infer.batch_size,
+        workers=cfg.data.workers,
+        pad=cfg.infer.pad or 1 if whole else 1,
+        pin=device.type == "cuda",
     )
 
 
@@ -303,7 +321,7 @@ def evaluate_fold(
     epoch: int,
     state: TrainState,
     predict: Predictor,
-    validation: Sequence[int],
+    batches: EvalBatches,
 ) -> Evaluated:
     """Evaluate and log the scores.
 
@@ -313,17 +331,14 @@ def evaluate_fold(
         epoch: Number of epochs done.
         state: Training state; the score is added to its ``top``.
         predict: Predictor with the model to evaluate.
-        validation: Indices of the images to evaluate on.
+        batches: The images to evaluate on.
     """
     cfg, run, source = job.cfg, job.run, job.val_source
     predict.model.eval()
     distributed.share_buffers(predict.model)
-    gallery = Gallery(source, validation, size=cfg.track.images)
+    gallery = Gallery(source, batches.indices, size=cfg.track.images)
     with console.memory_advice(MEMORY_TO_EVALUATE.format(run=run.folder)):
-        evaluation = evaluate(
-            predict.mask, source, validation, device=job.device, watch=gallery.add,
-            batch_size=cfg.infer.batch_size, workers=cfg.data.workers,
-        )  # fmt: skip
+        evaluation = evaluate(predict.mask, batches, device=job.device, callback=gallery.add)
     result = scores(evaluation.matrix)
     if result.miou is None:
         raise DataError(f"fold {fold}: no validation image has a labelled pixel")

@@ -9,7 +9,7 @@ from torch import Tensor
 from segkit.core import config
 from segkit.core.run import Run
 from segkit.report import Gallery, record, write_run_page
-from segkit.training.evaluate import Evaluation, tally
+from segkit.training.evaluate import Evaluation, count
 from segkit.training.metrics import bootstrap_interval, scores
 
 NASTY = "<img src=x onerror=\"fail()\"> & 'can'"
@@ -54,7 +54,7 @@ class Drawn:
 def evaluated(source: Drawn, indices: list[int], *, size: int) -> tuple[Evaluation, Gallery]:
     gallery = Gallery(source, indices, size=size)
     found = ((i, source.guess(i), source.mask(i)) for i in indices)
-    return tally(found, source, indices, device=torch.device("cpu"), watch=gallery.add), gallery
+    return count(found, source, indices, device=torch.device("cpu"), callback=gallery.add), gallery
 
 
 def made_run(

@@ -26,6 +26,7 @@ from segkit.core import backend, checkpoint, config, distributed
 from segkit.core.config import Config
 from segkit.core.run import Run
 from segkit.data import open_source
+from segkit.data.loader import EvalBatches
 from segkit.inference import soup
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
@@ -351,7 +352,9 @@ def test_evaluations_are_those_of_the_cpu() -> None:
     for device in (torch.device("cpu"), DEVICE):
         model = build_model("resnet18_half", {"name": "upernet", "width": 16}, num_classes=CLASSES)
         predict = Predictor(model.to(device), **IMAGENET)
-        matrices.append(evaluate(predict.mask, source, range(8), device=device).matrix)
+        matrices.append(
+            evaluate(predict.mask, EvalBatches(source, range(8), labels=True), device=device).matrix
+        )
     expected, there = matrices
     assert int(there.sum()) == int(expected.sum())
     assert int((there - expected).abs().sum()) <= 0.002 * int(expected.sum())

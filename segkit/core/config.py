@@ -148,6 +148,13 @@ class Infer:
 
     size: int | None = _setting(None, "longer side of images for the model; null: as is", 1, 65536)
     batch_size: int = _setting(1, "number of images (of equal size) predicted together", 1)
+    pad: int | None = _setting(
+        None,
+        "pad images by repeating their edges, to sides that are multiples of this, so that images "
+        "of different sizes are evaluated together",
+        1,
+        65536,
+    )
     tta: tuple[str, ...] = _setting(("flips",), "views of test-time augmentation (--tta)")
     merge: Literal["mean", "logits", "geometric", "max"] = _setting("mean", "how views are merged")
     palette: Literal["safe", "contest"] = _setting(

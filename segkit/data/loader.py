@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from segkit.augment import Pipeline, Plan, generator
 from segkit.core.distributed import rank, world_size
 from segkit.core.errors import ConfigError, DataError, reason
+from segkit.core.labels import IGNORE
 from segkit.data.memo import MEMO, on_threads
 
 _ORDER = 2**32 - 1  # in place of a sample's index: a random stream that no image uses
@@ -155,14 +157,15 @@ class TrainImages(Dataset):
         return self.source.image(index), self.source.mask(index)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvalBatch:
-    """Unprocessed images of equal size.
+    """Unprocessed images of equal size, or padded to it at the bottom and the right.
 
     Args:
         indices: Indices of the images.
-        images: Pixels of the images.
-        masks: Masks of the images, if requested.
+        images: Pixels of the images; padding repeats the last row and column.
+        masks: Masks of the images, if requested; padding is 255.
+        sizes: Height and width of each image without padding.
         left_out: Error message of each image that cannot be read, by its index.
 
     Shape:
@@ -172,7 +175,14 @@ class EvalBatch:
     indices: list[int]
     images: Tensor
     masks: Tensor | None
+    sizes: list[tuple[int, int]]
     left_out: dict[int, str] = field(default_factory=dict)
+
+    def pin_memory(self) -> "EvalBatch":
+        """Pin the tensors; called by DataLoader."""
+        self.images = self.images.pin_memory()
+        self.masks = None if self.masks is None else self.masks.pin_memory()
+        return self
 
 
 class EvalImages(Dataset):
@@ -224,32 +234,57 @@ def train_batches(
     return _ahead(_checked(loader), arrive, device)
 
 
-def eval_batches(
-    source: Any,
-    indices: Sequence[int],
-    *,
-    labels: bool,
-    batch_size: int,
-    workers: int,
-    left_out: dict[int, str] | None = None,
-) -> Iterator[EvalBatch]:
-    """Yield this rank's share of ``indices``, each image exactly once over all ranks, on the CPU.
+class EvalBatches:
+    """Batches of this rank's share of some images, on the CPU; can be iterated several times.
 
-    With ``left_out``, images that cannot be read are added to it, each with an error message;
-    without, the first one raises a DataError.
+    Over all ranks, each image is in one batch. Worker processes are kept between iterations.
+
+    Args:
+        source: The images.
+        indices: Images over all ranks.
+        labels: Also read the masks.
+        batch_size: Number of images in a batch, which are of equal size.
+        workers: Number of processes that read images.
+        pad: Images are padded so that their sides are multiples of this, and are sorted by size, so
+            that more of them share a batch.
+        pin: Pin the memory of the batches, for copying it to a GPU.
+        left_out: Filled with an error message for each image that cannot be read, by index; without
+            it, the first such image raises a DataError.
     """
-    loader = DataLoader(
-        EvalImages(source, labels=labels, skip=left_out is not None),
-        batch_sampler=_same_size(source, indices[rank() :: world_size()], batch_size),
-        num_workers=workers,
-        collate_fn=_stack_eval,
-        worker_init_fn=_start_worker,
-    )
-    for batch in _checked(loader):
-        if left_out is not None:
-            left_out.update(batch.left_out)
-        if batch.indices:
-            yield batch
+
+    def __init__(
+        self,
+        source: Any,
+        indices: Sequence[int],
+        *,
+        labels: bool,
+        batch_size: int = 1,
+        workers: int = 0,
+        pad: int | None = None,
+        pin: bool = False,
+        left_out: dict[int, str] | None = None,
+    ) -> None:
+        self.source, self.indices, self._left_out = source, indices, left_out
+        share, size = indices[rank() :: world_size()], functools.partial(_padded, source, pad or 1)
+        if pad is not None and batch_size > 1:
+            share = sorted(indices, key=size)[rank() :: world_size()]
+        self.share = share
+        self._loader = DataLoader(
+            EvalImages(source, labels=labels, skip=left_out is not None),
+            batch_sampler=_same_size(share, size, batch_size),
+            num_workers=workers,
+            collate_fn=functools.partial(_stack_eval, pad=pad or 1),
+            worker_init_fn=_start_worker,
+            pin_memory=pin,
+            persistent_workers=workers > 0,
+        )
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        for batch in _checked(self._loader):
+            if self._left_out is not None:
+                self._left_out.update(batch.left_out)
+            if batch.indices:
+                yield batch
 
 
 def digests(source: Any, indices: Sequence[int]) -> list[str]:
@@ -271,16 +306,23 @@ def digests(source: Any, indices: Sequence[int]) -> list[str]:
     return on_threads(digest, indices, "reading images")
 
 
-def _same_size(source: Any, indices: Sequence[int], batch_size: int) -> list[list[int]]:
-    batches: list[list[int]] = []
-    size = None
-    for index in indices:
-        if batches and len(batches[-1]) < batch_size and source.size(index) == size:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            size = source.size(index) if batch_size > 1 else None
-    return batches
+def _padded(source: Any, pad: int, index: int) -> tuple[int, ...]:
+    """Return height and width of an image, rounded up to multiples of ``pad``."""
+    return tuple(-(-side // pad) * pad for side in source.size(index))
+
+
+def _same_size(
+    indices: Sequence[int], size: Callable[[int], tuple[int, ...]], batch_size: int
+) -> list[list[int]]:
+    """Divide images into batches of successive ones of equal size."""
+    if batch_size == 1:  # sizes may have to be read from files
+        return [[index] for index in indices]
+    groups = [list(group) for _, group in groupby(indices, size)]
+    return [
+        group[start : start + batch_size]
+        for group in groups
+        for start in range(0, len(group), batch_size)
+    ]
 
 
 def _start_worker(worker: int) -> None:
@@ -339,17 +381,36 @@ def _stack_pairs(samples: list[Sample | DataError]) -> tuple[Tensor, Tensor] | D
     return torch.stack(images), torch.stack(masks)
 
 
-def _stack_eval(samples: list) -> EvalBatch | DataError:
+def _stack_eval(samples: list, *, pad: int) -> EvalBatch | DataError:
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
     left_out = dict(sample for sample in samples if len(sample) == 2)
     valid = [sample for sample in samples if len(sample) == 3]
     if not valid:
-        return EvalBatch([], torch.empty(0), None, left_out)
-    indices, images, masks = zip(*valid, strict=True)
-    labelled = None if masks[0] is None else torch.stack(masks)
-    return EvalBatch(list(indices), torch.stack(images), labelled, left_out)
+        return EvalBatch([], torch.empty(0), None, [], left_out)
+    indices, photographs, masks = zip(*valid, strict=True)
+    sizes = [(image.shape[1], image.shape[2]) for image in photographs]
+    images = torch.stack([_pad(image, pad) for image in photographs])
+    if masks[0] is None:
+        return EvalBatch(list(indices), images, None, sizes, left_out)
+    height, width = images.shape[-2:]
+    labelled = masks[0].new_full((len(masks), height, width), IGNORE)
+    for whole, mask in zip(labelled, masks, strict=True):
+        whole[: mask.shape[0], : mask.shape[1]] = mask
+    return EvalBatch(list(indices), images, labelled, sizes, left_out)
+
+
+def _pad(image: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column until the sides are multiples of ``multiple``."""
+    height, width = image.shape[-2:]
+    if height % multiple == 0 and width % multiple == 0:
+        return image
+    rows, columns = (
+        torch.arange(-(-side // multiple) * multiple).clamp(max=side - 1)
+        for side in (height, width)
+    )
+    return image[:, rows[:, None], columns]
 
 
 def _checked(loader: DataLoader) -> Iterator[Any]:

@@ -98,6 +98,7 @@ def load(
         coefficients=coefficients,
         tile=cfg.infer.tile,
         overlap=cfg.infer.overlap,
+        pad=cfg.infer.pad,
         amp=precision(cfg.train.amp, torch.device(device)),
         channels_last=cfg.train.channels_last,
         graphs=cfg.infer.graphs,

@@ -51,6 +51,7 @@ class Predictor:
         coefficients: One per view; default: equal.
         tile: Side of the tiles, in pixels after the resize; None for the whole image at once.
         overlap: Share of a tile that its neighbor also covers, 0 to 0.9.
+        pad: Images (or tiles) are padded to sides that are multiples of this.
         amp: Precision of autocast, such as ``torch.bfloat16``; None turns autocast off.
         channels_last: Use the channels_last memory format.
         graphs: On CUDA, replay a :class:`Segmenter` as a CUDA graph for image sizes that recur.
@@ -72,6 +73,7 @@ class Predictor:
         coefficients: Sequence[float] | None = None,
         tile: int | None = None,
         overlap: float = 0.25,
+        pad: int | None = None,
         amp: torch.dtype | None = None,
         channels_last: bool = False,
         graphs: bool = True,
@@ -87,6 +89,7 @@ class Predictor:
         self.coefficients = coefficients
         self.tile = tile
         self.overlap = overlap
+        self.pad = pad
         self.amp = amp
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         first = next(model.parameters(), torch.empty(0))
@@ -205,16 +208,21 @@ class Predictor:
             yield top, band[:, :, :done]
 
     def _probabilities(self, image: Tensor) -> Tensor:
-        image = torch.addcmul(self._shift, image.to(self.device).float(), self._scale)
+        image = torch.addcmul(
+            self._shift, image.to(self.device, non_blocking=True).float(), self._scale
+        )
         return merge_views(
             self._logits, image, views=self.views, merge=self.merge, coefficients=self.coefficients
         )
 
     def _logits(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        if min(height, width) < STRIDE:
-            missing = (0, max(0, STRIDE - width), 0, max(0, STRIDE - height))
-            image = F.pad(image, missing, mode="replicate")
+        multiple = self.pad or 1
+        right, bottom = (
+            max(STRIDE, math.ceil(side / multiple) * multiple) - side for side in (width, height)
+        )
+        if right or bottom:
+            image = F.pad(image, (0, right, 0, bottom), mode="replicate")
         image = image.contiguous(memory_format=self.memory_format)
         precision = torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
         with precision, cudnn_autotuning(False):

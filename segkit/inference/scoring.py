@@ -11,7 +11,7 @@ from segkit.core import checkpoint
 from segkit.inference.candidate_predictor import CandidatePredictor, Predictions
 from segkit.inference.candidates import Candidate, possible_votes
 from segkit.inference.trained_run import Images
-from segkit.training.evaluate import Evaluation, tally
+from segkit.training.evaluate import Evaluation, count
 from segkit.training.metrics import bootstrap_interval, paired_difference, scores
 
 
@@ -36,7 +36,7 @@ class Scorer:
         shown = f"{candidate.name}, {images.title}"
         if len(candidate.paths) == 1:
             masks = self.predictor.masks(candidate, images)
-            self.record(candidate, images, self._tally(masks, images, shown))
+            self.record(candidate, images, self._count(masks, images, shown))
         else:
             possible = possible_votes(candidate.paths, self._votes)
             votes = dict.fromkeys([candidate.vote, *possible])
@@ -44,13 +44,13 @@ class Scorer:
             for vote, ballot in zip(votes, ballots, strict=True):
                 mine = enumerate(images.share())
                 masks = ((i, ballot.result(at), images.truth(i)) for at, i in mine)
-                counted = self._tally(masks, images, shown)
+                counted = self._count(masks, images, shown)
                 self.record(replace(candidate, vote=vote), images, counted)
         return self._evaluations[key]
 
     def evaluate(self, predict: Callable[[Tensor], Tensor], images: Images) -> Evaluation:
         """Return the counts of any model; ``predict`` maps images to masks."""
-        return self._tally(self.predictor.predictions(predict, images, labels=True), images)
+        return self._count(self.predictor.predictions(predict, images, labels=True), images)
 
     def evaluate_masks(
         self, candidate: Candidate, images: Images, mask: Callable[[str], Tensor]
@@ -64,7 +64,7 @@ class Scorer:
         """
         names, truth = images.source.names, images.source.mask
         masks = ((i, mask(names[i]), truth(i)) for i in images.share())
-        self.record(candidate, images, self._tally(masks, images))
+        self.record(candidate, images, self._count(masks, images))
 
     def record(self, candidate: Candidate, images: Images, evaluation: Evaluation) -> None:
         """Keep a candidate's evaluation that was made elsewhere."""
@@ -100,10 +100,10 @@ class Scorer:
                 }
         return row
 
-    def _tally(
+    def _count(
         self, masks: Predictions, images: Images, description: str = "evaluate"
     ) -> Evaluation:
-        return tally(
+        return count(
             masks,
             images.source,
             images.indices,

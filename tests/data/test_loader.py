@@ -17,7 +17,7 @@ from torch import Tensor
 from segkit.augment import Pipeline
 from segkit.core.errors import ConfigError, DataError
 from segkit.data.cache import CachedSource
-from segkit.data.loader import TrainImages, TrainOrder, eval_batches, train_batches
+from segkit.data.loader import EvalBatches, TrainImages, TrainOrder, train_batches
 from segkit.data.source import Fault
 
 CPU = torch.device("cpu")
@@ -165,7 +165,7 @@ def test_a_broken_image_is_in_no_cycle() -> None:
     def fail() -> weakref.ref:
         held = Held()
         with pytest.raises(DataError):
-            list(eval_batches(Noise(5), range(11), labels=True, batch_size=1, workers=0))
+            list(EvalBatches(Noise(5), range(11), labels=True))
         return weakref.ref(held)
 
     gc.disable()
@@ -179,8 +179,8 @@ def test_a_script_ends_by_an_error_while_it_holds_a_loader() -> None:
     """segkit as a library: Python's own exit would join workers, which ignore SIGTERM."""
     code = (
         "import sys, torch; sys.path[:0] = sys.argv[1:]; from test_loader import Noise; "
-        "from segkit.data.loader import eval_batches; "
-        "kept = eval_batches(Noise(), range(11), labels=True, batch_size=1, workers=2); "
+        "from segkit.data.loader import EvalBatches; "
+        "kept = iter(EvalBatches(Noise(), range(11), labels=True, workers=2)); "
         "next(kept); raise KeyError('mine')"
     )
     here = Path(__file__).parent
@@ -203,7 +203,7 @@ def test_images_of_several_sizes_are_named(render: bool) -> None:
 
 def evaluated(batch_size: int = 1) -> list[int]:
     found = []
-    for batch in eval_batches(Noise(), range(11), labels=True, batch_size=batch_size, workers=0):
+    for batch in EvalBatches(Noise(), range(11), labels=True, batch_size=batch_size):
         assert batch.masks is not None
         assert len(batch.indices) == len(batch.images) == len(batch.masks) <= batch_size
         found += batch.indices

@@ -25,7 +25,7 @@ from segkit.inference.outputs import ERROR, SAFE
 from segkit.report import Gallery, class_table, score_table, write_run_page
 from segkit.report.html import document, json_block
 from segkit.report.log import RunLog
-from segkit.training.evaluate import predictions, tally
+from segkit.training.evaluate import count, predictions
 from segkit.training.metrics import per_image_miou
 
 # ------------------------------------------------------------------------------- the page
@@ -205,7 +205,7 @@ def seen_by_a_rank() -> list[str]:
     found = predictions(
         lambda images: torch.zeros(len(images), *images.shape[2:]), source, indices, labels=True
     )
-    tally(found, source, indices, device=torch.device("cpu"), watch=gallery.add)
+    count(found, source, indices, device=torch.device("cpu"), callback=gallery.add)
     pictures = gallery.pictures()
     assert bool(pictures) == distributed.is_main()
     return [one.name for one in pictures]
