@@ -9,7 +9,7 @@ from torch import Tensor
 from segkit.core.distributed import Progress, all_reduce, rank, world_size
 from segkit.data.loader import EvalBatches
 from segkit.data.source import Source
-from segkit.training.metrics import counts_of, image_matrices
+from segkit.training.metrics import counts_of, matrices_of, pixel_counts
 
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 """Evaluation callback: called with an image's index, predicted mask, true mask, counts (C, 3)."""
@@ -18,7 +18,7 @@ Size = tuple[int, int]
 """Height and width."""
 
 PENDING = 2**24
-"""Number of pixels of predicted masks that wait for an evaluation callback."""
+"""Number of pixels after which an evaluation waits for the device, to add up its counts."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,13 @@ class Evaluation:
 
 
 class Counter:
-    """Counts pixels of predicted masks, on the masks' device.
+    """Counts pixels of predicted masks on their device, and waits for it only from time to time.
 
     Args:
         source: The images.
         indices: All evaluated images, over all ranks.
-        device: Device of the counts.
-        callback: Called with each image of this rank's share, some batches later: copying counts to
-            the CPU waits for the device.
+        device: Device on which ranks exchange their counts.
+        callback: Called with each image of this rank's share, some batches later.
     """
 
     def __init__(
@@ -55,11 +54,12 @@ class Counter:
     ) -> None:
         self._source, self._indices, self._device = source, indices, device
         self._callback = callback
-        classes = len(source.classes)
-        self._matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-        self._counted: list[int] = []
-        self._counts = [torch.zeros(0, classes, 3, dtype=torch.int64, device=device)]
-        self._pending: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._row = {index: number for number, index in enumerate(indices)}
+        self._classes = max(2, len(source.classes))  # 1 is binary
+        self._counts = torch.zeros(len(indices), self._classes, 3, dtype=torch.int64)
+        self._matrix = torch.zeros(self._classes, self._classes, dtype=torch.int64)
+        self._images: list[tuple[int, Tensor, Tensor]] = []
+        self._pixel_counts: list[Tensor] = []
 
     def add(
         self, indices: Sequence[int], predicted: Tensor, truth: Tensor, sizes: Sequence[Size]
@@ -76,41 +76,35 @@ class Counter:
             predicted, truth: (B, H, W) uint8
         """
         there = truth.to(predicted.device, non_blocking=True)
-        matrices = image_matrices(predicted, there, len(self._matrix)).to(self._device)
-        counts = counts_of(matrices)
-        self._matrix += matrices.sum(0)
-        self._counted += indices
-        self._counts.append(counts)
-        if self._callback is None:
-            return
-        for index, mask, true, own, (height, width) in zip(
-            indices, predicted, truth, counts, sizes, strict=True
+        self._pixel_counts.append(pixel_counts(predicted, there, self._classes))
+        for index, mask, true, (height, width) in zip(
+            indices, predicted, truth, sizes, strict=True
         ):
-            self._pending.append((index, mask[:height, :width], true[:height, :width], own))
-        if sum(mask.numel() for _, mask, _, _ in self._pending) > PENDING:
-            self._call_back()
+            self._images.append((index, mask[:height, :width], true[:height, :width]))
+        if sum(mask.numel() for _, mask, _ in self._images) > PENDING:
+            self._finish_pending()
 
     def result(self) -> Evaluation:
         """Return the counts, summed over the ranks; all ranks call this."""
-        self._call_back()
-        counted = torch.cat(self._counts)
-        row = {index: number for number, index in enumerate(self._indices)}
-        counts = counted.new_zeros(len(row), *counted.shape[1:])
-        counts[[row[index] for index in self._counted]] = counted
+        self._finish_pending()
         return Evaluation(
             names=[self._source.names[index] for index in self._indices],
-            counts=all_reduce(counts).cpu(),
-            matrix=all_reduce(self._matrix).cpu(),
+            counts=all_reduce(self._counts.to(self._device)).cpu(),
+            matrix=all_reduce(self._matrix.to(self._device)).cpu(),
         )
 
-    def _call_back(self) -> None:
-        """Pass the pending images to the callback, with their counts copied at once."""
-        if self._callback is None or not self._pending:
+    def _finish_pending(self) -> None:
+        """Wait for the counts of the pending images, add them up, and call the callback."""
+        if not self._images:
             return
-        indices, predicted, truth, counts = zip(*self._pending, strict=True)
-        self._pending.clear()
-        for image in zip(indices, predicted, truth, torch.stack(counts).cpu(), strict=True):
-            self._callback(*image)
+        matrices = matrices_of(torch.cat(self._pixel_counts)).cpu()
+        self._matrix += matrices.sum(0)
+        for (index, mask, true), counts in zip(self._images, counts_of(matrices), strict=True):
+            self._counts[self._row[index]] = counts
+            if self._callback is not None:
+                self._callback(index, mask, true, counts)
+        self._images.clear()
+        self._pixel_counts.clear()
 
 
 def evaluate(
