@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from benchmarks import Figure, arguments, peak_memory, show, take_turns, version_of
 from segkit.augment import Pipeline, generator
 from segkit.augment.filters import _median
-from segkit.augment.geometry import Canvas, Rotate, _grid, shifting
+from segkit.augment.geometry import Canvas, Rotate, shift_matrix
+from segkit.augment.warp import _grid
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SOURCE, RESULT = (512, 512), (384, 384)
@@ -192,8 +193,10 @@ def parts(rounds: int) -> Iterator[Figure]:
     cv2.setNumThreads(0)
     image, mask = photograph()
     pixels = image.permute(1, 2, 0).contiguous().numpy()
-    turn = Rotate(degrees=(20, 20))(Canvas(SOURCE), generator(0, 0, 0)).then(shifting(64, 64))
-    matrix = shifting(-0.5, -0.5) @ turn.matrix @ shifting(0.5, 0.5)  # OpenCV's pixels are points
+    turn = Rotate(degrees=(20, 20))(Canvas(SOURCE), generator(0, 0, 0)).then(shift_matrix(64, 64))
+    matrix = (
+        shift_matrix(-0.5, -0.5) @ turn.matrix @ shift_matrix(0.5, 0.5)
+    )  # OpenCV's pixels are points
     warp = functools.partial(cv2.warpAffine, M=matrix[:2], dsize=RESULT[::-1])
     grid, levels = _grid(turn.matrix, RESULT, image), image.float()
     labels = mask[None].float()
@@ -209,7 +212,7 @@ def parts(rounds: int) -> Iterator[Figure]:
             lambda: warp(mask.numpy(), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP),
         ),
         "median of 5 × 5": (
-            lambda: _median(small, None, 5),
+            lambda: _median(small, 5),
             lambda: cv2.medianBlur(small_pixels, 5),
         ),
     }

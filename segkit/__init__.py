@@ -1,6 +1,6 @@
 """Semantic segmentation of photographs in pure PyTorch: folds, soups, views and votes."""
 
-from segkit.augment import Pipeline
+from segkit.augment import Pipeline, list_augmentations
 from segkit.core import __version__
 from segkit.core.config import Config
 from segkit.core.errors import CheckpointError, ConfigError, DataError, SegkitError
@@ -44,6 +44,7 @@ __all__ = [
     "build_optimizer",
     "confusion_matrix",
     "create_model",
+    "list_augmentations",
     "list_backbones",
     "list_decoders",
     "load",

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segkit.augment.ranges import check, draw
+from segkit.augment.ranges import Operation, Range, between, draw
 from segkit.core.errors import ConfigError
 
-NO_CHANGE = np.eye(4)
-UNLIMITED = np.tile([-math.inf, math.inf], (3, 1))
+IDENTITY = np.eye(4)
+_UNLIMITED = np.tile([-math.inf, math.inf], (3, 1))
 
 _LUMA = np.array([0.2989, 0.587, 0.114])  # Rec. 601, in torchvision's digits
 _STEPS = 16  # entries of a curve's table per 8-bit level
@@ -26,27 +26,27 @@ _STEPS = 16  # entries of a curve's table per 8-bit level
 
 def affine(linear: np.ndarray, offset: np.ndarray | float = 0.0) -> np.ndarray:
     """Return the 4×4 matrix of a 3×3 matrix followed by an offset."""
-    matrix = NO_CHANGE.copy()
+    matrix = IDENTITY.copy()
     matrix[:3, :3], matrix[:3, 3] = linear, offset
     return matrix
 
 
-def brightening(factor: float) -> np.ndarray:
+def brightness_matrix(factor: float) -> np.ndarray:
     """Return the matrix that multiplies all channels by ``factor``."""
     return affine(factor * np.eye(3))
 
 
-def contrasting(factor: float, pivot: float) -> np.ndarray:
+def contrast_matrix(factor: float, pivot: float) -> np.ndarray:
     """Return the matrix that multiplies differences from ``pivot`` by ``factor``."""
     return affine(factor * np.eye(3), (1 - factor) * pivot)
 
 
-def saturating(factor: float) -> np.ndarray:
+def saturation_matrix(factor: float) -> np.ndarray:
     """Return the matrix that multiplies differences from gray: 0 is grayscale, 1 the image."""
     return affine(factor * np.eye(3) + (1 - factor) * np.tile(_LUMA, (3, 1)))
 
 
-def turning_hue(degrees: float) -> np.ndarray:
+def hue_matrix(degrees: float) -> np.ndarray:
     """Return the matrix that rotates colors about the gray axis, from red to yellow to green."""
     angle = math.radians(degrees)
     cross = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
@@ -55,24 +55,21 @@ def turning_hue(degrees: float) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Brightness:
+class Brightness(Operation):
     """Multiply all channels by a random factor, as torchvision's ``adjust_brightness`` does.
 
     Args:
         range: Range of the factor; 1 leaves the image unchanged.
     """
 
-    range: tuple[float, float]
-
-    def __post_init__(self) -> None:
-        check("range", self.range, low=0)
+    range: Range = between(0)
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return brightening(draw(rng, self.range))
+        return brightness_matrix(draw(rng, self.range))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrast:
+class Contrast(Operation):
     """Multiply differences from a fixed gray.
 
     Departs from torchvision, which uses the mean luma of each image: a matrix that is independent
@@ -83,35 +80,29 @@ class Contrast:
         pivot: The gray that does not change, in 0..1.
     """
 
-    range: tuple[float, float]
+    range: Range = between(0)
     pivot: float = 0.5
 
-    def __post_init__(self) -> None:
-        check("range", self.range, low=0)
-
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return contrasting(draw(rng, self.range), self.pivot)
+        return contrast_matrix(draw(rng, self.range), self.pivot)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saturation:
+class Saturation(Operation):
     """Multiply differences from each pixel's luma, as torchvision's ``adjust_saturation`` does.
 
     Args:
         range: Range of the factor; 0 is grayscale, 1 leaves the image unchanged.
     """
 
-    range: tuple[float, float]
-
-    def __post_init__(self) -> None:
-        check("range", self.range, low=0)
+    range: Range = between(0)
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return saturating(draw(rng, self.range))
+        return saturation_matrix(draw(rng, self.range))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hue:
+class Hue(Operation):
     """Rotate colors about the gray axis.
 
     Departs from a hue rotation in HSV, which is not linear. In both, grays and the mean of R, G and
@@ -121,44 +112,38 @@ class Hue:
         degrees: Range of the angle; 360 leaves the image unchanged.
     """
 
-    degrees: tuple[float, float]
-
-    def __post_init__(self) -> None:
-        check("degrees", self.degrees)
+    degrees: Range = between()
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return turning_hue(draw(rng, self.degrees))
+        return hue_matrix(draw(rng, self.degrees))
 
 
 @dataclass(frozen=True, kw_only=True)
-class RGBShift:
+class RGBShift(Operation):
     """Add a different random number to each channel.
 
     Args:
         levels: Range of the numbers, in 8-bit levels.
     """
 
-    levels: tuple[float, float]
-
-    def __post_init__(self) -> None:
-        check("levels", self.levels, low=-255, high=255)
+    levels: Range = between(-255, 255)
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         return affine(np.eye(3), rng.uniform(*self.levels, 3) / 255)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grayscale:
+class Grayscale(Operation):
     """Replace all three channels by the luma. ``p`` is 0.1 by default."""
 
     default_p: ClassVar[float] = 0.1
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return saturating(0)
+        return saturation_matrix(0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Photometric:
+class Photometric(Operation):
     """Apply the photometric distortions of SSD, each with probability 0.5.
 
     The order is brightness, then either contrast, saturation, hue or saturation, hue, contrast,
@@ -174,24 +159,18 @@ class Photometric:
     :class:`Hue`), not computed in HSV, and channels are not swapped.
     """
 
-    levels: float = 32.0
-    contrast: tuple[float, float] = (0.5, 1.5)
-    saturation: tuple[float, float] = (0.5, 1.5)
-    degrees: float = 36.0
-
-    def __post_init__(self) -> None:
-        check("levels", (0, self.levels), low=0, high=255)
-        check("contrast", self.contrast, low=0)
-        check("saturation", self.saturation, low=0)
-        check("degrees", (0, self.degrees), low=0)
+    levels: float = between(0, 255, default=32.0)
+    contrast: Range = between(0, default=(0.5, 1.5))
+    saturation: Range = between(0, default=(0.5, 1.5))
+    degrees: float = between(0, default=36.0)
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         apply = rng.random(4) < 0.5
         contrast_first = rng.random() < 0.5
         brightness = affine(np.eye(3), draw(rng, (-self.levels, self.levels)) / 255)
-        contrast = contrasting(draw(rng, self.contrast), 0)
-        saturation = saturating(draw(rng, self.saturation))
-        hue = turning_hue(draw(rng, (-self.degrees, self.degrees)))
+        contrast = contrast_matrix(draw(rng, self.contrast), 0)
+        saturation = saturation_matrix(draw(rng, self.saturation))
+        hue = hue_matrix(draw(rng, (-self.degrees, self.degrees)))
         brightness, contrast, saturation, hue = (
             matrix if applied else np.eye(4)
             for applied, matrix in zip(apply, (brightness, contrast, saturation, hue), strict=True)
@@ -202,17 +181,14 @@ class Photometric:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gamma:
+class Gamma(Operation):
     """Raise values to a random power, as torchvision's ``adjust_gamma`` does.
 
     Args:
         range: Range of the power; below 1 brightens.
     """
 
-    range: tuple[float, float]
-
-    def __post_init__(self) -> None:
-        check("range", self.range, low=0, above=True)
+    range: Range = between(0, above=True)
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         power = draw(rng, self.range)
@@ -220,7 +196,7 @@ class Gamma:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Posterize:
+class Posterize(Operation):
     """Keep only the most significant bits of each channel.
 
     Args:
@@ -239,17 +215,14 @@ class Posterize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solarize:
+class Solarize(Operation):
     """Invert values at or above a random threshold.
 
     Args:
         range: Range of the threshold, in 8-bit levels.
     """
 
-    range: tuple[float, float] = (128.0, 255.0)
-
-    def __post_init__(self) -> None:
-        check("range", self.range, low=0, high=256)
+    range: Range = between(0, 256, default=(128.0, 255.0))
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         threshold = draw(rng, self.range) / 255
@@ -261,8 +234,8 @@ def curve(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     return function(np.linspace(0, 1, 255 * _STEPS + 1)).astype(np.float32)
 
 
-def recolored(
-    image: Tensor, matrix: np.ndarray, unit: float = 255.0, limits: np.ndarray = UNLIMITED
+def apply_matrix(
+    image: Tensor, matrix: np.ndarray, unit: float = 255.0, limits: np.ndarray = _UNLIMITED
 ) -> Tensor:
     """Apply a color matrix.
 
@@ -283,7 +256,7 @@ def recolored(
     return result
 
 
-def curved(image: Tensor, table: np.ndarray) -> Tensor:
+def apply_table(image: Tensor, table: np.ndarray) -> Tensor:
     """Look up each value of an image (0..255) in a curve's table; return float32 in 0..255."""
     steps = image.float().mul(_STEPS).round_().clamp_(0, 255 * _STEPS).int()
     levels = torch.from_numpy(table).to(image.device).mul(255)

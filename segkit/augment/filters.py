@@ -1,8 +1,8 @@
 """Filters: operations on a neighborhood of each pixel, noise, and JPEG compression.
 
-Calling an operation draws its random numbers and returns a :data:`Run`, a function of (image, mask)
-for images with values in 0..255 of any dtype. Borders are padded with the outermost pixels. A
-filter is ``linear`` if it commutes with a color matrix.
+Calling an operation draws its random numbers and returns a function of an image with values in
+0..255, of any dtype, or of a mask where ``on`` is ``"mask"``. Borders are padded with the outermost
+pixels. A filter is ``linear`` if it commutes with a color matrix.
 """
 
 import functools
@@ -18,31 +18,23 @@ from PIL import Image
 from torch import Tensor
 
 from segkit.augment.median import median
-from segkit.augment.ranges import check, draw
+from segkit.augment.ranges import Operation, Range, between, draw, odd_sizes
 from segkit.core.errors import ConfigError
 from segkit.core.labels import IGNORE
 
-Run = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-
-
-def _check_sizes(name: str, sizes: Sequence[int]) -> None:
-    if not sizes or any(size < 1 or size % 2 == 0 for size in sizes):
-        raise ConfigError(f"{name}: expected odd numbers of pixels; got {list(sizes)}")
+Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blur:
+class Blur(Operation):
     """Blur with the mean of a square.
 
     Args:
         sizes: Side lengths in pixels to choose from, odd.
     """
 
-    sizes: tuple[int, ...] = (3, 5)
+    sizes: tuple[int, ...] = odd_sizes()
     linear: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_sizes("sizes", self.sizes)
 
     def __call__(self, rng: np.random.Generator) -> Run:
         size = int(rng.choice(self.sizes))
@@ -50,18 +42,15 @@ class Blur:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaussianBlur:
+class GaussianBlur(Operation):
     """Blur with a Gaussian, truncated at three standard deviations.
 
     Args:
         sigma: Range of the standard deviation in pixels.
     """
 
-    sigma: tuple[float, float] = (0.5, 2.0)
+    sigma: Range = between(0, 100, above=True, default=(0.5, 2.0))
     linear: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check("sigma", self.sigma, low=0, high=100, above=True)
 
     def __call__(self, rng: np.random.Generator) -> Run:
         sigma = draw(rng, self.sigma)
@@ -71,53 +60,42 @@ class GaussianBlur:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MedianBlur:
+class MedianBlur(Operation):
     """Replace each pixel by the median of a square, after rounding to 8 bits.
 
     Args:
         sizes: Side lengths in pixels to choose from, odd, at most 9.
     """
 
-    sizes: tuple[int, ...] = (3, 5)
-
-    def __post_init__(self) -> None:
-        _check_sizes("sizes", self.sizes)
-        if max(self.sizes) > 9:
-            raise ConfigError(f"sizes: expected at most 9; got {list(self.sizes)}")
+    sizes: tuple[int, ...] = odd_sizes(largest=9)
 
     def __call__(self, rng: np.random.Generator) -> Run:
         return functools.partial(_median, size=int(rng.choice(self.sizes)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sharpen:
+class Sharpen(Operation):
     """Interpolate or extrapolate from a light blur, as torchvision's ``adjust_sharpness`` does.
 
     Args:
         range: Range of the factor: 0 is the blurred image, 1 the image, 2 sharpens.
     """
 
-    range: tuple[float, float] = (1.0, 2.0)
-
-    def __post_init__(self) -> None:
-        check("range", self.range, low=0)
+    range: Range = between(0, default=(1.0, 2.0))
 
     def __call__(self, rng: np.random.Generator) -> Run:
         return functools.partial(_sharpen, factor=draw(rng, self.range))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noise:
+class Noise(Operation):
     """Add Gaussian noise, independent for each channel and pixel.
 
     Args:
         levels: Range of the standard deviation, in 8-bit levels.
     """
 
-    levels: tuple[float, float] = (2.0, 10.0)
-
-    def __post_init__(self) -> None:
-        check("levels", self.levels, low=0, high=255)
+    levels: Range = between(0, 255, default=(2.0, 10.0))
 
     def __call__(self, rng: np.random.Generator) -> Run:
         seed = int(rng.integers(2**63))
@@ -125,25 +103,22 @@ class Noise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JPEG:
+class JPEG(Operation):
     """Add the artifacts of JPEG compression.
 
     Args:
         quality: Lowest and highest JPEG quality, 1 to 100.
     """
 
-    quality: tuple[int, int] = (40, 90)
-
-    def __post_init__(self) -> None:
-        check("quality", self.quality, low=1, high=100)
+    quality: tuple[int, int] = between(1, 100, default=(40, 90))
 
     def __call__(self, rng: np.random.Generator) -> Run:
         low, high = self.quality
-        return functools.partial(_through_jpeg, quality=int(rng.integers(low, high + 1)))
+        return functools.partial(_compress, quality=int(rng.integers(low, high + 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Morphology:
+class _Morphology(Operation):
     """Arguments of :class:`Closing` and :class:`Opening` with a square structuring element.
 
     Args:
@@ -152,12 +127,12 @@ class _Morphology:
         classes: Classes of the mask to process, in order.
     """
 
-    sizes: tuple[int, ...] = (3, 5)
+    sizes: tuple[int, ...] = odd_sizes()
     on: Literal["image", "mask"] = "image"
     classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_sizes("sizes", self.sizes)
+        super().__post_init__()
         if (self.on == "mask") != bool(self.classes):
             raise ConfigError("classes: expected with on='mask', and only there")
 
@@ -171,7 +146,7 @@ class Closing(_Morphology):
     def __call__(self, rng: np.random.Generator) -> Run:
         size = int(rng.choice(self.sizes))
         if self.on == "image":
-            return functools.partial(_close_image, size=size)
+            return functools.partial(_close, size=size)
         return functools.partial(_close_classes, size=size, classes=self.classes)
 
 
@@ -184,11 +159,11 @@ class Opening(_Morphology):
     def __call__(self, rng: np.random.Generator) -> Run:
         size = int(rng.choice(self.sizes))
         if self.on == "image":
-            return functools.partial(_open_image, size=size)
+            return functools.partial(_open, size=size)
         return functools.partial(_open_classes, size=size, classes=self.classes)
 
 
-def _continued(image: Tensor, reach: int, dim: int) -> Tensor:
+def _padded(image: Tensor, reach: int, dim: int) -> Tensor:
     """Return the image with its border replicated on both sides of one dimension."""
     shape = [*image.shape]
     shape[dim] = reach
@@ -196,108 +171,86 @@ def _continued(image: Tensor, reach: int, dim: int) -> Tensor:
     return torch.cat([before.expand(shape), image, after.expand(shape)], dim)
 
 
-def _moved(image: Tensor, size: int, dim: int) -> list[Tensor]:
+def _shifted(image: Tensor, size: int, dim: int) -> list[Tensor]:
     """Return views shifted to each position of a window along one dimension, border replicated."""
-    padded = _continued(image, size // 2, dim)
+    padded = _padded(image, size // 2, dim)
     return [padded.narrow(dim, start, image.shape[dim]) for start in range(size)]
 
 
-def _convolve(
-    image: Tensor, mask: Tensor | None, kernel: Sequence[float]
-) -> tuple[Tensor, Tensor | None]:
+def _convolve(image: Tensor, kernel: Sequence[float]) -> Tensor:
     image = image.float()
     for dim in (-2, -1):
-        first, *others = _moved(image, len(kernel), dim)
+        first, *others = _shifted(image, len(kernel), dim)
         image = first * kernel[0]
-        for moved, coefficient in zip(others, kernel[1:], strict=True):
-            image.add_(moved, alpha=coefficient)
-    return image, mask
+        for shifted, coefficient in zip(others, kernel[1:], strict=True):
+            image.add_(shifted, alpha=coefficient)
+    return image
 
 
-def _median(image: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
+def _median(image: Tensor, size: int) -> Tensor:
     if image.is_floating_point():
         image = image.round().clamp_(0, 255).to(torch.uint8)
     for dim in (-2, -1):
-        image = _continued(image, size // 2, dim)
-    return median(image, size), mask
+        image = _padded(image, size // 2, dim)
+    return median(image, size)
 
 
-def _sharpen(image: Tensor, mask: Tensor | None, factor: float) -> tuple[Tensor, Tensor | None]:
+def _sharpen(image: Tensor, factor: float) -> Tensor:
     image = image.float()
-    mean, _ = _convolve(image, None, [1 / 3] * 3)
+    mean = _convolve(image, [1 / 3] * 3)
     smooth = mean.mul_(9 / 13).add_(image, alpha=4 / 13)  # kernel: 3×3 ones with 5 in the center
-    return smooth.lerp_(image, factor).clamp_(0, 255), mask
+    return smooth.lerp_(image, factor).clamp_(0, 255)
 
 
-def _add_noise(
-    image: Tensor, mask: Tensor | None, deviation: float, seed: int
-) -> tuple[Tensor, Tensor | None]:
+def _add_noise(image: Tensor, deviation: float, seed: int) -> Tensor:
     # Drawn on the CPU, so that every device gives the same noise.
     noise = np.random.default_rng(seed).standard_normal(tuple(image.shape), dtype=np.float32)
     added = torch.from_numpy(noise).to(image.device).mul_(deviation)
-    return added.add_(image).clamp_(0, 255), mask
+    return added.add_(image).clamp_(0, 255)
 
 
-def _through_jpeg(image: Tensor, mask: Tensor | None, quality: int) -> tuple[Tensor, Tensor | None]:
+def _compress(image: Tensor, quality: int) -> Tensor:
     levels = image.round() if image.is_floating_point() else image
     pixels = levels.to("cpu", torch.uint8).permute(1, 2, 0).contiguous().numpy()
     with io.BytesIO() as file:
         Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-        with Image.open(file) as photograph:
-            read = np.array(photograph)
-    return torch.from_numpy(read).permute(2, 0, 1).to(image.device), mask
+        with Image.open(file) as compressed:
+            decoded = np.array(compressed)
+    return torch.from_numpy(decoded).permute(2, 0, 1).to(image.device)
 
 
-def _grown(image: Tensor, size: int) -> Tensor:
-    """Return the maximum of a square around each pixel."""
+def _dilate(image: Tensor, size: int) -> Tensor:
     for dim in (-2, -1):  # ten times as fast as max_pool2d
-        image = functools.reduce(torch.maximum, _moved(image, size, dim))
+        image = functools.reduce(torch.maximum, _shifted(image, size, dim))
     return image
 
 
-def _shrunk(image: Tensor, size: int) -> Tensor:
-    """Return the minimum of a square around each pixel."""
+def _erode(image: Tensor, size: int) -> Tensor:
     for dim in (-2, -1):
-        image = functools.reduce(torch.minimum, _moved(image, size, dim))
+        image = functools.reduce(torch.minimum, _shifted(image, size, dim))
     return image
 
 
-def _closed(image: Tensor, size: int) -> Tensor:
-    return _shrunk(_grown(image, size), size)
+def _close(image: Tensor, size: int) -> Tensor:
+    return _erode(_dilate(image, size), size)
 
 
-def _opened(image: Tensor, size: int) -> Tensor:
-    return _grown(_shrunk(image, size), size)
+def _open(image: Tensor, size: int) -> Tensor:
+    return _dilate(_erode(image, size), size)
 
 
-def _close_image(image: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
-    return _closed(image, size), mask
+def _close_classes(mask: Tensor, size: int, classes: Sequence[int]) -> Tensor:
+    ignored = mask == IGNORE
+    for index in classes:
+        mask = torch.where(_close(mask == index, size) & ~ignored, index, mask)
+    return mask
 
 
-def _open_image(image: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
-    return _opened(image, size), mask
-
-
-def _close_classes(
-    image: Tensor, mask: Tensor | None, size: int, classes: Sequence[int]
-) -> tuple[Tensor, Tensor | None]:
-    if mask is not None:
-        ignored = mask == IGNORE
-        for index in classes:
-            covered = _closed(mask == index, size)
-            mask = torch.where(covered & ~ignored, index, mask)
-    return image, mask
-
-
-def _open_classes(
-    image: Tensor, mask: Tensor | None, size: int, classes: Sequence[int]
-) -> tuple[Tensor, Tensor | None]:
-    if mask is not None:
-        for index in classes:
-            own = mask == index
-            kept = _opened(own, size)
-            mask = torch.where(own & ~kept, 0, mask)
-    return image, mask
+def _open_classes(mask: Tensor, size: int, classes: Sequence[int]) -> Tensor:
+    for index in classes:
+        inside = mask == index
+        mask = torch.where(inside & ~_open(inside, size), 0, mask)
+    return mask
 
 
 FILTERS: dict[str, Callable[..., Callable[[np.random.Generator], Run]]] = {

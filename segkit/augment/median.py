@@ -10,26 +10,17 @@ The sorting network of each size is built once and pruned to the steps that the 
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Plane = tuple[int, int, int]
+"""Number of an image (0: the input, n: the result of step n), and offset in rows and columns."""
 
-class Plane(NamedTuple):
-    """An image with an offset to read it at.
-
-    Args:
-        number: 0 is the input image, n > 0 the result of step n.
-        down: Offset in rows.
-        right: Offset in columns.
-    """
-
-    number: int
-    down: int
-    right: int
+Pair = Callable[[Plane, Plane], tuple[Plane, Plane]]
 
 
 class Step(NamedTuple):
@@ -40,7 +31,7 @@ class Step(NamedTuple):
         function: ``minimum`` or ``maximum``, a function of both NumPy and PyTorch.
         first: First operand.
         second: Second operand.
-        done: Numbers of planes that no later step reads.
+        done: Numbers of the images that no later step reads.
     """
 
     number: int
@@ -66,106 +57,57 @@ def median(image: Tensor, size: int) -> Tensor:
     return torch.stack([plane.as_strided(shape, (width, 1)) for plane in flat])
 
 
-def _run(library: Any, plane: Any, size: int, width: int) -> Any:
+def _run(library: Any, image: Any, size: int, width: int) -> Any:
     """Return the median of the square that begins at each pixel of a flattened image.
 
-    Shifting a plane is an offset into the flattened image. Squares that cross the right edge give
+    Shifting is an offset into the flattened image. Squares that cross the right edge give
     meaningless values, which the caller drops; those that cross the end are left out.
     """
-    planes = {0: plane}
-    for number, function, first, second, done in network(size):
-        a = planes[first.number][first.down * width + first.right :]
-        b = planes[second.number][second.down * width + second.right :]
+    images = {0: image}
+    for number, function, *planes, done in network(size):
+        a, b = (images[source][down * width + right :] for source, down, right in planes)
         length = min(len(a), len(b))
-        planes[number] = getattr(library, function)(a[:length], b[:length])
+        images[number] = getattr(library, function)(a[:length], b[:length])
         for unneeded in done:
-            del planes[unneeded]
-    (result,) = planes.values()
+            del images[unneeded]
+    (result,) = images.values()
     return result
 
 
 @functools.cache
 def network(size: int) -> tuple[Step, ...]:
     """Return the steps that compute the median of squares of an odd size."""
-    draft = _Draft()
-    columns = draft.sort([Plane(0, down, 0) for down in range(size)])
-    square = [
-        draft.sort([Plane(rank.number, rank.down, right) for right in range(size)])
-        for rank in columns
-    ]
-    return draft.needed(draft.middle(_candidates(square)))
+    steps: dict[tuple[str, Plane, Plane], int] = {}  # equal steps are stored once
 
-
-class _Ranked(NamedTuple):
-    """A plane, and a bit set that encodes its known order: see :func:`_candidates`."""
-
-    plane: Plane
-    known: int
-
-
-class _Draft:
-    """Builder of a network; equal steps are stored once."""
-
-    def __init__(self) -> None:
-        self._steps: dict[tuple[str, Plane, Plane], int] = {}
-
-    def pair(self, first: Plane, second: Plane) -> tuple[Plane, Plane]:
-        """Return the minimum and the maximum of two planes."""
-        return self._step("minimum", first, second), self._step("maximum", first, second)
-
-    def _step(self, function: str, first: Plane, second: Plane) -> Plane:
+    def step(function: str, first: Plane, second: Plane) -> Plane:
         first, second = sorted((first, second))
-        down, right = min(first.down, second.down), min(first.right, second.right)
-        first, second = (
-            Plane(plane.number, plane.down - down, plane.right - right) for plane in (first, second)
-        )
-        number = self._steps.setdefault((function, first, second), len(self._steps) + 1)
-        return Plane(number, down, right)
+        down, right = min(first[1], second[1]), min(first[2], second[2])
+        first, second = ((n, d - down, r - right) for n, d, r in (first, second))
+        return steps.setdefault((function, first, second), len(steps) + 1), down, right
 
-    def sort(self, planes: list[Plane]) -> list[Plane]:
-        """Sort planes in ascending order, pixel by pixel."""
-        for low, high in _exchanges(len(planes)):
-            planes[low], planes[high] = self.pair(planes[low], planes[high])
-        return planes
+    def pair(first: Plane, second: Plane) -> tuple[Plane, Plane]:
+        return step("minimum", first, second), step("maximum", first, second)
 
-    def ranked_pair(self, first: _Ranked, second: _Ranked) -> tuple[_Ranked, _Ranked]:
-        """Return the minimum and the maximum; adds no step where their order is known."""
-        both, either = first.known & second.known, first.known | second.known
-        if both == first.known:
-            return first, second
-        if both == second.known:
-            return second, first
-        minimum, maximum = self.pair(first.plane, second.plane)
-        return _Ranked(minimum, both), _Ranked(maximum, either)
+    columns = _sorted([(0, down, 0) for down in range(size)], pair)
+    square = [
+        _sorted([(number, down, right) for right in range(size)], pair)
+        for number, down, _ in columns
+    ]
+    median, _, _ = _middle(_candidates(square), pair)
+    needed, alive = [], {median}
+    for (function, first, second), number in reversed(steps.items()):
+        if number in alive:
+            done = frozenset({first[0], second[0]} - alive)
+            needed.append(Step(number, function, first, second, done))
+            alive |= done
+    return tuple(reversed(needed))
 
-    def middle(self, values: list[_Ranked]) -> Plane:
-        """Return the median of an odd number of planes, pixel by pixel.
 
-        Among just over half of the values, neither the minimum nor the maximum can be the median:
-        drop both, add the next value, and repeat until one is left.
-        """
-        start = len(values) // 2 + 2
-        held, waiting = values[:start], values[start:]
-        while len(held) > 1:
-            last = len(held) - 1
-            pairs = [(place, last - place) for place in range(len(held) // 2)]
-            pairs += [(0, place) for place in range(1, (last + 2) // 2)]
-            pairs += [(place, last) for place in range(len(held) // 2, last)]
-            for low, high in pairs:
-                held[low], held[high] = self.ranked_pair(held[low], held[high])
-            held = held[1:-1] + waiting[:1]
-            waiting = waiting[1:]
-        return held[0].plane
-
-    def needed(self, result: Plane) -> tuple[Step, ...]:
-        """Return the steps that a plane depends on."""
-        needed, alive = [], {result.number}
-        for (function, first, second), number in reversed(self._steps.items()):
-            if number in alive:
-                done = frozenset({first.number, second.number} - alive)
-                needed.append(Step(number, function, first, second, done))
-                alive |= done
-        return tuple(reversed(needed))
+def _sorted(planes: list[Plane], pair: Pair) -> list[Plane]:
+    """Return planes in ascending order, pixel by pixel."""
+    for low, high in _exchanges(len(planes)):
+        planes[low], planes[high] = pair(planes[low], planes[high])
+    return planes
 
 
 def _exchanges(count: int) -> Iterator[tuple[int, int]]:
@@ -185,12 +127,12 @@ def _exchanges(count: int) -> Iterator[tuple[int, int]]:
         block *= 2
 
 
-def _candidates(square: list[list[Plane]]) -> list[_Ranked]:
+def _candidates(square: list[list[Plane]]) -> list[tuple[Plane, int]]:
     """Return the planes that can be the median of a square sorted along rows and columns.
 
     A value that is <= or >= more than half of the square cannot be the median; equally many are
-    left out on both sides. ``known`` of a remaining plane has one bit for each sorted 0/1 square:
-    the plane's value in it. A plane is never greater than another if its bits are a subset of the
+    left out on both sides. Each plane comes with a bit set, one bit for each sorted 0/1 square: the
+    plane's value in it. A plane is never greater than another if its bits are a subset of the
     other's (zero-one principle, Knuth 5.3.4). Rows and columns are in descending order: of the
     orders tried, this needs the fewest steps.
     """
@@ -201,5 +143,31 @@ def _candidates(square: list[list[Plane]]) -> list[_Ranked]:
     for row, column in itertools.product(reversed(range(size)), repeat=2):
         if (row + 1) * (column + 1) <= half and (size - row) * (size - column) <= half:
             bits = np.packbits(ones[:, row] >= size - column).tobytes()
-            candidates.append(_Ranked(square[row][column], int.from_bytes(bits, "big")))
+            candidates.append((square[row][column], int.from_bytes(bits, "big")))
     return candidates
+
+
+def _middle(values: list[tuple[Plane, int]], pair: Pair) -> Plane:
+    """Return the median of an odd number of planes, pixel by pixel.
+
+    Among just over half of the values, neither the minimum nor the maximum can be the median: drop
+    both, add the next value, and repeat until one is left. Planes whose order is known by their bit
+    sets need no step.
+    """
+    start = len(values) // 2 + 2
+    held, waiting = values[:start], values[start:]
+    while len(held) > 1:
+        last = len(held) - 1
+        pairs = [(place, last - place) for place in range(len(held) // 2)]
+        pairs += [(0, place) for place in range(1, (last + 2) // 2)]
+        pairs += [(place, last) for place in range(len(held) // 2, last)]
+        for low, high in pairs:
+            (first, some), (second, others) = held[low], held[high]
+            if some & others == others:
+                held[low], held[high] = held[high], held[low]
+            elif some & others != some:
+                minimum, maximum = pair(first, second)
+                held[low], held[high] = (minimum, some & others), (maximum, some | others)
+        held = held[1:-1] + waiting[:1]
+        waiting = waiting[1:]
+    return held[0][0]

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segkit.augment.geometry import Size, flipping, scaling, shifting, warp
-from segkit.augment.ranges import check, draw
+from segkit.augment.geometry import Size, flip_matrix, scale_matrix, shift_matrix
+from segkit.augment.ranges import Operation, Range, between, draw
+from segkit.augment.warp import warp
 from segkit.core.errors import ConfigError
 from segkit.core.labels import IGNORE
 
@@ -28,29 +29,8 @@ Run = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | No
 _COARSE = 64  # longest side of the grid on which connected regions are searched
 
 
-def rare_weights(counts: np.ndarray) -> np.ndarray:
-    """Return the probability of choosing each image so that classes are chosen equally often.
-
-    Args:
-        counts: (N, C) pixels per class and image, without the background.
-
-    Returns:
-        (N,) probabilities with sum 1, proportional to 1 / (number of images that contain the
-        image's rarest class). An image without objects has probability 0.
-
-    Raises:
-        ConfigError: No image contains an object.
-    """
-    present = np.asarray(counts) > 0
-    images = present.sum(axis=0)
-    coefficients = np.where(present, 1 / np.maximum(images, 1), 0).max(axis=1, initial=0)
-    if not coefficients.any():
-        raise ConfigError("mixtures need objects, and no training image shows one")
-    return coefficients / coefficients.sum()
-
-
 @dataclass(frozen=True, kw_only=True)
-class CopyPaste:
+class CopyPaste(Operation):
     """Paste objects of another image at a random position and scale.
 
     Ghiasi et al. 2021, https://arxiv.org/abs/2012.07177
@@ -65,25 +45,21 @@ class CopyPaste:
     no instances; edges are hard (the paper found blending to make no difference).
     """
 
-    scale: tuple[float, float] = (0.8, 1.25)
-    objects: tuple[int, int] = (1, 3)
+    scale: Range = between(0, above=True, default=(0.8, 1.25))
+    objects: tuple[int, int] = between(1, default=(1, 3))
     rare: tuple[int, ...] = ()
     background: int = 0
-
-    def __post_init__(self) -> None:
-        check("scale", self.scale, low=0, above=True)
-        check("objects", self.objects, low=1)
 
     def __call__(self, size: Size, rng: np.random.Generator, others: Others | None) -> Run:
         image, mask = _other("copy_paste", others, rng)
         count = int(rng.integers(self.objects[0], self.objects[1] + 1))
         chosen = _objects(mask, count, rng, self.rare, self.background)
-        matrix = _placed(mask, size, draw(rng, self.scale), rng)
+        matrix = _placement(mask, size, draw(rng, self.scale), rng)
         return functools.partial(_paste, other=image, labels=mask, chosen=chosen, matrix=matrix)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutMix:
+class CutMix(Operation):
     """Replace a rectangle by a part of another image.
 
     Yun et al. 2019, https://arxiv.org/abs/1905.04899
@@ -93,12 +69,8 @@ class CutMix:
         scale: Range of the other image's scale, relative to the size that just covers the canvas.
     """
 
-    area: tuple[float, float] = (0.1, 0.5)
-    scale: tuple[float, float] = (1.0, 1.5)
-
-    def __post_init__(self) -> None:
-        check("area", self.area, low=0, high=1)
-        check("scale", self.scale, low=0, above=True)
+    area: Range = between(0, 1, default=(0.1, 0.5))
+    scale: Range = between(0, above=True, default=(1.0, 1.5))
 
     def __call__(self, size: Size, rng: np.random.Generator, others: Others | None) -> Run:
         image, mask = _other("cutmix", others, rng)
@@ -107,12 +79,12 @@ class CutMix:
         top, left = rng.integers(size[0] - height + 1), rng.integers(size[1] - width + 1)
         window = torch.zeros(size, dtype=torch.bool)
         window[top : top + height, left : left + width] = True
-        matrix = _placed(mask, size, _cover(mask, size) * draw(rng, self.scale), rng)
+        matrix = _placement(mask, size, _cover(mask, size) * draw(rng, self.scale), rng)
         return functools.partial(_paste, other=image, labels=mask, window=window, matrix=matrix)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassMix:
+class ClassMix(Operation):
     """Paste all pixels of half of another image's classes.
 
     Olsson et al. 2020, https://arxiv.org/abs/2007.07936
@@ -123,17 +95,14 @@ class ClassMix:
     Departs from the paper: pastes annotated labels; the paper pastes predictions of a model.
     """
 
-    scale: tuple[float, float] = (1.0, 1.5)
-
-    def __post_init__(self) -> None:
-        check("scale", self.scale, low=0, above=True)
+    scale: Range = between(0, above=True, default=(1.0, 1.5))
 
     def __call__(self, size: Size, rng: np.random.Generator, others: Others | None) -> Run:
         image, mask = _other("classmix", others, rng)
         classes = [int(index) for index in mask.unique() if index != IGNORE]
         half = rng.permutation(classes)[: (len(classes) + 1) // 2]
         chosen = torch.isin(mask, torch.as_tensor(half, dtype=torch.uint8))
-        matrix = _placed(mask, size, _cover(mask, size) * draw(rng, self.scale), rng)
+        matrix = _placement(mask, size, _cover(mask, size) * draw(rng, self.scale), rng)
         return functools.partial(_paste, other=image, labels=mask, chosen=chosen, matrix=matrix)
 
 
@@ -148,15 +117,15 @@ def _cover(mask: Tensor, size: Size) -> float:
     return max(size[0] / mask.shape[0], size[1] / mask.shape[1])
 
 
-def _placed(mask: Tensor, size: Size, scale: float, rng: np.random.Generator) -> np.ndarray:
+def _placement(mask: Tensor, size: Size, scale: float, rng: np.random.Generator) -> np.ndarray:
     """Return the matrix from the canvas to the other image, with random flip and position.
 
     The overlap with the canvas is as large as possible.
     """
     height, width = mask.shape[-2] * scale, mask.shape[-1] * scale
     top, left = rng.random() * (height - size[0]), rng.random() * (width - size[1])
-    flip = flipping(mask.shape[-1]) if rng.random() < 0.5 else np.eye(3)
-    return flip @ scaling(1 / scale, 1 / scale) @ shifting(left, top)
+    flip = flip_matrix(mask.shape[-1]) if rng.random() < 0.5 else np.eye(3)
+    return flip @ scale_matrix(1 / scale, 1 / scale) @ shift_matrix(left, top)
 
 
 def _objects(
@@ -169,18 +138,18 @@ def _objects(
         classes = mask[free & ~chosen].unique()
         if not len(classes):
             break
-        wanted = [int(index) for index in classes if index in rare] or classes.tolist()
-        own = (mask == int(rng.choice(wanted))) & ~chosen
-        places = own.nonzero()
-        chosen |= _region(own, places[int(rng.integers(len(places)))])
+        preferred = [int(index) for index in classes if index in rare] or classes.tolist()
+        inside = (mask == int(rng.choice(preferred))) & ~chosen
+        pixels = inside.nonzero()
+        chosen |= _region(inside, pixels[int(rng.integers(len(pixels)))])
     return chosen
 
 
-def _region(own: Tensor, seed: Tensor) -> Tensor:
-    """Return the region of ``own`` around ``seed``; connectivity is evaluated on a coarse grid."""
-    height, width = own.shape
+def _region(inside: Tensor, seed: Tensor) -> Tensor:
+    """Return the region of ``inside`` around ``seed``; connectivity is that on a coarse grid."""
+    height, width = inside.shape
     cell = max(1, math.ceil(max(height, width) / _COARSE))
-    coarse = F.max_pool2d(own[None].float(), cell, ceil_mode=True)
+    coarse = F.max_pool2d(inside[None].float(), cell, ceil_mode=True)
     reached = torch.zeros_like(coarse)
     reached[0, int(seed[0]) // cell, int(seed[1]) // cell] = 1
     while True:
@@ -189,7 +158,7 @@ def _region(own: Tensor, seed: Tensor) -> Tensor:
             break
         reached = grown
     fine = reached[0].repeat_interleave(cell, 0).repeat_interleave(cell, 1)[:height, :width]
-    return own & (fine > 0)
+    return inside & (fine > 0)
 
 
 def _paste(
@@ -204,19 +173,17 @@ def _paste(
     window: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Paste the chosen pixels of another image into an image, within a window of it."""
-    size = (image.shape[-2], image.shape[-1])
-    device = image.device
-    pasted, pasted_labels, within = warp(other.to(device), labels.to(device), matrix, size)
-    over = (
-        torch.ones(size, dtype=torch.bool, device=device) if window is None else window.to(device)
-    )
-    if within is not None:
-        over = over & (within > 0)
+    size, device = (image.shape[-2], image.shape[-1]), image.device
+    pasted, pasted_labels, covered = warp(other.to(device), labels.to(device), matrix, size)
+    over = torch.ones(size, dtype=torch.bool) if window is None else window
+    over = over.to(device)
+    if covered is not None:
+        over = over & (covered > 0)
     if chosen is not None:
         _, picked, _ = warp(other[:1].to(device), chosen.to(device, torch.uint8), matrix, size)
         over = over & (picked == 1)
-    if not image.is_floating_point():
-        pasted = pasted.round().to(image.dtype) if pasted.is_floating_point() else pasted
+    if pasted.is_floating_point() and not image.is_floating_point():
+        pasted = pasted.round()
     image = torch.where(over, pasted.to(image.dtype), image)
     if mask is not None and pasted_labels is not None:
         mask = torch.where(over, pasted_labels, mask)

@@ -1,29 +1,34 @@
 """Augmentation pipeline: draws all random numbers into a plan, then renders the plan."""
 
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from segkit.augment.color import COLOR, CURVES, NO_CHANGE, affine, curved, recolored
+from segkit.augment.color import COLOR, CURVES, affine, apply_matrix, apply_table
+from segkit.augment.color import IDENTITY as SAME_COLOR
 from segkit.augment.filters import FILTERS
-from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, Resize, Size, warp
+from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, Resize, Size
 from segkit.augment.mix import MIX, Others
-from segkit.core.config import Config, build
-from segkit.core.errors import ConfigError
+from segkit.augment.warp import warp
+from segkit.core.config import Config, Data, build
+from segkit.core.errors import ConfigError, DataError
 
 OPERATIONS: dict[str, Callable[..., Any]] = {**GEOMETRY, **COLOR, **CURVES, **FILTERS, **MIX}
 
-
 _LEVELS = np.tile([0.0, 255.0], (3, 1))
 
-# Freeing a block of this size raises glibc's mmap threshold, so that later blocks are reused for
-# the next sample. Otherwise they are returned to the system, and the page faults cost more than
-# the work.
-torch.empty(31 << 20, dtype=torch.uint8)
+Picture = Tensor | np.ndarray | Image.Image
+
+
+def list_augmentations(filter: str = "") -> list[str]:
+    """Return the sorted names of the augmentations that contain ``filter``; ``*`` is a wildcard."""
+    return sorted(fnmatch.filter(OPERATIONS, f"*{filter}*"))
 
 
 def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -55,9 +60,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Filter:
-    """An operation on pixels and their neighbors: a function of (image, mask)."""
+    """A function of the image, or of the mask if ``on`` is ``"mask"``."""
 
-    run: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    run: Callable[[Tensor], Tensor]
+    on: str
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,12 @@ class Pipeline:
     a linear filter, which commute with it.
 
     Args:
-        operations: ``{"name": ..., "p": ..., arguments}`` in order. ``p`` is the probability of
-            applying it, 1 by default (flips 0.5, grayscale 0.1).
+        operations: ``{"name": ..., "p": ..., arguments}`` in order, or names. ``p`` is the
+            probability of applying it, 1 by default (flips 0.5, grayscale 0.1).
         size: Height and width that every result is resized to at the end; ``None``: no resize.
         mean: Mean of R, G, B in 0..1. Padding has this color, which is 0 in the result.
         std: Standard deviation of R, G, B in 0..1.
+        path: Name of ``operations`` in error messages.
 
     Raises:
         ConfigError: An operation is unknown or has an invalid argument.
@@ -111,18 +118,73 @@ class Pipeline:
         self,
         operations: Sequence[Mapping[str, Any] | str],
         *,
-        size: Size | None,
-        mean: Sequence[float],
-        std: Sequence[float],
+        size: Size | None = None,
+        mean: Sequence[float] = Data.mean,
+        std: Sequence[float] = Data.std,
+        path: str = "operations",
     ) -> None:
         self.size = size
         self._operations = [
-            _operation(spec, f"augment.train[{position}]")
-            for position, spec in enumerate(operations)
+            _operation(spec, f"{path}[{position}]") for position, spec in enumerate(operations)
         ]
         deviations, means = np.array(std, dtype=float), np.array(mean, dtype=float)
         self._normalizing = affine(np.diag(1 / deviations), -means / deviations)
         self._limits = np.stack([-means, 1 - means], axis=1) / deviations[:, None]
+
+    @overload
+    def __call__(
+        self,
+        image: Picture,
+        mask: Picture,
+        rng: np.random.Generator | None = None,
+        others: Others | None = None,
+        *,
+        long: bool = False,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def __call__(
+        self,
+        image: Picture,
+        mask: Picture | None = None,
+        rng: np.random.Generator | None = None,
+        others: Others | None = None,
+        *,
+        long: bool = False,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def __call__(
+        self,
+        image: Picture,
+        mask: Picture | None = None,
+        rng: np.random.Generator | None = None,
+        others: Others | None = None,
+        *,
+        long: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Augment and normalize one image.
+
+        Args:
+            image: uint8 pixels: an array (H, W, 3), a PIL image, or a tensor (3, H, W).
+            mask: Class indices (H, W), 255 = ignore: an array, a PIL image, or a uint8 tensor.
+            rng: Source of the random numbers, such as :func:`generator`; default: a new one.
+            others: Draws another image and its mask, for mixing operations; see :meth:`plan`.
+            long: Return the mask as int64, as losses of PyTorch need it.
+
+        Returns:
+            The image, float32 (3, h, w), normalized; the mask (h, w), uint8 or int64.
+
+        Raises:
+            DataError: The image or the mask has another type or shape.
+        """
+        pixels, labels = _pixels(image), None if mask is None else _labels(mask)
+        size = pixels.shape[-2], pixels.shape[-1]
+        if labels is not None and labels.shape != size:
+            raise DataError(f"mask: has shape {tuple(labels.shape)}; expected {size} as the image")
+        rng = np.random.default_rng() if rng is None else rng
+        plan = self.plan(size, rng, labels, others)
+        result, labels = self.render_one(pixels, labels, plan)
+        return result, labels.long() if long and labels is not None else labels
 
     def plan(
         self,
@@ -139,40 +201,32 @@ class Pipeline:
             mask: Mask of the image, (H, W), for operations that depend on positions of classes.
             others: Draws another image and its mask with ``rng``, for mixing operations.
         """
-        draft = _Draft(Canvas(size, source=mask))
-        for name, chance, operation in self._operations:
-            if rng.random() >= chance:
+        canvas, color, steps = Canvas(size, source=mask), SAME_COLOR, list[Step]()
+        for name, probability, operation in self._operations:
+            if rng.random() >= probability:
                 continue
             if name in GEOMETRY:
-                draft.canvas = operation(draft.canvas, rng)
-            elif name in COLOR:
-                draft.recolor(operation(rng))
-            elif name in CURVES:
-                draft.stand(Curve(operation(rng)))
+                canvas = operation(canvas, rng)
+                continue
+            if name in COLOR:
+                color = operation(rng) @ color
+                continue
+            step: Step
+            if name in CURVES:
+                step = Curve(operation(rng))
             elif name in FILTERS:
-                colors_pass = getattr(operation, "linear", False)
-                draft.stand(Filter(operation(rng)), colors_pass=colors_pass)
+                step = Filter(operation(rng), getattr(operation, "on", "image"))
             else:
-                draft.stand(Mix(operation(draft.canvas.size, rng, others)))
-        if self.size is not None and draft.canvas.size != self.size:
-            draft.canvas = Resize(size=self.size)(draft.canvas, rng)
-        return draft.plan()
-
-    def __call__(
-        self,
-        image: Tensor,
-        mask: Tensor | None,
-        rng: np.random.Generator,
-        others: Others | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Plan and render one image.
-
-        Shape:
-            image: (3, H, W) uint8; mask: (H, W) uint8
-            result: (3, h, w) float32, normalized; (h, w) uint8
-        """
-        height, width = image.shape[-2:]
-        return self.render_one(image, mask, self.plan((height, width), rng, mask, others))
+                step = Mix(operation(canvas.size, rng, others))
+            canvas = _add_warp(steps, canvas)
+            if color is not SAME_COLOR and not getattr(operation, "linear", False):
+                steps.append(Recolor(color))
+                color = SAME_COLOR
+            steps.append(step)
+        if self.size is not None and canvas.size != self.size:
+            canvas = Resize(size=self.size)(canvas, rng)
+        canvas = _add_warp(steps, canvas)
+        return Plan(tuple(steps), color, canvas.size)
 
     def render(
         self, images: Sequence[Tensor] | Tensor, masks: Sequence[Tensor] | Tensor, plans: list[Plan]
@@ -193,20 +247,22 @@ class Pipeline:
     def render_one(
         self, image: Tensor, mask: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor | None]:
-        """Render one image with its plan; shapes as in :meth:`__call__`."""
+        """Render one image (3, H, W) and its mask (H, W), both uint8, with its plan."""
         inside: Tensor | None = None
         for step in plan.steps:
             if isinstance(step, Warp):
-                image, mask, inside = _warped(image, mask, inside, step)
+                image, mask, inside = _warp(image, mask, inside, step)
             elif isinstance(step, Recolor):
-                image = recolored(image, step.matrix, limits=_LEVELS)
+                image = apply_matrix(image, step.matrix, limits=_LEVELS)
             elif isinstance(step, Curve):
-                image = curved(image, step.table)
-            elif isinstance(step, Filter):
-                image, mask = step.run(image, mask)
-            else:
+                image = apply_table(image, step.table)
+            elif isinstance(step, Mix):
                 image, mask, inside = step.run(image, mask, inside)
-        image = recolored(image, self._normalizing @ plan.color, unit=1.0, limits=self._limits)
+            elif step.on == "image":
+                image = step.run(image)
+            elif mask is not None:
+                mask = step.run(mask)
+        image = apply_matrix(image, self._normalizing @ plan.color, unit=1.0, limits=self._limits)
         if inside is not None:
             image.mul_(inside)
         # A mask that was only copied may be a view of its source, which may be a cache.
@@ -214,63 +270,67 @@ class Pipeline:
         return image, copied
 
 
-def _operation(spec: Mapping[str, Any] | str, path: str) -> tuple[str, float, Callable[..., Any]]:
-    """Return the name, probability and function of one operation of the configuration."""
-    component = {"name": spec} if isinstance(spec, str) else dict(spec)
-    chance = component.pop("p", None)
-    operation = build(OPERATIONS, component, path)
-    if chance is None:
-        chance = getattr(operation, "default_p", 1.0)
-    if isinstance(chance, bool) or not isinstance(chance, int | float) or not 0 <= chance <= 1:
-        raise ConfigError(f"{path}.p: expected a number from 0 to 1; got {chance!r}")
-    return component["name"], float(chance), operation
-
-
-class _Draft:
-    """Builder of a plan that joins operations into one step where possible.
-
-    Each curve, filter and mixing operation ends a section of the list. The geometry of a section is
-    one step, followed by its colors as one step. Colors before a linear filter are moved behind it.
-    """
-
-    def __init__(self, canvas: Canvas) -> None:
-        self.canvas = canvas
-        self.color = NO_CHANGE
-        self._steps: list[Step] = []
-
-    def recolor(self, matrix: np.ndarray) -> None:
-        self.color = matrix @ self.color
-
-    def stand(self, step: Curve | Filter | Mix, *, colors_pass: bool = False) -> None:
-        """Add a step that keeps its place: everything planned before is applied before it."""
-        self._move()
-        if not colors_pass and self.color is not NO_CHANGE:
-            self._steps.append(Recolor(self.color))
-            self.color = NO_CHANGE
-        self._steps.append(step)
-
-    def plan(self) -> Plan:
-        self._move()
-        return Plan(tuple(self._steps), self.color, self.canvas.size)
-
-    def _move(self) -> None:
-        if self.canvas.matrix is not IDENTITY:
-            self._steps.append(Warp(self.canvas.matrix, self.canvas.size))
-            self.canvas = self.canvas.rendered()
-
-
-def _warped(
-    image: Tensor, mask: Tensor | None, inside: Tensor | None, step: Warp
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Apply a warp to an image that may have padding already."""
-    warped, labels, within = warp(image, mask, step.matrix, step.size)
-    if inside is not None:
-        _, warped_inside, _ = warp(image, inside.to(torch.uint8), step.matrix, step.size)
-        within = None if warped_inside is None else (warped_inside == 1).float()
-    return warped, labels, within
-
-
 def build_pipeline(config: Config) -> Pipeline:
     """Build the augmentation of training images from a configuration."""
     data, augment = config.data, config.augment
-    return Pipeline(augment.train, size=augment.size, mean=data.mean, std=data.std)
+    return Pipeline(
+        augment.train, size=augment.size, mean=data.mean, std=data.std, path="augment.train"
+    )
+
+
+def _operation(spec: Mapping[str, Any] | str, path: str) -> tuple[str, float, Callable[..., Any]]:
+    """Return the name, probability and function of one operation of the configuration."""
+    component: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+    probability = component.pop("p", None)
+    operation = build(OPERATIONS, component, path)
+    if probability is None:
+        probability = getattr(operation, "default_p", 1.0)
+    is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
+    if not is_number or not 0 <= probability <= 1:
+        raise ConfigError(f"{path}.p: expected a number from 0 to 1; got {probability!r}")
+    return component["name"], float(probability), operation
+
+
+def _pixels(image: Picture) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    pixels = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise DataError(
+            f"image: is {pixels.dtype} of shape {pixels.shape}; expected uint8 (H, W, 3)"
+        )
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _labels(mask: Picture) -> Tensor:
+    if isinstance(mask, Tensor):
+        return mask
+    labels = np.array(mask)
+    if labels.dtype.kind not in "iu" or labels.ndim != 2:
+        raise DataError(
+            f"mask: is {labels.dtype} of shape {labels.shape}; expected integers (H, W)"
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
+        raise DataError(
+            f"mask: has values {labels.min()} to {labels.max()}; expected 0 to 255, 255 = ignore"
+        )
+    return torch.from_numpy(labels.astype(np.uint8))
+
+
+def _add_warp(steps: list[Step], canvas: Canvas) -> Canvas:
+    """Add the canvas's geometry to the steps, if it has any; return the canvas after it."""
+    if canvas.matrix is IDENTITY:
+        return canvas
+    steps.append(Warp(canvas.matrix, canvas.size))
+    return canvas.rendered()
+
+
+def _warp(
+    image: Tensor, mask: Tensor | None, inside: Tensor | None, step: Warp
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Apply a warp to an image that may have padding already."""
+    warped, labels, covered = warp(image, mask, step.matrix, step.size)
+    if inside is not None:
+        _, warped_inside, _ = warp(image, inside.to(torch.uint8), step.matrix, step.size)
+        covered = None if warped_inside is None else (warped_inside == 1).float()
+    return warped, labels, covered

@@ -52,7 +52,9 @@ def contact_sheet(cfg: config.Config, source: Source, *, images: int) -> Image.I
         return source.image(index), source.mask(index)
 
     for row, (caption, operations, final) in enumerate(rows):
-        pipeline = Pipeline(operations, size=final, mean=cfg.data.mean, std=cfg.data.std)
+        pipeline = Pipeline(
+            operations, size=final, mean=cfg.data.mean, std=cfg.data.std, path="augment.train"
+        )
         draw.text((_MARGIN, row * height + 2), caption, fill="black", font=font)
         for column, index in enumerate(chosen):
             cell = _cell(cfg, pipeline, source, index, other)

@@ -10,15 +10,15 @@ from torchvision.transforms import functional as tv
 from segkit.augment.color import (
     COLOR,
     CURVES,
-    NO_CHANGE,
+    IDENTITY,
     Photometric,
     affine,
-    brightening,
-    contrasting,
-    curved,
-    recolored,
-    saturating,
-    turning_hue,
+    apply_matrix,
+    apply_table,
+    brightness_matrix,
+    contrast_matrix,
+    hue_matrix,
+    saturation_matrix,
 )
 from segkit.core.errors import ConfigError
 
@@ -35,50 +35,50 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_no_change_is_the_image() -> None:
-    assert torch.equal(recolored(image(), NO_CHANGE, limits=LEVELS), image().float())
+    assert torch.equal(apply_matrix(image(), IDENTITY, limits=LEVELS), image().float())
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.7])
 def test_brightness_and_saturation_equal_torchvision(factor: float) -> None:
     for matrix, reference in (
-        (brightening(factor), tv.adjust_brightness),
-        (saturating(factor), tv.adjust_saturation),
+        (brightness_matrix(factor), tv.adjust_brightness),
+        (saturation_matrix(factor), tv.adjust_saturation),
     ):
         expected = reference(image().float() / 255, factor) * 255  # its bytes are cut off twice
-        assert (recolored(image(), matrix, limits=LEVELS) - expected).abs().max() < 0.01
+        assert (apply_matrix(image(), matrix, limits=LEVELS) - expected).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.7])
 def test_contrast_about_the_mean_equals_torchvision(factor: float) -> None:
     mean = float(tv.rgb_to_grayscale(image()).float().mean()) / 255
     expected = tv.adjust_contrast(image(), factor).float()
-    result = recolored(image(), contrasting(factor, mean), limits=LEVELS)
+    result = apply_matrix(image(), contrast_matrix(factor, mean), limits=LEVELS)
     assert (result - expected).abs().max() <= 1.01
 
 
 def test_contrast_by_hand() -> None:
     pixel = torch.tensor([0, 127, 200], dtype=torch.uint8).view(3, 1, 1)
     matrix = COLOR["contrast"](range=(0.5, 0.5))(rng())
-    result = recolored(pixel, matrix, limits=LEVELS).flatten()
+    result = apply_matrix(pixel, matrix, limits=LEVELS).flatten()
     torch.testing.assert_close(result, torch.tensor([63.75, 127.25, 163.75]))
 
 
 def test_grayscale_equals_pillow() -> None:
-    result = recolored(image(), COLOR["grayscale"]()(rng()))
+    result = apply_matrix(image(), COLOR["grayscale"]()(rng()))
     gray = np.asarray(Image.fromarray(image().permute(1, 2, 0).numpy()).convert("L"))
     assert np.abs(result.numpy() - gray).max() <= 1
 
 
 def test_hue_turns_red_to_green_to_blue() -> None:
     red, green, blue = np.eye(3)
-    turn = turning_hue(120)[:3, :3]
+    turn = hue_matrix(120)[:3, :3]
     np.testing.assert_allclose(turn @ red, green, atol=1e-12)
     np.testing.assert_allclose(turn @ green, blue, atol=1e-12)
-    np.testing.assert_allclose(turning_hue(360), NO_CHANGE, atol=1e-12)
+    np.testing.assert_allclose(hue_matrix(360), IDENTITY, atol=1e-12)
 
 
 def test_hue_keeps_grays_and_means() -> None:
-    turn = turning_hue(37)[:3, :3]
+    turn = hue_matrix(37)[:3, :3]
     np.testing.assert_allclose(turn @ [0.4, 0.4, 0.4], [0.4, 0.4, 0.4])
     np.testing.assert_allclose(np.ones(3) @ turn, np.ones(3))
 
@@ -88,7 +88,7 @@ def test_hue_stays_near_a_turn_in_hsv(degrees: float) -> None:
     """On colors of photographs, mild ones; and towards the same side."""
     mild = (image().float() * 0.3 + 90).round().to(torch.uint8)
     expected = tv.adjust_hue(mild, degrees / 360).float()
-    result = recolored(mild, turning_hue(degrees), limits=LEVELS)
+    result = apply_matrix(mild, hue_matrix(degrees), limits=LEVELS)
     assert (result - expected).abs().max() < 25
     changed = (expected - mild.float()).flatten()
     assert torch.corrcoef(torch.stack([changed, (result - mild).flatten()]))[0, 1] > 0.75
@@ -97,18 +97,18 @@ def test_hue_stays_near_a_turn_in_hsv(degrees: float) -> None:
 def test_rgb_shift_by_hand() -> None:
     matrix = COLOR["rgb_shift"](levels=(-20.0, 20.0))(rng())
     shift = rng().uniform(-20, 20, 3)
-    result = recolored(torch.full((3, 1, 1), 100, dtype=torch.uint8), matrix).flatten()
+    result = apply_matrix(torch.full((3, 1, 1), 100, dtype=torch.uint8), matrix).flatten()
     np.testing.assert_allclose(result.numpy(), 100 + shift, rtol=1e-5)
     assert len(set(shift)) == 3
 
 
 def test_products_apply_from_right_to_left_and_cut_off_once() -> None:
     pixel = torch.tensor([200, 100, 50], dtype=torch.uint8).view(3, 1, 1)
-    there_and_back = brightening(0.25) @ brightening(4)
-    torch.testing.assert_close(recolored(pixel, there_and_back, limits=LEVELS), pixel.float())
-    assert recolored(pixel, brightening(4), limits=LEVELS).max() == 255
-    shifted = brightening(0.5) @ affine(np.eye(3), 0.2)
-    result = recolored(pixel, shifted).flatten()
+    there_and_back = brightness_matrix(0.25) @ brightness_matrix(4)
+    torch.testing.assert_close(apply_matrix(pixel, there_and_back, limits=LEVELS), pixel.float())
+    assert apply_matrix(pixel, brightness_matrix(4), limits=LEVELS).max() == 255
+    shifted = brightness_matrix(0.5) @ affine(np.eye(3), 0.2)
+    result = apply_matrix(pixel, shifted).flatten()
     torch.testing.assert_close(result, torch.tensor([125.5, 75.5, 50.5]))
 
 
@@ -121,11 +121,11 @@ def test_photometric_keeps_ssds_order() -> None:
         first = draws.random() < 0.5
         levels, contrast = draws.uniform(-32, 32) / 255, draws.uniform(0.5, 1.5)
         saturation, degrees = draws.uniform(0.5, 1.5), draws.uniform(-36, 36)
-        expected = affine(np.eye(3), levels) if on[0] else NO_CHANGE
+        expected = affine(np.eye(3), levels) if on[0] else IDENTITY
         steps = [
-            contrasting(contrast, 0) if on[1] else NO_CHANGE,
-            saturating(saturation) if on[2] else NO_CHANGE,
-            turning_hue(degrees) if on[3] else NO_CHANGE,
+            contrast_matrix(contrast, 0) if on[1] else IDENTITY,
+            saturation_matrix(saturation) if on[2] else IDENTITY,
+            hue_matrix(degrees) if on[3] else IDENTITY,
         ]
         for step in steps if first else [*steps[1:], steps[0]]:
             expected = step @ expected
@@ -136,24 +136,24 @@ def test_photometric_keeps_ssds_order() -> None:
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 1.8])
 def test_gamma_equals_torchvision(gamma: float) -> None:
-    result = curved(image(), CURVES["gamma"](range=(gamma, gamma))(rng()))
+    result = apply_table(image(), CURVES["gamma"](range=(gamma, gamma))(rng()))
     assert (result - tv.adjust_gamma(image(), gamma).float()).abs().max() <= 1.01
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_posterize_equals_torchvision(bits: int) -> None:
-    result = curved(image(), CURVES["posterize"](bits=bits)(rng()))
+    result = apply_table(image(), CURVES["posterize"](bits=bits)(rng()))
     torch.testing.assert_close(result, tv.posterize(image(), bits).float(), atol=1e-3, rtol=0)
 
 
 def test_solarize_equals_torchvision() -> None:
-    result = curved(image(), CURVES["solarize"](range=(100.0, 100.0))(rng()))
+    result = apply_table(image(), CURVES["solarize"](range=(100.0, 100.0))(rng()))
     torch.testing.assert_close(result, tv.solarize(image(), 100).float(), atol=1e-3, rtol=0)
 
 
 def test_curves_read_between_levels() -> None:
     between = torch.full((3, 1, 1), 100.5)
-    result = curved(between, CURVES["gamma"](range=(2.0, 2.0))(rng()))
+    result = apply_table(between, CURVES["gamma"](range=(2.0, 2.0))(rng()))
     assert (result - 100.5**2 / 255).abs().max() < 0.05
 
 

@@ -24,12 +24,12 @@ from segkit.augment.geometry import (
     Scale,
     Shear,
     Shift,
-    flipping,
-    resizing,
-    scaling,
-    shifting,
-    warp,
+    flip_matrix,
+    resize_matrix,
+    scale_matrix,
+    shift_matrix,
 )
+from segkit.augment.warp import warp
 from segkit.core.errors import ConfigError
 
 SIZE = (65, 97)
@@ -105,7 +105,7 @@ def test_quarter_turns_are_copies(turns: int) -> None:
 def test_copies_compose() -> None:
     """A quarter turn, a flip and a crop are still one copy."""
     canvas = QuarterTurn(turns=(1,))(Canvas(SIZE), np.random.default_rng(0))
-    canvas = canvas.then(flipping(canvas.size[1])).then(shifting(5, 7), (40, 30))
+    canvas = canvas.then(flip_matrix(canvas.size[1])).then(shift_matrix(5, 7), (40, 30))
     image = noise()
     result, _, _ = warp(image, None, canvas.matrix, canvas.size)
     assert torch.equal(result, image.rot90(1, (-2, -1)).flip(-1)[:, 7:47, 5:35])
@@ -122,7 +122,7 @@ def test_four_rotations_by_ninety_degrees_copy() -> None:
 
 def test_crop_beyond_the_border_is_padding() -> None:
     image, mask = noise((4, 5)), labels((4, 5))
-    result, padded, inside = warp(image, mask, shifting(-2, -1), (7, 9))
+    result, padded, inside = warp(image, mask, shift_matrix(-2, -1), (7, 9))
     assert torch.equal(result[:, 1:5, 2:7], image)
     assert torch.equal(padded[1:5, 2:7], mask)
     expected = torch.zeros(7, 9)
@@ -144,7 +144,7 @@ def test_shrinking_equals_pillow(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(85, 127), (130, 194)])
 def test_enlarging_equals_torch(size: tuple[int, int]) -> None:
     image = noise()
-    result, _, _ = warp(image, None, resizing(SIZE, size), size)
+    result, _, _ = warp(image, None, resize_matrix(SIZE, size), size)
     expected = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
     assert (result - expected).abs().max() <= 1  # bytes are rounded along each axis
 
@@ -152,7 +152,7 @@ def test_enlarging_equals_torch(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(33, 50), (85, 127), (65, 31)])
 def test_resized_masks_are_nearest(size: tuple[int, int]) -> None:
     mask = labels()
-    matrix = resizing(SIZE, size)
+    matrix = resize_matrix(SIZE, size)
     _, result, inside = warp(noise(), mask, matrix, size)
     assert torch.equal(result, by_pixels(mask, matrix, size))
     assert inside is None
@@ -300,7 +300,7 @@ def test_perspective_loses_nothing_where_the_horizon_crosses_the_canvas() -> Non
 
 def test_shift_and_shear_by_hand() -> None:
     canvas = Shift(x=(0.1, 0.1), y=(-0.2, -0.2))(Canvas((50, 100)), np.random.default_rng(0))
-    np.testing.assert_allclose(canvas.matrix, shifting(-10, 10))
+    np.testing.assert_allclose(canvas.matrix, shift_matrix(-10, 10))
     canvas = Shear(x=(45.0, 45.0))(Canvas((50, 100)), np.random.default_rng(0))
     np.testing.assert_allclose(canvas.matrix @ [50, 25, 1], [50, 25, 1])
     np.testing.assert_allclose(canvas.matrix @ [50, 0, 1], [25, 0, 1])
@@ -323,7 +323,7 @@ def test_shrinking_does_not_alias() -> None:
     board = ((torch.arange(96)[:, None] + torch.arange(96)) % 2 * 255).to(torch.uint8)
     image = board.expand(3, -1, -1)
     turn = Rotate(degrees=(20.0, 20.0))(Canvas((96, 96)), np.random.default_rng(0)).matrix
-    for matrix in (scaling(3, 3), turn @ scaling(3, 3)):
+    for matrix in (scale_matrix(3, 3), turn @ scale_matrix(3, 3)):
         result, _, _ = warp(image, None, matrix, (32, 32))
         assert (result[:, 8:24, 8:24].float() - 127.5).abs().max() < 8
 
@@ -331,7 +331,7 @@ def test_shrinking_does_not_alias() -> None:
 def test_scale_then_crop_reads_whole_pixels_of_the_scaled_image() -> None:
     image = noise((64, 96))
     canvas = Scale(range=(0.75, 0.75))(Canvas((64, 96)), np.random.default_rng(0))
-    canvas = canvas.then(shifting(5, 7), (20, 30))
+    canvas = canvas.then(shift_matrix(5, 7), (20, 30))
     expected = F.interpolate(image[None], (48, 72), mode="bilinear", antialias=True)[0]
     result, _, _ = warp(image, None, canvas.matrix, canvas.size)
     assert torch.equal(result, expected[:, 7:27, 5:35])
@@ -384,7 +384,7 @@ def test_largest_class_share_by_hand() -> None:
 
 def test_entirely_outside_is_padding() -> None:
     turn = Rotate(degrees=(20.0, 20.0))(Canvas(SIZE), np.random.default_rng(0)).matrix
-    for matrix in (shifting(500, 0), shifting(500, 0) @ turn):
+    for matrix in (shift_matrix(500, 0), shift_matrix(500, 0) @ turn):
         result, mask, inside = warp(noise(), labels(), matrix, (20, 30))
         assert torch.isfinite(result.float()).all()
         assert (mask == 255).all()

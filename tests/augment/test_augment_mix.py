@@ -1,13 +1,10 @@
 """Mixtures: what is pasted comes with its labels, and rare classes come first."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from segkit.augment import Pipeline, generator
-from segkit.augment.mix import rare_weights
-from segkit.core.errors import ConfigError
 
 SIZE = (64, 96)
 
@@ -114,10 +111,3 @@ def test_without_a_mask_only_the_image_changes() -> None:
     image, mask = pipeline(flat(1)[0], None, generator(0, 0, 0), scene)
     assert mask is None
     assert not torch.equal(image, flat(1)[0].float())
-
-
-def test_rare_weights_by_hand() -> None:
-    counts = np.array([[9, 0], [5, 0], [7, 1], [0, 0]])
-    np.testing.assert_allclose(rare_weights(counts), np.array([1, 1, 3, 0]) / 5)
-    with pytest.raises(ConfigError, match="objects"):
-        rare_weights(np.zeros((3, 2)))

@@ -12,16 +12,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional as tv
 
+import segkit
 from segkit.augment import OPERATIONS, Pipeline, generator
 from segkit.augment.color import COLOR, CURVES
 from segkit.augment.filters import FILTERS
 from segkit.augment.geometry import GEOMETRY
 from segkit.augment.mix import MIX
-from segkit.augment.pipeline import Curve, Filter, Mix, Recolor, Warp
-from segkit.core.config import load
-from segkit.core.errors import ConfigError
+from segkit.augment.pipeline import Curve, Filter, Mix, Recolor, Warp, build_pipeline
+from segkit.core.config import load, parse
+from segkit.core.errors import ConfigError, DataError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = (65, 97)
@@ -327,13 +330,13 @@ def test_pipelines_travel_to_workers() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "rotat", "degrees": [0, 1]}, r"augment\.train\[0\]\.name.*rotate"),
-        ({"name": "rotate", "degree": [0, 1]}, r"augment\.train\[0\]\.degree.*degrees"),
-        ({"name": "rotate", "degrees": [30, -30]}, r"augment\.train\[0\].*degrees.*low then high"),
-        ({"name": "rotate", "degrees": "30"}, r"augment\.train\[0\]\.degrees"),
-        ({"name": "hflip", "p": 1.5}, r"augment\.train\[0\]\.p.*0 to 1"),
-        ({"name": "hflip", "p": True}, r"augment\.train\[0\]\.p"),
-        ({"p": 0.5}, r"augment\.train\[0\]\.name"),
+        ({"name": "rotat", "degrees": [0, 1]}, r"operations\[0\]\.name.*rotate"),
+        ({"name": "rotate", "degree": [0, 1]}, r"operations\[0\]\.degree.*degrees"),
+        ({"name": "rotate", "degrees": [30, -30]}, r"operations\[0\].*degrees.*low then high"),
+        ({"name": "rotate", "degrees": "30"}, r"operations\[0\]\.degrees"),
+        ({"name": "hflip", "p": 1.5}, r"operations\[0\]\.p.*0 to 1"),
+        ({"name": "hflip", "p": True}, r"operations\[0\]\.p"),
+        ({"p": 0.5}, r"operations\[0\]\.name"),
     ],
 )
 def test_bad_operations_are_told_with_their_path(spec: dict, message: str) -> None:
@@ -344,3 +347,80 @@ def test_bad_operations_are_told_with_their_path(spec: dict, message: str) -> No
 def test_mixtures_need_others() -> None:
     with pytest.raises(ConfigError, match="other labelled images"):
         pipeline(["cutmix"])(*sample(), generator(0, 0, 0))
+
+
+def test_a_configurations_errors_name_its_key() -> None:
+    broken = parse({"augment": {"train": ["hflip", {"name": "rotat"}]}})
+    with pytest.raises(ConfigError, match=r"augment\.train\[1\]\.name.*rotate"):
+        build_pipeline(broken)
+
+
+def test_filters_of_the_mask_do_without_a_mask() -> None:
+    image, _ = sample()
+    run = levels([{"name": "closing", "on": "mask", "classes": [1]}])
+    result, mask = run(image, None, generator(0, 0, 0))
+    assert torch.equal(result, image.float())
+    assert mask is None
+
+
+def test_numpy_images_and_masks_need_no_other_argument() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (65, 97, 3), dtype=np.uint8)
+    mask = rng.integers(0, 11, (65, 97), dtype=np.uint8)
+    augment = segkit.Pipeline([{"name": "crop", "size": [48, 64]}, "hflip", "photometric"])
+    pixels, labels = augment(image, mask)
+    assert (pixels.shape, pixels.dtype) == ((3, 48, 64), torch.float32)
+    assert (labels.shape, labels.dtype) == ((48, 64), torch.uint8)
+    draws = {augment(image, mask)[0].numpy().tobytes() for _ in range(5)}
+    assert len(draws) == 5, "each call draws new numbers"
+
+
+def test_nothing_to_do_normalizes_as_torchvision_does() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (33, 41, 3), dtype=np.uint8)
+    expected = tv.normalize(tv.to_tensor(image), MEAN, STD)
+    for picture in (image, Image.fromarray(image), image[:, ::-1][:, ::-1]):
+        pixels, none = segkit.Pipeline([])(picture)
+        torch.testing.assert_close(pixels, expected)
+        assert none is None
+
+
+def test_long_masks_suit_the_losses_of_torch() -> None:
+    image = np.zeros((16, 20, 3), np.uint8)
+    mask = np.full((16, 20), 2)
+    pixels, labels = segkit.Pipeline([{"name": "pad", "size": [20, 20]}])(image, mask, long=True)
+    assert labels.dtype == torch.int64
+    logits = pixels.new_zeros(1, 3, 20, 20)
+    loss = torch.nn.functional.cross_entropy(logits, labels[None], ignore_index=255)
+    assert loss == pytest.approx(np.log(3))
+    assert labels.unique().tolist() == [2, 255]
+
+
+def test_a_generator_repeats_a_call_and_equals_tensors() -> None:
+    image, mask = sample()
+    augment = segkit.Pipeline(WHOLE)
+    first = augment(image, mask, generator(1, 2, 3))
+    again = augment(image.permute(1, 2, 0).numpy(), mask.numpy(), generator(1, 2, 3))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "message"),
+    [
+        (np.zeros((8, 9, 3)), None, r"image: is float64 of shape \(8, 9, 3\); expected uint8"),
+        (np.zeros((8, 9), np.uint8), None, r"image: .*\(8, 9\); expected uint8 \(H, W, 3\)"),
+        (np.zeros((8, 9, 3), np.uint8), np.zeros((8, 9)), "mask: is float64"),
+        (np.zeros((8, 9, 3), np.uint8), np.full((8, 9), -1), "mask: has values -1 to -1"),
+        (np.zeros((8, 9, 3), np.uint8), np.zeros((9, 8), np.uint8), r"mask: has shape \(9, 8\)"),
+    ],
+)
+def test_bad_images_and_masks_are_refused(image: np.ndarray, mask: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        segkit.Pipeline([])(image, mask)
+
+
+def test_augmentations_are_listed() -> None:
+    assert segkit.list_augmentations() == sorted(OPERATIONS)
+    assert segkit.list_augmentations("flip") == ["hflip", "vflip"]
+    assert segkit.list_augmentations("*_blur") == ["gaussian_blur", "median_blur"]
+    assert segkit.list_augmentations("no such") == []
