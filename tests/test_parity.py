@@ -56,7 +56,7 @@ def equal(ours: Tensor, theirs: Tensor) -> None:
 
 def whole(report: Report) -> None:
     """Nothing keeps its initial values; of the file only what no logits depend on is skipped."""
-    assert not report.fresh
+    assert not report.initialized
     assert "of a decoder" not in report.skipped.values()
 
 

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     print(f"{source}: {checkpoint.title}")
     print(f"  backbone  {backbones or 'none of segkit has its structure'}")
     decoder = checkpoint.decoder or "of segkit"
-    print(f"  decoder   {checkpoint.instead if checkpoint.decoder is None else decoder}")
+    print(f"  decoder   {checkpoint.reason if checkpoint.decoder is None else decoder}")
     print(f"  classes   {checkpoint.classes or 'unknown'}")
     print(f"  entries   {about['entries']:,}, {about['values']:,} values")
     if report:
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
 
 def _show(report: Report) -> None:
     print(f"would load {len(report.loaded):,} entries of this model")
-    for word, reasons in (("newly initialized", report.fresh), ("skipped", report.skipped)):
+    for word, reasons in (("newly initialized", report.initialized), ("skipped", report.skipped)):
         for reason in dict.fromkeys(reasons.values()):
             names = [name for name, why in reasons.items() if why == reason]
             more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""

@@ -28,13 +28,12 @@ from segkit.models.backbones.hrnet import HRNet
 from segkit.models.backbones.swin import Swin
 from segkit.models.backbones.torchvision import convnext, deep_stem, half_resnet18, resnet
 from segkit.models.decoders import DECODERS
-from segkit.models.pretrained import Report, convnets, load_file, load_state, swin
+from segkit.models.pretrained import Report, load_file, load_state
 from segkit.models.pretrained.loading import windows
 from segkit.models.pretrained.reading import read_file
 from segkit.models.pretrained.recognition import recognize
 from segkit.models.pretrained.safetensors import read_safetensors
 from segkit.models.pretrained.swin import from_unfold, resize_bias_table
-from segkit.models.pretrained.whole import WHOLE
 from segkit.models.segmenter import Segmenter, build_model
 
 State = dict[str, Tensor]
@@ -264,10 +263,11 @@ def test_real_weights_load_from_a_file(shared_data: Path) -> None:
     assert report is not None
     assert len(report.loaded) == len(model.backbone.state_dict())
     assert {name.split(".")[0] for name in report.skipped} == {"features", "classifier"}
-    assert {name.split(".")[0] for name in report.fresh} == {"decoder"}
+    assert {name.split(".")[0] for name in report.initialized} == {"decoder"}
     assert report.summary() == (
         f"{path}: classifier by torchvision's names; 306 entries loaded, "
-        f"{len(report.fresh)} newly initialized (the file has no decoder: {len(report.fresh)}), "
+        f"{len(report.initialized)} newly initialized "
+        f"(the file has no decoder: {len(report.initialized)}), "
         "8 skipped (not of a backbone: 8)"
     )
 
@@ -304,7 +304,7 @@ def test_a_file_from_before_batches_were_counted(resnet18: State) -> None:
     model = build_model("resnet18", "fcn", num_classes=3)
     report = load_state(model, old, source="old")
     same(model.backbone, resnet18, but=("num_batches_tracked",))
-    assert sum(name.startswith("backbone.") for name in report.fresh) == 20
+    assert sum(name.startswith("backbone.") for name in report.initialized) == 20
 
 
 def without(state: State, name: str) -> State:
@@ -360,7 +360,7 @@ def test_torchvisions_whole_models() -> None:
             state = random_state(build(layers, head(512, 3), FCNHead(256, 3)))
         model = build_model("resnet18", decoder, num_classes=3)
         report = load_state(model, state, source="theirs")
-        assert not report.fresh
+        assert not report.initialized
         assert not report.skipped
         assert sorted(v.sum().item() for v in model.state_dict().values()) == sorted(
             v.sum().item() for v in state.values()
@@ -517,7 +517,7 @@ def test_swin_by_every_projects_names(project: str) -> None:
     index = {k: v.clone() for k, v in model.backbone.state_dict().items() if "index" in k}
     report = load_state(model, theirs, source="theirs")
     norms = {f"backbone.norm{i}.{kind}" for i in range(4) for kind in ("weight", "bias")}
-    fresh = {name for name in report.fresh if name.startswith("backbone.")}
+    fresh = {name for name in report.initialized if name.startswith("backbone.")}
     assert fresh == (norms if project in ("microsoft", "timm") else set())
     same(model.backbone, state | index, but=tuple(n.removeprefix("backbone.") for n in fresh))
     titles = {"microsoft": "Microsoft", "hugging face": "Hugging Face"}
@@ -647,7 +647,7 @@ def test_upernet_on_swin_whole(project: str) -> None:
     theirs |= openmmlab_head(head, spelled=project == "hugging face")
     index = {f"backbone.{k}": v for k, v in model.backbone.state_dict().items() if "index" in k}
     report = load_state(model, theirs, source="theirs")
-    assert not report.fresh
+    assert not report.initialized
     same(model, under("backbone.", backbone) | head | index)
 
 
@@ -657,7 +657,7 @@ def test_mmsegmentations_pspnet_whole() -> None:
     theirs = under("backbone.", swin_names("mmsegmentation", backbone)) | openmmlab_head(head)
     report = load_state(model, theirs, source="theirs")
     assert report.title == "PSPNet of mmsegmentation, Swin by mmsegmentation's names"
-    assert not report.fresh
+    assert not report.initialized
     same(model, under("backbone.", backbone) | head, but=("index",))
 
 
@@ -668,7 +668,7 @@ def test_class_heads_of_another_size_stay_fresh_and_are_told() -> None:
     theirs = under("backbone.", swin_names("mmsegmentation", backbone)) | openmmlab_head(head)
     report = load_state(model, theirs, source="theirs")
     heads = [f"decoder.{h}.{k}" for h in ("classifier", "aux.4") for k in ("weight", "bias")]
-    assert report.fresh == dict.fromkeys(heads, "3 classes in the file, 5 here")
+    assert report.initialized == dict.fromkeys(heads, "3 classes in the file, 5 here")
     assert report.skipped["decode_head.conv_seg.weight"] == "not of this model"
     same(model, under("backbone.", backbone) | head | {h: before[h] for h in heads}, but=("index",))
     assert "4 newly initialized (3 classes in the file, 5 here: 4)" in report.summary()
@@ -680,13 +680,13 @@ def test_parts_that_serve_training_may_be_missing_on_either_side() -> None:
     backbone, head = parts(with_aux)
     theirs = under("backbone.", swin_names("mmsegmentation", backbone)) | openmmlab_head(head)
     report = load_state(bare, theirs, source="theirs")
-    assert not report.fresh
+    assert not report.initialized
     skipped = {k for k, why in report.skipped.items() if why == "not of this model"}
     assert skipped == {name for name in theirs if name.startswith("auxiliary_head")}
     theirs = {k: v for k, v in theirs.items() if k not in skipped}
     report = load_state(with_aux, theirs, source="theirs")
-    assert {name.split(".")[1] for name in report.fresh} == {"aux"}
-    assert set(report.fresh.values()) == {"not in the file"}
+    assert {name.split(".")[1] for name in report.initialized} == {"aux"}
+    assert set(report.initialized.values()) == {"not in the file"}
 
 
 def test_another_decoder_leaves_ours_fresh_and_says_why() -> None:
@@ -701,8 +701,10 @@ def test_another_decoder_leaves_ours_fresh_and_says_why() -> None:
         report = load_state(model, theirs, source="theirs")
         same(model.backbone, backbone, but=("index",))
         same(model.decoder, before)
-        assert set(report.fresh) == {f"decoder.{name}" for name in before}
-        assert re.match(f"the file's decoder, upernet, differs: {sentence}", first(report.fresh))
+        assert set(report.initialized) == {f"decoder.{name}" for name in before}
+        assert re.match(
+            f"the file's decoder, upernet, differs: {sentence}", first(report.initialized)
+        )
         assert report.skipped["decode_head.conv_seg.weight"] == "of a decoder"
 
 
@@ -727,7 +729,7 @@ def test_mmsegmentations_other_models_give_their_backbone(names: list[str], why:
     theirs = under("backbone.", theirs) | {name: torch.zeros(2) for name in names}
     report = load_state(model, theirs, source="theirs")
     same(model.backbone, backbone)
-    assert why in first(report.fresh)
+    assert why in first(report.initialized)
     assert [k for k, reason in report.skipped.items() if reason == "of a decoder"] == names
 
 
@@ -786,7 +788,7 @@ def test_mmsegmentations_convolutional_heads_whole(name: str) -> None:
     report = load_state(model, under("backbone.", stem) | theirs, source="theirs")
     same(model.backbone, backbone_state)
     same(model.decoder, {key.removeprefix("decoder."): value for key, value in head.items()})
-    assert not report.fresh
+    assert not report.initialized
     assert not report.skipped
     untold = ["backbone.output_stride, 32"]
     if name == "deeplabv3plus":
@@ -872,7 +874,7 @@ def test_ocrnet_whole(project: str, tmp_path: Path) -> None:
         } < set(theirs)
     torch.save({"state_dict": theirs}, tmp_path / "ocr.pth")
     report = load_file(model, tmp_path / "ocr.pth")
-    assert not report.fresh
+    assert not report.initialized
     same(model, under("backbone.", backbone) | head)
     told = [f"made with {part}.align_corners False, this model has True" for part in PARTS]
     told += [
@@ -882,7 +884,7 @@ def test_ocrnet_whole(project: str, tmp_path: Path) -> None:
     if project == "authors":  # an older HRNet's only head serves as the auxiliary one
         older = {k.replace("aux_head", "last_layer"): v for k, v in theirs.items()}
         torch.save(older, tmp_path / "ocr.pth")
-        assert not load_file(model, tmp_path / "ocr.pth").fresh
+        assert not load_file(model, tmp_path / "ocr.pth").initialized
 
 
 PARTS = ("decoder", "backbone")
@@ -938,7 +940,7 @@ def test_smps_models_whole() -> None:
         if decoder == "unetplusplus":
             theirs = renamed(head, (r"^decoder\.classifier", "segmentation_head.0"))
         report = load_state(model, under("encoder.", backbone) | theirs, source="theirs")
-        assert not report.fresh
+        assert not report.initialized
         assert not report.skipped
         same(model, under("backbone.", backbone) | head)
         untold = [note.split(" in this model")[0] for note in report.notes if "not tell" in note]
@@ -977,7 +979,7 @@ def test_smps_other_models_give_their_encoder() -> None:
     other["segmentation_head.0.weight"] = torch.zeros(2, 16, 3, 3)
     report = load_state(model, under("encoder.", backbone) | other, source="theirs")
     same(model.backbone, backbone)
-    assert set(report.fresh.values()) == {"segkit has no decoder of its structure"}
+    assert set(report.initialized.values()) == {"segkit has no decoder of its structure"}
 
 
 # ---- EfficientNet and ConvNeXt: tests/test_parity.py compares outputs as well
@@ -1108,11 +1110,11 @@ def test_convnext(project: str) -> None:
     assert not report.skipped
     same(bare.backbone, state)
     report = load_state(normed, whole, source="theirs")
-    assert not [name for name in report.fresh if name.startswith("backbone.")]
+    assert not [name for name in report.initialized if name.startswith("backbone.")]
     assert not report.skipped
     same(normed.backbone, state)
     report = load_state(normed, theirs, source="theirs")
-    fresh = {name for name in report.fresh if name.startswith("backbone.")}
+    fresh = {name for name in report.initialized if name.startswith("backbone.")}
     assert fresh == {f"backbone.norm{i}.{kind}" for i in range(4) for kind in ("weight", "bias")}
     first_norm = "hidden_states_norms.stage1" if project == "hugging face" else "norm0"
     before = {name: value.clone() for name, value in bare.state_dict().items()}
@@ -1137,7 +1139,7 @@ def test_upernet_on_convnext_whole() -> None:
         theirs = under("backbone.", convnext_names(project, backbone))
         theirs |= openmmlab_head(head, spelled=project == "hugging face")
         report = load_state(model, theirs, source="theirs")
-        assert not report.fresh
+        assert not report.initialized
         assert not report.skipped
         same(model, under("backbone.", backbone) | head)
 
@@ -1152,17 +1154,17 @@ def test_a_runs_checkpoint_starts_another_run(tmp_path: Path) -> None:
     checkpoint.save({"model": model.state_dict(), "classes": ["a", "b", "c"]}, path)
     again = build_model("resnet18_half", "fcn", num_classes=3, weights=str(path), seed=1)
     assert again.report is not None
-    assert not again.report.fresh
+    assert not again.report.initialized
     same(again, model.state_dict())
     other = build_model("resnet18_half", "fcn", num_classes=4, weights=str(path))
     assert other.report is not None
-    assert set(other.report.fresh.values()) == {"3 classes in the file, 4 here"}
+    assert set(other.report.initialized.values()) == {"3 classes in the file, 4 here"}
     assert again.report.notes == (
         "the file does not tell the settings of the model that it was trained with",
     )
     unet = build_model("resnet18_half", "unet", num_classes=3, weights=str(path))
     assert unet.report is not None
-    assert first(unet.report.fresh).startswith("it differs: ")
+    assert first(unet.report.initialized).startswith("it differs: ")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -1200,26 +1202,51 @@ def test_a_runs_checkpoint_tells_its_settings(tmp_path: Path) -> None:
     ]
 
 
-def test_every_setting_that_a_naming_speaks_of_is_one_of_a_model() -> None:
+RESNET = ("conv1.", "layer1.0.conv1.")
+NAMES: list[tuple[str | None, str, tuple[str, ...]]] = [
+    (None, "", ("conv_stem.", "blocks.0.0.conv_dw.", "blocks.1.0.conv_pwl.")),
+    (None, "", ("_conv_stem.", "_blocks.0._depthwise_conv.")),
+    (None, "", ("features.0.0.",)),
+    (None, "", ("0.0.", "1.block.0.0.")),
+    (None, "", ("transition1.", "stage4.0.branches.")),
+    (None, "", ("transition1.", "stage4.0.branches.", "incre_modules.")),
+    ("ocrnet", "", ("transition1.", "stage4.0.branches.", "conv3x3_ocr.", "ocr_distri_head.")),
+    ("ocrnet", "backbone.", ("decode_head.0.convs.0.", "decode_head.1.object_context_block.")),
+    ("upernet", "backbone.", ("decode_head.lateral_convs.0.batch_norm.",)),
+    ("upernet", "backbone.", ("decode_head.lateral_convs.0.bn.",)),
+    ("pspnet", "backbone.", ("decode_head.psp_modules.0.",)),
+    ("deeplabv3plus", "backbone.", ("decode_head.sep_bottleneck.0.",)),
+    ("fcn", "backbone.", ("decode_head.convs.1.", "decode_head.conv_cat.")),
+    (None, "backbone.", ("decode_head.",)),
+    ("deeplabv3", "backbone.", ("classifier.0.convs.",)),
+    ("fcn", "backbone.", ("classifier.0.", "classifier.4.")),
+    ("unetplusplus", "encoder.", ("decoder.blocks.x_0_0.", "segmentation_head.")),
+    ("deeplabv3plus", "encoder.", ("decoder.aspp.0.", "decoder.block2.", "segmentation_head.")),
+    (None, "encoder.", ("decoder.", "segmentation_head.")),
+]
+"""A decoder, the prefix of the backbone's names, and beginnings of a project's names."""
+
+
+@pytest.mark.parametrize(("decoder", "prefix", "names"), NAMES)
+def test_every_setting_of_a_project_is_one_of_a_model(
+    decoder: str | None, prefix: str, names: tuple[str, ...]
+) -> None:
     """No note is lost by a misspelt or renamed attribute."""
-    names = ("resnet18_half", "efficientnet_b0", "hrnet_w18")
+    if prefix:
+        names += tuple(prefix + name for name in RESNET)
+    weights = recognize({f"{name}weight": torch.zeros(1) for name in names}, source="theirs")
+    assert weights.decoder == decoder
     with torch.device("meta"):
-        backbones = [BACKBONES[name]() for name in names]
-        for whole in WHOLE:
-            for builds in whole.decoder.builds or ("fcn",):
-                head = DECODERS[builds or "fcn"](
-                    channels=backbones[0].channels, strides=backbones[0].strides, num_classes=2
-                )
-                model = Segmenter(backbones[0], head)
-                for path in {**whole.decoder.settings({}), **whole.decoder.untold}:
-                    part, _, name = path.rpartition(".")
-                    owners = backbones if part == "backbone" else [model.get_submodule(part)]
-                    assert any(hasattr(owner, name) for owner in owners), (whole, path)
-    for naming in (*swin.NAMINGS, *convnets.NAMINGS):
-        for path in {**naming.settings({"incre_modules.": torch.zeros(1)}), **naming.untold}:
-            part, _, name = path.rpartition(".")
-            assert part == "backbone"
-            assert any(hasattr(owner, name) for owner in backbones), (naming.title, path)
+        backbones = [
+            BACKBONES[name]() for name in ("resnet18_half", "efficientnet_b0", "hrnet_w18")
+        ]
+        model = build_model("resnet18_half", decoder or "fcn", num_classes=2)
+    paths = [*weights.settings, *weights.unrecorded]
+    assert paths
+    for path in paths:
+        part, _, name = path.rpartition(".")
+        owners = backbones if part == "backbone" else [model.get_submodule(part)]
+        assert any(hasattr(owner, name) for owner in owners), path
 
 
 # ---- the command

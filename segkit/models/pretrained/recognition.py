@@ -1,95 +1,146 @@
-"""What a file of weights is, told by the names in it."""
+"""Recognition of a file of weights by the names in it."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from segkit.core.errors import CheckpointError
-from segkit.models.pretrained import convnets, swin
-from segkit.models.pretrained.naming import Naming, Renamed, State
-from segkit.models.pretrained.whole import OWN, WHOLE
+import torch
 
-_OWN_BACKBONE = Naming(title="", builds=("",), signature=())
+from segkit.core import checkpoint
+from segkit.core.config import build, parse
+from segkit.core.errors import CheckpointError, SegkitError
+from segkit.models.backbones import BACKBONES
+from segkit.models.decoders import DECODERS
+from segkit.models.pretrained import convnets
+from segkit.models.pretrained.decoders import OWN, find_decoder
+from segkit.models.pretrained.names import Entries, Project, State
+from segkit.models.pretrained.swin import find_swin
+
 _CLASSIFIER = re.compile(
     r"(?:decoder\.|decode_head\.)?"
     r"(?:head|head\.fc|fc|_fc|last_linear|conv_seg|classifier(?:\.\d)?)\.weight"
 )
 
+SETTINGS = {
+    "backbone": ("output_stride", "contract_dilation", "like", "upsampling", "align_corners"),
+    "decoder": ("align_corners", "rates", "bins", "average", "pruned"),
+}
+"""Attributes of backbones and decoders that change what they compute with the same weights."""
+
 
 @dataclass(frozen=True)
-class Found:
-    """What a file is, its entries under the names they have here.
+class Weights:
+    """The weights in a file by segkit's names, and what is known of the model they are from.
 
     Args:
-        title: For people.
-        builds: Beginnings of the names in ``BACKBONES`` that it may be.
-        decoder: The name in ``DECODERS``; empty where it is one of segkit's own checkpoints,
-            ``None`` where there is none, or none of this structure here.
-        instead: Why there is no decoder.
-        backbone: Entries of the backbone, without a prefix.
-        head: Entries of the decoder, with ``decoder.`` before them.
-        settings: Attributes of a model that computes what the file's own project computes.
-        untold: Attributes that the file does not tell, and what its project's files have.
-        differs: What the project computes otherwise, or may.
-        classes: Rows of its classifier, if it has one.
+        title: Architecture and project, for reports.
+        backbones: Prefixes of the names in ``BACKBONES`` that it may be.
+        decoder: The name in ``DECODERS``; empty for any of segkit's own, ``None`` for no decoder,
+            or one of another structure than segkit's.
+        reason: Why there is no decoder.
+        backbone: Entries of the backbone, their names without a prefix.
+        head: Entries of the decoder, their names with the prefix ``decoder.``.
+        settings: Attributes of a model that computes what the file's project computes.
+        unrecorded: Attributes that the file does not tell, and what its project's files have.
+        differences: What the project computes differently, or may.
+        classes: Number of classes of its classifier, if it has one.
     """
 
     title: str
-    builds: tuple[str, ...]
+    backbones: tuple[str, ...]
     decoder: str | None
-    instead: str
-    backbone: Renamed
-    head: Renamed
+    reason: str
+    backbone: Entries
+    head: Entries
     settings: Mapping[str, Any]
-    untold: Mapping[str, str]
-    differs: tuple[str, ...]
+    unrecorded: Mapping[str, str]
+    differences: tuple[str, ...]
     classes: int | None
 
 
-def recognize(state: State, *, source: str) -> Found:
-    """Tell what a file is, and give its entries the names they have here.
+def recognize(state: State, *, source: str) -> Weights:
+    """Return the weights of a file by segkit's names.
+
+    Args:
+        state: The file's entries.
+        source: The file, for errors.
 
     Raises:
-        CheckpointError: It is of no architecture that segkit has.
+        CheckpointError: If no architecture of segkit has these names.
     """
-    whole = next(one for one in WHOLE if one.decoder.describes(state))
-    prefix = whole.backbone
-    inside = {k: v for k, v in state.items() if prefix and k.startswith(prefix)}
-    head = whole.decoder.rename({k: v for k, v in state.items() if k not in inside})
-    if not prefix:
-        inside = {name: state[name] for name in head.unknown}
+    decoder = find_decoder(state)
+    inside = {name for name in state if decoder.prefix and name.startswith(decoder.prefix)}
+    head = decoder.rename({name: state[name] for name in state if name not in inside})
+    if not decoder.prefix:  # all that is not of the decoder
+        inside = set(head.unknown)
         head = replace(head, unknown=())
-    trunk = {name.removeprefix(prefix): tensor for name, tensor in inside.items()}
-    namings = [_OWN_BACKBONE] if whole is OWN else [*swin.NAMINGS, *convnets.NAMINGS]
-    naming = next((one for one in namings if one.describes(trunk)), None)
-    if naming is None:
+    trunk = {name.removeprefix(decoder.prefix): state[name] for name in state if name in inside}
+    project = _find_backbone(trunk) if decoder is not OWN else Project("", ("",), ours="")
+    if project is None:
         raise CheckpointError(
             f"{source}: its names ('{next(iter(state))}', ...) are of no backbone that segkit "
             "knows; docs/weights.md lists those"
         )
     try:
-        backbone = naming.rename(trunk, prefix=prefix)
-        settings = whole.decoder.settings(state) | naming.settings(trunk)
-    except (RuntimeError, IndexError) as error:  # of tensors whose shapes cannot be what they say
-        raise CheckpointError(f"{source}: has shapes that are of no {naming.title}") from error
-    builds = whole.decoder.builds
-    untold = {**naming.untold, **whole.decoder.untold}
-    doubts = () if whole.decoder.title else naming.doubts
-    return Found(
-        title=", ".join(title for title in (whole.decoder.title, naming.title) if title),
-        builds=naming.builds,
-        decoder=builds[0] if builds else None,
-        instead=whole.instead,
+        backbone = project.rename(trunk, prefix=decoder.prefix)
+    except (RuntimeError, IndexError) as error:  # in the conversion of a tensor of another shape
+        raise CheckpointError(f"{source}: has shapes that are of no {project.title}") from error
+    settings = {**decoder.settings, **project.settings}
+    unrecorded = {**project.unrecorded, **decoder.unrecorded}
+    caveats = () if decoder.title else project.caveats
+    return Weights(
+        title=", ".join(title for title in (decoder.title, project.title) if title),
+        backbones=project.fits,
+        decoder=decoder.fits[0] if decoder.fits else None,
+        reason=decoder.reason,
         backbone=backbone,
         head=head,
         settings=settings,
-        untold={path: why for path, why in untold.items() if path not in settings},
-        differs=(*whole.decoder.differs, *naming.differs, *doubts),
+        unrecorded={path: why for path, why in unrecorded.items() if path not in settings},
+        differences=(*decoder.differences, *project.differences, *caveats),
         classes=_classes(head.tensors or state),
+    )
+
+
+def _find_backbone(state: State) -> Project | None:
+    return (
+        find_swin(state)
+        or convnets.find_efficientnet(state)
+        or convnets.find_convnext(state)
+        or convnets.find_hrnet(state)
+        or convnets.find_resnet(state)
+        or convnets.find_torchvision(state)
     )
 
 
 def _classes(state: State) -> int | None:
     heads = [x for name, x in state.items() if _CLASSIFIER.fullmatch(name) and x.ndim > 1]
     return heads[-1].shape[0] if heads else None
+
+
+def recorded_settings(path: Path) -> dict[str, Any] | None:
+    """Return the :data:`SETTINGS` of the model of a checkpoint of segkit.
+
+    Returns:
+        ``None`` if the file has no configuration, or an invalid one.
+    """
+    if checkpoint.stored_digest(path) is None:
+        return None
+    state = checkpoint.load(path, mmap=True, verify=False)
+    parts = {}
+    try:
+        config = parse(state["config"], str(path)).model
+        with torch.random.fork_rng(devices=()), torch.device("meta"):
+            backbone = parts["backbone"] = build(BACKBONES, config.backbone, "backbone")
+            shape = {"channels": backbone.channels, "strides": backbone.strides, "num_classes": 2}
+            parts["decoder"] = build(DECODERS, config.decoder, "decoder", **shape)
+    except (KeyError, TypeError, AttributeError, SegkitError):
+        return None
+    values = {
+        f"{part}.{name}": getattr(parts[part], name, None)
+        for part, names in SETTINGS.items()
+        for name in names
+    }
+    return {path: value for path, value in values.items() if value is not None}

@@ -1,80 +1,90 @@
-"""Swin Transformers by the names of Microsoft, timm, mmsegmentation and Hugging Face."""
+"""Swin Transformers by the names of Microsoft, timm, mmsegmentation and transformers."""
 
 import re
-from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from segkit.models.pretrained.naming import HUGGING_FACE_NORMS, Naming, Rule
+from segkit.models.pretrained.names import HUGGING_FACE_NORM, Project, State, Substitutions, has
 
-# Here, as in torchvision, features.0 is the patches, then stages and mergings alternate.
-
-
-def _stage(becomes: str) -> Callable[[re.Match[str]], str]:
-    """A block's entry: stage and block are the pattern's first two groups."""
-    return lambda match: f"features.{2 * int(match[1]) + 1}.{match[2]}.{match.expand(becomes)}"
-
-
-def _merging(first: int) -> Callable[[re.Match[str]], str]:
-    """A merging's entry; ``first`` is the number of the one after the first stage."""
-    return lambda match: f"features.{2 * (int(match[1]) - first + 1)}.{match[2]}"
+_SHIFTS = (
+    "its project shifts windows along a side that a single window covers, this model does not: "
+    "outputs differ for images with a side of at most 32 times the window"
+)
+_HUGGING_FACE = (
+    r"(?:swin\.)?encoder\.layers\.0\.blocks\.0\.attention\."
+    r"(self|relative_position_bias)\.relative_position_bias"
+)
 
 
-def _rules(
-    block: str, parts: Sequence[tuple[str, str]], *, patches: str, merging: str, first: int = 0
-) -> tuple[Rule, ...]:
-    """Rules of a naming whose blocks, patches and mergings begin with these patterns."""
-    return (
-        *((rf"{block}\.{pattern}", _stage(becomes)) for pattern, becomes in parts),
-        (rf"{patches}proj(?:ection)?\.(\w+)", r"features.0.0.\1"),
-        (rf"{patches}norm\.(\w+)", r"features.0.2.\1"),
-        (rf"{merging}\.(norm\.\w+|reduction\.\w+)", _merging(first)),
-        (r"norm([0-3])\.(\w+)", r"norm\1.\2"),
+def find_swin(state: State) -> Project | None:
+    """Return the project whose names of a Swin Transformer these are, if any."""
+    if has(state, r"layers\.0\.blocks\.0\.attn\.relative_position_bias"):
+        if has(state, r"layers\.3\.downsample"):  # each merging before its stage
+            return _swin(
+                "timm",
+                "timm fills maps up to whole windows after it shifted them, this model before: "
+                "outputs differ where a map is not made of whole windows",
+                first_merging=1,
+            )
+        return _swin("Microsoft", f"if it is of Microsoft's segmentation code, {_SHIFTS}")
+    if has(state, r"stages\.0\.blocks\.0\.attn\.w_msa\."):
+        return _swin("mmsegmentation", _SHIFTS)
+    return _swin("Hugging Face", _SHIFTS) if has(state, _HUGGING_FACE) else None
+
+
+def _swin(project: str, difference: str, *, first_merging: int = 0) -> Project:
+    return Project(
+        f"Swin by {project}'s names",
+        ("swin_",),
+        _substitutions(first_merging),
+        ours=r"(features\.[0-7]|norm[0-3])\.",
+        ignored=r".*\.attn_mask$|(swin\.)?(norm|layernorm|head|head\.fc|classifier)\.\w+$",
+        convert=from_unfold if project == "mmsegmentation" else lambda name, tensor: tensor,
+        differences=(difference,),
     )
 
 
-_ATTENTION = (
-    (r"(norm[12]\.\w+)", r"\3"),
-    (r"attn\.((?:qkv|proj)\.\w+|relative_position_bias_table)", r"attn.\3"),
-    (r"mlp\.fc1\.(\w+)", r"mlp.0.\3"),
-    (r"mlp\.fc2\.(\w+)", r"mlp.3.\3"),
-)
-_OPENMMLAB = (
-    (r"(norm[12]\.\w+)", r"\3"),
-    (r"attn\.w_msa\.((?:qkv|proj)\.\w+|relative_position_bias_table)", r"attn.\3"),
-    (r"ffn\.layers\.0\.0\.(\w+)", r"mlp.0.\3"),
-    (r"ffn\.layers\.1\.(\w+)", r"mlp.3.\3"),
-)
-# Hugging Face's names on disk, and those of transformers 5 in memory.
-_HUGGING_FACE = (
-    (r"layernorm_before\.(\w+)", r"norm1.\3"),
-    (r"layernorm_after\.(\w+)", r"norm2.\3"),
-    (r"attention\.(?:self\.query|q_proj)\.(\w+)", r"attn.qkv.\3/0"),
-    (r"attention\.(?:self\.key|k_proj)\.(\w+)", r"attn.qkv.\3/1"),
-    (r"attention\.(?:self\.value|v_proj)\.(\w+)", r"attn.qkv.\3/2"),
-    (r"attention\.(?:output\.dense|o_proj)\.(\w+)", r"attn.proj.\3"),
-    (
-        r"attention\.(?:self|relative_position_bias)\.(relative_position_bias_table)",
-        r"attn.\3",
-    ),
-    (r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)", r"mlp.0.\3"),
-    (r"(?:output\.dense|mlp\.fc2)\.(\w+)", r"mlp.3.\3"),
-)
-_BEYOND = (
-    r".*\.(relative_position_index|attn_mask)$"
-    r"|(swin\.)?(norm|layernorm|head|head\.fc|classifier)\.\w+$"
-)
+def _substitutions(first_merging: int) -> Substitutions:
+    """Return substitutions for the names of all four projects, which no two use differently.
+
+    In torchvision and here ``features.0`` embeds patches; then stages and mergings alternate.
+
+    Args:
+        first_merging: Number of the merging after the first stage.
+    """
+    stages = r"^(?:swin\.)?(?:encoder\.)?(?:layers|stages)\.(\d)\."
+    embedding = r"^(?:patch_embed\.|(?:swin\.)?embeddings\.(?:patch_embeddings\.)?)"
+    return (
+        (r".*\.attn_mask$", ""),
+        (rf"{stages}blocks\.", lambda m: f"features.{2 * int(m[1]) + 1}."),
+        (rf"{stages}downsample\.", lambda m: f"features.{2 * (int(m[1]) - first_merging + 1)}."),
+        (rf"{embedding}proj(?:ection)?\.", "features.0.0."),
+        (rf"{embedding}norm\.", "features.0.2."),
+        (r"\.attn\.w_msa\.", ".attn."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        # Names on disk, and those of transformers 5 in memory.
+        (r"\.attention\.(?:self\.query|q_proj)\.(\w+)$", r".attn.qkv.\1/0"),
+        (r"\.attention\.(?:self\.key|k_proj)\.(\w+)$", r".attn.qkv.\1/1"),
+        (r"\.attention\.(?:self\.value|v_proj)\.(\w+)$", r".attn.qkv.\1/2"),
+        (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.attention\.(?:self|relative_position_bias)\.", ".attn."),
+        (r"\.(?:ffn\.layers\.0\.0|mlp\.fc1|intermediate\.dense)\.", ".mlp.0."),
+        (r"\.(?:ffn\.layers\.1|mlp\.fc2|output\.dense)\.", ".mlp.3."),
+        HUGGING_FACE_NORM,
+    )
 
 
 def from_unfold(name: str, tensor: Tensor) -> Tensor:
-    """A patch merging's entry of mmsegmentation, in Microsoft's and torchvision's order.
+    """Return an entry of mmsegmentation's patch merging in the order of everybody else.
 
     mmsegmentation unfolds 2x2 patches: its 4C inputs are C groups of the places (row, column)
     00, 01, 10, 11. Here they are four groups of C channels, the places in the order 00, 10, 01, 11.
 
-    Shape:
-        tensor: (2C, 4C) of the reduction, or (4C,) of the norm before it
+    Args:
+        name: segkit's name of the entry; those that are not of a merging are returned unchanged.
+        tensor: (2C, 4C) of the reduction, or (4C,) of the norm before it.
     """
     if not re.fullmatch(r"features\.[246]\.(norm|reduction)\.\w+", name):
         return tensor
@@ -83,11 +93,10 @@ def from_unfold(name: str, tensor: Tensor) -> Tensor:
 
 
 def resize_bias_table(table: Tensor, entries: int) -> Tensor:
-    """Relative position biases for another window: an image of offsets, resized bicubically.
+    """Return relative position biases for another window, resized bicubically.
 
-    Args:
-        table: ((2 window - 1)², heads).
-        entries: The other window's first axis.
+    Shape:
+        table: ((2 window - 1) ** 2, heads) -> (entries, heads)
     """
     old, new = side(table.shape[0]), side(entries)
     image = table.T.reshape(1, -1, old, old).float()
@@ -96,75 +105,5 @@ def resize_bias_table(table: Tensor, entries: int) -> Tensor:
 
 
 def side(entries: int) -> int:
-    """Side of the square that a table of relative positions is: twice its window less one."""
+    """Return the side of a table of relative positions, 2 window - 1, of its number of entries."""
     return round(entries**0.5)
-
-
-_LAYERS = r"layers\.(\d)\.blocks\.(\d+)"
-_STAGES = r"stages\.(\d)\.blocks\.(\d+)"
-_ENCODER = r"(?:swin\.)?encoder\.layers\.(\d)\.blocks\.(\d+)"
-
-_SHIFTS = (
-    "its project shifts windows along a side that a single window covers, this model does not: "
-    "outputs differ for images with a side of at most 32 times the window"
-)
-
-NAMINGS = (
-    Naming(
-        title="Swin by timm's names",
-        builds=("swin_",),
-        signature=(r"layers\.0\.blocks\.0\.attn\.relative_position_bias", r"layers\.3\.downsample"),
-        rules=_rules(
-            _LAYERS,
-            _ATTENTION,
-            patches=r"patch_embed\.",
-            merging=r"layers\.(\d)\.downsample",
-            first=1,
-        ),
-        beyond=_BEYOND,
-        differs=(
-            "timm fills maps up to whole windows after it shifted them, this model before: outputs "
-            "differ where a map is not made of whole windows",
-        ),
-    ),
-    Naming(
-        title="Swin by Microsoft's names",
-        builds=("swin_",),
-        signature=(r"layers\.0\.blocks\.0\.attn\.relative_position_bias",),
-        rules=_rules(
-            _LAYERS, _ATTENTION, patches=r"patch_embed\.", merging=r"layers\.(\d)\.downsample"
-        ),
-        beyond=_BEYOND,
-        differs=(f"if it is of Microsoft's segmentation code, {_SHIFTS}",),
-    ),
-    Naming(
-        title="Swin by mmsegmentation's names",
-        builds=("swin_",),
-        signature=(r"stages\.0\.blocks\.0\.attn\.w_msa\.",),
-        rules=_rules(
-            _STAGES, _OPENMMLAB, patches=r"patch_embed\.", merging=r"stages\.(\d)\.downsample"
-        ),
-        beyond=_BEYOND,
-        after=from_unfold,
-        differs=(_SHIFTS,),
-    ),
-    Naming(
-        title="Swin by Hugging Face's names",
-        builds=("swin_",),
-        signature=(
-            rf"{_ENCODER}\.attention\.(self|relative_position_bias)\.relative_position_bias",
-        ),
-        rules=(
-            *_rules(
-                _ENCODER,
-                _HUGGING_FACE,
-                patches=r"(?:swin\.)?embeddings\.(?:patch_embeddings\.)?",
-                merging=r"(?:swin\.)?encoder\.layers\.(\d)\.downsample",
-            ),
-            HUGGING_FACE_NORMS,
-        ),
-        beyond=_BEYOND,
-        differs=(_SHIFTS,),
-    ),
-)
-"""In the order they are tried."""

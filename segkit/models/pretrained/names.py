@@ -1,0 +1,105 @@
+"""Renaming of a file's entries to segkit's names, and what is known of its project."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+Substitutions = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+"""Patterns and replacements for ``re.sub``, applied to a name in this order."""
+
+HUGGING_FACE_NORM = (
+    r"^hidden_states_norms\.stage([1-4])\.",
+    lambda match: f"norm{int(match[1]) - 1}.",
+)
+"""Substitution for the norms of feature maps in backbones of transformers."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of a file by segkit's names.
+
+    Args:
+        tensors: Values by segkit's names.
+        names: The file's name of each of them.
+        ignored: Names in the file that are known to be of no backbone or decoder of segkit.
+        unknown: Other names in the file.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Project:
+    """The names that a project gives to a backbone or to a decoder, and how it computes.
+
+    Args:
+        title: Architecture and project, for reports.
+        fits: Prefixes of the backbones' names that it may be; of a decoder, its name.
+        substitutions: From the project's names to segkit's. Entries that become ``NAME/0``,
+            ``NAME/1``, ... are concatenated to ``NAME``.
+        ours: Pattern of the names that may result.
+        ignored: Pattern of other names in the project's files, such as a classifier's head.
+        convert: Converts a tensor, given its new name.
+        settings: Attributes of a model that computes as the project does, where the names tell.
+        unrecorded: The same where no name tells, and what the project's files were made with.
+        differences: Sentences on what the project computes differently, which no setting changes.
+        caveats: Sentences on other files of backbones that have the same names.
+        prefix: Of a decoder: prefix of the backbone's names beside it.
+        reason: Of a decoder: why segkit has none, if ``fits`` is empty.
+    """
+
+    title: str
+    fits: tuple[str, ...]
+    substitutions: Substitutions = ()
+    ours: str = "(?!)"
+    ignored: str = "(?!)"
+    convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    unrecorded: Mapping[str, str] = field(default_factory=dict)
+    differences: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
+    prefix: str = "backbone."
+    reason: str = ""
+
+    def rename(self, state: State, *, prefix: str = "") -> Entries:
+        """Return the entries by segkit's names; ``prefix`` was removed from the file's names."""
+        parts: dict[str, dict[str, str]] = {}
+        rest = []
+        for theirs in state:
+            ours, _, part = substitute(theirs, self.substitutions).partition("/")
+            if re.match(self.ours, ours) and part not in parts.get(ours, ()):
+                parts.setdefault(ours, {})[part] = theirs
+            else:
+                rest.append(theirs)
+        tensors = {}
+        for ours, names in parts.items():
+            values = [state[names[part]] for part in sorted(names)]
+            joined = torch.cat(values) if len(values) > 1 else values[0]
+            tensors[ours] = self.convert(ours, joined)
+        ignored = [name for name in rest if re.match(self.ignored, name)]
+        return Entries(
+            tensors,
+            {ours: prefix + [*names.values()][-1] for ours, names in parts.items()},
+            ignored=tuple(prefix + name for name in ignored),
+            unknown=tuple(prefix + name for name in rest if name not in ignored),
+        )
+
+
+def has(state: State, *patterns: str) -> bool:
+    """Return True if each pattern matches the beginning of some name."""
+    return all(any(re.match(pattern, name) for name in state) for pattern in patterns)
+
+
+def substitute(name: str, substitutions: Substitutions) -> str:
+    """Apply ``re.sub`` with each of the substitutions."""
+    for pattern, replacement in substitutions:
+        name = re.sub(pattern, replacement, name)
+    return name
