@@ -9,8 +9,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from segkit.commands import console, reference
 from segkit.core import checkpoint, distributed
 from segkit.core.config import Config
-from segkit.core.errors import ArgumentError, ConfigError, DataError, SegkitError
+from segkit.core.errors import ConfigError, DataError, SegkitError
 from segkit.core.files import write_json
 from segkit.core.labels import IGNORE
 from segkit.core.run import Run
@@ -64,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     with (
         distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device,
         console.memory_advice(console.MEMORY_TO_PREDICT),
-        naming_options(),
+        console.naming_options(allow_leak="--allow-leak", kind="--soup", vote="--vote"),
     ):
         photos = open_photos(args, cfg)
         out, folder = claim_folders(args, runs[0], photos.source)
@@ -120,20 +119,6 @@ def main(argv: Sequence[str]) -> None:
     if args.images and left_out:  # after the session, because only rank 0 raises
         count = len(left_out) + len(photos.indices)
         raise DataError(f"{len(left_out)} of {count} images cannot be read and have no results")
-
-
-@contextmanager
-def naming_options() -> Iterator[None]:
-    """Name this command's options in errors of the library that name arguments."""
-    options = {"allow_leak": "--allow-leak", "kind": "--soup", "vote": "--vote"}
-    try:
-        yield
-    except ArgumentError as error:
-        raise SegkitError(
-            error.sentence(
-                lambda name, value: options[name] if value is True else f"{options[name]} {value}"
-            )
-        ) from error
 
 
 def open_photos(args: argparse.Namespace, cfg: Config) -> Images:

@@ -510,7 +510,8 @@ def find_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
         if not args.run_dir and not interrupted:
             candidates = [run for run in candidates if args.resume and run.resumable()]
         run = candidates[0] if candidates else Run(new_folder(name))
-        run.check(config.to_dict(cfg), resume=resume)
+        with console.naming_options(resume="--resume"):
+            run.check(config.to_dict(cfg), resume=resume)
     folder, resume = distributed.broadcast((run and run.folder, resume))
     return run or Run(folder), resume
 

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from segkit.core import distributed
 from segkit.core.errors import (
     LOST_RANK,
+    ArgumentError,
     SegkitError,
     explain,
     is_out_of_memory,
@@ -111,6 +112,23 @@ def memory_advice(advice: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise SegkitError(f"{memory_summary(error)}: {advice}") from error
+
+
+@contextmanager
+def naming_options(**options: str) -> Iterator[None]:
+    """Name options of a command in errors of the library, which name arguments.
+
+    Args:
+        options: Option for each argument, such as ``resume="--resume"``.
+    """
+
+    def write(name: str, value: object) -> str:
+        return options[name] if value is True else f"{options[name]} {value}"
+
+    try:
+        yield
+    except ArgumentError as error:
+        raise SegkitError(error.sentence(write)) from error
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -266,10 +266,10 @@ def _read_merged(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
             f"{path}: base: {quoted(base)} is a cycle, {chain} → {below}; "
             "expected a configuration that does not build on this one"
         )
-    return _merge(_read_merged(below, files), raw)
+    return merge(_read_merged(below, files), raw)
 
 
-def _merge(base: Any, values: Any) -> Any:
+def merge(base: Any, values: Any) -> Any:
     """Return ``base`` with ``values`` merged into it.
 
     Objects are merged key by key. Lists, and components of another name, are replaced.
@@ -282,7 +282,7 @@ def _merge(base: Any, values: Any) -> Any:
         return values
     if values.get("name", base.get("name")) != base.get("name"):
         return values
-    merged = {key: _merge(base[key], value) for key, value in values.items() if key in base}
+    merged = {key: merge(base[key], value) for key, value in values.items() if key in base}
     return {**base, **values, **merged}
 
 

@@ -18,16 +18,24 @@ import torchvision
 
 from segkit.core import __version__, distributed
 from segkit.core.checkpoint import RESUME, load_latest
-from segkit.core.errors import SegkitError, closest, explain, reason, shorten, summary
+from segkit.core.config import Config, merge, to_dict
+from segkit.core.errors import (
+    ArgumentError,
+    SegkitError,
+    closest,
+    explain,
+    reason,
+    shorten,
+    summary,
+)
 from segkit.core.files import fits, is_locked, lock, naming, regular, write_json, write_text
 
 RUNS = Path("runs")
 
 FREE = {
-    "note",
-    *("data.workers", "data.cache", "data.cache_gb"),
+    *("note", "data.workers", "data.cache", "data.cache_gb"),
     *("train.save_every", "train.log_every", "train.timeout"),
-    "infer.batch_size",
+    *("infer.batch_size", "infer.graphs"),
 }
 """Settings that a resumed run may change: the trained weights do not depend on them."""
 
@@ -37,28 +45,20 @@ GROWS = "train.epochs"
 LOST_MACHINE = 180.0
 """Seconds until a file server releases the locks of a lost machine."""
 
+_CLASSES = {"classes": [str], "category_ids": ({str: int}, None)}
+_PICTURE = {
+    **{"name": str, "miou": float, "iou": {str: float}, "worst": bool, "size": [int, int]},
+    **{"photograph": str, "truth": str, "predicted": str, "errors": str},
+}
+
 SHAPES: dict[str, Any] = {
     "config.json": {str: Any},
     "environment.json": {str: Any},
-    "classes.json": {"classes": [str], "category_ids": ({str: int}, None)},
-    "data.json": {
-        "format": int,
-        "classes": [str],
-        "category_ids": ({str: int}, None),
-        "images": {str: {str: [str, str]}},
-    },
+    "classes.json": _CLASSES,
+    "data.json": {**_CLASSES, "format": int, "images": {str: {str: [str, str]}}},
     "shares.json": [{"title": str, "images": int, "with_class": [float], "of_pixels": [float]}],
     "summary.json": {str: {"seconds": float}},
-    "evaluation.json": {
-        "matrix": [[int]],
-        "pictures": [
-            {
-                **{"name": str, "miou": float, "iou": {str: float}, "worst": bool},
-                **{"size": [int, int], "photograph": str, "truth": str},
-                **{"predicted": str, "errors": str},
-            }
-        ],
-    },
+    "evaluation.json": {"matrix": [[int]], "pictures": [_PICTURE]},
     "scores.json": [{"name": str}],
     "status.json": {"state": str, "sentence": str},
     "wandb.json": {"id": str},
@@ -68,15 +68,17 @@ SHAPES: dict[str, Any] = {
 EVENT = {"event": str, "time": float}
 """Required shape of every line of ``log.jsonl``."""
 
+_STEP = {"fold": int, "step": int}
+
 EVENTS: dict[str, Any] = {
-    "start": {"fold": int, "step": int, "parameters": int},
-    "resume": {"fold": int, "step": int},
-    "step": {"fold": int, "step": int, "epoch": int, "images_per_s": float},
+    "start": {**_STEP, "parameters": int},
+    "resume": _STEP,
+    "step": {**_STEP, "epoch": int, "images_per_s": float},
     "evaluate": {
-        **{"fold": int, "step": int, "epoch": int, "miou": float},
+        **{**_STEP, "epoch": int, "miou": float},
         **{"interval": [float, float], "iou": [(float, None)]},
     },
-    "non-finite": {"fold": int, "step": int, "images": [str]},
+    "non-finite": {**_STEP, "images": [str]},
     "fault": {"file": str, "sentence": str},
 }
 """Additional keys required of each kind of event."""
@@ -85,10 +87,10 @@ EVENTS: dict[str, Any] = {
 class Run:
     """The folder of one training run.
 
-    It contains ``config.json`` (resolved), ``folds.json``, ``classes.json``, ``environment.json``,
-    ``data.json`` (the data it trains on), ``log.jsonl``, ``status.json``, ``summary.json``, and for
-    each fold ``fold0/`` with ``last.pt``, ``best.pt`` and the top-k checkpoints; the process that
-    trains locks ``lock``.
+    It contains ``config.json`` (merged and complete), ``folds.json``, ``classes.json``,
+    ``environment.json``, ``data.json`` (the data it trains on), ``log.jsonl``, ``status.json``,
+    ``summary.json``, and for each fold ``fold0/`` with ``last.pt``, ``best.pt`` and the best
+    checkpoints; the process that trains locks ``lock``.
 
     Args:
         folder: Path of the folder. The constructor creates nothing; see :meth:`create`.
@@ -110,6 +112,28 @@ class Run:
         run.begin(config)
         return run
 
+    @classmethod
+    def open(cls, folder: str | Path | None) -> "Run":
+        """Return an existing run: a folder, or a name in ``runs/``.
+
+        Without a name, return the most recently started run that has a model.
+        """
+        if folder is None:
+            trained = next((run for run in runs() if run.folds()), None)
+            if trained is None:
+                raise SegkitError(
+                    f"no run in {RUNS.resolve()} has a model (best.pt) yet; train one, or name the "
+                    "folder of a run"
+                )
+            return trained
+        for path in (Path(folder), RUNS / folder):
+            if os.path.isfile(path / "config.json"):  # also False if the name is too long
+                return cls(path)
+        known = [path.parent.name for path in RUNS.glob("*/config.json")]
+        raise SegkitError(
+            f"{shorten(str(folder), 300)}: is not a run folder{closest(str(folder), known)}"
+        )
+
     @property
     def exists(self) -> bool:
         """True if the folder holds a run: :meth:`begin` writes ``config.json`` last."""
@@ -129,20 +153,17 @@ class Run:
         folder = self.folder
         if not self.exists:
             if folder.exists() and _holds_others(folder):
-                raise SegkitError(
-                    f"{folder}: is not empty and holds no run; name another --run-dir"
-                )
+                raise SegkitError(f"{folder}: is not empty and holds no run; choose another folder")
             return
         if not resume:
-            raise SegkitError(
-                f"{folder}: holds a run already; add --resume or name another --run-dir"
-            )
+            problem = f"{folder}: holds a run already"
+            raise ArgumentError(problem, "choose another folder", resume=[True])
         self._take_lock(LOST_MACHINE if self.interrupted_here() else None)
-        changed = _differences(self.read("config.json"), config)
+        changed = _differences(_complete(self.read("config.json")), _complete(config))
         if differing := [path for path in changed if path not in {*FREE, GROWS}]:
             raise SegkitError(
                 f"{folder}: was started with another configuration ({', '.join(differing)}); "
-                "resume with the same one or name another --run-dir"
+                "resume with the same one or choose another folder"
             )
         if GROWS in changed and config["train"]["epochs"] < (begun := self.epochs_begun()):
             raise SegkitError(
@@ -173,31 +194,9 @@ class Run:
             self._lock = lock(self.folder / "lock", patience)
         except BlockingIOError as error:
             raise SegkitError(
-                f"{self.folder}: {error.strerror} trains in it; wait for its end, or name another "
-                "--run-dir"
+                f"{self.folder}: {error.strerror} trains in it; wait for its end, or choose "
+                "another folder"
             ) from error
-
-    @classmethod
-    def open(cls, folder: str | Path | None) -> "Run":
-        """Return an existing run: a folder, or a name in ``runs/``.
-
-        Without a name, return the most recently started run that has a model.
-        """
-        if folder is None:
-            trained = next((run for run in runs() if run.folds()), None)
-            if trained is None:
-                raise SegkitError(
-                    f"no run in {RUNS.resolve()} has a model (best.pt) yet; train one, or name it "
-                    "by --run-dir"
-                )
-            return trained
-        for path in (Path(folder), RUNS / folder):
-            if os.path.isfile(path / "config.json"):  # also False if the name is too long
-                return cls(path)
-        known = [path.parent.name for path in RUNS.glob("*/config.json")]
-        raise SegkitError(
-            f"{shorten(str(folder), 300)}: is not a run folder{closest(str(folder), known)}"
-        )
 
     def interrupted_here(self) -> bool:
         """Return whether torchrun is restarting the job that began this run and did not finish it.
@@ -209,8 +208,6 @@ class Run:
         if job is None or not self.exists or (self.folder / "summary.json").exists():
             return False
         return self.optional("environment.json", {}).get("job") == job
-
-    # ---- state
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -247,7 +244,7 @@ class Run:
         return "stopped" if status["state"] == "running" else status["state"], status["sentence"]
 
     def resumable(self) -> bool:
-        """Return whether ``--resume`` may choose this run: it has a checkpoint, or did not fail."""
+        """Return True if the run has a saved state, or did not fail."""
         saved = any(self.folder.glob("fold*/last.pt"))
         status = self.optional("status.json", {})
         return saved or status.get("state") != "failed"
@@ -329,9 +326,7 @@ class Run:
         invalid = []
         for number, line in enumerate(self._lines(), 1):
             event = _parse(line)
-            if event is not None and fits(
-                event, {**EVENT, **EVENTS.get(str(event.get("event")), {})}
-            ):
+            if event and fits(event, EVENT | EVENTS.get(str(event.get("event")), {})):
                 yield event
             elif line.endswith(b"\n"):
                 invalid.append(number)
@@ -351,37 +346,35 @@ class Run:
 
     def epochs_begun(self) -> int:
         """Return the number of epochs begun by the furthest fold, according to the log."""
-        steps_per_epoch: dict[int, Any] = {}
+        lengths: dict[int, Any] = {}
         begun = 0
         for event in self.events():
             if event["event"] in ("start", "resume"):
                 length = event.get("steps_per_epoch")
-                steps_per_epoch[event["fold"]] = length if fits(length, int) else 0
+                lengths[event["fold"]] = length if fits(length, int) else 0
             elif event["event"] == "step":
-                length = steps_per_epoch.get(event["fold"])
+                length = lengths.get(event["fold"])
                 begun = max(begun, math.ceil(event["step"] / length) if length else event["epoch"])
         return begun
 
     def reopen(self, fold: int) -> None:
         """Remove a fold from ``summary.json``, because its training continues."""
-        path = self.folder / "summary.json"
-        summary = self.optional(path.name, {})
-        if summary.pop(f"fold{fold}", None) is None:
+        folds = self.optional("summary.json", {})
+        if folds.pop(f"fold{fold}", None) is None:
             return
-        if summary:
-            self.write(path.name, summary)
+        if folds:
+            self.write("summary.json", folds)
         else:
-            path.unlink()
+            (self.folder / "summary.json").unlink()
 
     def rewind(self, fold: int, step: int) -> None:
         """Remove events of ``fold`` after ``step``: a resumed run writes them again."""
-        kept = []
-        for event in map(_parse, self._lines()):
-            if event is None:
-                continue
-            placed = fits(event, {"fold": int, "step": int})
-            if not (placed and event["fold"] == fold and event["step"] > step):
-                kept.append(json.dumps(event) + "\n")
+        events = filter(None, map(_parse, self._lines()))
+        kept = [
+            json.dumps(event) + "\n"
+            for event in events
+            if not fits(event, _STEP) or event["fold"] != fold or event["step"] <= step
+        ]
         write_text(self.folder / "log.jsonl", "".join(kept), durable=True)
 
     def last(self, fold: int) -> dict[str, Any] | None:
@@ -449,15 +442,18 @@ def _holds_others(folder: Path) -> bool:
     return any(name not in known and not name.endswith(".json.writing") for name in names)
 
 
+def _complete(config: Mapping[str, Any]) -> Any:
+    """Return a configuration with the defaults of keys that its version of segkit did not have."""
+    return merge(to_dict(Config()), config)
+
+
 def _differences(known: Any, wanted: Any, path: str = "") -> list[str]:
     """Return the paths of the keys that differ between two configurations."""
-    if isinstance(known, Mapping) and isinstance(wanted, Mapping):
-        keys = sorted({*known, *wanted})
-        return [
-            name
-            for key in keys
-            for name in _differences(
-                known.get(key), wanted.get(key), f"{path}.{key}" if path else key
-            )
-        ]
-    return [] if known == wanted else [path]
+    if not (isinstance(known, Mapping) and isinstance(wanted, Mapping)):
+        return [] if known == wanted else [path]
+    prefix = f"{path}." if path else ""
+    return [
+        name
+        for key in sorted({*known, *wanted})
+        for name in _differences(known.get(key), wanted.get(key), f"{prefix}{key}")
+    ]

@@ -18,8 +18,8 @@ from made_run import made_run
 from segkit import train
 from segkit.commands.report import main as report
 from segkit.core import files
-from segkit.core.config import Config
-from segkit.core.errors import SegkitError
+from segkit.core.config import Config, override, to_dict
+from segkit.core.errors import ArgumentError, SegkitError
 from segkit.core.run import Run, runs
 from segkit.data.folds import Split
 from segkit.training.tracking import CSVTracker
@@ -172,6 +172,18 @@ def test_a_list_as_config_is_no_run(tmp_path: Path) -> None:
     (run.folder / "config.json").write_text("[]")
     with pytest.raises(SegkitError, match=r"config\.json: is damaged"):
         Run.create(run.folder, {}, resume=True)
+
+
+def test_a_run_resumes_with_settings_that_do_not_change_the_weights(tmp_path: Path) -> None:
+    before = to_dict(Config())
+    del before["infer"]["graphs"]  # of a version that did not have it
+    run = Run.create(tmp_path / "run", before)
+    after = override(Config(), ["note=b", "data.workers=3", "infer.graphs=false"])
+    run.check(to_dict(after), resume=True)
+    with pytest.raises(ArgumentError, match=r"holds a run already; .* pass resume=True"):
+        run.check(before, resume=False)
+    with pytest.raises(SegkitError, match=r"another configuration \(optim.lr\)"):
+        run.check(to_dict(override(Config(), ["optim.lr=0.5"])), resume=True)
 
 
 def test_a_run_goes_on_in_one_process_until_that_is_gone(
