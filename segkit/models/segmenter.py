@@ -124,6 +124,8 @@ def create_model(
     head: dict[str, Any] = {"name": decoder} if isinstance(decoder, str) else dict(decoder)
     encoder: dict[str, Any] = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
     _check_names(head.get("name"), encoder.get("name"))
+    if num_classes < 1:
+        raise ConfigError(f"num_classes: expected at least 1, got {num_classes}")
     if in_channels != 3:
         encoder["in_channels"] = in_channels
     return build_model(
@@ -201,8 +203,6 @@ def build_model(
         The model; its ``report`` says what was loaded, and its ``config`` is the section ``model``
         of a configuration that builds it again.
     """
-    if num_classes < 1:
-        raise ConfigError(f"num_classes: expected at least 1, got {num_classes}")
     values = nullcontext() if initialize else _without_values()
     with torch.random.fork_rng(devices=()), values:
         torch.default_generator.manual_seed(seed)
