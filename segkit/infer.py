@@ -35,7 +35,7 @@ from segkit.inference.candidates import (
     final_candidate,
     rival_candidates,
 )
-from segkit.inference.origin import claim
+from segkit.inference.origin import mark_folders
 from segkit.inference.outputs import PALETTES
 from segkit.inference.pseudo import Confidence, confident, write_pseudo_labels
 from segkit.inference.results import Results
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         console.naming_options(allow_leak="--allow-leak", kind="--soup", vote="--vote"),
     ):
         photos = open_photos(args, cfg)
-        out, folder = claim_folders(args, runs[0], photos.source)
+        out, folder = prepare_folders(args, runs[0], photos.source)
         predictor = CandidatePredictor(runs, device, folder=folder, allow_leak=args.allow_leak)
         votes = VOTES if args.compare else (args.vote,)
         scorer = Scorer(predictor, votes=votes)
@@ -88,7 +88,9 @@ def main(argv: Sequence[str]) -> None:
         # ---- scores of the final candidate and its rivals, if there are labels
         truth = open_truth(args, cfg, photos)
         if truth is not None:
-            scorer.evaluate_masks(final, truth, results.mask)
+            names, true_mask = truth.source.names, truth.source.mask
+            masks = ((i, results.mask(names[i]), true_mask(i)) for i in truth.share())
+            scorer.record(final, truth, scorer.count(masks, truth))
         columns = [images for images in (common_selection(runs), truth) if images is not None]
         candidates = [final] if columns else []
         if columns and (args.compare or (truth is not None and not args.brief)):
@@ -133,7 +135,7 @@ def open_photos(args: argparse.Namespace, cfg: Config) -> Images:
     return Images("test", source, list(range(len(source))), left_out={} if args.images else None)
 
 
-def claim_folders(args: argparse.Namespace, run: TrainedRun, source: Source) -> tuple[Path, Path]:
+def prepare_folders(args: argparse.Namespace, run: TrainedRun, source: Source) -> tuple[Path, Path]:
     """Mark the folders of results, of soups and of --pseudo as segkit's; return the first two."""
     test = args.out or run.folder / "infer"
     out = run.folder / "infer-images" if args.images and not args.out else test
@@ -141,7 +143,7 @@ def claim_folders(args: argparse.Namespace, run: TrainedRun, source: Source) -> 
         raise SegkitError(f"--pseudo {args.pseudo}: is the folder of the results; name another")
     if distributed.is_main():
         folders = dict.fromkeys([test, out, *([args.pseudo] if args.pseudo else [])])
-        claim(folders, reads=[source.path(index) for index in range(len(source))])
+        mark_folders(folders, reads=[source.path(index) for index in range(len(source))])
     distributed.barrier()
     return out, test
 
@@ -177,7 +179,7 @@ def write_results(
     origin = predictor.origin(candidate)
     missing = replace(photos, indices=results.start(origin, others=[SCORES]))
     soft = "soft" in infer.outputs
-    predicted = (predictor.probabilities if soft else predictor.masks)(candidate, missing)
+    predicted = predictor.predict(candidate, missing, soft=soft)
     total = len(missing.share())
     shown = distributed.Progress(predicted, "predict", total=total, unit="image", delay=0)
     for index, prediction, _ in shown:
@@ -208,22 +210,23 @@ def write_pseudo(
     states = [checkpoint.entries(path, needs) for path in candidate.paths]
     classes = states[0]["classes"]
     known = labelled_digests(predictor.runs)
-    marks = zip(photos.indices, photos.digests(), strict=True)
-    images = replace(photos, indices=[index for index, mark in marks if mark not in known])
+    digests = zip(photos.indices, photos.digests(), strict=True)
+    images = replace(photos, indices=[index for index, digest in digests if digest not in known])
     thresholds = find_thresholds(args, predictor, candidate, images)
     info = {
         "round": 1 + max(state.get("pseudo_round") or 0 for state in states),
         "candidate": candidate.name,
         "models": [predictor.digest(path) for path in candidate.paths],
         "thresholds": thresholds,
-        "trained_on": sorted({mark for state in states for mark in state["trained_on"]}),
+        "trained_on": sorted({image for state in states for image in state["trained_on"]}),
     }
     labels = Results(folder, source, indices=images.indices, classes=classes, outputs=())
     links = {index: f"images/{source.names[index]}" for index in images.indices}
     missing = labels.start(
         {**predictor.origin(candidate), **info}, others=["pseudo.json", *links.values()]
     )
-    for index, scored, _ in predictor.probabilities(candidate, replace(images, indices=missing)):
+    unlabelled = replace(images, indices=missing)
+    for index, scored, _ in predictor.predict(candidate, unlabelled, soft=True):
         labels.write(index, confident(scored, thresholds))
     distributed.barrier()
     if not distributed.is_main():
@@ -267,7 +270,7 @@ def find_thresholds(
     if not args.quantile:
         return each
     count = Confidence(classes)
-    for _, scored, _ in predictor.probabilities(candidate, images):
+    for _, scored, _ in predictor.predict(candidate, images, soft=True):
         count.add(scored)
     count.counts = distributed.all_reduce(count.counts.to(predictor.device)).cpu()
     return count.thresholds(each)

@@ -20,7 +20,7 @@ from segkit.inference.voting import HardVote, SoftVote
 from segkit.training.evaluate import predictions
 
 Predictions = Iterator[tuple[int, Tensor, Tensor | None]]
-"""Index of an image, its mask or probabilities, and its true mask where that is known."""
+"""Index of an image, its mask or probabilities, and its true mask if labels were asked for."""
 
 
 class CandidatePredictor:
@@ -45,83 +45,69 @@ class CandidatePredictor:
         self.runs, self.device, self.folder = runs, device, folder
         self._allow_leak = allow_leak
         folder.mkdir(parents=True, exist_ok=True)
-        # To verify a file is to read all of it.
+        # To verify a file is to read all of it; to fit coefficients, to predict once per view.
         self._digests: dict[Path, str] = {}
-        # Fitting them predicts the selection set once per view.
         self._view_coefficients: dict[tuple[Path, tuple[View, ...]], tuple[float, ...]] = {}
 
-    def masks(self, candidate: Candidate, images: Images) -> Predictions:
-        """Yield the candidate's masks of this rank's share of the images."""
-        if len(candidate.paths) == 1:
-            predict = self._member(candidate, candidate.paths[0])
-            yield from self.predictions(predict.mask, images, labels=images.source.labelled)
-        else:
-            (vote,) = self.cast(candidate, images, [candidate.vote])
-            for place, index in enumerate(images.share()):
-                if index not in (images.left_out or ()):
-                    yield index, vote.result(place), images.truth(index)
-
-    def probabilities(self, candidate: Candidate, images: Images) -> Predictions:
-        """Yield the candidate's probabilities of this rank's share of the images.
+    def predict(
+        self, candidate: Candidate, images: Images, *, soft: bool = False, labels: bool = False
+    ) -> Predictions:
+        """Yield masks of this rank's share of the images, or probabilities with ``soft``.
 
         Raises:
-            SegkitError: The candidate is a hard vote.
+            ArgumentError: Probabilities of a hard vote are asked for.
         """
         if len(candidate.paths) == 1:
-            predict = self._member(candidate, candidate.paths[0])
-            yield from self.predictions(predict.probabilities, images, labels=False)
-        else:
-            (vote,) = self.cast(candidate, images, [candidate.vote])
-            if not isinstance(vote, SoftVote):
-                raise ArgumentError(
-                    "a hard vote has no probabilities, which pseudo labels and the output 'soft' "
-                    "need",
-                    vote=["soft", "weighted"],
-                )
-            for place, index in enumerate(images.share()):
-                if index not in (images.left_out or ()):
-                    yield index, vote.probabilities(place), None
+            predictor = self._predictor(candidate, candidate.paths[0])
+            function = predictor.probabilities if soft else predictor.mask
+            yield from self.predictions(function, images, labels=labels)
+            return
+        if soft and candidate.vote == "hard":
+            raise ArgumentError(
+                "a hard vote has no probabilities, which pseudo labels and the output 'soft' need",
+                vote=["soft", "weighted"],
+            )
+        (vote,) = self.votes(candidate, images, [candidate.vote])
+        result = vote.probabilities if soft and isinstance(vote, SoftVote) else vote.result
+        for place, index in enumerate(images.share()):
+            if index not in (images.left_out or ()):
+                yield index, result(place), images.source.mask(index) if labels else None
 
-    def cast(
-        self, candidate: Candidate, images: Images, votes: Collection[str]
+    def votes(
+        self, candidate: Candidate, images: Images, kinds: Collection[str]
     ) -> list[HardVote | SoftVote]:
         """Return the checkpoints' votes on this rank's share, of several kinds in one pass.
 
         Raises:
-            SegkitError: The checkpoints have different classes, or one has no IoU for its
-                coefficients in a weighted vote.
+            SegkitError: The checkpoints have different classes.
+            ArgumentError: One has no IoU for its coefficients in a weighted vote.
         """
         states = [checkpoint.entries(path) for path in candidate.paths]
         if any(state["classes"] != states[0]["classes"] for state in states):
             raise SegkitError("the runs have different classes, so they cannot vote together")
         for path, state in zip(candidate.paths, states, strict=True):
-            if "weighted" in votes and "iou" not in state:
+            if "weighted" in kinds and "iou" not in state:
                 raise ArgumentError(
                     f"{path}: has no IoU of its classes, the coefficients of a weighted vote",
                     "train with data.selection above 0",
                     vote=["soft", "hard"],
                 )
-        mine = images.share()
+        mine, folder = images.share(), self.folder
         shapes, classes = [images.source.size(index) for index in mine], len(states[0]["classes"])
-        coefficients = torch.tensor([[iou or 0.0 for iou in s.get("iou", ())] for s in states])
-        ballots: list[HardVote | SoftVote] = [
-            HardVote(shapes, classes, folder=self.folder)
-            if vote == "hard"
-            else SoftVote(
-                shapes,
-                classes,
-                coefficients=coefficients if vote == "weighted" else None,
-                folder=self.folder,
-            )
-            for vote in votes
-        ]
+        iou = torch.tensor([[value or 0.0 for value in state.get("iou", ())] for state in states])
+        makers: dict[str, Callable[[], HardVote | SoftVote]] = {
+            "hard": lambda: HardVote(shapes, classes, folder=folder),
+            "soft": lambda: SoftVote(shapes, classes, folder=folder),
+            "weighted": lambda: SoftVote(shapes, classes, coefficients=iou, folder=folder),
+        }
+        votes = [makers[kind]() for kind in kinds]
         place = {index: number for number, index in enumerate(mine)}
         for voter, path in enumerate(candidate.paths):
-            predict = self._member(candidate, path)
-            for index, scored, _ in self.predictions(predict.probabilities, images, labels=False):
-                for ballot in ballots:
-                    ballot.add(place[index], scored, voter=voter)
-        return ballots
+            probabilities = self._predictor(candidate, path).probabilities
+            for index, scored, _ in self.predictions(probabilities, images, labels=False):
+                for vote in votes:
+                    vote.add(place[index], scored, voter=voter)
+        return votes
 
     def origin(self, candidate: Candidate) -> dict[str, Any]:
         """Return all that a candidate's predictions depend on; JSON can hold it."""
@@ -137,7 +123,7 @@ class CandidatePredictor:
             "device": self.device.type,
             "models": models,
             "views": [str(view) for view in candidate.views],
-            "vote": candidate.way.vote,
+            "vote": candidate.key.vote,
         }
 
     def digest(self, path: Path) -> str:
@@ -146,32 +132,11 @@ class CandidatePredictor:
             self._digests[path] = checkpoint.digest(path)
         return self._digests[path]
 
-    def load(
-        self,
-        path: Path,
-        *,
-        views: tuple[View, ...] = (),
-        coefficients: Sequence[float] | None = None,
-        fuse: bool = True,
-    ) -> Predictor:
-        """Return a checkpoint's predictor, set up by its own configuration and the overrides.
-
-        Args:
-            path: The checkpoint, verified first.
-            views: See :class:`segkit.inference.predictor.Predictor`.
-            coefficients: One for each view; default equal.
-            fuse: Fuse BatchNorm; without, the model can load other weights.
-        """
+    def load(self, path: Path, **options: Any) -> Predictor:
+        """Return a checkpoint's predictor; see :func:`segkit.inference.model_file.load`."""
         self.digest(path)
-        return load(
-            path,
-            device=self.device,
-            views=views,
-            coefficients=coefficients,
-            overrides=self.runs[0].overrides,
-            fuse=fuse,
-            verify=False,
-        )
+        overrides = self.runs[0].overrides
+        return load(path, device=self.device, overrides=overrides, verify=False, **options)
 
     def view_coefficients(self, path: Path, views: tuple[View, ...]) -> tuple[float, ...]:
         """Return a checkpoint's coefficient for each view, fitted on the selection set.
@@ -180,30 +145,27 @@ class CandidatePredictor:
             SegkitError: The runs have no selection set in common.
             LeakError: The checkpoint trained on some of it.
         """
-        if (path, views) not in self._view_coefficients:
-            images = common_selection(self.runs)
-            if images is None:
-                raise SegkitError(
-                    "view coefficients are fitted on a selection set; "
-                    "train with data.selection above 0"
-                )
-            soup.check_selection([path], images.digests(), allow_leak=self._allow_leak)
-            self._view_coefficients[path, views] = self._fit_coefficients(path, views, images)
-        return self._view_coefficients[path, views]
-
-    def _fit_coefficients(
-        self, path: Path, views: tuple[View, ...], images: Images
-    ) -> tuple[float, ...]:
+        if (path, views) in self._view_coefficients:
+            return self._view_coefficients[path, views]
+        images = common_selection(self.runs)
+        if images is None:
+            raise SegkitError(
+                "view coefficients are fitted on a selection set; train with data.selection above 0"
+            )
+        soup.check_selection([path], images.digests(), allow_leak=self._allow_leak)
         row = {index: number for number, index in enumerate(images.indices)}
-        predict = self.load(path)
         samples = torch.zeros(len(views), len(row), 1024)
+        predictor = self.load(path)
         for number, view in enumerate(views):
-            predict.views = (view,)
-            for index, scored, mask in self.predictions(predict.probabilities, images, labels=True):
+            predictor.views = (view,)
+            predicted = self.predictions(predictor.probabilities, images, labels=True)
+            for index, scored, mask in predicted:
                 assert mask is not None
                 samples[number, row[index]] = true_class_samples(scored, mask).cpu()
         samples = distributed.all_reduce(samples.to(self.device)).cpu().flatten(1)
-        return tuple(fit_coefficients(samples[:, ~samples[0].isnan()]))
+        fitted = tuple(fit_coefficients(samples[:, ~samples[0].isnan()]))
+        self._view_coefficients[path, views] = fitted
+        return fitted
 
     def predictions(
         self, predict: Callable[[Tensor], Tensor], images: Images, *, labels: bool
@@ -220,7 +182,6 @@ class CandidatePredictor:
             left_out=images.left_out,
         )
 
-    def _member(self, candidate: Candidate, path: Path) -> Predictor:
-        """Return the predictor of a candidate's checkpoint, with the candidate's views."""
+    def _predictor(self, candidate: Candidate, path: Path) -> Predictor:
         fitted = self.view_coefficients(path, candidate.views) if candidate.fitted else None
         return self.load(path, views=candidate.views, coefficients=fitted)

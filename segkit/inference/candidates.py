@@ -36,8 +36,8 @@ class Candidate:
     vote: str = "soft"
 
     @property
-    def way(self) -> "Candidate":
-        """All that decides the predictions: no name, and no vote of a single checkpoint."""
+    def key(self) -> "Candidate":
+        """Everything that decides the predictions: no name, and no vote of a single checkpoint."""
         return replace(self, name="", vote=self.vote if len(self.paths) > 1 else "")
 
 
@@ -55,9 +55,7 @@ def final_candidate(
     Args:
         runs: Trained runs.
         kind: Kind of each run's soup; with ``None`` the best checkpoints of all folds vote.
-        views: See :class:`Candidate`.
-        fitted: See :class:`Candidate`.
-        vote: See :class:`Candidate`.
+        views, fitted, vote: See :class:`Candidate`.
         soup_of: Makes a run's soup.
     """
     paths = [
@@ -109,7 +107,7 @@ def rival_candidates(
         for candidate in shown
         if final.views and (everything or not candidate.name.endswith("uniform soup"))
     ]
-    return [rival for rival in (*alone, *mixed, *viewed) if rival.way != final.way]
+    return [rival for rival in (*alone, *mixed, *viewed) if rival.key != final.key]
 
 
 def possible_votes(paths: Sequence[Path], votes: Sequence[str]) -> list[str]:

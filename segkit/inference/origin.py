@@ -18,7 +18,7 @@ NAME = "origin.json"
 _DRAFT = f".{NAME}.writing"  # may remain if a process is killed while writing
 
 
-def claim(folders: Iterable[Path], *, reads: Iterable[Path] = ()) -> None:
+def mark_folders(folders: Iterable[Path], *, reads: Iterable[Path] = ()) -> None:
     """Mark folders as result folders; each must be new, empty, or a result folder already.
 
     Args:
@@ -48,11 +48,11 @@ def claim(folders: Iterable[Path], *, reads: Iterable[Path] = ()) -> None:
             write_json(folder / NAME, {"files": []})
 
 
-def renew(folder: Path, origin: Mapping[str, Any], files: Sequence[str]) -> None:
+def update_origin(folder: Path, origin: Mapping[str, Any], files: Sequence[str]) -> None:
     """List files that segkit will write; delete listed files if the origin has changed.
 
     Args:
-        folder: A claimed folder.
+        folder: A folder of :func:`mark_folders`.
         origin: JSON values of everything that the results depend on.
         files: Paths relative to the folder.
 
@@ -108,11 +108,9 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _are_names(files: Any) -> bool:
     """Return whether ``files`` is a list of paths that stay in their folder."""
-    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
-        return False
     try:
         for name in files:
             check_name(name)
-    except DataError:
+    except (DataError, TypeError, AttributeError):
         return False
-    return True
+    return isinstance(files, list)

@@ -13,7 +13,7 @@ from segkit.core import distributed
 from segkit.data.images import open_image
 from segkit.data.loader import digests
 from segkit.data.source import Source
-from segkit.inference.origin import renew
+from segkit.inference.origin import update_origin
 from segkit.inference.outputs import (
     SAFE,
     Color,
@@ -65,7 +65,7 @@ class Results:
 
         ``origin.json`` records everything that the results depend on. If it is unchanged, existing
         results are kept, and an interrupted inference continues; else they are removed.
-        The folder must be claimed; see :mod:`segkit.inference.origin`.
+        The folder must be marked; see :func:`segkit.inference.origin.mark_folders`.
 
         Args:
             origin: JSON values of everything that predictions depend on, except the images.
@@ -81,7 +81,7 @@ class Results:
             files = {index: [self._path(kind, index) for kind in kinds] for index in self.indices}
             gathered = [name for kind, name in GATHERED.items() if kind in self.outputs]
             listed = [*(path for paths in files.values() for path in paths), *gathered, *others]
-            renew(self.folder, {**origin, "images": images.hexdigest()}, listed)
+            update_origin(self.folder, {**origin, "images": images.hexdigest()}, listed)
             missing = [
                 index
                 for index, paths in files.items()

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from segkit.core import __version__, checkpoint, config, distributed
 from segkit.core.errors import ArgumentError, CheckpointError
 from segkit.inference import soup
@@ -46,17 +44,28 @@ class RunSoups:
             kind: ``"greedy"``, ``"uniform"`` or ``"learned"``.
 
         Raises:
-            SegkitError: The kind needs a selection set and the run has none.
+            ArgumentError: The kind needs a selection set and the run has none.
             LeakError: An ingredient trained on images of the selection set.
             CheckpointError: A file that is no soup has the soup's name.
         """
         paths = run.best_checkpoints()
         if len(paths) == 1:
             return paths[0]
-        selection = run.selection()
-        leaked = self._check_selection(run, kind, paths, selection)
+        selection, leaked = run.selection(), 0
+        if selection is not None:
+            allow_leak = self._allow_leak or kind == "uniform"  # which chooses nothing
+            leaked = soup.check_selection(paths, selection.digests(), allow_leak=allow_leak)
+        elif kind != "uniform":
+            raise ArgumentError(
+                f"{run.folder}: held no selection set out, which a {kind} soup needs",
+                "train with data.selection above 0",
+                kind=["uniform"],
+            )
         path = self._folder / f"{kind}-soup-of-{run.folder.name}.pt"
-        origin = self._origin(run, kind, paths, selection)
+        digests = [self._scorer.predictor.digest(ingredient) for ingredient in paths]
+        chosen_by = selection.digests() if selection else []
+        depends_on = [__version__, kind, digests, chosen_by, config.to_dict(run.config)]
+        origin = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
         known = _origin_of(path) if path.exists() else None
         if distributed.broadcast(known) != origin:
             state = self._make(run, kind, paths, selection, Candidate("", (path,)))
@@ -65,21 +74,6 @@ class RunSoups:
                 checkpoint.save(state, path)
             distributed.barrier()
         return path
-
-    def _check_selection(
-        self, run: TrainedRun, kind: str, paths: Sequence[Path], selection: Images | None
-    ) -> int:
-        """Return how many images of the selection set the ingredients trained on."""
-        if selection is not None:
-            allow_leak = self._allow_leak or kind == "uniform"  # which chooses nothing
-            return soup.check_selection(paths, selection.digests(), allow_leak=allow_leak)
-        if kind != "uniform":
-            raise ArgumentError(
-                f"{run.folder}: held no selection set out, which a {kind} soup needs",
-                "train with data.selection above 0",
-                kind=["uniform"],
-            )
-        return 0
 
     def _make(
         self,
@@ -94,8 +88,8 @@ class RunSoups:
         barriers: list[dict[str, Any]] = []
         own: list[float] = []
         if selection is not None:
-            evaluations = [self._scorer.evaluation(Candidate("", (p,)), selection) for p in paths]
-            own = [mean_iou(evaluation) for evaluation in evaluations]
+            alone = [Candidate("", (path,)) for path in paths]
+            own = [mean_iou(self._scorer.evaluation(each, selection)) for each in alone]
             if run.folder not in self._barriers:
                 heights = soup.check_barriers(paths, trial.score, scores=own)
                 self._barriers[run.folder] = heights
@@ -103,8 +97,8 @@ class RunSoups:
         if kind == "uniform":
             mixed = soup.uniform(paths)
         else:
-            mix = soup.greedy if kind == "greedy" else soup.learned
-            mixed = mix(paths, trial.score, scores=own)
+            search = soup.greedy if kind == "greedy" else soup.learned
+            mixed = search(paths, trial.score, scores=own)
         if len(mixed.members) > 1:
             trial.load(mixed.weights)
             mixed = replace(mixed, weights=trial.model.state_dict())
@@ -116,15 +110,6 @@ class RunSoups:
             self._scorer.record(result, selection, counted)
         return state
 
-    def _origin(
-        self, run: TrainedRun, kind: str, paths: Sequence[Path], selection: Images | None
-    ) -> str:
-        """Return a digest of all that a soup depends on."""
-        chosen_by = selection.digests() if selection else []
-        files = [self._scorer.predictor.digest(path) for path in paths]
-        everything = [__version__, kind, files, chosen_by, config.to_dict(run.config)]
-        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
-
 
 class _Trial:
     """A model that is given the weights of one mixture after another, to score them."""
@@ -133,16 +118,16 @@ class _Trial:
         self, scorer: Scorer, run: TrainedRun, path: Path, selection: Images | None
     ) -> None:
         self._scorer, self._run, self._selection = scorer, run, selection
-        self._predict = scorer.predictor.load(path, fuse=False)
-        self.model = self._predict.model
+        self._predictor = scorer.predictor.load(path, fuse=False)
+        self.model = self._predictor.model
 
-    def load(self, weights: dict[str, Tensor]) -> None:
+    def load(self, weights: soup.State) -> None:
         """Load weights and estimate the BatchNorm statistics that belong to them."""
         self.model.load_state_dict(weights)
         batches = self._run.training_batches(self._scorer.predictor.device)
         soup.reestimate_batchnorm(self.model, batches)
 
-    def score(self, weights: dict[str, Tensor]) -> float:
+    def score(self, weights: soup.State) -> float:
         """Return the mean IoU of weights on the selection set."""
         self.load(weights)
         return mean_iou(self.evaluate())
@@ -151,8 +136,10 @@ class _Trial:
         """Return the counts of the model on the selection set."""
         assert self._selection is not None
         # Fused as every checkpoint is when it is scored, so that the scores are equal to the bit.
-        self._predict.model = fuse_batch_norm(self.model)
-        return self._scorer.evaluate(self._predict.mask, self._selection)
+        self._predictor.model = fuse_batch_norm(self.model)
+        predictions = self._scorer.predictor.predictions
+        masks = predictions(self._predictor.mask, self._selection, labels=True)
+        return self._scorer.count(masks, self._selection)
 
 
 def _origin_of(path: Path) -> str | None:

@@ -1,11 +1,9 @@
 """Scores of candidates on labelled images, and their rows of scores.json."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from segkit.core import checkpoint
 from segkit.inference.candidate_predictor import CandidatePredictor, Predictions
@@ -30,45 +28,34 @@ class Scorer:
 
     def evaluation(self, candidate: Candidate, images: Images) -> Evaluation:
         """Return the counts of a candidate on labelled images."""
-        key = _key(candidate, images)
+        key = candidate.key, tuple(images.digests())
         if key in self._evaluations:
             return self._evaluations[key]
-        shown = f"{candidate.name}, {images.title}"
+        title = f"{candidate.name}, {images.title}"
         if len(candidate.paths) == 1:
-            masks = self.predictor.masks(candidate, images)
-            self.record(candidate, images, self._count(masks, images, shown))
+            masks = self.predictor.predict(candidate, images, labels=True)
+            self.record(candidate, images, self.count(masks, images, title))
         else:
             possible = possible_votes(candidate.paths, self._votes)
-            votes = dict.fromkeys([candidate.vote, *possible])
-            ballots = self.predictor.cast(candidate, images, votes)
-            for vote, ballot in zip(votes, ballots, strict=True):
-                mine = enumerate(images.share())
-                masks = ((i, ballot.result(at), images.truth(i)) for at, i in mine)
-                counted = self._count(masks, images, shown)
-                self.record(replace(candidate, vote=vote), images, counted)
+            kinds = dict.fromkeys([candidate.vote, *possible])
+            votes = self.predictor.votes(candidate, images, kinds)
+            for kind, vote in zip(kinds, votes, strict=True):
+                shared, mask = enumerate(images.share()), images.source.mask
+                masks = ((index, vote.result(at), mask(index)) for at, index in shared)
+                counted = self.count(masks, images, title)
+                self.record(replace(candidate, vote=kind), images, counted)
         return self._evaluations[key]
 
-    def evaluate(self, predict: Callable[[Tensor], Tensor], images: Images) -> Evaluation:
-        """Return the counts of any model; ``predict`` maps images to masks."""
-        return self._count(self.predictor.predictions(predict, images, labels=True), images)
-
-    def evaluate_masks(
-        self, candidate: Candidate, images: Images, mask: Callable[[str], Tensor]
-    ) -> None:
-        """Evaluate a candidate by masks that it has made before.
-
-        Args:
-            candidate: The candidate.
-            images: With labels.
-            mask: Returns the candidate's mask of an image's name.
-        """
-        names, truth = images.source.names, images.source.mask
-        masks = ((i, mask(names[i]), truth(i)) for i in images.share())
-        self.record(candidate, images, self._count(masks, images))
+    def count(
+        self, masks: Predictions, images: Images, description: str = "evaluate"
+    ) -> Evaluation:
+        """Return the counts of this rank's masks, summed over the ranks."""
+        device = self.predictor.device
+        return count(masks, images.source, images.indices, device=device, description=description)
 
     def record(self, candidate: Candidate, images: Images, evaluation: Evaluation) -> None:
         """Keep a candidate's evaluation that was made elsewhere."""
-        self._evaluations[_key(candidate, images)] = evaluation
+        self._evaluations[candidate.key, tuple(images.digests())] = evaluation
 
     def row(
         self, candidate: Candidate, final: Candidate, columns: Sequence[Images]
@@ -81,7 +68,7 @@ class Scorer:
             ]
         states = [checkpoint.entries(path) for path in candidate.paths]
         row["soups"] = [state["soup"] for state in states if "soup" in state]
-        trained_on = {mark for state in states for mark in state.get("trained_on", ())}
+        trained_on = {image for state in states for image in state.get("trained_on", ())}
         for images in columns:
             own = self.evaluation(candidate, images)
             row[images.title] = {
@@ -99,21 +86,6 @@ class Scorer:
                     "interval": interval,
                 }
         return row
-
-    def _count(
-        self, masks: Predictions, images: Images, description: str = "evaluate"
-    ) -> Evaluation:
-        return count(
-            masks,
-            images.source,
-            images.indices,
-            device=self.predictor.device,
-            description=description,
-        )
-
-
-def _key(candidate: Candidate, images: Images) -> tuple[Candidate, tuple[str, ...]]:
-    return candidate.way, tuple(images.digests())
 
 
 def mean_iou(evaluation: Evaluation) -> float:

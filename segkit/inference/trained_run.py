@@ -45,10 +45,6 @@ class Images:
         """Return the digests of the image files."""
         return digests(self.source, self.indices)
 
-    def truth(self, index: int) -> Tensor | None:
-        """Return the true mask of an image, ``None`` in a source without labels."""
-        return self.source.mask(index) if self.source.labelled else None
-
 
 class TrainedRun:
     """A run to predict with.
@@ -114,16 +110,14 @@ class TrainedRun:
 
 def common_selection(runs: Sequence[TrainedRun]) -> Images | None:
     """Return the images that every run held out, ``None`` if there are none."""
-    sets = []
-    for run in runs:
-        held_out = run.selection()
-        if held_out is None:
-            return None
-        sets.append(held_out)
-    first, *others = sets
-    held_by_others = [set(images.digests()) for images in others]
+    first, *others = [run.selection() for run in runs]
+    if first is None:
+        return None
+    common = set(first.digests())
+    for images in others:
+        common.intersection_update(images.digests() if images else ())
     own = zip(first.indices, first.digests(), strict=True)
-    indices = [index for index, mark in own if all(mark in held_out for held_out in held_by_others)]
+    indices = [index for index, digest in own if digest in common]
     return replace(first, indices=indices) if indices else None
 
 
