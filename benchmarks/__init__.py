@@ -1,4 +1,4 @@
-"""Ratios against other projects, measured in one process by taking turns; never a test."""
+"""Ratios against other projects, measured by alternating in one process; never a test."""
 
 import argparse
 import ctypes
@@ -20,19 +20,19 @@ from segkit.training.step import precision
 
 @dataclass(frozen=True)
 class Figure:
-    """One comparison.
+    """A comparison.
 
     Args:
-        name: What was done.
-        peer: Who else did it.
-        peer_version: Of the peer.
+        name: The task.
+        peer: The other project.
+        peer_version: Its version.
         ratio: The peer's time, or memory, over ours: above 1 is better.
         spread: Lower and upper quartile of the ratio over the rounds.
-        threads: That each side was given.
-        ours: What we reach, in ``unit``.
-        theirs: What the peer reaches.
-        limit: What the machine has, where that was measured.
-        unit: Of these three.
+        threads: Number of threads of each side.
+        ours: Our result, in ``unit``.
+        theirs: The peer's result.
+        limit: The machine's own rate, where it was measured.
+        unit: Unit of these three.
     """
 
     name: str
@@ -102,7 +102,7 @@ def take_turns(
 
 
 def clock_for(threads: int, device: str = "cpu") -> Callable[[], float]:
-    """The processor's time where one thread of it does all of the work, else the wall clock's."""
+    """Return the clock of the processor's time for work of one thread, else the wall clock."""
     return time.process_time if threads == 1 and device == "cpu" else time.perf_counter
 
 
@@ -115,7 +115,7 @@ def _seconds(function: Callable[[], object], clock: Callable[[], float]) -> floa
 
 
 def version_of(package: str) -> str | None:
-    """The version of a peer; one that is not installed is reported on stderr."""
+    """Return the version of a peer, or None, with a sentence on stderr, if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -132,27 +132,27 @@ def bf16(device: str = "cpu") -> torch.dtype | None:
 
 
 def matmul_rate(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
-    """GFLOP/s of a product of large square matrices: what a network of matrix products could do."""
+    """Return the GFLOP/s of a product of large square matrices."""
     side = 2048 if device == "cpu" else 8192
     x = torch.ones(side, side, dtype=dtype, device=device)
     return 2 * side**3 / 1e9 / best_of(lambda: x @ x)
 
 
 def copy_rate(device: str = "cpu") -> float:
-    """GB/s read and written by copying a tensor much larger than a cache."""
+    """Return the GB/s read and written by copying a tensor much larger than a cache."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / 1e9 / best_of(lambda: target.copy_(source))
 
 
 def best_of(function: Callable[[], object], times: int = 7) -> float:
-    """The least of some calls' seconds."""
+    """Return the smallest time of some calls, in seconds."""
     clock = clock_for(torch.get_num_threads(), "cuda" if torch.cuda.is_available() else "cpu")
     return min(_seconds(function, clock) for _ in range(times))
 
 
 def peak_memory(work: Callable[..., object], *arguments: object, device: str = "cpu") -> float:
-    """MiB that a call adds at its peak; on the CPU, to a process that has made one call (Linux)."""
+    """Return the MiB that a call adds at its peak; on the CPU, its second call in a new process."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -165,7 +165,7 @@ def peak_memory(work: Callable[..., object], *arguments: object, device: str = "
 
 def _peak(work: Callable[..., object], arguments: tuple) -> float:
     work(*arguments)
-    ctypes.CDLL(None).malloc_trim(0)  # or the call finds what the first one freed
+    ctypes.CDLL(None).malloc_trim(0)  # else the call reuses memory that the first one freed
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     work(*arguments)
@@ -178,13 +178,13 @@ def _status(field: str) -> int:
 
 
 def arguments(description: str, *, rounds: int = 25) -> argparse.ArgumentParser:
-    """The parser every benchmark starts from."""
+    """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON a figure")
-    parser.add_argument("--rounds", type=int, default=rounds, help="turns each side takes")
-    parser.add_argument("--threads", type=int, default=2, help="each side gets, where it can vary")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per figure")
+    parser.add_argument("--rounds", type=int, default=rounds, help="measurements of each side")
+    parser.add_argument("--threads", type=int, default=2, help="of each side, where they can vary")
     return parser
 
 

@@ -3,12 +3,11 @@
     python -m benchmarks.augment [--json] [--rounds 25] [--parts]
 
 One 512×512 uint8 photograph with its mask becomes a normalized float tensor of 384×384, on one
-thread, each library taking its turn; times are of the processor, not of the clock on the wall. A
-peer that is not installed is named on stderr and left out. torchvision has no RGB shift, so it is
-let off that one.
+thread; the libraries alternate, and times are of the processor, not wall clock. A peer that is not
+installed is named on stderr and left out. torchvision has no RGB shift and does without.
 
-``--parts`` compares the dearest functions alone with OpenCV's, on an image of the result's size:
-reading through a rotation (``grid_sample``), and the median of 5×5.
+``--parts`` compares the slowest functions with OpenCV's, on an image of the result's size: sampling
+through a rotation (``grid_sample``), and the median of 5×5.
 """
 
 import functools
@@ -29,13 +28,13 @@ from segkit.augment.warp import _grid
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SOURCE, RESULT = (512, 512), (384, 384)
-SAMPLES = 10  # a turn, so that what is drawn averages out
+SAMPLES = 10  # per measurement, so that random choices average out
 
 Sample = Callable[[int], Any]
 
 
 def photograph() -> tuple[Tensor, Tensor]:
-    """Smooth colors with fine texture, laid out as ``read_image`` does; a mask in patches."""
+    """Return smooth colors with fine texture, in ``read_image``'s layout, and a mask of patches."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 16, 16))).float()
     image = F.interpolate(coarse, SOURCE, mode="bicubic")[0]
@@ -47,7 +46,7 @@ def photograph() -> tuple[Tensor, Tensor]:
 
 
 def segkit(p: float, blur: bool) -> Sample:
-    """This library's side."""
+    """Return this library's side."""
     operations: list[dict[str, Any]] = [
         {"name": "resized_crop", "size": RESULT, "area": (0.25, 1.0)},
         {"name": "rotate", "degrees": (-30.0, 30.0), "p": p},
@@ -66,7 +65,7 @@ def segkit(p: float, blur: bool) -> Sample:
 
 
 def albumentations(p: float, blur: bool) -> Sample:
-    """Albumentations' side, on OpenCV."""
+    """Return albumentations' side, on OpenCV."""
     import albumentations as peer
     import cv2
     from albumentations.pytorch import ToTensorV2
@@ -93,7 +92,7 @@ def albumentations(p: float, blur: bool) -> Sample:
 
 
 def torchvision(p: float, blur: bool) -> Sample:
-    """torchvision's side: transforms.v2 on tensors. It has no median blur."""
+    """Return torchvision's side: transforms.v2 on tensors. It has no median blur."""
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
@@ -118,7 +117,7 @@ def torchvision(p: float, blur: bool) -> Sample:
 
 
 def kornia(p: float, blur: bool) -> Sample:
-    """kornia's side, a batch of one."""
+    """Return kornia's side, a batch of one image."""
     import kornia.augmentation as peer
 
     filters = [peer.RandomBoxBlur((3, 3), p=0.3), peer.RandomMedianBlur((3, 3), p=0.3)]
@@ -151,7 +150,7 @@ TASKS = {
 
 
 def several(sample: Sample) -> Callable[[], None]:
-    """One turn: a few samples, other ones each time."""
+    """Return a function that makes a few samples, different ones in each call."""
     turn = iter(range(10**9))
 
     def run() -> None:
@@ -163,13 +162,13 @@ def several(sample: Sample) -> Callable[[], None]:
 
 
 def memory(side: Callable[[float, bool], Sample], p: float, blur: bool) -> None:
-    """What a fresh process measures the memory of."""
+    """Make samples; a new process measures its memory."""
     torch.set_num_threads(1)
     several(side(p, blur))()
 
 
 def figures(rounds: int) -> Iterator[Figure]:
-    """Each task against each peer that is installed."""
+    """Yield each task against each peer that is installed."""
     torch.set_num_threads(1)
     for name, peer in PEERS.items():
         if not (version := version_of(name)):
@@ -184,7 +183,7 @@ def figures(rounds: int) -> Iterator[Figure]:
 
 
 def parts(rounds: int) -> Iterator[Figure]:
-    """Single functions and what OpenCV has for them, in milliseconds."""
+    """Yield single functions against OpenCV's, in milliseconds."""
     if not (version := version_of("opencv-python-headless")):
         return
     import cv2
@@ -226,5 +225,5 @@ if __name__ == "__main__":
     parser = arguments(__doc__ or "")
     parser.add_argument("--parts", action="store_true", help="single functions")
     options = parser.parse_args()
-    found = parts(options.rounds) if options.parts else figures(options.rounds)
-    show(found, as_json=options.json)
+    measured = parts(options.rounds) if options.parts else figures(options.rounds)
+    show(measured, as_json=options.json)

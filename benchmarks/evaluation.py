@@ -3,9 +3,9 @@
     python -m benchmarks.evaluation [--json] [--rounds 25] [--threads 2]
 
 Logits (8, 11, 512, 512) of fp32. torchmetrics' multiclass Jaccard index is updated with logits; its
-mean IoU averages over images and is another quantity. All three matrices must be equal, or the
-script fails. Memory is what each adds to its inputs; a map of int64 takes 16 MiB. What a side
-reaches is the bytes of the logits in its time, beside the rate at which memory is copied.
+mean IoU averages over images and is another quantity. The script fails if the three matrices
+differ. Memory is in addition to the inputs; an int64 map of classes takes 16 MiB. GB/s are the
+bytes of the logits in a side's time, and the rate at which memory is copied.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,12 +41,12 @@ def batch(device: str = "cpu", size: int = SHAPE[2]) -> tuple[Tensor, Tensor]:
 
 
 def segkit(logits: Tensor, target: Tensor) -> Tensor:
-    """This library's side."""
+    """Return this library's matrix."""
     return confusion_matrix(logits, target, SHAPE[1])
 
 
 def torchmetrics(logits: Tensor, target: Tensor) -> Tensor:
-    """torchmetrics', its checks of the input turned off."""
+    """Return torchmetrics' matrix, without its checks of the input."""
     from torchmetrics import JaccardIndex
 
     metric = JaccardIndex("multiclass", num_classes=SHAPE[1], validate_args=False)
@@ -56,7 +56,7 @@ def torchmetrics(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def argmax_and_bincount(logits: Tensor, target: Tensor) -> Tensor:
-    """What one writes by hand."""
+    """Return the matrix as it is computed by hand."""
     codes = target.long() * SHAPE[1] + logits.argmax(1)
     return torch.bincount(codes.flatten(), minlength=SHAPE[1] ** 2).view(SHAPE[1], SHAPE[1])
 

@@ -72,7 +72,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rows have in common.
+    """Settings that all rows have in common.
 
     Args:
         device: ``cuda``, or ``cpu`` to test this script.

@@ -1,8 +1,8 @@
-"""What starting costs: a fresh interpreter that imports segkit, or helps, against torch's own.
+"""Start-up time: a new interpreter that imports segkit or prints help, against torch's own.
 
     python -m benchmarks.imports [--json] [--rounds 15]
 
-The peer is a fresh interpreter that imports torch and torchvision. Times are of the processor, and
+The peer is a new interpreter that imports torch and torchvision. Times are of the processor, and
 files are in the system's cache.
 """
 
@@ -25,18 +25,18 @@ PEER = ["-c", "import torch, torchvision"]
 
 
 def started(command: list[str]) -> Callable[[], object]:
-    """A process from its start to its end."""
+    """Return a function that runs a process."""
     return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
 
 
 def childrens() -> float:
-    """Seconds of the processor that finished child processes took."""
+    """Return the processor time of finished child processes, in seconds."""
     times = os.times()
     return times.children_user + times.children_system
 
 
 def figures(rounds: int, threads: int) -> Iterator[Figure]:
-    """Each command."""
+    """Yield the time of each command."""
     version = f"{torch.__version__}, {torchvision.__version__}"
     for name, command in SIDES.items():
         ours, theirs = started(command), started(PEER)

@@ -87,7 +87,7 @@ def figures(
     amp: torch.dtype | None = None,
     device: str = "cpu",
 ) -> Iterator[Figure]:
-    """Each model against the library it is compared with."""
+    """Yield each model against the library it is compared with."""
     torch.set_num_threads(threads)
     rate = matmul_rate(amp or torch.float32, device)
     for name in names:

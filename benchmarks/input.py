@@ -79,7 +79,7 @@ def write_set(folder: Path) -> CocoSource:
 
 
 def read_all(source: Source) -> Callable[[], int]:
-    """Every image and mask to its last byte: a file that is mapped is not yet read."""
+    """Return a function that reads all bytes of all images and masks, mapped files too."""
 
     def run() -> int:
         pairs = ((source.image(i), source.mask(i)) for i in range(len(source)))
@@ -89,7 +89,7 @@ def read_all(source: Source) -> Callable[[], int]:
 
 
 def trainer() -> Callable[[tuple[Tensor, Tensor]], None]:
-    """A step of training, of a small model that still takes more than 0.2 seconds on a CPU."""
+    """Return a training step of a small model, which takes more than 0.2 seconds on a CPU."""
     model = build_model("resnet18_half", {"name": "upernet", "width": 64}, num_classes=11).train()
     criterion = build_loss(["cross_entropy", "dice"], num_classes=11)
     optimizer = build_optimizer(model, "sgd", lr=1e-3)
@@ -105,7 +105,7 @@ def trainer() -> Callable[[tuple[Tensor, Tensor]], None]:
 
 
 def epoch(source: Source, workers: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The steps of an epoch fed by the pipeline, and as many on one batch."""
+    """Return the steps of an epoch fed by the pipeline, and as many on one batch."""
     step = trainer()
     pipeline = Pipeline(operations(SIZE // 2), size=None, mean=MEAN, std=STD)
     indices = list(range(len(source)))

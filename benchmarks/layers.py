@@ -1,10 +1,10 @@
-"""Layers that are faster than what PyTorch has, forward and backward, against what it has.
+"""Layers of ``segkit.models.kernels`` against PyTorch's, forward and backward.
 
     python -m benchmarks.layers [--json] [--rounds 25] [--threads 2]
 
-In channels_last, fp32 and bf16: a depthwise convolution of 5 x 5, of sizes that EfficientNet-B5 has
-in images of 256 x 256; squeeze and excitation; a 3 x 3 convolution of a doubled map, of sizes that
-UNet++ has. A turn is three passes. The reached figures are milliseconds a pass.
+In channels_last, fp32 and bf16 (if the CPU has it): a depthwise convolution of 5 x 5, of sizes that
+EfficientNet-B5 has in images of 256 x 256; squeeze and excitation; a 3 x 3 convolution of an
+upsampled map, of sizes that UNet++ has. Times are in milliseconds per pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
-from benchmarks import Figure, arguments, clock_for, show, take_turns
+from benchmarks import Figure, arguments, bf16, clock_for, show, take_turns
 from segkit.models.backbones.stages import GlobalAverage
 from segkit.models.kernels.depthwise import DepthwiseConv2d
 from segkit.models.kernels.doubled import conv_doubled
@@ -24,13 +24,13 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def depthwise(kind: type[nn.Conv2d], channels: int, dtype: torch.dtype) -> Layer:
-    """5 x 5."""
+    """Return a depthwise convolution of 5 x 5."""
     conv = kind(channels, channels, 5, padding=2, groups=channels, bias=False)
     return conv.to(dtype=dtype, memory_format=torch.channels_last)
 
 
 def squeeze(average: nn.Module, channels: int, dtype: torch.dtype) -> Layer:
-    """Squeeze and excitation to a sixteenth."""
+    """Return squeeze and excitation with a sixteenth of the channels."""
     layer = SqueezeExcitation(channels, channels // 16)
     layer.avgpool = average
     return layer.to(dtype=dtype, memory_format=torch.channels_last)
@@ -39,13 +39,13 @@ def squeeze(average: nn.Module, channels: int, dtype: torch.dtype) -> Layer:
 def doubled(
     convolve: Callable[[Tensor, Tensor], Tensor], channels: int, dtype: torch.dtype
 ) -> Layer:
-    """As many channels out as in."""
+    """Return a convolution with as many output as input channels."""
     weight = nn.Parameter(torch.randn(channels, channels, 3, 3, dtype=dtype) / channels)
     return lambda x: convolve(x, weight)
 
 
 def resized(x: Tensor, weight: Tensor) -> Tensor:
-    """The map is doubled first."""
+    """Upsample the map, then convolve it."""
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
 
 
@@ -60,11 +60,11 @@ CASES = {
     ),
     "3 x 3 of a doubled map": (*(doubled, conv_doubled, resized), [(64, 64), (256, 16)]),
 }
-"""What builds a layer, of what is ours, and of what is PyTorch's; channels and sides of maps."""
+"""A function that builds a layer, its arguments on each side, and channels and sides of maps."""
 
 
 def passes(layer: Layer, channels: int, size: int, dtype: torch.dtype) -> Callable[[], object]:
-    """A turn."""
+    """Return a function that runs the layer forward and backward, three times."""
     x = torch.randn(BATCH, channels, size, size, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
@@ -77,11 +77,12 @@ def passes(layer: Layer, channels: int, size: int, dtype: torch.dtype) -> Callab
 
 
 def figures(rounds: int, threads: int) -> Iterator[Figure]:
-    """Each layer in each size and precision."""
+    """Yield each layer in each size and precision."""
     torch.set_num_threads(threads)
+    dtypes = [torch.float32, *filter(None, [bf16()])]
     for name, (build, ours, theirs, shapes) in CASES.items():
         for channels, size in shapes:
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in dtypes:
                 sides = (
                     passes(build(how, channels, dtype), channels, size, dtype)
                     for how in (ours, theirs)

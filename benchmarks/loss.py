@@ -2,11 +2,10 @@
 
     python -m benchmarks.loss [--json] [--rounds 25] [--threads 2]
 
-Logits (4, 11, 512, 512) of fp32, every pixel labelled. Each task is the sum of two losses; where
-both sides compute the same, their values in float64 must agree, or the script fails. (In fp32
-theirs is off by 1e-5: its Dice adds up millions of numbers one after the other.) What a side
-reaches is the bytes of the logits and of their gradient, once each, in its time, beside the rate
-at which memory is copied.
+Logits (4, 11, 512, 512) of fp32, every pixel labelled. Each task is the sum of two losses. The
+script fails if both sides compute the same loss and their values in float64 differ. (In fp32 theirs
+is off by 1e-5, because its Dice adds millions of numbers in sequence.) GB/s are the bytes of the
+logits and of their gradient in a side's time, and the rate at which memory is copied.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,13 +46,13 @@ def batch(device: str = "cpu", size: int = SHAPE[2]) -> tuple[Tensor, Tensor]:
 
 
 def segkit(task: str) -> Side:
-    """This library's side."""
+    """Return this library's side."""
     criterion = build_loss(TASKS[task], num_classes=SHAPE[1])
     return lambda logits, target: criterion({"out": logits}, target)[0]
 
 
 def smp(task: str) -> Side:
-    """segmentation_models.pytorch's; for cross-entropy its users take PyTorch's."""
+    """Return segmentation_models.pytorch's side; its users take PyTorch's cross-entropy."""
     from segmentation_models_pytorch import losses
 
     dice = losses.DiceLoss("multiclass")
@@ -62,7 +61,7 @@ def smp(task: str) -> Side:
 
 
 def forward_and_backward(side: Side, logits: Tensor, target: Tensor) -> Tensor:
-    """One turn."""
+    """Return the loss after forward and backward."""
     logits.grad = None
     loss = side(logits, target)
     loss.backward()

@@ -1,14 +1,14 @@
-"""What each shipped model costs: parameters, multiply-adds, and memory for training.
+"""Parameters, multiply-adds and training memory of each shipped model.
 
     python -m benchmarks.models [--json] [--cfg NAME ...] [--size 512] [--classes 11]
 
-Nothing is computed: models are built and run on PyTorch's "meta" device, which knows only shapes,
-so the largest takes seconds and no memory. All numbers are fp32.
+Models are built and run on PyTorch's "meta" device, which computes only shapes, so the largest
+takes seconds and no memory. All numbers are fp32.
 
 - multiply-adds: of convolutions and matrix products, one image, evaluation
-- state: weights, gradients and AdamW's two moments, 16 bytes a parameter
-- activations: what a training step keeps for backward, an image; each storage once, the batch's
-  logits at the image's size and the loss not counted, nor what an operation needs while it runs
+- state: weights, gradients and AdamW's two moments, 16 bytes per parameter
+- activations: tensors that a training step saves for backward, per image, each storage once;
+  without the logits at the image's size, the loss, and workspaces of operations
 """
 
 import argparse
@@ -38,24 +38,24 @@ NAMES = (
     "stlnet_r101",
     "deeplabv3plus_se152",
 )
-"""The configurations of the field's table."""
+"""Configurations of the table in docs/models.md."""
 
 CHECKPOINTED = ("swin", "swin_b", "ocrnet_w48")
-"""Those whose backbone has ``checkpointing``, measured so too."""
+"""Configurations that are also measured with the backbone's ``checkpointing``."""
 
 BATCH = 2
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One model's figures.
+    """The cost of a model.
 
     Args:
-        name: Of the configuration, with what was changed in it.
-        parameters: All of them.
-        multiply_adds: In thousand millions.
+        name: Name of the configuration, and changes to it.
+        parameters: Number of parameters.
+        multiply_adds: In billions.
         state: GiB.
-        activations: GiB an image.
+        activations: GiB per image.
     """
 
     name: str
@@ -81,10 +81,10 @@ def cost(model: nn.Module, name: str, size: int) -> Cost:
 
 
 def kept_for_backward(model: nn.Module, image: Tensor, *, recomputed: bool = True) -> int:
-    """Bytes that a forward pass leaves behind for backward, besides the model's own.
+    """Return the bytes that a forward pass saves for backward, in addition to the model's own.
 
     Args:
-        model: In training.
+        model: In training mode.
         image: Its input.
         recomputed: With ``recompute_activations``, as in a training step on the CPU.
     """
@@ -106,7 +106,7 @@ def kept_for_backward(model: nn.Module, image: Tensor, *, recomputed: bool = Tru
 
 
 def costs(names: Sequence[str], size: int, num_classes: int) -> Iterator[Cost]:
-    """Each configuration's figures, and those with checkpointing where it has that."""
+    """Yield the cost of each configuration, also with checkpointing where it has that."""
     for name in names:
         settings = config.load(name).model
         with torch.device("meta"):
@@ -122,11 +122,11 @@ def _build(settings: config.Model, num_classes: int, **options: object) -> nn.Mo
 
 
 def main() -> None:
-    """Print a table, or a line of JSON a model."""
+    """Print a table, or one line of JSON per model."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON a figure")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per model")
     parser.add_argument("--cfg", nargs="+", default=NAMES, help="configurations to measure")
     parser.add_argument("--size", type=int, default=512, help="side of the image")
     parser.add_argument("--classes", type=int, default=11, help="number of classes")
@@ -134,13 +134,13 @@ def main() -> None:
     if not options.json:
         print("| configuration | parameters | multiply-adds, G | state, GiB | activations, GiB |")
         print("| --- | ---: | ---: | ---: | ---: |")
-    for one in costs(options.cfg, options.size, options.classes):
+    for model in costs(options.cfg, options.size, options.classes):
         if options.json:
-            print(json.dumps(asdict(one)), flush=True)
+            print(json.dumps(asdict(model)), flush=True)
         else:
             print(
-                f"| {one.name} | {one.parameters:,} | {one.multiply_adds:,.1f} "
-                f"| {one.state:.2f} | {one.activations:.2f} |",
+                f"| {model.name} | {model.parameters:,} | {model.multiply_adds:,.1f} "
+                f"| {model.state:.2f} | {model.activations:.2f} |",
                 flush=True,
             )
 

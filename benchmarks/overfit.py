@@ -1,12 +1,11 @@
-"""Whether each shipped model can learn four photographs by heart, to over 0.9 mean IoU.
+"""Overfitting: train each shipped model on four photographs until their mean IoU is over 0.9.
 
     python -m benchmarks.overfit --data FOLDER [--cfg NAME ...] [--json]
 
 FOLDER holds photographs with COCO labels, ``annotations/train.json`` and ``images``. Of two hundred
-spread over the file, the four whose rarest class is the largest are cut to the middle and shrunk.
-Weights are random; the loss and the model are the configuration's own, dropout and drop-path
-included. The score is of evaluation mode, with BatchNorm's statistics taken from the four crops, as
-for a soup.
+spread over the file, the four whose rarest class is the largest are cropped to the center and
+resized. Weights are random; loss and model are the configuration's own, with dropout and drop path.
+The score is in evaluation mode, with BatchNorm statistics of the four crops, as for a soup.
 """
 
 import argparse
@@ -36,14 +35,14 @@ PHOTOGRAPHS = 4
 
 @dataclass(frozen=True)
 class Result:
-    """How one model did.
+    """The result of a model.
 
     Args:
-        name: Of the configuration.
-        miou: The last one, over the classes of the crops.
-        steps: Until then.
-        seconds: Of training and scoring.
-        reached: Whether that is over the goal.
+        name: Name of the configuration.
+        miou: Last mean IoU, over the classes of the crops.
+        steps: Number of steps.
+        seconds: Time of training and scoring.
+        reached: True if the mean IoU is over the goal.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Result:
 
 
 def crops(folder: Path, size: int) -> tuple[Tensor, Tensor, int]:
-    """The clearest photographs: images, normalized, masks, and the number of classes."""
+    """Return the clearest photographs as normalized images and masks, and the number of classes."""
     source = CocoSource(
         annotations=str(folder / "annotations" / "train.json"), images=str(folder / "images")
     )
@@ -116,7 +115,7 @@ def overfit(
 
 @torch.no_grad()
 def score(model: torch.nn.Module, images: Tensor, masks: Tensor, num_classes: int) -> float:
-    """Mean IoU over the classes that are there or were predicted; the model's state stays."""
+    """Return the mean IoU over true and predicted classes; the model's state stays."""
     before = {key: x.clone() for key, x in model.named_buffers()}
     reestimate_batchnorm(model, [images])
     predicted = classes_of(model.eval()(images)["out"])
@@ -126,11 +125,11 @@ def score(model: torch.nn.Module, images: Tensor, masks: Tensor, num_classes: in
 
 
 def main() -> None:
-    """Print a line a model; how it goes on, to stderr."""
+    """Print one line per model, and progress to stderr."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON a model")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per model")
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs and masks")
     parser.add_argument("--cfg", nargs="+", default=NAMES, help="configurations to train")
     parser.add_argument("--size", type=int, default=96, help="side of the crops")

@@ -1,12 +1,12 @@
-"""Two ranks of one thread against one rank of one thread, with the same batch a rank.
+"""Two ranks of one thread against one rank of one thread, with the same batch per rank.
 
     python -m benchmarks.scaling [--json] [--rounds 10] [--size 256] [--sync-batch-norm]
 
-UPerNet on ResNet-18, two images a rank, gloo. Two processes take turns at three things:
-rank 0 steps alone, both step with no exchange, and both step with DistributedDataParallel as
-``train.py`` wraps it. The ratio is images a second of two ranks over those of one; that of the two
-without exchange is what the machine allows. The last figure is how much of the time in which
-gradients are exchanged lies inside backward, where it costs nothing (from a profile of one step).
+UPerNet on ResNet-18, two images per rank, gloo. Two processes alternate between three kinds of
+step: rank 0 alone, both without exchange, and both with DistributedDataParallel as ``train.py``
+wraps it. The ratio is the images per second of two ranks over those of one; without exchange it is
+what the machine allows. The last figure is the share of the gradient exchange that overlaps with
+backward (from a profile of one step).
 """
 
 import statistics
@@ -31,7 +31,7 @@ RANKS, BATCH, CLASSES = 2, 2, 11
 
 
 def stepper(size: int, *, exchange: bool, sync_batch_norm: bool = False) -> Callable[[], object]:
-    """A training step of this rank, with the others' gradients or without."""
+    """Return a training step of this rank, with or without exchange of gradients."""
     model = build_model("resnet18", {"name": "upernet", "width": 256}, num_classes=CLASSES)
     model = model.to(memory_format=torch.channels_last).train()
     if sync_batch_norm:
@@ -55,12 +55,12 @@ def stepper(size: int, *, exchange: bool, sync_batch_norm: bool = False) -> Call
 def rank(
     number: int, store: str, result: str, rounds: int, size: int, sync_batch_norm: bool
 ) -> None:
-    """One of the two processes; the first writes what was found."""
+    """Run one of the two processes; the first writes the result."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=number, world_size=RANKS)
     alone = stepper(size, exchange=False)
     together = stepper(size, exchange=True, sync_batch_norm=sync_batch_norm)
-    found = []
+    rows = []
     for turn in range(-1, rounds):
         seconds = []
         for step, ranks in ((alone, 1), (alone, RANKS), (together, RANKS)):
@@ -71,17 +71,17 @@ def rank(
             dist.barrier()
             seconds.append(time.perf_counter() - start)
         if turn >= 0:
-            found.append(seconds)
+            rows.append(seconds)
     with profile() as trace:
         together()
     if number == 0:
-        torch.save({"seconds": found, "hidden": hidden(trace)}, result)
+        torch.save({"seconds": rows, "hidden": hidden(trace)}, result)
     dist.destroy_process_group()
 
 
 def hidden(trace: profile) -> float:
-    """The share of the exchanges' time before backward's last operation ends."""
-    spans = [(one.name, one.time_range.start, one.time_range.end) for one in trace.events()]
+    """Return the share of the exchanges' time before backward's last operation ends."""
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in trace.events()]
     exchanges = [(start, end) for name, start, end in spans if name == "gloo:all_reduce"]
     last = max(end for name, _, end in spans if name.endswith("Backward0") or "Backward" in name)
     inside = sum(max(0, min(end, last) - start) for start, end in exchanges)
@@ -89,25 +89,25 @@ def hidden(trace: profile) -> float:
 
 
 def figures(rounds: int, size: int, sync_batch_norm: bool) -> Iterator[Figure]:
-    """Throughput, the machine's own, and the overlap."""
+    """Yield the throughput, the machine's own, and the overlap."""
     with tempfile.TemporaryDirectory() as folder:
         store, result = f"{folder}/store", Path(folder, "result.pt")
         torch.multiprocessing.spawn(
             rank, (store, str(result), rounds, size, sync_batch_norm), nprocs=RANKS
         )
-        found = torch.load(result)
+        measured = torch.load(result)
     peer = "one rank"
-    limits = [RANKS * one / both for one, both, _ in found["seconds"]]
-    ratios = [RANKS * one / joined for one, _, joined in found["seconds"]]
+    limits = [RANKS * alone / both for alone, both, _ in measured["seconds"]]
+    ratios = [RANKS * alone / joined for alone, _, joined in measured["seconds"]]
     limit = statistics.median(limits)
     for name, values in (("two, no exchange", limits), ("two, DDP", ratios)):
         low, middle, high = statistics.quantiles(values, n=4)
         name += ", synchronized BatchNorm" if sync_batch_norm and values is ratios else ""
         yield Figure(
-            f"images a second, {size}: {name}", peer, torch.__version__, middle, (low, high), 1,
+            f"images/s, {size}: {name}", peer, torch.__version__, middle, (low, high), 1,
             middle, 1.0, limit, "times",
         )  # fmt: skip
-    share = found["hidden"]
+    share = measured["hidden"]
     yield Figure("exchange inside backward", "all of it", "", share, (share, share), 1)
 
 

@@ -1,13 +1,12 @@
-"""What being seen costs a training: its page, its pictures and every tracker.
+"""Time that a training spends on its page, its pictures and its trackers.
 
     python -m benchmarks.seeing [--json] [--rounds 2]
 
-``train.py --cfg demo``, all four folds. 0.98 or more means that seeing takes at most 2 %: it is the
-share of a training's processor time that is left when what its page, its gallery and its trackers
-take is left out. (Two trainings side by side differ by more than that by chance.) Counted are the
-calls that show something, the start of the trackers and the import of their packages among them
-(which weighs more here, in minutes, than in a training of hours), the threads that trackers
-start, and the process of Weights & Biases, which is offline.
+``train.py --cfg demo``, all four folds. The figure is the share of a training's processor time that
+is not spent on page, gallery and trackers; 0.98 or more means at most 2 %. (Two trainings differ by
+more than that by chance.) Counted are the calls that show something, with the start of the trackers
+and the import of their packages (a larger share here than in a training of hours), the threads that
+trackers start, and the process of Weights & Biases, which is offline.
 """
 
 import importlib
@@ -41,14 +40,14 @@ SHOWING: list[tuple[Any, str]] = [
 
 
 class Meter:
-    """Seconds that this thread has spent in the calls it was told to count, no call twice."""
+    """Sums the seconds that this thread spends in some functions; nested calls count once."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._inside = False
 
     def count(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, its time counted."""
+        """Return ``call`` with its time counted."""
 
         def counted(*args: Any, **options: Any) -> Any:
             if self._inside:
@@ -64,20 +63,20 @@ class Meter:
 
 
 def background() -> float:
-    """Seconds that the other threads of Python, those alive, have computed in all."""
-    others = (one.ident for one in threading.enumerate() if one is not threading.main_thread())
+    """Return the processor time of Python's other living threads, in seconds."""
+    others = (t.ident for t in threading.enumerate() if t is not threading.main_thread())
     clocks = (time.pthread_getcpuclockid(ident) for ident in others if ident is not None)
     return sum(map(time.clock_gettime, clocks))
 
 
 def children() -> float:
-    """Seconds that processes which were started here, and have ended, have computed."""
+    """Return the processor time of child processes that have ended, in seconds."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def share(words: list[str]) -> float:
-    """Of a training's processor time, on one thread, what is left when seeing is left out."""
+    """Return the share of a training's processor time that is not spent on showing it."""
     torch.set_num_threads(1)
     meter = Meter()
     close = tracking.Followers.close
@@ -99,20 +98,20 @@ def share(words: list[str]) -> float:
 
 
 def figures(rounds: int) -> Iterator[Figure]:
-    """One share."""
+    """Yield the share."""
     os.environ["WANDB_SILENT"] = "true"
     with tempfile.TemporaryDirectory() as root:
         settings = [f"data.train.root={root}/demo", f"data.cache={root}/cache"]
         settings += [f"track.trackers={TRACKERS}", "data.workers=0"]
-        options = [part for one in settings for part in ("--set", one)]
+        options = [part for setting in settings for part in ("--set", setting)]
         words = ["--cfg", "demo", "--quiet", *options]
         shares = []
-        for i in range(rounds):  # each in a process of its own, which imports the trackers anew
+        for i in range(rounds):  # each in its own process, which imports the trackers
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 run = [*words, "--run-dir", str(Path(root, f"run{i}"))]
                 shares.append(pool.submit(share, run).result())
     low, middle, high = statistics.quantiles(shares, n=4)
-    yield Figure("a training that is seen", "itself, unseen", "", middle, (low, high), 1)
+    yield Figure("with page and trackers", "without them", "", middle, (low, high), 1)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
     python -m benchmarks.soup [--json] [--rounds 5] [--threads 2]
 
-Ten checkpoints of about a hundred million parameters each, 4 GB in all, which the system has in
-its cache. Peers are reading them as ``segkit.core.checkpoint.load`` does, SHA-256 verified, and
-reading by ``torch.load`` alone, which verifies nothing. What a side reaches is bytes in its time,
-beside the rate at which the files are read and their bytes thrown away. The memory's peer is two
-state dicts.
+Ten checkpoints of about a hundred million parameters each, 4 GB in total, in the system's cache.
+The peers are reading with ``segkit.core.checkpoint.load``, which verifies the SHA-256, and with
+``torch.load``, which does not. GB/s are the bytes of the files in a side's time, and the rate of
+reading without keeping the bytes. Memory is compared with that of two state dicts.
 """
 
 import tempfile
@@ -25,7 +24,7 @@ MODEL = "resnet101", {"name": "upernet", "width": 640}
 
 
 def write(folder: Path) -> list[Path]:
-    """Checkpoints that differ."""
+    """Write checkpoints with different weights."""
     paths = [folder / f"{seed}.pt" for seed in range(INGREDIENTS)]
     model = build_model(*MODEL, num_classes=11)
     for path in paths:
@@ -37,24 +36,24 @@ def write(folder: Path) -> list[Path]:
 
 
 def mix(paths: Sequence[Path]) -> object:
-    """This library's side."""
+    """Return this library's soup."""
     return soup.uniform(paths)
 
 
 def verified(paths: Sequence[Path]) -> None:
-    """Each state dict in memory once, its digest compared."""
+    """Load each state dict, and compare its digest."""
     for path in paths:
         checkpoint.load(path)
 
 
 def plain(paths: Sequence[Path]) -> None:
-    """Each state dict in memory once."""
+    """Load each state dict."""
     for path in paths:
         torch.load(path, weights_only=True)
 
 
 def scan(paths: Sequence[Path]) -> None:
-    """Every byte, and nothing done with it."""
+    """Read every byte."""
     block = memoryview(bytearray(1 << 22))
     for path in paths:
         with path.open("rb", buffering=0) as file:
@@ -63,7 +62,7 @@ def scan(paths: Sequence[Path]) -> None:
 
 
 def figures(rounds: int, threads: int) -> Iterator[Figure]:
-    """Time against both ways of reading, then memory."""
+    """Yield time against both ways of reading, then memory."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         paths = write(Path(folder))

@@ -6,14 +6,13 @@
 A step is forward, cross-entropy at the image's size, backward and AdamW, on two images. Both sides
 are the same network (``tests/test_parity.py`` compares outputs) with the same auxiliary heads, loss
 and precision; ours is ``segkit.train_step`` in channels_last, as ``train.py`` runs it, theirs is
-what their users write. What a side reaches is the multiply-adds of the peer's convolutions and
-matrix products (backward twice those of forward), two FLOP each, in its time, beside the machine's
-own rate for large matrix products of that precision. Ours makes do with fewer of them in places.
+what their users write. GFLOP/s are the multiply-adds of the peer's convolutions and matrix products
+(backward: twice those of forward), two FLOP each, in a side's time, and the machine's rate for
+large matrix products of that precision. In places ours computes fewer.
 
-``--memory`` measures the peak of two steps in a fresh process, weights, gradients and the
-optimizer's moments included. ``--versus keeping`` compares our step that recomputes activations
-with one that keeps them, ``--versus eager`` a compiled model's (``train.compile``) with one that
-is not.
+``--memory`` measures the peak of two steps in a new process, with weights, gradients and the
+optimizer's moments. ``--versus keeping`` compares our step that recomputes activations with one
+that keeps them, ``--versus eager`` a compiled step (``train.compile``) with one that is not.
 """
 
 import argparse
@@ -53,14 +52,14 @@ SMP = "segmentation-models-pytorch"
 
 @dataclass(frozen=True)
 class Case:
-    """One model, here and there.
+    """A model of this library and the same model of a peer.
 
     Args:
-        backbone: Ours.
-        decoder: Ours.
-        package: The peer's.
-        theirs: Builds the peer's.
-        aux_weight: Of both sides' auxiliary heads.
+        backbone: Our backbone.
+        decoder: Our decoder.
+        package: The peer.
+        theirs: Builds the peer's model.
+        aux_weight: Coefficient of both sides' auxiliary heads.
     """
 
     backbone: Component | str
@@ -71,7 +70,7 @@ class Case:
 
 
 def smp(architecture: str, encoder: str) -> nn.Module:
-    """A model of segmentation_models.pytorch."""
+    """Return a model of segmentation_models.pytorch."""
     import segmentation_models_pytorch as peer
 
     return getattr(peer, architecture)(encoder, encoder_weights=None, classes=CLASSES)
@@ -80,7 +79,7 @@ def smp(architecture: str, encoder: str) -> nn.Module:
 def transformers(
     width: int, depths: Sequence[int], heads: Sequence[int], window: int = 7
 ) -> nn.Module:
-    """UPerNet on a Swin of transformers."""
+    """Return UPerNet on a Swin of transformers."""
     import transformers as peer
 
     swin = peer.SwinConfig(
@@ -97,7 +96,7 @@ def transformers(
 
 
 def torchvision(name: str) -> nn.Module:
-    """A model of torchvision, its auxiliary head too."""
+    """Return a model of torchvision, with its auxiliary head."""
     build = getattr(segmentation, name)
     return build(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
 
@@ -152,7 +151,7 @@ CASES = {
 
 
 ON_CPU = tuple(name for name in CASES if name != "UPerNet Swin-L window 12")
-"""The cases that take seconds on a CPU."""
+"""Cases that are measured on a CPU by default."""
 
 
 def batch(size: int, device: str, images: int = BATCH) -> tuple[Tensor, Tensor]:
@@ -235,7 +234,7 @@ def their_step(
 
 
 def their_loss(case: Case, model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
-    """Cross-entropy as each library's users have it."""
+    """Return the cross-entropy as each library's users compute it."""
     if case.package == "transformers":  # it computes the loss, auxiliary head included
         return model(images, labels=masks).loss
     outputs = model(images)
@@ -250,11 +249,11 @@ SIDES = {
     "keeping": (partial(our_step, recompute="on"), partial(our_step, recompute="off")),
     "eager": (partial(our_step, compiled=True), our_step),
 }
-"""Who steps, by what they are compared with."""
+"""Both sides, by the name of the second."""
 
 
 def memory(side: Callable[..., Callable[[], object]], threads: int, *rest: Any) -> None:
-    """What a fresh process measures the memory of."""
+    """Run two steps; a new process measures its memory."""
     torch.set_num_threads(threads)
     run = side(*rest)
     for _ in range(2):
@@ -273,7 +272,7 @@ def flops(case: Case, size: int, *, training: bool, images: int = BATCH) -> floa
 def rates(
     work: float, turns: Turns, limit: float, device: str
 ) -> tuple[float, float, float | None, str]:
-    """What both sides reach, the machine's limit, and the unit: images a second on a GPU."""
+    """Return both sides' rates, the machine's, and the unit: images/s on a GPU."""
     if device == "cuda":
         return BATCH / turns.ours, BATCH / turns.theirs, None, "images/s"
     return work / turns.ours, work / turns.theirs, limit, "GFLOP/s"
@@ -290,7 +289,7 @@ def figures(
     versus: str = "peer",
     device: str = "cpu",
 ) -> Iterator[Figure]:
-    """Each model against the library it is compared with."""
+    """Yield each model against the library it is compared with."""
     torch.set_num_threads(threads)
     rate = matmul_rate(amp or torch.float32, device)
     for name in names:
@@ -298,7 +297,7 @@ def figures(
         package = case.package
         if not (version := version_of(package)):
             continue
-        if versus != "peer":  # which counted the multiply-adds none the less
+        if versus != "peer":
             package, version = "segkit", segkit.__version__
         about = f"step, {name}, {size}, {'bf16' if amp else 'fp32'}"
         if measure_memory:
@@ -318,7 +317,7 @@ def figures(
 
 
 def model_arguments(description: str) -> argparse.ArgumentParser:
-    """The parser of benchmarks that run the cases."""
+    """Return the parser of benchmarks that run the cases."""
     parser = arguments(description, rounds=10)
     parser.add_argument("--case", nargs="+", default=list(ON_CPU), choices=CASES)
     parser.add_argument("--size", type=int, default=256, help="side of the images")
@@ -336,7 +335,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = model_arguments(__doc__ or "")
     parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
-    parser.add_argument("--versus", choices=SIDES, default="peer", help="whom to compare with")
+    parser.add_argument("--versus", choices=SIDES, default="peer", help="the other side")
     options = parser.parse_args()
     what = {**chosen(options), "measure_memory": options.memory, "versus": options.versus}
     show(figures(options.rounds, options.threads, **what), as_json=options.json)

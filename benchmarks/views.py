@@ -1,11 +1,11 @@
-"""Views against the plain forward passes they stand for, and against ttach; soups against reading.
+"""Views against plain forward passes and ttach; soups against reading.
 
     python -m benchmarks.views [--json] [--rounds 25]
 
 UPerNet on ResNet-18, 11 classes, one photograph on one thread, in processor time. The first peer is
-a loop of the bare model over as many inputs of the views' sizes, so 0.95 or more means that views
-cost at most 1.05 of their passes, with all that makes a prediction of logits. The last figure is
-the time in which five checkpoints are read and verified over that in which they are also averaged.
+a loop of the bare model over as many inputs of the views' sizes, so 0.95 or more means that a
+prediction takes at most 1.05 times its forward passes. The last figure is the time to read and
+verify five checkpoints over the time to also average them.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def plain(model: nn.Module, views: str, image: Tensor) -> Callable[[], None]:
-    """Forward passes of the bare model on inputs of each view's size."""
+    """Return forward passes of the bare model on inputs of each view's size."""
     inputs = [
         view.apply(image.float()).contiguous(memory_format=torch.channels_last)
         for view in parse_views(views)
@@ -38,20 +38,20 @@ def plain(model: nn.Module, views: str, image: Tensor) -> Callable[[], None]:
 
     @torch.inference_mode()
     def run() -> None:
-        for one in inputs:
-            model(one)
+        for x in inputs:
+            model(x)
 
     return run
 
 
 def ours(model: nn.Module, views: str, image: Tensor) -> Callable[[], object]:
-    """Probabilities merged from the views."""
+    """Return the prediction of probabilities merged from the views."""
     predict = Predictor(model, mean=MEAN, std=STD, views=parse_views(views), channels_last=True)
     return lambda: predict.probabilities(image)
 
 
 def ttach(model: nn.Module, image: Tensor) -> Callable[[], object]:
-    """The same eight views of the square by ttach, its mean of sigmoids replaced by softmax."""
+    """Return the same eight views by ttach, with softmax in place of its mean of sigmoids."""
     import ttach as peer
 
     class Probabilities(nn.Module):
@@ -71,7 +71,7 @@ def ttach(model: nn.Module, image: Tensor) -> Callable[[], object]:
 
 
 def mixing(folder: Path, rounds: int) -> Figure:
-    """A uniform soup of five checkpoints against reading and verifying them once."""
+    """Return a uniform soup of five checkpoints against reading and verifying them once."""
     paths = [folder / f"{seed}.pt" for seed in range(5)]
     for seed, path in enumerate(paths):
         model = build_model("resnet50", "upernet", num_classes=11, seed=seed)
@@ -86,7 +86,7 @@ def mixing(folder: Path, rounds: int) -> Figure:
 
 
 def figures(rounds: int) -> Iterator[Figure]:
-    """Each set of views, then a soup."""
+    """Yield each set of views, then a soup."""
     torch.set_num_threads(1)
     compare = partial(take_turns, rounds=rounds, warm_up=1, clock=time.process_time)
     model = build_model("resnet18", "upernet", num_classes=11).eval()
