@@ -105,7 +105,7 @@ def rows_on_the_cpu(
     monkeypatch.setattr(gpu, "copy_rate", lambda device: 1.0)
     monkeypatch.setattr(gpu, "matmul_rate", lambda amp, device: 100.0)
     monkeypatch.setattr(gpu, "bf16", lambda device: None)
-    words = ["--device", "cpu", "--size", "32", "--rounds", "2", "--batch", "2", "--json", *more]
+    words = ["--device", "cpu", "--size", "32", "--rounds", "3", "--batch", "2", "--json", *more]
     code = gpu.main(words)
     printed = capsys.readouterr()
     return code, [json.loads(line) for line in printed.out.splitlines()], printed.err
