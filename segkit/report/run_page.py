@@ -49,7 +49,7 @@ def _header(log: RunLog) -> str:
     steps = [step for fold in log.folds.values() for step in fold.steps]
     state = "finished" if log.summary else "starting"
     if steps and not log.summary:
-        last = max((f.steps[-1] for f in log.folds.values() if f.steps), key=lambda s: s["time"])
+        last = max(reversed(steps), key=lambda step: step["time"])
         epochs = log.setting("train.epochs", 0)
         state = f"fold {last['fold']}<small>{last['epoch']} of {epochs} epochs done</small>"
     score = "–"
@@ -104,10 +104,10 @@ def _classes(log: RunLog, labels: Sequence[str]) -> str:
 
 def _change(value: float | None) -> str:
     if value is None or abs(value) < 5e-4:
-        text = "–" if value is None else "±0.000"
-        return cell(f'<span class="muted">{text}</span>', value or 0)
-    kind, arrow = ("good", "▲") if value > 0 else ("bad", "▼")
-    return cell(f'<span class="{kind}">{arrow} {abs(value):.3f}</span>', value)
+        kind, text = "muted", "–" if value is None else "±0.000"
+    else:
+        kind, text = ("good", f"▲ {value:.3f}") if value > 0 else ("bad", f"▼ {-value:.3f}")
+    return cell(f'<span class="{kind}">{text}</span>', value or 0)
 
 
 def _confusions(classes: Sequence[str], matrices: Sequence[list[list[int]]]) -> str:
@@ -120,13 +120,9 @@ def _confusions(classes: Sequence[str], matrices: Sequence[list[list[int]]]) -> 
     total = sum(count for count, _, _ in wrong)
     rows = []
     for count, i, j in sorted(wrong, reverse=True)[:MAX_CONFUSIONS]:
-        row = [
-            escape(classes[i]),
-            cell(escape(classes[j]), style="text"),
-            cell(f"{count:,}", count),
-        ]
-        row += [cell(percent(part), part) for part in (count / sum(matrix[i]), count / total)]
-        rows.append(row)
+        predicted, of_class = cell(escape(classes[j]), style="text"), count / sum(matrix[i])
+        row = [escape(classes[i]), predicted, cell(f"{count:,}", count)]
+        rows.append([*row, cell(percent(of_class), of_class), cell(percent(count / total), count)])
     head = ["truth", "predicted", "pixels", "of the class", "of all errors"]
     common = html.table(head, rows, caption="The most common confusions.", style="sortable")
     caption = (
@@ -152,12 +148,13 @@ def _combined(titles: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         name = escape(row["name"])
         body.append([f"<strong>{name}</strong> (written)" if row is rows[-1] else name])
-        for miou, (low, high) in ((row[title]["miou"], row[title]["interval"]) for title in titles):
+        for title in titles:
+            miou, (low, high) = row[title]["miou"], row[title]["interval"]
             at, left, right = (100 * (x - start) / (end - start or 1) for x in (miou, low, high))
             line = f'<s style="left:{left:.1f}%;width:{right - left:.1f}%"></s>'
             bar = f'<span class="bar interval">{line}<u style="left:{at:.1f}%"></u></span>'
-            body[-1] += [cell(number(miou), miou), cell(f"[{low:.3f}, {high:.3f}]", low)]
-            body[-1].append(cell(bar, miou))
+            interval = cell(f"[{low:.3f}, {high:.3f}]", low)
+            body[-1] += [cell(number(miou), miou), interval, cell(bar, miou)]
     caption = (
         "Folds, soups, votes and views, each scored on labels it did not train on; intervals by "
         f"bootstrap over images, drawn from {start:.2f} to {end:.2f}."
@@ -192,7 +189,8 @@ def _shares(classes: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> str:
     for c, name in enumerate(classes):
         rows.append([escape(name)])
         largest = max(part["of_pixels"][c] for part in parts) or 1
-        for images, pixels in ((part["with_class"][c], part["of_pixels"][c]) for part in parts):
+        for part in parts:
+            images, pixels = part["with_class"][c], part["of_pixels"][c]
             text = f'{percent(pixels)} <span class="muted">in {100 * images:.0f} %</span>'
             rows[-1].append(cell(text, pixels, heat=pixels / largest / 2))
     head = ["class", *(f"{part['title']} ({part['images']} images)" for part in parts)]
@@ -203,16 +201,14 @@ def _shares(classes: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> str:
 def _notes(events: Sequence[Event]) -> str:
     if not events:
         return ""
-    items = ""
+    items, more = "", len(events) - MAX_NOTES
     for event in events[:MAX_NOTES]:
-        if event["event"] == "fault":
-            text = f"Left out: {event['sentence']}"
-        else:
+        text = f"Left out: {event.get('sentence')}"
+        if event["event"] == "non-finite":
             images = ", ".join(event["images"][:4])
-            text = f"Fold {event['fold']}, step {event['step']}: loss or gradient was not finite, "
-            text += f"on {images}"
+            step = f"Fold {event['fold']}, step {event['step']}"
+            text = f"{step}: loss or gradient was not finite, on {images}"
         items += f"<li>{escape(text)}</li>"
-    more = len(events) - MAX_NOTES
     return f"<ul>{items}</ul>" + (f"<p>and {more} more, in log.jsonl</p>" if more > 0 else "")
 
 
