@@ -280,7 +280,7 @@ def validator(state: TrainState, cfg: Config, amp: torch.dtype | None) -> Predic
         pad=cfg.infer.pad,
         amp=amp,
         channels_last=cfg.train.channels_last,
-        graphs=cfg.infer.graphs,
+        graphs=False,  # they would hold memory that steps need
     )
 
 

@@ -168,7 +168,9 @@ class Infer:
     )
     tile: int | None = _setting(None, "side of tiles, for images that do not fit in memory", 32)
     overlap: float = _setting(0.25, "share of a tile that overlaps the next tile", 0, 0.9)
-    graphs: bool = _setting(True, "on CUDA, replay a CUDA graph for image sizes that recur")
+    graphs: bool = _setting(
+        True, "on CUDA, infer.py replays a CUDA graph for image sizes that recur"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
