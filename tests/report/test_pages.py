@@ -42,26 +42,24 @@ NAMES = ("run", "index", "explore")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_leaves_the_page_and_nothing_fails(
-    browser: Browser, pages: dict[str, Path], name: str
-) -> None:
+def test_no_requests_and_no_errors(browser: Browser, pages: dict[str, Path], name: str) -> None:
     browser.open(pages[name])
     browser.run("scrollTo(0, document.body.scrollHeight)")
-    asked = [one for one in browser.requests if not one.startswith("data:")]
-    assert asked == [pages[name].resolve().as_uri()]
+    requests = [url for url in browser.requests if not url.startswith("data:")]
+    assert requests == [pages[name].resolve().as_uri()]
     assert browser.trouble == []
-    broken = "[...document.images].filter((one) => one.complete && !one.naturalWidth).length"
+    broken = "[...document.images].filter((image) => image.complete && !image.naturalWidth).length"
     assert browser.run(broken) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_of_the_data_is_text(browser: Browser, pages: dict[str, Path], name: str) -> None:
+def test_text_of_the_data_is_escaped(browser: Browser, pages: dict[str, Path], name: str) -> None:
     browser.open(pages[name])
     assert browser.run("document.querySelectorAll('[onerror], img[src=x]').length") == 0
     assert NASTY in browser.run("document.body.textContent")
 
 
-def test_the_policy_forbids_foreign_scripts(browser: Browser, pages: dict[str, Path]) -> None:
+def test_policy_forbids_other_scripts(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["run"])
     ran = """(() => {
       const script = document.createElement("script");
@@ -73,12 +71,12 @@ def test_the_policy_forbids_foreign_scripts(browser: Browser, pages: dict[str, P
       return window.ran === true;
     })()"""
     assert browser.run(ran) is False
-    assert any("Content Security Policy" in one for one in browser.trouble)
+    assert any("Content Security Policy" in text for text in browser.trouble)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_page_is_as_wide_as_the_window(
+def test_pages_fit_the_window(
     browser: Browser, pages: dict[str, Path], name: str, width: int
 ) -> None:
     browser.open(pages[name], width=width)
@@ -87,13 +85,13 @@ def test_a_page_is_as_wide_as_the_window(
 
 def test_curves_have_the_points_of_the_log(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["run"])
-    found = browser.run(
+    curves = browser.run(
         """Object.fromEntries([...document.querySelectorAll(".chart")].map((chart) => [
              chart.querySelector("figcaption").textContent,
              [...chart.querySelectorAll("path[data-points]")].map(
                (path) => path.getAttribute("d").match(/[ML]/g).length)]))"""
     )
-    assert found == {
+    assert curves == {
         "Loss": [40, 40],
         "Mean IoU on the validation images": [2, 2],
         "Learning rate": [40, 40],
@@ -128,7 +126,7 @@ def test_pointer_and_keys_read_a_chart(browser: Browser, pages: dict[str, Path])
 STAGE = "[...document.querySelectorAll('.card .stage')][0]"
 
 
-def test_the_slider_uncovers_truth_and_prediction(browser: Browser, pages: dict[str, Path]) -> None:
+def test_slider_compares_truth_and_prediction(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["run"])
     box = browser.run(
         f"""(() => {{
@@ -202,7 +200,7 @@ def test_every_view_shows_its_layers(browser: Browser, pages: dict[str, Path]) -
             assert (float(opacity) > 0) == (layer in visible), (view, layer)
     browser.run("document.querySelector('[name=view][value=all]').click()")
     panels = "document.querySelector('.card .panels').children"
-    sizes = browser.run(f"[...{panels}].map((one) => one.getBoundingClientRect().width > 0)")
+    sizes = browser.run(f"[...{panels}].map((panel) => panel.getBoundingClientRect().width > 0)")
     assert sizes == [False, True, True, True, True]
 
 
@@ -230,13 +228,15 @@ def test_the_keyboard_reaches_every_control(
           document.addEventListener("focusin", (event) => window.reached.add(event.target));
           const all = "a[href], button, select, summary, input, svg[tabindex], .scroll";
           window.controls = [...document.querySelectorAll(all)].filter(
-            (one) => one.checkVisibility() && (one.type !== "radio" || one.checked));
+            (item) => item.checkVisibility() && (item.type !== "radio" || item.checked));
           return window.controls.length;
         })()"""
     )
     for _ in range(wanted + 5):
         browser.press("Tab")
-    missed = "window.controls.filter((one) => !window.reached.has(one)).map((one) => one.outerHTML)"
+    missed = (
+        "window.controls.filter((item) => !window.reached.has(item)).map((item) => item.outerHTML)"
+    missed = "window.controls.filter((c) => !window.reached.has(c)).map((c) => c.outerHTML)"
     assert browser.run(missed) == []
 
 
@@ -274,7 +274,7 @@ CONTRAST = """(() => {
       (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  document.querySelectorAll("details").forEach((one) => (one.open = true));
+  document.querySelectorAll("details").forEach((item) => (item.open = true));
   const poor = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   let seen = 0;
@@ -283,8 +283,8 @@ CONTRAST = """(() => {
     if (!walker.currentNode.textContent.trim() || !element.checkVisibility()) continue;
     if (element.closest("script, style, option, .unseen")) continue;
     const behind = [];
-    for (let one = element; one; one = one.parentElement) {
-      behind.unshift(getComputedStyle(one).backgroundColor);
+    for (let node = element; node; node = node.parentElement) {
+      behind.unshift(getComputedStyle(node).backgroundColor);
     }
     const style = getComputedStyle(element);
     const text = element.closest("svg") ? style.fill : style.color;
@@ -301,19 +301,15 @@ CONTRAST = """(() => {
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("name", NAMES)
-def test_text_has_the_contrast_of_wcag_aa(
-    browser: Browser, pages: dict[str, Path], name: str, dark: bool
-) -> None:
+def test_contrast_of_text(browser: Browser, pages: dict[str, Path], name: str, dark: bool) -> None:
     browser.open(pages[name], dark=dark)
-    found = browser.run(CONTRAST)
-    assert found["seen"] > 30
-    assert found["poor"] == []
+    contrast = browser.run(CONTRAST)
+    assert contrast["seen"] > 30
+    assert contrast["poor"] == []
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_curves_have_the_contrast_of_graphics(
-    browser: Browser, pages: dict[str, Path], dark: bool
-) -> None:
+def test_contrast_of_curves(browser: Browser, pages: dict[str, Path], dark: bool) -> None:
     browser.open(pages["run"], dark=dark)
     ratios = browser.run(
         """(() => {
@@ -333,11 +329,11 @@ def test_curves_have_the_contrast_of_graphics(
     assert min(ratios) >= 3
 
 
-def test_the_index_links_to_the_runs_and_marks_what_differs(
+def test_index_links_to_runs_and_marks_different_settings(
     browser: Browser, pages: dict[str, Path]
 ) -> None:
     browser.open(pages["index"])
-    addresses = browser.run("[...document.querySelectorAll('tbody a')].map((one) => one.href)")
+    addresses = browser.run("[...document.querySelectorAll('tbody a')].map((link) => link.href)")
     assert len(addresses) == 2
     rows = browser.run(
         """[...document.querySelectorAll("td.differs")].map(
