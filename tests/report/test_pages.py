@@ -234,8 +234,6 @@ def test_the_keyboard_reaches_every_control(
     )
     for _ in range(wanted + 5):
         browser.press("Tab")
-    missed = (
-        "window.controls.filter((item) => !window.reached.has(item)).map((item) => item.outerHTML)"
     missed = "window.controls.filter((c) => !window.reached.has(c)).map((c) => c.outerHTML)"
     assert browser.run(missed) == []
 
