@@ -57,7 +57,7 @@ class CachedSource:
         self.category_ids = getattr(source, "category_ids", None)
         self._source, self._folder = source, folder
         folder.mkdir(parents=True, exist_ok=True)
-        used = _tidy(folder)
+        used = _remove_old_drafts(folder)
         if keys is None:
             keys = cache_keys(source, digests(source, range(len(source))))
         self._keys = keys
@@ -153,7 +153,7 @@ def cache_keys(source: Source, images: Sequence[str]) -> list[str]:
     return on_threads(key, range(len(source)), "reading labels")
 
 
-def _tidy(folder: Path) -> int:
+def _remove_old_drafts(folder: Path) -> int:
     """Remove old drafts of killed processes; return the total bytes of entries and drafts.
 
     Files with other names do not belong to the cache: they are neither removed nor counted.

@@ -14,7 +14,7 @@ from segkit.core.errors import DataError, quoted
 from segkit.core.labels import IGNORE
 from segkit.data.images import MAX_PIXELS, read_image
 from segkit.data.inputs import check_name, inside, read_json
-from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
+from segkit.data.source import Fault, OnError, check_classes, usable
 
 MAX_OUTLINE = 1 << 22
 """Maximum outline length of an object in pixels; pycocotools needs about 100 bytes per pixel."""
@@ -89,16 +89,9 @@ class CocoSource:
         self.classes, self.category_ids = self._read_categories(content, background)
         records = self._read_images(content, faults)
         regions = self._read_regions(content, records, entries, faults)
-        stop_or_go(faults, on_error)
         self._keep(records, regions)
-        if on_error == "skip":
-            broken = unreadable(self)
-            faults += broken.values()
-            self._keep([record for i, record in enumerate(records) if i not in broken], regions)
-        self.faults = tuple(faults)
-        if not self.names:
-            first = f"; {faults[0].sentence}" if faults else ""
-            raise DataError(f"{annotations} lists no usable image; expected at least one{first}")
+        kept, self.faults = usable(self, faults, on_error, f"{annotations} lists no usable image")
+        self._keep([records[i] for i in kept], regions)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -121,17 +114,16 @@ class CocoSource:
         return pixels
 
     def mask(self, i: int) -> Tensor:
-        self._require_labels()
+        if not self.labelled:
+            raise DataError(f"{self._file} has no annotations; expected a labelled COCO file")
         height, width = self.size(i)
-        mask = np.zeros(
-            (width, height), np.uint8
-        )  # transposed: pycocotools decodes in column-major order
+        mask = np.zeros((width, height), np.uint8)  # transposed, as pycocotools decodes columns
         for region in self._regions[i]:
             if region.crowd and self._crowd == "skip":
                 continue
             ignored = region.crowd and self._crowd == "ignore"
-            value = IGNORE if ignored else region.class_index
-            np.putmask(mask, _decode(region.shape, height, width).T, value)
+            inside = coco_mask.decode(encode(region.shape, height, width)).T
+            np.putmask(mask, inside, IGNORE if ignored else region.class_index)
         return torch.from_numpy(np.ascontiguousarray(mask.T))
 
     def label_digest(self, i: int) -> str:
@@ -139,20 +131,6 @@ class CocoSource:
         for region in self._regions[i]:
             digest.update(f"{region.class_index} {region.crowd} {_numbers(region.shape)}".encode())
         return digest.hexdigest()
-
-    def instances(self, i: int) -> list[tuple[int, Tensor]]:
-        """Return the objects of image ``i``, without crowds and background, in painting order.
-
-        Returns:
-            Class index and uint8 (H, W) mask of each object, 1 on the whole object.
-        """
-        self._require_labels()
-        height, width = self.size(i)
-        return [
-            (region.class_index, torch.from_numpy(_decode(region.shape, height, width).copy("C")))
-            for region in self._regions[i]
-            if not region.crowd and region.class_index != 0
-        ]
 
     def regions(self, i: int) -> tuple[Region, ...]:
         """Return the annotations of image ``i`` in painting order."""
@@ -163,10 +141,6 @@ class CocoSource:
         self.image_ids = tuple(image.id for image in images)
         self._sizes = tuple(image.size for image in images)
         self._regions = tuple(tuple(regions[image.id]) for image in images)
-
-    def _require_labels(self) -> None:
-        if not self.labelled:
-            raise DataError(f"{self._file} has no annotations; expected a labelled COCO file")
 
     def _read_categories(
         self, content: dict[str, Any], background: str
@@ -421,11 +395,6 @@ def encode(shape: Shape, height: int, width: int) -> dict[str, Any]:
     if isinstance(shape, dict):
         return shape
     return coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-
-
-def _decode(shape: Shape, height: int, width: int) -> np.ndarray:
-    """Return (H, W) uint8 in column-major order, 1 on the shape."""
-    return coco_mask.decode(encode(shape, height, width))
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:

@@ -14,7 +14,7 @@ from segkit.core.labels import IGNORE
 from segkit.data.images import SUFFIXES, image_size, open_image, read_image
 from segkit.data.inputs import check_name, inside, read_text
 from segkit.data.memo import MEMO
-from segkit.data.source import Fault, OnError, check_classes, stop_or_go, unreadable
+from segkit.data.source import Fault, OnError, check_classes, usable
 
 
 class MaskSource:
@@ -69,19 +69,10 @@ class MaskSource:
         names = _search(self._images, image_suffixes)
         if split is not None:
             names = _choose(names, split, faults)
-        self.names = tuple(self._sound(names, faults))
-        stop_or_go(faults, on_error)
-        if on_error == "skip":
-            broken = unreadable(self)
-            faults += broken.values()
-            self.names = tuple(name for i, name in enumerate(self.names) if i not in broken)
-        self.faults = tuple(faults)
-        if not self.names:
-            first = f"; {faults[0].sentence}" if faults else ""
-            raise DataError(
-                f"{images} holds no usable image ({', '.join(image_suffixes)}); "
-                f"expected at least one{first}"
-            )
+        self.names = tuple(self._valid(names, faults))
+        nothing = f"{images} holds no usable image ({', '.join(image_suffixes)})"
+        kept, self.faults = usable(self, faults, on_error, nothing)
+        self.names = tuple(self.names[i] for i in kept)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -125,7 +116,7 @@ class MaskSource:
         except OSError as error:
             raise DataError(f"{path} cannot be read ({reason(error)})") from error
 
-    def _sound(self, names: Iterable[str], faults: list[Fault]) -> Iterator[str]:
+    def _valid(self, names: Iterable[str], faults: list[Fault]) -> Iterator[str]:
         """Yield the names that are valid and have their own mask; add the others to ``faults``."""
         owners: dict[str, str] = {}
         for name in names:

@@ -41,12 +41,12 @@ class PhotoSource:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             sizes = list(pool.map(_size, files))
         opened = list(zip(files, _names(files), sizes, strict=True))
-        sound = [(file, name, size) for file, name, size in opened if not isinstance(size, str)]
+        valid = [(file, name, size) for file, name, size in opened if not isinstance(size, str)]
         self.faults = tuple(Fault(size, name) for _, name, size in opened if isinstance(size, str))
-        if not sound:
+        if not valid:
             more = f" (and {len(self.faults) - 1} more)" if self.faults[1:] else ""
             raise DataError(f"{self.faults[0].sentence}{more}; no image is left to predict")
-        self._paths, self.names, self._sizes = zip(*sound, strict=True)
+        self._paths, self.names, self._sizes = zip(*valid, strict=True)
 
     def __len__(self) -> int:
         return len(self.names)

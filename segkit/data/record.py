@@ -24,7 +24,7 @@ def data_record(parts: Mapping[str, tuple[Source, Sequence[int]]]) -> dict[str, 
         "format": FORMAT,
         "classes": list(first.classes),
         "category_ids": category_ids and {str(key): index for key, index in category_ids.items()},
-        "images": {part: _marks(source, indices) for part, (source, indices) in parts.items()},
+        "images": {part: _digests(source, indices) for part, (source, indices) in parts.items()},
     }
 
 
@@ -36,7 +36,7 @@ def data_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         changes.append(f"{len(new)} classes instead of {len(old)}")
     elif old != new:
         renamed = [f"{quoted(b)} was {quoted(a)}" for a, b in zip(old, new, strict=True) if a != b]
-        changes.append(f"other classes: {_some(renamed)}")
+        changes.append(f"other classes: {_shortened(renamed)}")
     elif before["category_ids"] != after["category_ids"]:
         changes.append("other category ids of the classes")
     for part, images in before["images"].items():
@@ -50,11 +50,11 @@ def data_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         }
         for change, names in differing.items():
             if names:
-                changes.append(f"{change} in data.{part}: {_some(list(map(quoted, names)))}")
+                changes.append(f"{change} in data.{part}: {_shortened(list(map(quoted, names)))}")
     return changes
 
 
-def _some(items: Sequence[str]) -> str:
+def _shortened(items: Sequence[str]) -> str:
     """Return the first three items as text, and the number of further ones."""
     more = f" (and {len(items) - 3} more)" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more
@@ -65,7 +65,7 @@ def label_digests(source: Source, indices: Sequence[int]) -> list[str]:
     return [digest[:16] for digest in on_threads(source.label_digest, indices, "reading labels")]
 
 
-def _marks(source: Source, indices: Sequence[int]) -> dict[str, list[str]]:
+def _digests(source: Source, indices: Sequence[int]) -> dict[str, list[str]]:
     """Return the digests of each image and its label by the image's name."""
     pairs = zip(digests(source, indices), label_digests(source, indices), strict=True)
     return {source.names[i]: list(pair) for i, pair in zip(indices, pairs, strict=True)}

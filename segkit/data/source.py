@@ -105,11 +105,29 @@ def check_classes(classes: Sequence[str], origin: str) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def stop_or_go(faults: Sequence[Fault], on_error: OnError) -> None:
-    """Raise the first fault, if there is one and ``on_error`` is ``"raise"``."""
+def usable(
+    source: Source, faults: Sequence[Fault], on_error: OnError, nothing: str
+) -> tuple[list[int], tuple[Fault, ...]]:
+    """Return the indices of a source's usable images, and all faults.
+
+    Args:
+        source: The images without known faults. With ``"skip"``, all of them are read once.
+        faults: The known faults.
+        on_error: See :data:`OnError`.
+        nothing: Beginning of the error message if no image is usable.
+
+    Raises:
+        DataError: There is a fault and ``on_error`` is ``"raise"``, or no image is usable.
+    """
     if faults and on_error == "raise":
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise DataError(faults[0].sentence + more)
+    broken = unreadable(source) if on_error == "skip" else {}
+    together = (*faults, *broken.values())
+    if len(broken) == len(source):
+        first = f"; {together[0].sentence}" if together else ""
+        raise DataError(f"{nothing}; expected at least one{first}")
+    return [i for i in range(len(source)) if i not in broken], together
 
 
 def unreadable(source: Source) -> dict[int, Fault]:

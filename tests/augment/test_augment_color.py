@@ -1,4 +1,4 @@
-"""Color against torchvision where the mathematics agrees, and bounds where it departs."""
+"""Color operations equal torchvision's where the mathematics agrees, and are near it elsewhere."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_brightness_and_saturation_equal_torchvision(factor: float) -> None:
         (brightness_matrix(factor), tv.adjust_brightness),
         (saturation_matrix(factor), tv.adjust_saturation),
     ):
-        expected = reference(image().float() / 255, factor) * 255  # its bytes are cut off twice
+        expected = reference(image().float() / 255, factor) * 255  # its uint8 is clipped twice
         assert (apply_matrix(image(), matrix, limits=LEVELS) - expected).abs().max() < 0.01
 
 
@@ -85,7 +85,7 @@ def test_hue_keeps_grays_and_means() -> None:
 
 @pytest.mark.parametrize("degrees", [-36.0, -10.0, 10.0, 36.0])
 def test_hue_stays_near_a_turn_in_hsv(degrees: float) -> None:
-    """On colors of photographs, mild ones; and towards the same side."""
+    """Mild colors change by about the same amount in the same direction."""
     mild = (image().float() * 0.3 + 90).round().to(torch.uint8)
     expected = tv.adjust_hue(mild, degrees / 360).float()
     result = apply_matrix(mild, hue_matrix(degrees), limits=LEVELS)
@@ -102,7 +102,7 @@ def test_rgb_shift_by_hand() -> None:
     assert len(set(shift)) == 3
 
 
-def test_products_apply_from_right_to_left_and_cut_off_once() -> None:
+def test_products_apply_from_right_to_left_and_clip_once() -> None:
     pixel = torch.tensor([200, 100, 50], dtype=torch.uint8).view(3, 1, 1)
     there_and_back = brightness_matrix(0.25) @ brightness_matrix(4)
     torch.testing.assert_close(apply_matrix(pixel, there_and_back, limits=LEVELS), pixel.float())
@@ -113,7 +113,7 @@ def test_products_apply_from_right_to_left_and_cut_off_once() -> None:
 
 
 def test_photometric_keeps_ssds_order() -> None:
-    """Brightness first; contrast before or after saturation and hue, which differ about black."""
+    """Brightness is first; contrast is before or after saturation and hue."""
     seen = set()
     for seed in range(200):
         draws = rng(seed)

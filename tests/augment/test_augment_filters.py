@@ -1,4 +1,4 @@
-"""Filters against Pillow, torchvision and numpy."""
+"""Filters equal those of Pillow, torchvision and NumPy."""
 
 import functools
 
@@ -58,7 +58,7 @@ def test_median_blur_at_the_border_and_on_tiny_images() -> None:
 
 @pytest.mark.parametrize(("size", "steps"), [(3, 20), (5, 116)])
 def test_the_median_of_every_square_of_zeros_and_ones(size: int, steps: int) -> None:
-    """Minima and maxima that find these find the median of any numbers (the zero-one principle)."""
+    """A network correct for zeros and ones is correct for all numbers (zero-one principle)."""
     count = size * size
     squares = np.arange(2**count // 8, dtype=np.uint32)  # eight to a byte, numbered by their pixels
     pixels = [np.full(len(squares), low, np.uint8) for low in (0b10101010, 0b11001100, 0b11110000)]
@@ -139,7 +139,7 @@ def test_closing_fills_a_class_and_leaves_ignored_pixels() -> None:
     assert mask[2, 2] == 0
 
 
-def test_opening_takes_specks_of_a_class() -> None:
+def test_opening_removes_small_regions_of_a_class() -> None:
     mask = torch.zeros((9, 9), dtype=torch.uint8)
     mask[1, 1] = 2
     mask[4:8, 4:8] = 2
@@ -152,7 +152,7 @@ def test_opening_takes_specks_of_a_class() -> None:
 
 @pytest.mark.parametrize("name", sorted(FILTERS))
 def test_levels_stay_levels(name: str) -> None:
-    """Filters take bytes and floats alike, change neither, and stay within 0 to 255."""
+    """Filters accept bytes and floats, change neither, and stay within 0 to 255."""
     pixels = image()
     make = functools.partial(filtered, name)
     from_bytes = make(pixels)

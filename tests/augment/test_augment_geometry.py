@@ -1,4 +1,4 @@
-"""Geometry against plain references: copies to the bit, resampling to a level."""
+"""Geometry equals plain references: copies bit for bit, resampling within one level of 255."""
 
 import math
 
@@ -57,7 +57,7 @@ def run(name: str, **arguments) -> Canvas:
 
 
 def by_pixels(image: Tensor, matrix: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Nearest by a loop over pixels; 255 outside."""
+    """Sample a mask with nearest neighbor by a loop over pixels; 255 outside."""
     result = torch.full(size, 255, dtype=torch.uint8)
     for row in range(size[0]):
         for column in range(size[1]):
@@ -69,7 +69,7 @@ def by_pixels(image: Tensor, matrix: np.ndarray, size: tuple[int, int]) -> Tenso
 
 
 def well_inside(inside: Tensor) -> Tensor:
-    """Not next to padding, nor at the edge, where peers blend with their fill color."""
+    """Return pixels away from padding and edges, where other libraries blend with a fill color."""
     outside = F.pad(1 - inside[None], (1, 1, 1, 1), value=1.0)
     return F.max_pool2d(outside, 3, 1)[0] == 0
 
@@ -103,7 +103,7 @@ def test_quarter_turns_are_copies(turns: int) -> None:
 
 
 def test_copies_compose() -> None:
-    """A quarter turn, a flip and a crop are still one copy."""
+    """A quarter turn, a flip and a crop together copy pixels once."""
     canvas = QuarterTurn(turns=(1,))(Canvas(SIZE), np.random.default_rng(0))
     canvas = canvas.then(flip_matrix(canvas.size[1])).then(shift_matrix(5, 7), (40, 30))
     image = noise()
@@ -112,7 +112,7 @@ def test_copies_compose() -> None:
 
 
 def test_four_rotations_by_ninety_degrees_copy() -> None:
-    """Cosines that miss zero by 1e-17 do not blur."""
+    """Cosines of 1e-17 in place of 0 do not blur."""
     canvas = Canvas((64, 64))
     for _ in range(3):
         canvas = Rotate(degrees=(90.0, 90.0))(canvas, np.random.default_rng(0))
@@ -174,11 +174,12 @@ def test_resized_crop_equals_torchvision() -> None:
 
 
 @pytest.mark.parametrize(("size", "edge"), [((48, 40), 0.11), ((200, 180), 0.5)])
-def test_a_resized_crop_reads_no_further_inwards_than_told(
+def test_a_resized_crop_shifts_its_border_no_more_than_documented(
     size: tuple[int, int], edge: float
 ) -> None:
-    """An image of its own x: only a crop's first and last pixels, which see nothing beyond it,
-    hold what lies inwards, by a tenth of a pixel shrunk and half a pixel of the image enlarged.
+    """Only a crop's outermost pixels are shifted inwards: by 0.1 pixel shrunk, by 0.5 enlarged.
+
+    Each pixel of the image has its own x as its value.
     """
     image = (torch.arange(90.0) + 0.5).expand(3, 120, 90)
     for seed in range(20):
@@ -208,7 +209,7 @@ def test_rotation_equals_torchvision(degrees: float) -> None:
 
 @pytest.mark.parametrize("name", sorted(GEOMETRY))
 def test_image_and_mask_stay_together(name: str) -> None:
-    """A smooth image of the labels' own values: wherever labels are flat, the two agree."""
+    """Pixels have their label times 20 as value: away from edges, the results agree too."""
     arguments: dict[str, dict] = {
         "resize": {"size": (51, 120)},
         "scale": {"range": (1.3, 1.3)},
@@ -266,7 +267,7 @@ def test_perspective_equals_torchvision() -> None:
 
 
 def wild_perspectives(count: int) -> list[np.ndarray]:
-    """Those whose horizon crosses the canvas."""
+    """Return matrices of perspectives whose horizon crosses the canvas."""
     operation, matrices = Perspective(amount=(0.9, 0.9)), []
     for seed in range(count):
         matrix = operation(Canvas(SIZE), np.random.default_rng(seed)).matrix
@@ -319,7 +320,7 @@ def test_shear_equals_torchvision(x: float, y: float) -> None:
 
 
 def test_shrinking_does_not_alias() -> None:
-    """A checkerboard of single pixels is gray at a third of its size, turned or not."""
+    """A checkerboard of single pixels becomes gray at a third of its size, rotated or not."""
     board = ((torch.arange(96)[:, None] + torch.arange(96)) % 2 * 255).to(torch.uint8)
     image = board.expand(3, -1, -1)
     turn = Rotate(degrees=(20.0, 20.0))(Canvas((96, 96)), np.random.default_rng(0)).matrix
@@ -354,7 +355,7 @@ def test_crop_of_a_smaller_canvas_keeps_all_of_it() -> None:
 
 
 def test_crop_avoids_one_class() -> None:
-    """Only a twentieth of the mask has a second class; capped crops find it far more often."""
+    """A second class covers 5 % of the mask; crops with a limit contain it far more often."""
     mask = torch.zeros((200, 200), dtype=torch.uint8)
     mask[90:130, 90:130] = 1
     share = {}

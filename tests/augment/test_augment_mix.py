@@ -1,4 +1,4 @@
-"""Mixtures: what is pasted comes with its labels, and rare classes come first."""
+"""Mixing operations: pixels are pasted with their labels, rare classes first."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SIZE = (64, 96)
 
 
 def flat(label: int, size: tuple[int, int] = SIZE) -> tuple[Tensor, Tensor]:
-    """An image that shows its label in its color."""
+    """Return an image of one class whose color is its label times 20."""
     return show(torch.full(size, label, dtype=torch.uint8))
 
 
@@ -19,7 +19,7 @@ def show(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scene(_: object = None) -> tuple[Tensor, Tensor]:
-    """Background 0 with two objects of class 3, one of class 5 and an ignored border."""
+    """Return background 0 with two objects of class 3, one of class 5 and an ignored border."""
     mask = torch.zeros((60, 80), dtype=torch.uint8)
     mask[5:20, 5:20] = 3
     mask[5:20, 50:70] = 3
@@ -98,7 +98,7 @@ def test_classmix_pastes_half_of_the_classes() -> None:
 
 
 def test_pasting_onto_padding_shows() -> None:
-    """What is pasted where there was padding is part of the image."""
+    """Pixels pasted onto padding are part of the image."""
     spec = [{"name": "pad", "size": [96, 128]}, {"name": "cutmix", "area": [1, 1]}]
     pipeline = Pipeline(spec, size=None, mean=(0, 0, 0), std=(1 / 255,) * 3)
     image, mask = pipeline(*flat(1), generator(0, 0, 0), lambda _: flat(4))

@@ -1,4 +1,4 @@
-"""The pipeline as a whole: one pass, a pure function of its numbers, the same on a batch."""
+"""The whole pipeline: one resampling, a pure function of its seed, equal for batches."""
 
 import json
 import pickle
@@ -75,7 +75,7 @@ def pipeline(operations: list, size: tuple[int, int] | None = None) -> Pipeline:
 
 
 def levels(operations: list, size: tuple[int, int] | None = None) -> Pipeline:
-    """A pipeline whose result is in levels of 255."""
+    """Return a pipeline whose results are in 0..255."""
     return Pipeline(operations, size=size, mean=(0, 0, 0), std=(1 / 255,) * 3)
 
 
@@ -104,9 +104,9 @@ def test_flips_and_crops_are_copies() -> None:
         for top in range(2)
         for left in range(2)
     ]
-    found = [labels[:64, :96] for pixels, labels in windows if torch.equal(result, pixels)]
-    assert len(found) == 1
-    assert torch.equal(cropped, found[0])
+    masks = [labels[:64, :96] for pixels, labels in windows if torch.equal(result, pixels)]
+    assert len(masks) == 1
+    assert torch.equal(cropped, masks[0])
 
 
 def test_padding_is_zero_and_ignored() -> None:
@@ -125,7 +125,7 @@ def test_padding_is_zero_and_ignored() -> None:
     assert (result[:, ~outside] != 0).float().mean() > 0.99
 
 
-def test_size_ends_every_sample_alike() -> None:
+def test_every_sample_is_resized_to_size() -> None:
     run = pipeline([{"name": "scale", "range": [0.5, 2.0]}], size=(40, 56))
     for index in range(10):
         image, mask = run(*sample(), generator(0, 0, index))
@@ -146,7 +146,7 @@ def test_geometry_is_one_step_and_color_none_of_its_own() -> None:
     assert not np.array_equal(plan.color, np.eye(4))
 
 
-def test_filters_stand_where_they_are() -> None:
+def test_filters_keep_their_place_in_the_list() -> None:
     operations = [
         {"name": "scale", "range": [1.2, 1.2]},
         {"name": "brightness", "range": [1.1, 1.1]},
@@ -198,7 +198,7 @@ def test_shipped_configurations_read_each_image_once(path: Path) -> None:
 
 
 @pytest.mark.parametrize("blur", [{"sizes": [5]}, {"sigma": [1.5, 1.5]}])
-def test_colors_pass_a_blur_and_come_to_the_same(blur: dict) -> None:
+def test_colors_before_a_blur_are_applied_after_it_with_equal_results(blur: dict) -> None:
     name = "blur" if "sizes" in blur else "gaussian_blur"
     colors = [{"name": "contrast", "range": [0.6, 0.6]}, {"name": "hue", "degrees": [20, 20]}]
     run = pipeline([*colors, {"name": name, **blur}])
@@ -213,14 +213,14 @@ def test_colors_pass_a_blur_and_come_to_the_same(blur: dict) -> None:
 def test_order_of_color_and_curve_matters() -> None:
     image, _ = sample()
     bright, gamma = {"name": "brightness", "range": [0.5, 0.5]}, {"name": "gamma", "range": [2, 2]}
-    one, _ = levels([bright, gamma])(image, None, generator(0, 0, 0))
-    other, _ = levels([gamma, bright])(image, None, generator(0, 0, 0))
+    bright_first, _ = levels([bright, gamma])(image, None, generator(0, 0, 0))
+    gamma_first, _ = levels([gamma, bright])(image, None, generator(0, 0, 0))
     value = image.float() / 255
-    torch.testing.assert_close(one, (0.5 * value) ** 2 * 255, atol=0.05, rtol=0)
-    torch.testing.assert_close(other, 0.5 * value**2 * 255, atol=0.05, rtol=0)
+    torch.testing.assert_close(bright_first, (0.5 * value) ** 2 * 255, atol=0.05, rtol=0)
+    torch.testing.assert_close(gamma_first, 0.5 * value**2 * 255, atol=0.05, rtol=0)
 
 
-def test_chance_is_kept() -> None:
+def test_probabilities_are_kept() -> None:
     run = pipeline([{"name": "hflip"}, {"name": "rotate", "degrees": [90, 90], "p": 0.2}])
     flipped = turned = 0
     for index in range(500):
@@ -232,7 +232,7 @@ def test_chance_is_kept() -> None:
     assert 0.14 < turned / 500 < 0.26
 
 
-def test_cap_on_the_largest_class_reaches_the_mask() -> None:
+def test_max_class_share_limits_the_largest_class() -> None:
     mask = torch.zeros((200, 200), dtype=torch.uint8)
     mask[90:130, 90:130] = 1
     image = mask.expand(3, -1, -1)
@@ -311,7 +311,7 @@ def test_a_batch_equals_its_samples() -> None:
         for index, (image, mask) in enumerate(pairs)
     ]
     plans = pickle.loads(pickle.dumps(plans))
-    images, masks = run.render([one for one, _ in pairs], [one for _, one in pairs], plans)
+    images, masks = run.render(*map(list, zip(*pairs, strict=True)), plans)
     assert images.shape == (6, 3, 48, 64)
     for index, (image, mask) in enumerate(pairs):
         alone, labels = run(image, mask, generator(0, 0, index), others)
@@ -319,7 +319,7 @@ def test_a_batch_equals_its_samples() -> None:
         assert torch.equal(masks[index], labels)
 
 
-def test_pipelines_travel_to_workers() -> None:
+def test_pickled_pipelines_are_equal() -> None:
     run = pipeline(WHOLE)
     copy = pickle.loads(pickle.dumps(run))
     assert torch.equal(
@@ -339,12 +339,12 @@ def test_pipelines_travel_to_workers() -> None:
         ({"p": 0.5}, r"operations\[0\]\.name"),
     ],
 )
-def test_bad_operations_are_told_with_their_path(spec: dict, message: str) -> None:
+def test_invalid_operations_are_named_with_their_path(spec: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         pipeline([spec])
 
 
-def test_mixtures_need_others() -> None:
+def test_mixing_operations_need_other_images() -> None:
     with pytest.raises(ConfigError, match="other labelled images"):
         pipeline(["cutmix"])(*sample(), generator(0, 0, 0))
 

@@ -1,4 +1,4 @@
-"""The cache: the same bytes, from files that appear whole, within its limit."""
+"""The cache returns equal bytes, writes its files atomically, and keeps its limit."""
 
 import json
 import multiprocessing
@@ -27,7 +27,7 @@ PLENTY = 1e9
 
 
 def write_set(folder: Path, images: int = 5) -> None:
-    """Noise photographs with one polygon each."""
+    """Write images of noise, each with one polygon."""
     rng = np.random.default_rng(0)
     records, annotations = [], []
     for i in range(images):
@@ -56,17 +56,17 @@ def cached(folder: Path, limit: float = PLENTY) -> CachedSource:
 
 
 def files(folder: Path) -> list[Path]:
-    found = (folder / "cache").rglob("*")
-    return sorted(file for file in found if file.is_file() and file.name != "memo.json")
+    paths = (folder / "cache").rglob("*")
+    return sorted(file for file in paths if file.is_file() and file.name != "memo.json")
 
 
-def assert_equal(one: Source, other: Source) -> None:
-    assert one.names == other.names
-    assert one.classes == other.classes
+def assert_equal(actual: Source, other: Source) -> None:
+    assert actual.names == other.names
+    assert actual.classes == other.classes
     for i in range(len(other)):
-        assert one.size(i) == other.size(i)
-        assert torch.equal(one.image(i), other.image(i))
-        assert torch.equal(one.mask(i), other.mask(i))
+        assert actual.size(i) == other.size(i)
+        assert torch.equal(actual.image(i), other.image(i))
+        assert torch.equal(actual.mask(i), other.mask(i))
 
 
 @pytest.fixture
@@ -164,12 +164,12 @@ def test_two_processes_fill_one_folder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     pair = [context.Process(target=fill, args=(tmp_path, results)) for _ in range(2)]
-    for one in pair:
-        one.start()
+    for process in pair:
+        process.start()
     sums = [results.get(timeout=120) for _ in pair]
-    for one in pair:
-        one.join()
-        assert one.exitcode == 0
+    for process in pair:
+        process.join()
+        assert process.exitcode == 0
     plain = source(tmp_path)
     assert sums == [sum(int(plain.image(i).sum()) for i in range(12))] * 2
     assert [file.stat().st_size for file in files(tmp_path)] == [BYTES] * 12
@@ -189,7 +189,7 @@ def test_files_of_others_are_neither_deleted_nor_counted(folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process by a signal")
 def test_a_kill_half_way_leaves_whole_files(folder: Path) -> None:
-    """The process dies in the middle of the third file, its draft half written."""
+    """The process is killed while it writes the third file."""
     script = (
         "import os, signal, sys; from pathlib import Path; import numpy as np\n"
         "from test_cache import cached\n"

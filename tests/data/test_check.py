@@ -1,4 +1,4 @@
-"""``python -m segkit check`` finds every planted fault, and nothing else."""
+"""``segkit check`` reports every fault of a data set, and nothing else."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ def record(key: int, **changes: Any) -> dict[str, Any]:
 
 
 def plant(folder: Path) -> tuple[Data, set[tuple[str, int | None]]]:
-    """A COCO set with 40 faults, and what should be found: (file, annotation)."""
+    """Write a COCO set with 40 faults; return them as (file, annotation)."""
     folder.mkdir()
     picture = Image.new("RGB", (SIZE, SIZE))
     whole: dict[str, Any] = {"categories": [{"id": 1, "name": "can"}]}
@@ -117,11 +117,11 @@ def plant(folder: Path) -> tuple[Data, set[tuple[str, int | None]]]:
 def test_finds_exactly_the_40_planted_faults(tmp_path: Path) -> None:
     data, expected = plant(tmp_path / "data")
     assert len(expected) == 40
-    found = list(faults(data))
-    assert {(fault.file, fault.annotation) for fault in found} == expected
-    assert len(found) == 40
-    assert all(fault.sentence.startswith("data.train: ") for fault in found)
-    assert all("\n" not in fault.sentence for fault in found)
+    listed = list(faults(data))
+    assert {(fault.file, fault.annotation) for fault in listed} == expected
+    assert len(listed) == 40
+    assert all(fault.sentence.startswith("data.train: ") for fault in listed)
+    assert all("\n" not in fault.sentence for fault in listed)
 
 
 def write_masks(folder: Path, values: int) -> dict[str, Any]:
@@ -135,26 +135,26 @@ def write_masks(folder: Path, values: int) -> dict[str, Any]:
 
 
 def test_every_part_is_read(tmp_path: Path) -> None:
-    """Train is sound, val has a wrong value, test_labels other classes, test cannot be opened."""
+    """Train is valid, val has a wrong value, test_labels other classes, test cannot be opened."""
     data = {
         "train": write_masks(tmp_path / "train", 2),
         "val": write_masks(tmp_path / "val", 3),
         "test": {"name": "masks", "images": str(tmp_path / "gone"), "classes": ["a"]},
         "test_labels": {**write_masks(tmp_path / "test", 2), "classes": ["ground", "bag"]},
     }
-    found = [fault.sentence for fault in faults(parse({"data": data}).data)]
-    assert len(found) == 3
-    assert "data.val: " in found[0]
-    assert "2.png has the values 2" in found[0]
-    assert found[1].startswith("data.test: ")
-    assert "is not a folder" in found[1]
-    assert found[2].startswith("data.test_labels has the classes ground, bag, but")
+    sentences = [fault.sentence for fault in faults(parse({"data": data}).data)]
+    assert len(sentences) == 3
+    assert "data.val: " in sentences[0]
+    assert "2.png has the values 2" in sentences[0]
+    assert sentences[1].startswith("data.test: ")
+    assert "is not a folder" in sentences[1]
+    assert sentences[2].startswith("data.test_labels has the classes ground, bag, but")
 
 
 def test_groups_are_checked(tmp_path: Path) -> None:
     data = {"train": write_masks(tmp_path / "train", 2), "group_pattern": "^(x)"}
-    (found,) = faults(parse({"data": data}).data)
-    assert "does not match data.group_pattern" in found.sentence
+    (fault,) = faults(parse({"data": data}).data)
+    assert "does not match data.group_pattern" in fault.sentence
 
 
 def test_a_misspelt_argument_is_the_configurations_fault() -> None:

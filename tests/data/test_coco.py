@@ -1,4 +1,4 @@
-"""COCO files: rendered as hand-drawn masks say, or refused with the annotation that is at fault."""
+"""COCO files are rendered as expected by hand, or refused with the faulty annotation."""
 
 import json
 import pickle
@@ -51,7 +51,7 @@ def source(folder: Path, *annotations: dict[str, Any], **arguments: Any) -> Coco
 
 
 def fault(folder: Path, whole: Any) -> str:
-    """The sentence of the one fault in ``whole``; skipping finds the same one."""
+    """Return the sentence of the only fault in ``whole``; ``"skip"`` lists the same fault."""
     path = save(folder, whole)
     with pytest.raises(DataError) as caught:
         CocoSource(annotations=path)
@@ -60,51 +60,51 @@ def fault(folder: Path, whole: Any) -> str:
     assert "\n" not in sentence
     assert len(sentence) < 400
     try:
-        assert [one.sentence for one in CocoSource(annotations=path, on_error="skip").faults] == [
-            sentence
-        ]
+        assert [
+            fault.sentence for fault in CocoSource(annotations=path, on_error="skip").faults
+        ] == [sentence]
     except DataError as error:
         assert sentence in str(error)  # noqa: PT017  (no image was left)
     return sentence
 
 
 def test_polygon_covers_the_pixels_whose_centers_it_holds(tmp_path: Path) -> None:
-    one = source(tmp_path, annotation(5, [box(1, 1, 4, 2)]))
+    opened = source(tmp_path, annotation(5, [box(1, 1, 4, 2)]))
     expected = torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8)
     expected[1:3, 1:5] = 1
-    assert torch.equal(one.mask(0), expected)
-    assert one.mask(0).dtype == torch.uint8
-    assert one.mask(0).is_contiguous()
-    assert one.classes == ("background", "can", "bag")
-    assert one.names == ("a.png",)
-    assert one.size(0) == (HEIGHT, WIDTH)
-    assert one.image(0).shape == (3, HEIGHT, WIDTH)
-    assert one.path(0) == tmp_path / "a.png"
+    assert torch.equal(opened.mask(0), expected)
+    assert opened.mask(0).dtype == torch.uint8
+    assert opened.mask(0).is_contiguous()
+    assert opened.classes == ("background", "can", "bag")
+    assert opened.names == ("a.png",)
+    assert opened.size(0) == (HEIGHT, WIDTH)
+    assert opened.image(0).shape == (3, HEIGHT, WIDTH)
+    assert opened.path(0) == tmp_path / "a.png"
 
 
 def test_category_ids_map_in_ascending_order(tmp_path: Path) -> None:
     categories = [{"id": 90, "name": "z"}, {"id": -3, "name": "y"}, {"id": 12, "name": "x"}]
     shapes = [annotation(1, [box(0, 0, 2, 2)], category_id=90, area=4)]
-    one = CocoSource(annotations=save(tmp_path, content(*shapes, categories=categories)))
-    assert one.classes == ("background", "y", "x", "z")
-    assert one.category_ids == {-3: 1, 12: 2, 90: 3}
-    assert one.mask(0)[0, 0] == 3
+    opened = CocoSource(annotations=save(tmp_path, content(*shapes, categories=categories)))
+    assert opened.classes == ("background", "y", "x", "z")
+    assert opened.category_ids == {-3: 1, 12: 2, 90: 3}
+    assert opened.mask(0)[0, 0] == 3
 
 
 def test_id_0_is_a_class_unless_it_is_named_background(tmp_path: Path) -> None:
     shapes = [annotation(1, [box(0, 0, 2, 2)], category_id=4), annotation(2, [box(4, 4, 2, 2)])]
     named = [{"id": 0, "name": "zero"}, {"id": 1, "name": "can"}, {"id": 4, "name": "BackGround"}]
-    one = CocoSource(annotations=save(tmp_path, content(*shapes, categories=named)))
-    assert one.classes == ("background", "zero", "can")
-    assert one.category_ids == {0: 1, 1: 2, 4: 0}
-    assert one.mask(0).unique().tolist() == [0, 2]
-    assert [index for index, _ in one.instances(0)] == [2]
+    opened = CocoSource(annotations=save(tmp_path, content(*shapes, categories=named)))
+    assert opened.classes == ("background", "zero", "can")
+    assert opened.category_ids == {0: 1, 1: 2, 4: 0}
+    assert opened.mask(0).unique().tolist() == [0, 2]
+    assert [region.class_index for region in opened.regions(0)] == [0, 2]
     ground = CocoSource(annotations=save(tmp_path, content(categories=named)), background="zero")
     assert ground.classes == ("zero", "can", "BackGround")
 
 
 def test_painting_order_is_area_descending_then_id(tmp_path: Path) -> None:
-    """Three boxes share one pixel: the smallest wins; of equal areas the larger id."""
+    """Of three boxes on a pixel, the smallest is visible; of equal areas, the larger id."""
     small = annotation(1, [box(2, 2, 1, 1)], area=1, category_id=7)
     large = annotation(9, [box(0, 0, 6, 6)], area=36)
     assert source(tmp_path, small, large).mask(0)[2, 2] == 2
@@ -128,12 +128,12 @@ def test_without_an_area_the_shape_gives_it(tmp_path: Path) -> None:
 
 
 def test_several_polygons_are_one_object(tmp_path: Path) -> None:
-    """OR, not XOR: where they overlap the object stays."""
-    one = source(tmp_path, annotation(1, [box(0, 0, 3, 3), box(2, 2, 3, 3)]))
+    """Overlapping polygons are joined by OR, not XOR."""
+    opened = source(tmp_path, annotation(1, [box(0, 0, 3, 3), box(2, 2, 3, 3)]))
     expected = torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8)
     expected[0:3, 0:3] = 1
     expected[2:5, 2:5] = 1
-    assert torch.equal(one.mask(0), expected)
+    assert torch.equal(opened.mask(0), expected)
 
 
 @pytest.mark.parametrize("kind", ["polygon", "runs", "string"])
@@ -149,8 +149,8 @@ def test_all_kinds_of_segmentation_give_the_same_mask(tmp_path: Path, kind: str)
         "runs": {"size": size, "counts": runs},
         "string": {"size": size, "counts": packed},
     }
-    one = source(tmp_path, annotation(1, kinds[kind]))
-    assert torch.equal(one.mask(0), torch.from_numpy(drawn))
+    opened = source(tmp_path, annotation(1, kinds[kind]))
+    assert torch.equal(opened.mask(0), torch.from_numpy(drawn))
 
 
 @pytest.mark.parametrize(
@@ -160,63 +160,54 @@ def test_crowds(tmp_path: Path, crowd: Any, expected: list[int]) -> None:
     many = annotation(
         1, {"size": [HEIGHT, WIDTH], "counts": [24, 24]}, iscrowd=1, area=24, category_id=7
     )
-    one = source(tmp_path, many, annotation(2, [box(0, 0, 2, 2)], area=4), crowd=crowd)
-    assert one.mask(0).unique().tolist() == expected
-    assert [index for index, _ in one.instances(0)] == [1]
-
-
-def test_instances_are_whole_objects(tmp_path: Path) -> None:
-    """In painting order, the hidden part of the lower one included."""
-    top, below = annotation(1, [box(1, 1, 2, 2)], area=4), annotation(2, [box(0, 0, 4, 4)], area=16)
-    found = source(tmp_path, top, {**below, "category_id": 7}).instances(0)
-    assert [(index, int(mask.sum())) for index, mask in found] == [(2, 16), (1, 4)]
-    assert all(mask.shape == (HEIGHT, WIDTH) and mask.dtype == torch.uint8 for _, mask in found)
+    opened = source(tmp_path, many, annotation(2, [box(0, 0, 2, 2)], area=4), crowd=crowd)
+    assert opened.mask(0).unique().tolist() == expected
+    assert [region.crowd for region in opened.regions(0)] == [True, False]
 
 
 def test_images_without_annotations_are_background(tmp_path: Path) -> None:
     whole = content(annotation(1, [box(0, 0, 2, 2)]))
     whole["images"].append({"id": 2, "file_name": "b.png", "height": 65, "width": 97})
-    one = CocoSource(annotations=save(tmp_path, whole))
-    assert torch.equal(one.mask(1), torch.zeros(65, 97, dtype=torch.uint8))
-    assert one.image_ids == (1, 2)
+    opened = CocoSource(annotations=save(tmp_path, whole))
+    assert torch.equal(opened.mask(1), torch.zeros(65, 97, dtype=torch.uint8))
+    assert opened.image_ids == (1, 2)
 
 
 def test_file_without_annotations_is_unlabelled(tmp_path: Path) -> None:
     whole = content()
     for absent in (("annotations",), ("annotations", "categories"), ()):
         some = {key: value for key, value in whole.items() if key not in absent}
-        one = CocoSource(annotations=save(tmp_path, some))
-        assert not one.labelled
-        assert one.image(0).shape == (3, HEIGHT, WIDTH)
-        for read in (one.mask, one.instances):
-            with pytest.raises(DataError, match="no annotations"):
-                read(0)
+        opened = CocoSource(annotations=save(tmp_path, some))
+        assert not opened.labelled
+        assert opened.image(0).shape == (3, HEIGHT, WIDTH)
+        with pytest.raises(DataError, match="no annotations"):
+            opened.mask(0)
 
 
 def test_images_may_lie_in_another_folder(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     path = save(tmp_path, content(annotation(1, [box(0, 0, 2, 2)])))
     (tmp_path / "a.png").rename(tmp_path / "photos/a.png")
-    one = CocoSource(annotations=path, images=str(tmp_path / "photos"))
-    assert one.image(0).shape == (3, HEIGHT, WIDTH)
+    opened = CocoSource(annotations=path, images=str(tmp_path / "photos"))
+    assert opened.image(0).shape == (3, HEIGHT, WIDTH)
 
 
 def test_pickled_source_is_the_same(tmp_path: Path) -> None:
-    one = source(tmp_path, annotation(1, [box(0, 0, 2, 2)]))
-    again = pickle.loads(pickle.dumps(one))
-    assert torch.equal(again.mask(0), one.mask(0))
-    assert again.names == one.names
+    opened = source(tmp_path, annotation(1, [box(0, 0, 2, 2)]))
+    again = pickle.loads(pickle.dumps(opened))
+    assert torch.equal(again.mask(0), opened.mask(0))
+    assert again.names == opened.names
 
 
 def test_figure_of_eight_has_an_area(tmp_path: Path) -> None:
-    """Its two halves, of opposite sense, are no reason to refuse it."""
-    one = source(tmp_path, annotation(1, [[0, 0, 6, 6, 6, 0, 0, 6]]))
-    assert one.mask(0).sum() > 6
+    """Its signed area is 0, but it is accepted."""
+    opened = source(tmp_path, annotation(1, [[0, 0, 6, 6, 6, 0, 0, 6]]))
+    assert opened.mask(0).sum() > 6
 
 
 def test_overhanging_polygons_are_clipped(tmp_path: Path) -> None:
-    one = source(tmp_path, annotation(1, [box(-2, -2, 4, 4)]))
-    assert one.mask(0).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    opened = source(tmp_path, annotation(1, [box(-2, -2, 4, 4)]))
+    assert opened.mask(0).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -315,7 +306,7 @@ def test_faulty_annotations(tmp_path: Path, changes: dict[str, Any], words: str)
     ],
 )
 def test_faulty_images(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    """Annotations of a faulty image are no faults besides."""
+    """Annotations of a faulty image are no further faults."""
     whole = content(annotation(1, [box(0, 0, 2, 2)]))
     other = {"id": 2, "file_name": "b.png", "height": HEIGHT, "width": WIDTH, **changes}
     whole["annotations"].append(annotation(2, [box(0, 0, 2, 2)], image_id=other["id"]))
@@ -360,8 +351,8 @@ def test_faulty_files(tmp_path: Path, whole: Any, words: str) -> None:
 def test_254_categories_are_the_most(tmp_path: Path) -> None:
     categories = [{"id": i, "name": f"{i}"} for i in range(255)]
     last = annotation(1, [box(0, 0, 2, 2)], category_id=253)
-    one = CocoSource(annotations=save(tmp_path, content(last, categories=categories[:254])))
-    assert one.mask(0)[0, 0] == 254
+    opened = CocoSource(annotations=save(tmp_path, content(last, categories=categories[:254])))
+    assert opened.mask(0)[0, 0] == 254
     with pytest.raises(DataError, match="gives 256 classes; expected 1 to 255"):
         CocoSource(annotations=save(tmp_path, content(last, categories=categories)))
 
@@ -410,8 +401,8 @@ def test_symbolic_link_out_of_the_folder(tmp_path: Path) -> None:
         CocoSource(annotations=path).image(0)
 
 
-def test_skip_keeps_what_is_sound_and_lists_the_rest(tmp_path: Path) -> None:
-    """Image 1 keeps one of two annotations; 2 is missing, 3 truncated, 4 sound, 5 unlisted."""
+def test_skip_keeps_valid_images_and_lists_the_faults(tmp_path: Path) -> None:
+    """Image 1 keeps one of two annotations; 2 is missing, 3 truncated, 4 valid, 5 unlisted."""
     whole = content(
         annotation(1, [box(0, 0, 2, 2)]),
         annotation(2, [[0, 0, 1]]),
@@ -423,11 +414,11 @@ def test_skip_keeps_what_is_sound_and_lists_the_rest(tmp_path: Path) -> None:
     sound = (tmp_path / "a.png").read_bytes()
     (tmp_path / "c.png").write_bytes(sound[:50])
     (tmp_path / "d.png").write_bytes(sound)
-    one = CocoSource(annotations=path, on_error="skip")
-    assert one.names == ("a.png", "d.png")
-    assert one.image_ids == (1, 4)
-    assert [one.mask(i).unique().tolist() for i in range(2)] == [[0, 1], [0, 2]]
-    assert [(found.file, found.annotation) for found in one.faults] == [
+    opened = CocoSource(annotations=path, on_error="skip")
+    assert opened.names == ("a.png", "d.png")
+    assert opened.image_ids == (1, 4)
+    assert [opened.mask(i).unique().tolist() for i in range(2)] == [[0, 1], [0, 2]]
+    assert [(fault.file, fault.annotation) for fault in opened.faults] == [
         ("../e.png", None),
         ("a.png", 2),
         ("b.png", None),
@@ -500,7 +491,7 @@ def test_any_value_anywhere_is_read_or_refused(
 
 @pytest.mark.slow
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
-    """20,000 files with bytes changed, 20,000 with compressed runs changed."""
+    """Bytes are changed in 20,000 files, and compressed runs in 20,000 more."""
     drawn = np.random.default_rng(1).random((HEIGHT, WIDTH)) < 0.3
     packed = coco_mask.encode(np.asfortranarray(drawn.astype(np.uint8)))["counts"].decode()
     rle = {"size": [HEIGHT, WIDTH], "counts": packed}
@@ -516,9 +507,9 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
             mutated[at] = rng.integers(48, 112) if rng.random() < 0.8 else rng.integers(256)
         path.write_bytes(mutated)
         try:
-            one = CocoSource(annotations=str(path))
-            if one.labelled:
-                one.mask(0)
+            opened = CocoSource(annotations=str(path))
+            if opened.labelled:
+                opened.mask(0)
             read += 1
         except DataError:
             continue

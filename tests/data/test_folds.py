@@ -1,4 +1,4 @@
-"""Folds: every image once, classes spread evenly, groups whole, the same for the same seed."""
+"""Folds use every image once, are stratified, keep groups together, and depend on the seed."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from segkit.data.folds import Split, class_pixels, make_folds, read_groups, tabl
 
 
 def example(images: int = 120, seed: int = 0) -> tuple[list[str], np.ndarray]:
-    """Names and pixel counts of a background and 5 classes, each rarer than the one before."""
+    """Return names and pixel counts of a background and 5 classes of descending frequency."""
     rng = np.random.default_rng(seed)
     shown = rng.random((images, 6)) < [1, 0.6, 0.4, 0.2, 0.1, 0.05]
     pixels = shown * rng.integers(1, 5000, (images, 6))
@@ -44,7 +44,7 @@ def test_every_image_is_in_one_part() -> None:
 
 
 def test_hand_worked_split_of_two_classes() -> None:
-    """4 images with both classes, 4 with one, 2 folds: each fold gets 2 and 2."""
+    """Of 4 images with both classes and 4 with the first only, each of 2 folds gets 2 and 2."""
     names = [f"{i}" for i in range(8)]
     pixels = np.array([[50, 50]] * 4 + [[100, 0]] * 4)
     for seed in range(20):
@@ -56,7 +56,7 @@ def test_hand_worked_split_of_two_classes() -> None:
 
 
 def test_rare_class_is_spread() -> None:
-    """5 of 100 images show a class: one in each fold, where chance would leave some without."""
+    """A class in 5 of 100 images is in each of 5 folds once; at random, some folds have none."""
     names = [f"{i:03d}" for i in range(100)]
     pixels = np.zeros((100, 2), int)
     pixels[:, 0] = 100
@@ -67,7 +67,7 @@ def test_rare_class_is_spread() -> None:
 
 
 def test_pixel_shares_are_spread_too() -> None:
-    """Every image shows both classes; a third shows much of the second, a third little."""
+    """All images have both classes; the second has a large, medium or small share."""
     names = [f"{i:02d}" for i in range(30)]
     share = np.repeat([1, 50, 99], 10)
     pixels = np.stack([100 - share, share], 1)
@@ -76,7 +76,7 @@ def test_pixel_shares_are_spread_too() -> None:
         assert sorted(share[int(name)] for name in fold) == [1, 1, 50, 50, 99, 99]
 
 
-def test_folds_are_more_alike_than_chance() -> None:
+def test_folds_are_more_similar_than_random_ones() -> None:
     names, pixels = example()
     place = {name: i for i, name in enumerate(names)}
 
@@ -112,7 +112,7 @@ def test_groups_are_never_divided(seed: int) -> None:
 
 
 def test_largest_groups_are_placed_first() -> None:
-    """A group of 6 and 6 lone images: with the lone ones first, the folds would be 9 and 3."""
+    """With a group of 6 assigned after 6 single images, the folds would have 9 and 3."""
     names = [f"{i:02d}" for i in range(12)]
     groups = {name: max(5, i) for i, name in enumerate(names)}
     for seed in range(9):
@@ -121,7 +121,7 @@ def test_largest_groups_are_placed_first() -> None:
         assert [len(fold) for fold in split.folds] == [6, 6]
 
 
-def test_images_without_any_class_are_shared_out() -> None:
+def test_images_without_any_class_are_divided_evenly() -> None:
     names = [f"{i}" for i in range(9)]
     split = make_folds(names, np.zeros((9, 3), int), folds=3, selection=0, seed=0)
     assert [len(fold) for fold in split.folds] == [3, 3, 3]

@@ -1,4 +1,4 @@
-"""Image files of every kind: read as upright RGB, or refused in one sentence that names them."""
+"""Image files are read as upright RGB, or refused with a sentence that names them."""
 
 import os
 import struct
@@ -27,7 +27,7 @@ def _no_warnings():
 
 
 def picture(seed: int = 0) -> np.ndarray:
-    """(65, 97, 3): no symmetry, smooth enough for JPEG."""
+    """Return smooth pixels (65, 97, 3) without symmetry."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     planes = [a * x + b * y for a, b in rng.uniform(0.3, 1.3, (3, 2))]
@@ -41,7 +41,7 @@ def read(path: Path) -> np.ndarray:
 def png(
     path: Path, *, width: int, height: int, depth: int, color: int, samples: bytes = b""
 ) -> Path:
-    """A PNG written byte by byte, for kinds that Pillow does not write."""
+    """Write a PNG of a kind that Pillow cannot write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -69,7 +69,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
 
 
 def test_orientations_by_hand(tmp_path: Path) -> None:
-    """The corner that EXIF calls 0th row, 0th column, for each orientation."""
+    """Compare each orientation with its expected pixels."""
     stored = np.arange(6, dtype=np.uint8).reshape(2, 3)
     upright = {
         1: [[0, 1, 2], [3, 4, 5]],
@@ -137,7 +137,7 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
 
 
 def test_16_bit_keeps_the_high_byte(tmp_path: Path) -> None:
-    """Pillow by itself would clip gray to 255: nearly every value would be white."""
+    """Pillow alone clips 16-bit gray to 255."""
     values = np.array([[0, 255, 256], [0x1234, 0x80FF, 0xFFFF]], np.uint16)
     high = [[0, 0, 1], [0x12, 0x80, 0xFF]]
     Image.fromarray(values).save(tmp_path / "gray.png")
@@ -174,7 +174,7 @@ def test_truncated_files_are_refused(tmp_path: Path, suffix: str, share: float) 
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8"])
-def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_other_files_than_images_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     for function in (read_image, image_size):
@@ -190,7 +190,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_decompression_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
-    """One column more than is taken: 1.2 GB of pixels."""
+    """An image with one column more than allowed has 1.2 GB of pixels."""
     bomb = png(tmp_path / "a.png", width=20_001, height=20_000, depth=8, color=2)
     for function in (read_image, image_size):
         with pytest.raises(DataError, match=r"a\.png has 20001 × 20000 pixels"):
@@ -259,13 +259,13 @@ def test_symbolic_links_may_not_leave_the_folder(tmp_path: Path) -> None:
         (b'{"a": "\xff"}', "is not UTF-8"),
     ],
 )
-def test_json_that_is_none_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+def test_invalid_json_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(DataError, match=rf"a\.json {words}"):
         read_json(tmp_path / "a.json")
 
 
-def test_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+def test_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "a.json") == {"a": 1}
 

@@ -1,4 +1,4 @@
-"""Batches: the same images in the same order, whoever prepares them."""
+"""Batches have the same images in the same order, with any number of workers and ranks."""
 
 import gc
 import multiprocessing
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Noise:
-    """A source of random images, every third one larger."""
+    """A source of random images; every third image is larger."""
 
     classes = ("a", "b", "c")
     labelled = True
@@ -74,8 +74,8 @@ def batches(
     order = TrainOrder(
         indices, epochs=3, batch_size=4, accumulate=accumulate, seed=3, start_step=start_step
     )
-    found = train_batches(images, order, workers=workers, device=CPU)
-    return [(image.numpy(), mask.numpy()) for image, mask in found]
+    pairs = train_batches(images, order, workers=workers, device=CPU)
+    return [(image.numpy(), mask.numpy()) for image, mask in pairs]
 
 
 def joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> bytes:
@@ -106,9 +106,9 @@ def test_workers_may_be_forked_or_spawned(start: str) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rendering_by_batch_where_the_model_is_equals_the_workers(workers: int) -> None:
-    for one, other in zip(batches(), batches(workers=workers, render=False), strict=True):
-        np.testing.assert_allclose(one[0], other[0], atol=1e-3, rtol=0)
-        assert np.array_equal(one[1], other[1])
+    for rendered, planned in zip(batches(), batches(workers=workers, render=False), strict=True):
+        np.testing.assert_allclose(rendered[0], planned[0], atol=1e-3, rtol=0)
+        assert np.array_equal(rendered[1], planned[1])
 
 
 def test_the_cache_changes_no_byte(tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_the_cache_changes_no_byte(tmp_path: Path) -> None:
 def test_ranks_share_each_batch() -> None:
     whole = batches()
     first, second = run_ranks(batches, 2)
-    for (images, masks), one, two in zip(whole, first, second, strict=True):
-        assert np.array_equal(images, np.concatenate([one[0], two[0]]))
-        assert np.array_equal(masks, np.concatenate([one[1], two[1]]))
+    for (images, masks), left, right in zip(whole, first, second, strict=True):
+        assert np.array_equal(images, np.concatenate([left[0], right[0]]))
+        assert np.array_equal(masks, np.concatenate([left[1], right[1]]))
 
 
 def test_an_epoch_uses_an_image_at_most_once_and_epochs_differ() -> None:
@@ -157,7 +157,7 @@ def test_a_broken_image_is_one_sentence(workers: int) -> None:
 
 
 def test_a_broken_image_is_in_no_cycle() -> None:
-    """A cycle of references would keep the frames around it, and so their loaders and workers."""
+    """A reference cycle would keep loaders and workers alive."""
 
     class Held:
         pass
@@ -176,7 +176,7 @@ def test_a_broken_image_is_in_no_cycle() -> None:
 
 
 def test_a_script_ends_by_an_error_while_it_holds_a_loader() -> None:
-    """segkit as a library: Python's own exit would join workers, which ignore SIGTERM."""
+    """At exit, Python joins workers, which ignore SIGTERM."""
     code = (
         "import sys, torch; sys.path[:0] = sys.argv[1:]; from test_loader import Noise; "
         "from segkit.data.loader import EvalBatches; "
@@ -202,12 +202,12 @@ def test_images_of_several_sizes_are_named(render: bool) -> None:
 
 
 def evaluated(batch_size: int = 1) -> list[int]:
-    found = []
+    indices = []
     for batch in EvalBatches(Noise(), range(11), labels=True, batch_size=batch_size):
         assert batch.masks is not None
         assert len(batch.indices) == len(batch.images) == len(batch.masks) <= batch_size
-        found += batch.indices
-    return found
+        indices += batch.indices
+    return indices
 
 
 def test_every_image_is_evaluated_once() -> None:

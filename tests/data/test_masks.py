@@ -1,4 +1,4 @@
-"""Folders of index PNGs: values as declared, or refused with the file and the values."""
+"""PNG masks have declared values, or are refused with the file and the values."""
 
 import pickle
 from pathlib import Path
@@ -42,19 +42,19 @@ def folders(root: Path, *names: str, values: int = 3) -> dict[str, str]:
 
 
 def test_masks_are_read_as_stored(tmp_path: Path) -> None:
-    one = MaskSource(**folders(tmp_path, "b.jpg", "a.png", "deep/er/c.JPEG"), classes=CLASSES)
-    assert one.names == ("a.png", "b.jpg", "deep/er/c.JPEG")
-    assert one.classes == CLASSES
-    assert one.labelled
-    assert len(one) == 3
-    assert one.size(2) == (HEIGHT, WIDTH)
-    assert one.path(2) == tmp_path / "images/deep/er/c.JPEG"
-    assert one.image(2).shape == (3, HEIGHT, WIDTH)
-    assert one.mask(0).dtype == torch.uint8
+    opened = MaskSource(**folders(tmp_path, "b.jpg", "a.png", "deep/er/c.JPEG"), classes=CLASSES)
+    assert opened.names == ("a.png", "b.jpg", "deep/er/c.JPEG")
+    assert opened.classes == CLASSES
+    assert opened.labelled
+    assert len(opened) == 3
+    assert opened.size(2) == (HEIGHT, WIDTH)
+    assert opened.path(2) == tmp_path / "images/deep/er/c.JPEG"
+    assert opened.image(2).shape == (3, HEIGHT, WIDTH)
+    assert opened.mask(0).dtype == torch.uint8
     for i, seed in ((0, 1), (1, 0), (2, 2)):
-        assert np.array_equal(one.mask(i).numpy(), indices(seed=seed))
-    again = pickle.loads(pickle.dumps(one))
-    assert torch.equal(again.mask(1), one.mask(1))
+        assert np.array_equal(opened.mask(i).numpy(), indices(seed=seed))
+    again = pickle.loads(pickle.dumps(opened))
+    assert torch.equal(again.mask(1), opened.mask(1))
 
 
 @pytest.mark.parametrize(("mode", "bits"), [("P", None), ("P", 1), ("P", 2), ("P", 4), ("L", None)])
@@ -67,7 +67,7 @@ def test_palette_and_gray_of_any_depth(tmp_path: Path, mode: str, bits: int | No
 
 
 def test_bilevel_gray_holds_0_and_1(tmp_path: Path) -> None:
-    """Pillow would show its 1 as 255."""
+    """Pillow converts its 1 to 255."""
     values = indices(2)
     paths = folders(tmp_path, "a.jpg")
     Image.fromarray(values.astype(bool)).save(tmp_path / "masks/a.png")
@@ -80,14 +80,14 @@ def test_declared_ignore_index_becomes_255(tmp_path: Path, declared: int) -> Non
     values[:9] = declared
     paths = folders(tmp_path, "a.jpg")
     save_mask(tmp_path / "masks/a.png", values)
-    one = MaskSource(**paths, classes=CLASSES, ignore_index=declared)
-    assert np.array_equal(one.mask(0).numpy(), np.where(values == declared, 255, values))
+    opened = MaskSource(**paths, classes=CLASSES, ignore_index=declared)
+    assert np.array_equal(opened.mask(0).numpy(), np.where(values == declared, 255, values))
 
 
 def test_name_of_the_ignored_value_at_the_end_is_no_class(tmp_path: Path) -> None:
-    one = MaskSource(**folders(tmp_path, "a.jpg"), classes=CLASSES, ignore_index=2)
-    assert one.classes == ("sky", "road")
-    assert one.mask(0).unique().tolist() == [0, 1, 255]
+    opened = MaskSource(**folders(tmp_path, "a.jpg"), classes=CLASSES, ignore_index=2)
+    assert opened.classes == ("sky", "road")
+    assert opened.mask(0).unique().tolist() == [0, 1, 255]
 
 
 @pytest.mark.parametrize("ignore_index", [None, 254])
@@ -96,9 +96,9 @@ def test_undeclared_values_are_refused(tmp_path: Path, ignore_index: int | None)
     values[4, 5], values[6, 7:9] = 255, 3
     paths = folders(tmp_path, "a.jpg")
     save_mask(tmp_path / "masks/a.png", values)
-    one = MaskSource(**paths, classes=CLASSES, ignore_index=ignore_index)
+    opened = MaskSource(**paths, classes=CLASSES, ignore_index=ignore_index)
     with pytest.raises(DataError, match=r"masks/a\.png has the values 3, 255; expected 0 to 2"):
-        one.mask(0)
+        opened.mask(0)
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 256])
@@ -158,26 +158,26 @@ def test_mask_is_compared_with_the_upright_image(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "images/a.jpg", exif=exif)
-    one = MaskSource(**paths, classes=CLASSES)
-    assert one.mask(0).shape == one.image(0).shape[1:] == one.size(0) == (HEIGHT, WIDTH)
+    opened = MaskSource(**paths, classes=CLASSES)
+    assert opened.mask(0).shape == opened.image(0).shape[1:] == opened.size(0) == (HEIGHT, WIDTH)
 
 
 def test_without_masks_the_source_is_unlabelled(tmp_path: Path) -> None:
     paths = folders(tmp_path, "a.jpg")
-    one = MaskSource(images=paths["images"], classes=CLASSES)
-    assert not one.labelled
-    assert one.image(0).shape == (3, HEIGHT, WIDTH)
+    opened = MaskSource(images=paths["images"], classes=CLASSES)
+    assert not opened.labelled
+    assert opened.image(0).shape == (3, HEIGHT, WIDTH)
     with pytest.raises(DataError, match="has no masks"):
-        one.mask(0)
+        opened.mask(0)
 
 
 def test_split_list_chooses_and_orders(tmp_path: Path) -> None:
-    """By stem or by file name, with Windows line ends and empty lines."""
+    """Split lists have stems or file names, Windows line ends, and empty lines."""
     paths = folders(tmp_path, "a.jpg", "b.jpg", "c/d.jpg", "e.f.jpg")
     (tmp_path / "train.txt").write_bytes(b"c/d\r\n\r\na.jpg\r\n e.f \r\n")
-    one = MaskSource(**paths, classes=CLASSES, split=str(tmp_path / "train.txt"))
-    assert one.names == ("c/d.jpg", "a.jpg", "e.f.jpg")
-    assert np.array_equal(one.mask(2).numpy(), indices(seed=3))
+    opened = MaskSource(**paths, classes=CLASSES, split=str(tmp_path / "train.txt"))
+    assert opened.names == ("c/d.jpg", "a.jpg", "e.f.jpg")
+    assert np.array_equal(opened.mask(2).numpy(), indices(seed=3))
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_links_out_of_either_folder_are_refused(tmp_path: Path) -> None:
     for name in ("images/a.jpg", "masks/b.png"):
         (tmp_path / name).rename(tmp_path / Path(name).name)
         (tmp_path / name).symlink_to(tmp_path / Path(name).name)
-    one = MaskSource(**paths, classes=CLASSES)
-    for read in (lambda: one.image(0), lambda: one.mask(1)):
+    opened = MaskSource(**paths, classes=CLASSES)
+    for read in (lambda: opened.image(0), lambda: opened.mask(1)):
         with pytest.raises(DataError, match="symbolic link out of the data folder"):
             read()
 
@@ -255,7 +255,7 @@ def test_skip_keeps_what_is_sound_and_lists_the_rest(tmp_path: Path) -> None:
     (tmp_path / "images/a.jpg").write_bytes(b"")
     (tmp_path / "masks/b.png").unlink()
     save_mask(tmp_path / "masks/c.png", indices(9))
-    one = MaskSource(**paths, classes=CLASSES, on_error="skip")
-    assert one.names == ("d.jpg",)
-    assert np.array_equal(one.mask(0).numpy(), indices(seed=3))
-    assert {fault.file for fault in one.faults} == {"a.jpg", "b.jpg", "c.jpg"}
+    opened = MaskSource(**paths, classes=CLASSES, on_error="skip")
+    assert opened.names == ("d.jpg",)
+    assert np.array_equal(opened.mask(0).numpy(), indices(seed=3))
+    assert {fault.file for fault in opened.faults} == {"a.jpg", "b.jpg", "c.jpg"}

@@ -1,4 +1,4 @@
-"""What a start remembers of files and labels: nothing is read twice, and nothing wrong is kept."""
+"""The memo saves digests between starts: no file is read twice, and no stale value is used."""
 
 import functools
 import hashlib
@@ -46,7 +46,7 @@ def configured(folder: Path, **settings: object) -> Config:
 
 
 def start(cfg: Config, run: Path) -> Source:
-    """What train.py does before its first fold, as in a process of its own."""
+    """Do the same as train.py before its first fold in a new process."""
     MEMO.__init__()  # type: ignore[misc]
     run.mkdir()
     with MEMO.kept_in(Path(cfg.data.cache)):
@@ -94,7 +94,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         '{"format": 1, "files": {"PATH": [true, CHANGED, "0"]}, "numbers": {"a": [-1, 1e9, "1"]}}',
     ],
 )  # fmt: skip
-def test_a_damaged_memo_is_made_again(tmp_path: Path, content: str) -> None:
+def test_a_damaged_memo_is_replaced(tmp_path: Path, content: str) -> None:
     write_set(tmp_path)
     path = tmp_path / "0.jpg"
     about = path.stat()
@@ -111,7 +111,7 @@ def test_a_damaged_memo_is_made_again(tmp_path: Path, content: str) -> None:
     assert json.loads(file.read_text())["files"][str(path)][2] == wanted
 
 
-def test_a_folder_that_cannot_be_written_is_told_once(
+def test_a_folder_that_cannot_be_written_gives_one_warning(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     write_set(tmp_path)
@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_written_is_told_once(
     assert "cache/memo.json: cannot be written (Not a directory)" in warning
 
 
-def test_two_processes_lose_nothing_and_the_oldest_is_forgotten(
+def test_two_processes_merge_their_entries_and_the_oldest_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs, third = memo.Memo(), memo.Memo(), memo.Memo()
@@ -138,7 +138,7 @@ def test_two_processes_lose_nothing_and_the_oldest_is_forgotten(
 
 
 def noting(touched: list[str], owner: Any, name: str) -> None:
-    """Note each call of a function or method, with its last argument."""
+    """Record each call of a function or method, with its last argument."""
     whole = getattr(owner, name)
 
     @functools.wraps(whole)
@@ -150,7 +150,7 @@ def noting(touched: list[str], owner: Any, name: str) -> None:
 
 
 def reads(folder: Path) -> tuple[list[str], list[str]]:
-    """On one of several ranks: what a start reads, and the digests of the images."""
+    """Return the reads of a start on this rank, and the digests of the images."""
     touched: list[str] = []
     for name in ("__init__", "image", "mask"):
         noting(touched, CocoSource, name)
