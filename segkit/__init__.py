@@ -20,7 +20,7 @@ from segkit.models.segmenter import (
     list_decoders,
     load_model,
 )
-from segkit.training.losses import LOSSES, build_loss
+from segkit.training.losses import LOSSES, build_loss, list_losses
 from segkit.training.metrics import confusion_matrix, scores
 from segkit.training.optim import build_optimizer
 from segkit.training.step import train_step
@@ -47,6 +47,7 @@ __all__ = [
     "list_augmentations",
     "list_backbones",
     "list_decoders",
+    "list_losses",
     "load",
     "load_model",
     "overlay",

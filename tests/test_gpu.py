@@ -289,7 +289,7 @@ def test_losses_are_those_of_the_cpu(name: str) -> None:
     for device in (torch.device("cpu"), DEVICE):
         criterion = build_loss([{"name": name, **options}], num_classes=5).to(device)
         x = logits.to(device, copy=True).requires_grad_()
-        loss, _ = criterion({"out": x}, target.to(device))
+        loss = criterion({"out": x}, target.to(device))
         (gradient,) = torch.autograd.grad(loss, x)
         results.append((loss.detach().cpu(), gradient.cpu()))
     (expected, slope), (loss, gradient) = results
@@ -399,7 +399,7 @@ def train_rank(device: str, shares: list[slice]) -> list[Tensor]:
     mine = shares[distributed.rank()]
     for _ in range(5):
         optimizer.zero_grad()
-        loss, _ = criterion({"out": net(images[mine])}, masks[mine])
+        loss = criterion({"out": net(images[mine])}, masks[mine])
         loss.backward()
         optimizer.step()
     return [x.detach().cpu() for x in model.parameters()]

@@ -103,8 +103,8 @@ def train_order(
 
 def per_part(criterion: Criterion, cfg: Config) -> list[str]:
     """Return the names of the losses that are computed on each part of a step separately."""
-    sums = [] if cfg.train.accumulate_exact else criterion.sharing("sums")
-    return [*sums, *criterion.sharing("nothing")]
+    sums = [] if cfg.train.accumulate_exact else criterion.accumulated("two_pass")
+    return [*sums, *criterion.accumulated("mean")]
 
 
 def dropout_seeds(cfg: Config, step: int) -> list[int]:

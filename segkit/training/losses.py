@@ -6,11 +6,13 @@ gradient are those of the global batch. OHEM, Lovász and MS-SSIM are not functi
 computed on each rank's own batch.
 
 A batch may be processed in several parts (``train.accumulate``). The loss of the step is then the
-mean of the parts' losses, each normalized by the :class:`WholeStep`: see :attr:`Loss.shares`.
+mean of the parts' losses, each normalized by the :class:`WholeStep`: see
+:attr:`Loss.accumulation`.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any, Literal
 
@@ -103,6 +105,14 @@ class Pixels:
     def valid(self) -> Tensor:
         """(B, H, W) bool: True where the target is a class."""
         return _is_class(self.target, self.logits.shape[1])
+
+    @cached_property
+    def _labels_are_valid(self) -> Tensor:
+        return (self.valid != (self.target == IGNORE)).all()
+
+    def guarded(self, loss: Tensor) -> Tensor:
+        """Return ``loss``; off the CPU infinite, as is its gradient, if a label is invalid."""
+        return loss if _on_cpu(self.target) else loss / self._labels_are_valid
 
     @cached_property
     def index(self) -> Tensor:
@@ -200,9 +210,9 @@ class Loss(nn.Module):
     """A loss of :class:`Pixels`; callable on its own, or a term of a :class:`Criterion`.
 
     Attributes:
-        shares: Quantities that the parts of a step must share for the mean of their losses to equal
-            the loss of the whole step: ``"counts"`` of the masks; ``"sums"``, which a first pass
-            over the parts collects; or ``"nothing"``: it is a mean of separate losses.
+        accumulation: Relation of the mean of the parts' losses to the loss of the whole step:
+            ``"exact"``: they are equal; ``"two_pass"``: they are equal if a first pass over the
+            parts collects :attr:`Pixels.sums`; ``"mean"``: each part has a loss of its own.
         smoothed: True if the loss reads :attr:`Pixels.log_area`.
 
     Shape:
@@ -211,7 +221,7 @@ class Loss(nn.Module):
         loss: (), fp32 (float64 for float64 logits)
     """
 
-    shares: Literal["counts", "sums", "nothing"] = "counts"
+    accumulation: Literal["exact", "two_pass", "mean"] = "exact"
     smoothed = False
 
     def of(self, pixels: Pixels) -> Tensor:
@@ -222,7 +232,7 @@ class Loss(nn.Module):
         logits = outputs if isinstance(outputs, Tensor) else outputs["out"]
         with _no_autocast(logits):
             pixels = Pixels(logits, target, across_ranks=self.training, smoothed=self.smoothed)
-            return _nan_if_invalid(self.of(pixels), target, logits.shape[1])
+            return pixels.guarded(self.of(pixels))
 
 
 class CrossEntropy(Loss):
@@ -346,7 +356,7 @@ class Tversky(Loss):
         self.smooth = smooth
         self.per_image = per_image
         self.classes = classes
-        self.shares = "counts" if per_image else "sums"
+        self.accumulation = "exact" if per_image else "two_pass"
 
     def of(self, pixels: Pixels) -> Tensor:
         sums = pixels.sums
@@ -429,7 +439,7 @@ class OHEMCrossEntropy(Loss):
     the limit are all kept, so ties never leave the selection empty.
     """
 
-    shares = "nothing"
+    accumulation = "mean"
 
     def __init__(self, *, threshold: float = 0.7, min_kept: int = 100_000) -> None:
         super().__init__()
@@ -463,7 +473,7 @@ class Lovasz(Loss):
     The mean is over classes present in the target.
     """
 
-    shares = "nothing"
+    accumulation = "mean"
 
     def __init__(self, *, per_image: bool = False) -> None:
         super().__init__()
@@ -503,7 +513,7 @@ class MSSSIM(Loss):
     fractional power of a negative number is NaN.
     """
 
-    shares = "nothing"
+    accumulation = "mean"
     scale_weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
     window = 11
     sigma = 1.5
@@ -552,8 +562,9 @@ class Presence(nn.Module):
             logits = logits.to(_at_least_fp32(logits))
             seen = logits.new_zeros(len(target), IGNORE + 1)
             seen.scatter_(1, target.flatten(1).long(), 1.0)
-            first = 0 if self.background else 1
-            truth = seen[:, first : logits.shape[1]]
+            planes = logits.shape[1]
+            first = 0 if self.background or planes == 1 else 1
+            truth = seen[:, 1:2] if planes == 1 else seen[:, first:planes]
             losses = F.binary_cross_entropy_with_logits(logits[:, first:], truth, reduction="none")
             known = seen[:, :IGNORE].any(1, keepdim=True).expand_as(losses)
             count = known.sum()
@@ -592,9 +603,13 @@ class Criterion(nn.Module):
             self.losses["presence"] = Presence()
         self.aux_weight = aux_weight
 
-    def sharing(self, what: str) -> list[str]:
-        """Return the names of the terms whose :attr:`Loss.shares` is ``what``."""
-        return [name for name, loss in self.losses.items() if getattr(loss, "shares", None) == what]
+    def accumulated(self, how: str) -> list[str]:
+        """Return the names of the terms whose :attr:`Loss.accumulation` is ``how``."""
+        return [
+            name
+            for name, loss in self.losses.items()
+            if isinstance(loss, Loss) and loss.accumulation == how
+        ]
 
     def check_labels(self, outputs: Tensor | Mapping[str, Tensor], target: Tensor) -> None:
         """Raise a DataError if the target has an invalid label; waits for a GPU."""
@@ -610,13 +625,16 @@ class Criterion(nn.Module):
                     sums = Pixels(logits, target, across_ranks=self.training).sums
                 step.sums[name] = step.sums.get(name, 0) + sums
 
-    def forward(
+    def forward(self, outputs: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
+        return self.with_terms(outputs, target)[0]
+
+    def with_terms(
         self,
         outputs: Tensor | Mapping[str, Tensor],
         target: Tensor,
         step: WholeStep | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, and its unweighted parts: each term on ``out``, each auxiliary output.
+        """Return the loss, and each term on ``out`` and loss of another output, unweighted.
 
         Args:
             outputs: Logits, or outputs of the decoder.
@@ -632,18 +650,18 @@ class Criterion(nn.Module):
             outputs = {"out": outputs}
         others = [name for name in outputs if name != "out"]
         terms = self._terms("out", outputs["out"], target, step)
-        parts = {name: value.detach() for name, value in terms.items()}
+        values = {name: value.detach() for name, value in terms.items()}
         loss = self._weighted_sum(terms)
         for name, weight in zip(others, self._aux_weights(len(others)), strict=True):
             value = self._weighted_sum(self._terms(name, outputs[name], target, step))
-            parts[name] = value.detach()
+            values[name] = value.detach()
             loss = loss + weight * value
         if self.training and self.needs_presence and all(x.dim() > 2 for x in outputs.values()):
             raise ConfigError(
                 "loss.terms: 'presence' scores a presence output, and this decoder has none; "
                 "remove the term or turn the decoder's presence head on"
             )
-        return _nan_if_invalid(loss, target, outputs["out"].shape[1]), parts
+        return loss, values
 
     def _terms(
         self, output: str, logits: Tensor, target: Tensor, step: WholeStep | None
@@ -660,7 +678,7 @@ class Criterion(nn.Module):
                 output=output,
                 smoothed=any(loss.smoothed for loss in losses.values()),
             )
-            return {name: loss.of(pixels) for name, loss in losses.items()}
+            return {name: pixels.guarded(loss.of(pixels)) for name, loss in losses.items()}
 
     def _weighted_sum(self, terms: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
@@ -677,38 +695,50 @@ class Criterion(nn.Module):
 
 
 def build_loss(
-    terms: Sequence[Component],
+    terms: str | Component | Sequence[str | Component],
     *,
-    num_classes: int | None,
+    num_classes: int | None = None,
     aux_weight: float | tuple[float, ...] = 0.4,
 ) -> Criterion:
-    """Build a criterion from the configuration.
+    """Build a loss, such as ``build_loss(["cross_entropy", "dice"])``.
+
+    It maps logits, or the outputs of a model, and a target to a scalar; ``with_terms`` also returns
+    the value of each term.
 
     Args:
-        terms: ``{"name": ..., "weight": 1.0, arguments}`` each, with a name of :data:`LOSSES`.
-        num_classes: Checked against coefficients per class; ``None`` if not known yet.
+        terms: A name of :func:`list_losses` or ``{"name": ..., "weight": 1.0, arguments}``, or
+            several, which are summed.
+        num_classes: Checked against coefficients per class; ``None`` if not known yet. 1 is binary
+            and has two coefficients.
         aux_weight: See :class:`Criterion`.
 
     Raises:
         ConfigError: Invalid configuration; the message has the path of the key.
     """
-    if all(term.get("name") == "presence" for term in map(_as_component, terms)):
+    listed = [terms] if isinstance(terms, str | Mapping) else terms
+    components = [{"name": term} if isinstance(term, str) else dict(term) for term in listed]
+    if all(term.get("name") == "presence" for term in components):
         raise ConfigError("loss.terms: expected at least one loss of the output map")
     built = []
-    for i, term in enumerate(map(_as_component, terms)):
+    for i, term in enumerate(components):
         path = f"loss.terms[{i}]"
         weight = term.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
             raise ConfigError(f"{path}.weight: expected a number of at least 0, got {weight!r}")
         loss = build(LOSSES, term, path)
         for name, values in loss.named_buffers():
-            if num_classes is not None and len(values) != num_classes:
+            if num_classes is not None and len(values) != max(2, num_classes):
                 raise ConfigError(
-                    f"{path}.{name}: expected {num_classes} numbers, one per class, "
+                    f"{path}.{name}: expected {max(2, num_classes)} numbers, one per class, "
                     f"got {len(values)}"
                 )
         built.append((term["name"], float(weight), loss))
     return Criterion(built, aux_weight=aux_weight)
+
+
+def list_losses(filter: str = "") -> list[str]:
+    """Return the losses' names that contain or match ``filter``: ``focal``, ``*entropy``."""
+    return [name for name in LOSSES if filter in name or fnmatch(name, filter)]
 
 
 LOSSES: dict[str, type[nn.Module]] = {
@@ -872,8 +902,9 @@ def _sum_classes(x: Tensor, weight: Tensor) -> Tensor:
 def check_labels(target: Tensor, num_classes: int) -> None:
     """Raise an error if a target has a value that is neither a class nor ``IGNORE``.
 
-    On a GPU this waits for the device. So the losses call it on the CPU only; elsewhere they return
-    NaN for such a target, and :func:`segkit.train_step` calls it for a loss that is not finite.
+    On a GPU this waits for the device. So the losses call it on the CPU only; elsewhere they are
+    infinite for such a target, and :func:`segkit.train_step` calls it if the gradient is not
+    finite.
 
     Raises:
         DataError: The message has the value.
@@ -884,14 +915,6 @@ def check_labels(target: Tensor, num_classes: int) -> None:
             f"target holds {int(target[invalid][0])}; expected a class, 0 to {num_classes - 1}, or "
             f"{IGNORE} for ignored pixels"
         )
-
-
-def _nan_if_invalid(loss: Tensor, target: Tensor, planes: int) -> Tensor:
-    """Return the loss; off the CPU NaN, as is its gradient, if the target has an invalid label."""
-    if _on_cpu(target):
-        return loss
-    invalid = (target != IGNORE) & ~_is_class(target, max(2, planes))
-    return loss * torch.where(invalid.any(), math.nan, 1.0)
 
 
 def _is_class(target: Tensor, num_classes: int) -> Tensor:
@@ -960,7 +983,3 @@ def _check_share(name: str, value: float) -> None:
 def _check_not_negative(name: str, value: float) -> None:
     if not value >= 0:
         raise ConfigError(f"{name}: expected a number of at least 0, got {value}")
-
-
-def _as_component(term: Component | str) -> dict[str, Any]:
-    return {"name": term} if isinstance(term, str) else dict(term)

@@ -56,11 +56,11 @@ def train_step(
 
     Args:
         model: Plain or DistributedDataParallel; in training mode.
-        criterion: Maps (outputs, masks) to (loss, parts).
+        criterion: The loss, from :func:`segkit.build_loss`.
         optimizer: Optimizer of the model's parameters.
         batch: (images, masks) on the model's device, or a sequence of such parts of a batch, whose
-            gradients are averaged; :attr:`Loss.shares` tells which losses equal those of the whole
-            batch.
+            gradients are averaged; :attr:`Loss.accumulation` tells which losses equal those of the
+            whole batch.
         amp: Precision of autocast; ``None`` turns autocast off.
         scaler: Gradient scaler, for fp16.
         clip_norm: Largest norm of the gradient; ``None`` for no clipping.
@@ -86,7 +86,7 @@ def train_step(
             return model(images)
 
     without_sync = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
-    if whole is not None and exact and criterion.sharing("sums"):
+    if whole is not None and exact and criterion.accumulated("two_pass"):
         seeds = seeds or torch.randint(2**62, (len(parts),)).tolist()
         # Not under no_grad: attention could choose another kernel, with different dropout masks.
         for number, (_, masks) in enumerate(parts):
@@ -97,12 +97,12 @@ def train_step(
     for number, (_, masks) in enumerate(parts):
         with without_sync() if number < len(parts) - 1 else nullcontext():
             outputs = forward(number)
-            loss, terms = criterion(outputs, masks, whole)
+            loss, terms = criterion.with_terms(outputs, masks, whole)
             scaled = loss / len(parts)
             (scaled if scaler is None else scaler.scale(scaled)).backward()
         values.append(torch.stack([loss.detach(), *terms.values()]))
     value = torch.stack(values).mean(0)
-    if criterion.sharing("nothing"):  # the value differs between ranks
+    if criterion.accumulated("mean"):  # the value differs between ranks
         value = all_reduce(value) / world_size()
     norm, finite = _update(model, optimizer, scaler, clip_norm)
     if not finite:

@@ -33,7 +33,7 @@ def criterion_of(name: str) -> Criterion:
     return build_loss(terms, num_classes=3, aux_weight=(0.4, 0.2))
 
 
-SHARED = [name for name in TERMS if not criterion_of(name).sharing("nothing")]
+SHARED = [name for name in TERMS if not criterion_of(name).accumulated("mean")]
 ALONE = [name for name in TERMS if name not in SHARED]
 
 
@@ -116,7 +116,7 @@ def test_without_a_second_pass_what_masks_tell_is_exact(parts: int) -> None:
         expected = step(whole, criterion, parts_of_rank(1))
         done = step(model, criterion, parts_of_rank(parts))
         difference = (gradients(model) - gradients(whole)).norm() / gradients(whole).norm()
-        if criterion.sharing("sums"):
+        if criterion.accumulated("two_pass"):
             assert difference > 0.01  # or a test of the second pass would show nothing
         else:
             assert difference < 1e-12
@@ -193,7 +193,7 @@ def test_the_first_pass_draws_the_same_dropout_and_leaves_statistics_alone(
         for name, output in once(images).items():
             joined.setdefault(name, []).append(output)
     outputs = {name: torch.cat(parts) for name, parts in joined.items()}
-    loss, _ = criterion(outputs, batch()[1])
+    loss = criterion(outputs, batch()[1])
     loss.backward()
     torch.testing.assert_close(done.loss, loss.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients(twice), gradients(once), rtol=0, atol=1e-12)

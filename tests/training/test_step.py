@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import segkit
 import segkit.training.losses
 from segkit import train
 from segkit.core.errors import DataError, SegkitError
@@ -92,6 +93,21 @@ def test_a_step_needs_only_a_model_a_loss_an_optimizer_and_a_batch() -> None:
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
 
 
+def test_a_binary_model_learns() -> None:
+    torch.manual_seed(0)
+    model = segkit.create_model("fcn", "resnet18_half", num_classes=1)
+    criterion = segkit.build_loss(["cross_entropy", "dice"], num_classes=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    masks = torch.zeros(2, 64, 64, dtype=torch.int64)
+    masks[:, :, 32:] = 1
+    images = batch()[0] + 4 * masks[:, None]
+    steps = [train_step(model, criterion, optimizer, (images, masks)) for _ in range(12)]
+    assert steps[-1].loss < 0.5 * steps[0].loss
+    matrix = segkit.confusion_matrix(model(images)["out"], masks, num_classes=1)
+    assert matrix.shape == (2, 2)
+    assert matrix.sum() == masks.numel()
+
+
 def test_an_invalid_label_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = make()
     step(model, optimizer, batch())
@@ -100,7 +116,7 @@ def test_an_invalid_label_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="target holds 17; expected a class, 0 to 2, or 255"):
         step(model, optimizer, (images, masks))
     before = copy.deepcopy(model.state_dict())
-    # A GPU does not wait for a check: the loss is NaN, and the step finds out why.
+    # A GPU does not wait for a check: the loss is infinite, and the step finds out why.
     monkeypatch.setattr(segkit.training.losses, "_on_cpu", lambda x: False)
     with pytest.raises(DataError, match="target holds 17; expected a class, 0 to 2, or 255"):
         step(model, optimizer, (images, masks))

@@ -64,7 +64,7 @@ class UNet3Plus(nn.Module):
             if presence
             else None
         )
-        self.background = background
+        self.background = background if num_classes > 1 else None  # one plane has none
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         maps = list(features)
