@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -194,10 +195,12 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
     )  # fmt: skip
     started = time.perf_counter() - state.seconds
     shapes: list[torch.Size] = []
+    clock = Clock()
     log.restart(state.step)
     net.train()
     while state.step < order.steps and not job.stop.signal:
-        parts = list(islice(batches, cfg.train.accumulate))
+        with clock.measure("loading"):
+            parts = list(islice(batches, cfg.train.accumulate))
         factor = schedule(state.step)
         set_lr(state.optimizer, factor)
         shapes, last_shapes = [pixels.shape for pixels, _ in parts], shapes
@@ -207,6 +210,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
                 scaler=state.scaler, seeds=dropout_seeds(cfg, state.step), **options,
             )  # fmt: skip
         state.advance(result.finite)
+        clock.start()
         epoch, into_epoch = divmod(state.step, order.steps_per_epoch)
         lr = cfg.optim.lr * factor
         progress.update(cfg.train.batch_size, partial(note, state.step, order, result.loss, lr))
@@ -220,16 +224,19 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         last_step = state.step == order.steps
         evaluated: Evaluated | None = None
         if last_step or (not into_epoch and epoch % cfg.train.evaluate_every == 0):
-            evaluated = evaluate_fold(job, fold, epoch, state, predict, val_batches)
+            with clock.measure("evaluation"):
+                evaluated = evaluate_fold(job, fold, epoch, state, predict, val_batches)
             net.train()
             log.restart(state.step)
         due = cfg.train.save_every and state.step % cfg.train.save_every == 0
         if job.stop.asked(device) or due or not into_epoch or last_step:
             state.seconds = time.perf_counter() - started
             if distributed.is_main():
-                save_fold(job, fold, state, about, evaluated)
+                with clock.measure("saving"):
+                    save_fold(job, fold, state, about, evaluated)
         job.background.check()
-    job.background.wait()
+    with clock.measure("saving"):
+        job.background.wait()
     progress.close()
     best_score, best_epoch = state.top[0] if state.top else (None, None)
     return {
@@ -238,6 +245,7 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
         "steps": state.step,
         "bad_steps": state.bad_steps,
         "seconds": round(time.perf_counter() - started, 1),
+        "shares": clock.shares(),
     }
 
 
@@ -349,9 +357,10 @@ def evaluate_fold(
             interval=bootstrap_interval(evaluation.counts),
         )  # fmt: skip
     draw: list[Callable[[], object]] = [partial(write_run_page, run)]
-    if ranked[0][1] == epoch:
+    gallery.gather()
+    if ranked[0][1] == epoch and distributed.is_main():
         show = partial(record, run, fold, state.step, evaluation, gallery)
-        if job.trackers.are_open or distributed.world_size() > 1:  # record is called by all ranks
+        if job.trackers.show_pictures:
             job.trackers.pictures(state.step, show())
         else:
             draw.insert(0, show)
@@ -389,6 +398,38 @@ def save_fold(
             draw()
 
     job.background.start(write)
+
+
+class Clock:
+    """Measures how the wall time after the first step is spent."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._seconds = {"loading": 0.0, "evaluation": 0.0, "saving": 0.0}
+
+    def start(self) -> None:
+        """Start, unless it has started already."""
+        if self._start is None:
+            self._start = time.perf_counter()
+
+    @contextmanager
+    def measure(self, activity: str) -> Iterator[None]:
+        """Add the time of the block to an activity."""
+        before = time.perf_counter()
+        yield
+        if self._start is not None:
+            self._seconds[activity] += time.perf_counter() - before
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of each activity and of the steps, which are all that is not measured.
+
+        ``loading`` is the time that steps wait for data.
+        """
+        if self._start is None:
+            return {}
+        total = time.perf_counter() - self._start
+        shares = {name: round(seconds / total, 4) for name, seconds in self._seconds.items()}
+        return {"steps": round(1 - sum(shares.values()), 4), **shares}
 
 
 class StepLog:

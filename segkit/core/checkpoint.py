@@ -7,7 +7,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,8 @@ VALUES = 10_000_000
 
 _COMMENT = b"sha256:"
 _TAIL = 2 + len(_COMMENT) + 64
-_LARGE = 1 << 20
+_LARGE = 1 << 20  # bytes of a block that is worth another thread
+_FLUSHED = 1 << 28  # bytes after which a file is flushed while it is written
 
 
 def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -> None:
@@ -73,13 +74,15 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
 class _HashedFile:
     """Writes to a file and computes the SHA-256 of all bytes except for the last two.
 
-    Large blocks are hashed by another thread while they are written.
+    Large blocks are hashed by another thread while they are written, and a third one flushes what
+    is written to the disk.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self.sha256 = hashlib.sha256()
-        self._file, self._last = file, b""
-        self._pool = ThreadPoolExecutor(1)
+        self._file, self._last, self._unflushed = file, b"", 0
+        self._pool, self._flusher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         """Write bytes, of which the last two are hashed by the next call."""
@@ -95,6 +98,11 @@ class _HashedFile:
             finally:
                 wait([hashing])  # the memory is valid only during this call
         self._last = kept
+        self._unflushed += len(data)
+        if self._unflushed > _FLUSHED:
+            self._unflushed = 0
+            self._finish_flushing()
+            self._flushing = self._flusher.submit(os.fsync, self._file.fileno())
         return len(data)
 
     def flush(self) -> None:
@@ -105,6 +113,13 @@ class _HashedFile:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
+        self._flusher.shutdown()
+        self._finish_flushing()
+
+    def _finish_flushing(self) -> None:
+        """Raise the error of the last flush, which a later one would not report again."""
+        if self._flushing is not None:
+            self._flushing.result()
 
 
 def load(

@@ -80,10 +80,16 @@ class Gallery:
             kept.append(Picture(index, name, miou, counts, *masks))
             self._worst = sorted(self._worst, key=_order)[: self._size]
 
-    def pictures(self) -> list[Picture]:
-        """Return the selection, the lowest IoU first, on rank 0; called by all ranks."""
+    def gather(self) -> None:
+        """Move the candidates of all ranks to rank 0; called by all ranks."""
         shares = distributed.gather(self._spread + self._worst)
-        kept = sorted((picture for share in shares for picture in share), key=_order)
+        kept = [picture for share in shares for picture in share]
+        self._spread = [picture for picture in kept if picture.index in self._evenly]
+        self._worst = [picture for picture in kept if picture.index not in self._evenly]
+
+    def pictures(self) -> list[Picture]:
+        """Return the selection, the lowest IoU first."""
+        kept = sorted(self._spread + self._worst, key=_order)
         half = self._size - self._size // 2
         rest = sorted(kept[half:], key=lambda picture: picture.index not in self._evenly)
         chosen = kept[:half] + sorted(rest[: self._size - half], key=_order)
@@ -121,17 +127,18 @@ class Gallery:
 def record(
     run: Run, fold: int, step: int, evaluation: Evaluation, gallery: Gallery
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Write ``evaluation.json`` of a fold's best evaluation for its page; called by all ranks.
+    """Write ``evaluation.json`` of a fold's best evaluation for its page.
+
+    With several ranks, only rank 0 calls this, after :meth:`Gallery.gather`.
 
     Returns:
-        Name and sheet of the worst pictures, drawn when iterated; none on ranks other than 0.
+        Name and sheet of the worst pictures, drawn when iterated.
     """
     pictures = gallery.pictures()
     colors = PALETTES[run.read("config.json")["infer"]["palette"]]
-    if distributed.is_main():
-        shown = [gallery.to_json(picture, colors) for picture in pictures]
-        content = {"step": step, "matrix": evaluation.matrix.tolist(), "pictures": shown}
-        write_json(run.fold(fold) / "evaluation.json", content)
+    shown = [gallery.to_json(picture, colors) for picture in pictures]
+    content = {"step": step, "matrix": evaluation.matrix.tolist(), "pictures": shown}
+    write_json(run.fold(fold) / "evaluation.json", content)
     return ((picture.name, gallery.sheet(picture, colors)) for picture in pictures[:MAX_SHEETS])
 
 

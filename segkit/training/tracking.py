@@ -227,9 +227,9 @@ class Followers:
         self._open: list[Tracker] = []
 
     @property
-    def are_open(self) -> bool:
-        """True if there are trackers of the current fold."""
-        return bool(self._open)
+    def show_pictures(self) -> bool:
+        """True if a tracker of the current fold shows pictures."""
+        return any(not isinstance(tracker, CSVTracker) for tracker in self._open)
 
     def event(self, event: Event) -> None:
         """Pass the event to the trackers of its fold."""

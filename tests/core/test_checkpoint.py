@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, verified, and never code."""
 
+import errno
 import gc
 import hashlib
 import os
@@ -33,6 +34,29 @@ def test_round_trip(tmp_path: Path) -> None:
         assert torch.equal(loaded["model"]["weight"], state()["model"]["weight"])
         assert (loaded["step"], loaded["names"]) == (3, ["a", None])
     assert [one.name for one in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("large", [2, 100, 10_000])
+def test_digests_of_blocks_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    monkeypatch.setattr(checkpoint, "_LARGE", large)
+    monkeypatch.setattr(checkpoint, "_FLUSHED", large)
+    checkpoint.save(state(), tmp_path / "a.pt")
+    data = (tmp_path / "a.pt").read_bytes()
+    assert data[-64:] == hashlib.sha256(data[:-73]).hexdigest().encode()
+    assert checkpoint.load(tmp_path / "a.pt")["step"] == 3
+
+
+def test_an_error_of_a_flush_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "_FLUSHED", 1000)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"Input/output error.*a\.pt"):
+        checkpoint.save(state(), tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_error_of_a_full_disk_is_in_no_cycle(tmp_path: Path) -> None:
