@@ -77,6 +77,7 @@ def selected_names() -> list[str]:
         lambda images: torch.zeros(len(images), *images.shape[2:]), source, indices, labels=True
     )
     count(predicted, source, indices, device=torch.device("cpu"), callback=gallery.add)
+    gallery.gather()
     pictures = gallery.pictures()
     assert bool(pictures) == distributed.is_main()
     return [picture.name for picture in pictures]
