@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from segkit.core.errors import SegkitError
+from segkit.core.errors import SegkitError, shorten
 from segkit.core.peers import watch_ranks
 
 
@@ -68,19 +68,18 @@ def session(
         world_size=world_size,
         timeout=timedelta(minutes=timeout),
     )
-    announce_end = None if on_lost is None else watch_ranks(store, rank, world_size, on_lost)
+    announce_end = watch_ranks(store, rank, world_size, on_lost) if on_lost else None
+    failed = False
     try:
         yield here
-    except SystemExit:  # all ranks agreed to stop
-        _leave(announce_end)
+    except BaseException as error:
+        failed = not isinstance(error, SystemExit)  # which all ranks agree on
         raise
-    _leave(announce_end)  # not after an error: that would wait for the other ranks
-
-
-def _leave(announce_end: Callable[[], None] | None) -> None:
-    if announce_end is not None:
-        announce_end()
-    dist.destroy_process_group()
+    finally:
+        if announce_end and not failed:
+            announce_end()
+        if not failed:  # after an error, it would wait for the other ranks
+            dist.destroy_process_group()
 
 
 def _choose_device(name: str | None) -> torch.device:
@@ -89,15 +88,15 @@ def _choose_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     kind = "cpu" if accelerator is None else accelerator.type
-    count = 1 if accelerator is None else torch.accelerator.device_count()
-    known = "cpu" if kind == "cpu" else f"cpu, {kind}, {kind}:0 to {kind}:{count - 1}"
+    count = torch.accelerator.device_count()
+    known = "cpu" if accelerator is None else f"cpu, {kind}, {kind}:0 to {kind}:{count - 1}"
     try:
         device = torch.device(name)
     except RuntimeError:  # not a device name of torch
         device = torch.device("meta")
     if device.type not in ("cpu", kind):
         raise SegkitError(
-            f"device {name}: does not exist here, with torch {torch.__version__}; "
+            f"device {shorten(name)}: does not exist here, with torch {torch.__version__}; "
             f"expected one of: {known}"
         )
     if device.type == "cpu":
@@ -204,10 +203,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 class Progress:
-    """Progress of a loop on rank 0: a bar on a terminal, otherwise a line from time to time.
-
-    A line is printed after each part of the loop, and every minute within a long part.
-    Nothing is shown if the command is quiet.
+    """Progress of a loop on rank 0: a bar on a terminal, otherwise lines; nothing if quiet.
 
     Args:
         iterable: Items to iterate over; ``None`` if the loop calls :meth:`update` itself.
@@ -215,7 +211,7 @@ class Progress:
         total: Number of items; default the length of ``iterable``, if it has one.
         initial: Items already done, such as before a run was resumed.
         unit: Name of an item, in the singular.
-        parts: Number of equal parts of the loop; a line is printed after each.
+        parts: Number of equal parts; a line is printed after each, and every minute.
         delay: Seconds at the beginning without lines, so that short loops print none.
         clock: Returns the time in seconds.
     """
@@ -234,10 +230,9 @@ class Progress:
     ) -> None:
         self._iterable, self._description, self._unit = iterable, description, unit
         self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
-        self._initial, self._parts = initial, parts
+        self._initial, self._done, self._parts = initial, initial, parts
         self._delay, self._clock = delay, clock
-        self._done = initial
-        self._start = self._told = clock()
+        self._start = self._printed = clock()
         self._bar: tqdm | None = None
         self._hidden = logging.getLogger("segkit").level > logging.INFO or not is_main()
         if not self._hidden and sys.stderr.isatty():
@@ -271,8 +266,8 @@ class Progress:
             return
         now = self._clock()
         ends_part = self._total and self._part(before) < self._part(self._done)
-        if now - self._start >= self._delay and (ends_part or now - self._told >= 60):
-            self._told = now
+        if now - self._start >= self._delay and (ends_part or now - self._printed >= 60):
+            self._printed = now
             print(self._line(now - self._start, note), file=sys.stderr, flush=True)
 
     def close(self) -> None:
