@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     runs = [TrainedRun(Run.open(name), args.set) for name in args.run_dir or [None]]
     cfg = runs[0].config
     views = parse_views(args.tta or cfg.infer.tta) if args.tta is not None else ()
-    say = console.voice(quiet=args.quiet, verbose=args.verbose)
+    say = console.printer(quiet=args.quiet, verbose=args.verbose)
     if args.weigh_views and cfg.infer.merge != "mean":
         raise ConfigError("infer.merge: --weigh-views needs the mean of probabilities; use 'mean'")
     left_out: list[str] = []
@@ -369,6 +369,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--allow-leak", action="store_true", help="allow selection on images that were trained on"
     )
+    console.add_set_option(parser)
     console.add_run_options(parser)
     return parser.parse_args(argv)
 

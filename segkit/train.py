@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     lost = console.end_without_peer
     backend.set_deterministic(cfg.train.deterministic)
     with distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device:
-        say = console.voice(quiet=args.quiet, verbose=args.verbose)
+        say = console.printer(quiet=args.quiet, verbose=args.verbose)
         run, resume = find_run(args, cfg)
 
         # ---- checks before the folder is created
@@ -506,9 +506,7 @@ def note(step: int, order: TrainOrder, loss: Tensor, lr: float) -> str:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = reference.parser("train", "Train the folds of a configuration.")
-    parser.add_argument(
-        "--cfg", required=True, metavar="NAME", help="a path, or a name in configs/"
-    )
+    console.add_config_options(parser)
     parser.add_argument("--folds", default="all", help="all, or numbers such as 0 or 0,2")
     parser.add_argument("--run-dir", type=Path, help="folder of the run; default runs/NAME-TIME")
     parser.add_argument(

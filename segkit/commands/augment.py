@@ -6,7 +6,6 @@ One row per operation alone, applied with probability 1, and one row for the who
 configured. Masks are drawn over the images.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def _channels(values: Sequence[float]) -> Tensor:
 
 def main(argv: list[str]) -> None:
     """Write the sheet and print its path."""
-    parser = argparse.ArgumentParser(prog="segkit augment", description=__doc__)
+    parser = console.parser("augment", __doc__)
     console.add_config_options(parser)
     parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="the PNG to write")
     parser.add_argument("--images", type=int, default=6, help="number of columns")

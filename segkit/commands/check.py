@@ -1,6 +1,5 @@
 """Read a whole data set and report every fault at once: ``segkit check``."""
 
-import argparse
 import functools
 import inspect
 import json
@@ -66,7 +65,7 @@ def _inspect(make: functools.partial[Any]) -> tuple[Source, Collection[Fault]]:
 
 def main(argv: list[str]) -> None:
     """Print every fault; raise a DataError if there is any."""
-    parser = argparse.ArgumentParser(prog="segkit check", description=__doc__)
+    parser = console.parser("check", __doc__)
     console.add_config_options(parser)
     parser.add_argument("--json", action="store_true", help="print each fault as a JSON object")
     args = parser.parse_args(argv)

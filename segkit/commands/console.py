@@ -6,6 +6,7 @@ line on stderr.
 """
 
 import argparse
+import functools
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ import multiprocessing.util
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -131,20 +133,45 @@ def naming_options(**options: str) -> Iterator[None]:
         raise SegkitError(error.sentence(write)) from error
 
 
+def parser(command: str, doc: str | None, **options: Any) -> argparse.ArgumentParser:
+    """Return a parser with ``--debug``, whose help fits 80 columns.
+
+    Args:
+        command: Name of the subcommand.
+        doc: Docstring; paragraphs with indented lines, such as examples, are kept as they are.
+        **options: Passed to :class:`argparse.ArgumentParser`.
+    """
+    paragraphs = (doc or "").replace("``", "").strip().split("\n\n")
+    made = argparse.ArgumentParser(
+        prog=f"segkit {command}",
+        description="\n\n".join(
+            text if text.startswith("    ") else textwrap.fill(" ".join(text.split()), 80)
+            for text in paragraphs
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of commands that read a configuration's data."""
-    parser.add_argument("--cfg", required=True, help="a path, or a name in configs/")
+    """Add the options of commands that read a configuration."""
+    parser.add_argument(
+        "--cfg", required=True, metavar="NAME", help="a path, or a name in configs/"
+    )
+    add_set_option(parser)
+
+
+def add_set_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--set``."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that run a model."""
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
-    )
     parser.add_argument(
         "--device",
         metavar="NAME",
@@ -153,24 +180,23 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="print errors only")
     volume.add_argument("--verbose", action="store_true", help="also print the IoU of every class")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def voice(*, quiet: bool = False, verbose: bool = False) -> Callable[[str], None]:
-    """Set the verbosity of this process, which is the level of the logger ``segkit``.
+def printer(*, quiet: bool = False, verbose: bool = False) -> Callable[[str], None]:
+    """Set the verbosity of this process, of progress bars too, and return a function that prints.
 
-    Progress bars follow it too.
-
-    Returns:
-        A function that prints a line; it does nothing if quiet, and on ranks other than 0.
+    Verbosity is the level of the logger ``segkit``. The function prints a line and flushes it, so
+    that it keeps its order among lines of stderr; if quiet, and on ranks other than 0, it does
+    nothing.
     """
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     logging.getLogger("segkit").setLevel(level)
-    return _silent if quiet or os.environ.get("RANK", "0") != "0" else _say
+    hidden = quiet or os.environ.get("RANK", "0") != "0"
+    return (lambda _: None) if hidden else functools.partial(print, flush=True)
 
 
 def is_verbose() -> bool:
-    """Return whether ``--verbose`` was given."""
+    """Return True if ``--verbose`` was given."""
     return logging.getLogger("segkit").level == logging.DEBUG
 
 
@@ -178,15 +204,6 @@ def bold(text: str) -> str:
     """Return text in bold on a terminal, unless NO_COLOR is set (https://no-color.org)."""
     plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
     return text if plain else f"\033[1m{text}\033[0m"
-
-
-def _say(text: str) -> None:
-    """Print a line and flush: in a file, it would appear minutes after the lines on stderr."""
-    print(text, flush=True)
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 def _show(message: Warning | str, *_: object, **__: object) -> None:
@@ -228,7 +245,7 @@ class Stop:
         return signal.Signals(self.signal).name
 
     def asked(self, device: torch.device) -> bool:
-        """Return whether any rank received a signal; all ranks call this after the same step."""
+        """Return True if any rank received a signal; all ranks call this after the same step."""
         if distributed.world_size() == 1:
             self.signal = self.pending
         else:

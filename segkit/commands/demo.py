@@ -1,6 +1,8 @@
-"""Draw the demo data set: ``segkit demo DIR``."""
+"""Draw the demo data set, scenes of litter with COCO labels: ``segkit demo DIR``.
 
-import argparse
+It has photographs, train.json, test.json without labels, and test_labels.json for scoring.
+"""
+
 import inspect
 from pathlib import Path
 
@@ -11,11 +13,7 @@ from segkit.data.demo import draw_demo
 def main(arguments: list[str]) -> None:
     """Draw the demo data set into a new folder."""
     defaults = inspect.signature(draw_demo).parameters
-    parser = argparse.ArgumentParser(
-        prog="segkit demo",
-        description="Draw scenes of litter in the contest's format: photographs, train.json, "
-        "test.json, and test_labels.json for scoring.",
-    )
+    parser = console.parser("demo", __doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="a new folder")
     for name, text in (
         ("train", "number of training images"),
@@ -25,7 +23,6 @@ def main(arguments: list[str]) -> None:
     ):
         default = defaults[name].default
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = vars(parser.parse_args(arguments))
     del given["debug"]
     drawn = draw_demo(**given)

@@ -6,7 +6,6 @@ It shows counts, sizes and positions of the objects per class, mean and standard
 normalization, near-duplicates that the split separates, suspicious labels, and examples per class.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from segkit.report.survey import Part, find_problems
 
 def main(argv: list[str]) -> None:
     """Write the page and print its path."""
-    parser = argparse.ArgumentParser(prog="segkit explore", description=__doc__)
+    parser = console.parser("explore", __doc__)
     console.add_config_options(parser)
     parser.add_argument("--out", type=Path, default=Path("explore.html"), help="the page to write")
     parser.add_argument(

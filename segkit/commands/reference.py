@@ -236,15 +236,9 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    """Return a parser for a command with a configuration; its ``--help`` takes a section."""
-    made = argparse.ArgumentParser(
-        prog=f"segkit {command}",
-        description=description,
-        epilog=overview(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-    )
+def parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser for a command with settings; its ``--help`` takes a section."""
+    made = console.parser(command, doc, epilog=overview(), add_help=False)
     text = "show this help, or the keys of a section of the configuration"
     made.add_argument("-h", "--help", action=_Help, nargs="?", metavar="SECTION", help=text)
     return made
@@ -276,16 +270,11 @@ def component_text(kind: str, name: str) -> str:
 def main(argv: Sequence[str]) -> None:
     """Print the kinds, the names of a kind, or a component's arguments."""
     kinds = [*KINDS, "views", "configs"]
-    made = argparse.ArgumentParser(
-        prog="segkit list",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = console.parser("list", __doc__)
     made.add_argument("kind", nargs="?", help="kind of components")
     made.add_argument("name", nargs="?", help="a component")
     made.add_argument("--json", action="store_true", help="print JSON")
     made.add_argument("--markdown", action="store_true", help="print docs/configuration.md")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = made.parse_args(argv)
     if args.markdown:
         print(page(), end="")

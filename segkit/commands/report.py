@@ -4,7 +4,6 @@ segkit report runs             # runs/index.html, and each run's report.html
 segkit report runs/demo-1      # runs/demo-1/report.html
 """
 
-import argparse
 import warnings
 from functools import partial
 from pathlib import Path
@@ -22,13 +21,8 @@ from segkit.report.run_page import run_page
 
 def main(argv: list[str]) -> None:
     """Write the pages and print the path of the main page."""
-    parser = argparse.ArgumentParser(
-        prog="segkit report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = console.parser("report", __doc__)
     parser.add_argument("runs", type=Path, help="a folder of runs, or a run")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     folder = parser.parse_args(argv).runs
     if (folder / "config.json").is_file():
         logs = [RunLog(Run(folder))]

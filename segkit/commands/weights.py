@@ -16,7 +16,7 @@ from segkit.models.segmenter import build_model
 
 def main(argv: list[str]) -> None:
     """Describe the file; raise a CheckpointError if no entry would be loaded."""
-    parser = argparse.ArgumentParser(prog="segkit weights", description=__doc__)
+    parser = console.parser("weights", __doc__)
     parser.add_argument("file", type=Path, help="a .pth, .pt or .safetensors file")
     parser.add_argument(
         "--backbone",
@@ -33,7 +33,6 @@ def main(argv: list[str]) -> None:
         "--classes", type=int, help="number of classes of the decoder; default: the file's, or 2"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     source = str(args.file)
     state = read_file(args.file)

@@ -27,7 +27,7 @@ def test_progress_bar_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    console.voice()("hello")
+    console.printer()("hello")
     assert capsys.readouterr().out == "hello\n"
     assert list(distributed.Progress("abc", "counting")) == list("abc")
     assert terminal.getvalue() == ""  # bars appear after two seconds
@@ -39,19 +39,19 @@ def test_progress_bar_on_a_terminal(
     progress.close()
     assert "counting:  50%" in terminal.getvalue()
     assert "loss 0.5" in terminal.getvalue()
-    console.voice(verbose=True)
+    console.printer(verbose=True)
     assert console.is_verbose()
 
 
 def test_quiet_prints_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    console.voice(quiet=True)("hello")
+    console.printer(quiet=True)("hello")
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr("sys.stderr", stream)
         assert list(distributed.Progress("abc", "counting", delay=0)) == list("abc")
         assert stream.getvalue() == capsys.readouterr().out == ""
-    console.voice()
+    console.printer()
 
 
 def test_progress_lines_without_a_terminal(
@@ -98,7 +98,7 @@ def test_other_ranks_print_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    console.voice()("hello")
+    console.printer()("hello")
     assert capsys.readouterr().out == ""
 
 

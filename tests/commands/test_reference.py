@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from segkit import infer, train
+from segkit.__main__ import COMMANDS
 from segkit.commands import reference
 from segkit.core.config import Config, load, to_dict
 from segkit.core.errors import ConfigError
@@ -35,6 +36,16 @@ def test_help_has_every_key_within_80_columns(main, capsys, monkeypatch) -> None
     for section, keys in DEFAULTS.items():
         part = text[text.index(f"\n{section}: ") :]
         assert all(f"\n  {key} " in part for key in keys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_fits_80_columns(command: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_of(COMMANDS[command][0], capsys, "--help")
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"usage: segkit {command} " in text
+    assert "--debug" in text
+    assert "`" not in text
 
 
 @pytest.mark.parametrize("section", DEFAULTS)
