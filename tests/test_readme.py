@@ -1,21 +1,56 @@
-"""The README's program runs as it stands there."""
+"""The programs of the README and of docs/ run as they stand, and pass mypy --strict."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAM = re.compile(r"^<!-- test: program -->\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PROGRAMS = {page: programs for page in PAGES if (programs := PROGRAM.findall(page.read_text()))}
 
 
-def test_the_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = re.search(r"<!-- test: program -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert found
-    program = found[1]
-    assert len(program.strip().splitlines()) <= 25
+@pytest.fixture(autouse=True)
+def _photograph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(program, "README.md", "exec"), {})
-    with Image.open(tmp_path / "overlay.png") as image:
-        assert image.width >= 97
-        assert image.height >= 65
+    Image.effect_noise((97, 65), 80).convert("RGB").save("photo.jpg")
+
+
+def test_the_pages_have_programs() -> None:
+    assert {"README.md", "library.md"} <= {page.name for page in PROGRAMS}
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
+def test_the_programs_run(page: Path) -> None:
+    for number, program in enumerate(PROGRAMS[page]):
+        exec(compile(program, f"{page.name}, program {number}", "exec"), {})
+    for written in Path().glob("overlay.png"):
+        with Image.open(written) as image:
+            assert image.width >= 97
+            assert image.height >= 65
+
+
+def test_the_readmes_program_is_short() -> None:
+    (program,) = PROGRAMS[ROOT / "README.md"]
+    assert len(program.strip().splitlines()) <= 25
+    assert "overlay.png" in program
+
+
+@pytest.mark.slow
+def test_the_programs_pass_mypy_strict(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    files = []
+    for page, programs in PROGRAMS.items():
+        for number, program in enumerate(programs):
+            files.append(tmp_path / f"{page.stem.lower()}_{number}.py")
+            files[-1].write_text(program)
+    options = ["--strict", "--follow-imports=silent", "--ignore-missing-imports"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, *map(str, files)],
+        env={"MYPYPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
