@@ -1,4 +1,4 @@
-"""infer.py: every way of combining, leaks refused, interruptions resumed, pseudo labels."""
+"""infer.py: candidates, leaks, interruptions, pseudo labels, damaged photographs."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(home)
         train(["--cfg", "tiny.json", "--run-dir", "runs/a", "--quiet"])
         other = ["model.decoder=fcn", "model.backbone=resnet18", "infer.size=48", "train.epochs=1"]
-        options = [part for one in other for part in ("--set", one)]
+        options = [part for setting in other for part in ("--set", setting)]
         train(["--cfg", "tiny.json", "--run-dir", "runs/b", "--folds", "0", "--quiet", *options])
     return home
 
@@ -64,7 +64,7 @@ def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> Path:
-    """infer.py's results."""
+    """Run infer.py and return its folder of results."""
     out = Path(arguments[arguments.index("--out") + 1])
     infer.main([*arguments, *([] if "--run-dir" in arguments else ["--run-dir", "a"])])
     return out
@@ -75,7 +75,7 @@ def read(path: Path) -> Any:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file of results but the scores."""
+    """Return the bytes of each result except the scores."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -89,7 +89,7 @@ PLAIN += ["soft vote", "hard vote", "weighted vote"]
 
 @pytest.fixture(scope="module")
 def compared(home: Path) -> tuple[list[dict[str, Any]], str]:
-    """The rows and the table of everything that can be done with a run."""
+    """Rows and table of all candidates of a run."""
     options = ["--soup", "--tta", "--weigh-views", "--compare", "--out", "all"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "infer.py"), "--run-dir", "runs/a", *options],
@@ -138,12 +138,12 @@ def test_differences_are_paired_with_the_last_line(
             low, high = paired["interval"]
             assert low <= high
             sign = "<" if low > 0 else ">" if high < 0 else "="
-            (line,) = [one for one in shown.splitlines() if one.startswith(f"{row['name']}  ")]
+            (line,) = [line for line in shown.splitlines() if line.startswith(f"{row['name']}  ")]
             assert f"[{row[column]['interval'][0]:.3f}" in line
             assert f"] {sign}" in line
 
 
-def test_views_weigh_what_the_selection_set_says(
+def test_view_coefficients_are_fitted_on_the_selection_set(
     compared: tuple[list[dict[str, Any]], str],
 ) -> None:
     (weights,) = compared[0][-1]["view_weights"]
@@ -152,18 +152,16 @@ def test_views_weigh_what_the_selection_set_says(
     assert max(weights) - min(weights) > 1e-3
 
 
-def test_a_soup_tells_how_it_came_about(
-    home: Path, compared: tuple[list[dict[str, Any]], str]
-) -> None:
+def test_a_soup_records_its_recipe(home: Path, compared: tuple[list[dict[str, Any]], str]) -> None:
     state = checkpoint.load(home / "all/greedy-soup-of-a.pt")
     recipe = state["soup"]
     folds = [Path("runs/a/fold0/best.pt"), Path("runs/a/fold1/best.pt")]
-    assert [one["sha256"] for one in recipe["ingredients"]] == [
+    assert [entry["sha256"] for entry in recipe["ingredients"]] == [
         checkpoint.digest(home / path) for path in folds
     ]
     assert len(recipe["steps"]) == len(recipe["barriers"]) == 1
     step, wall = recipe["steps"][0]["score"], recipe["barriers"][0]["barrier"]
-    own = [one["score"] for one in recipe["ingredients"]]
+    own = [entry["score"] for entry in recipe["ingredients"]]
     assert wall == pytest.approx(sum(own) / 2 - step)  # of two, the first trial is the midpoint
     assert recipe["leaked"] == 0
     soups = {row["name"]: row["soups"] for row in compared[0]}
@@ -182,7 +180,7 @@ def test_a_soup_is_made_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         run("--soup", "--brief", "--out", "once", "--set", "infer.batch_norm_images=8")
 
 
-def test_interrupted_and_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_inference_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     steady = run("--brief", "--out", "steady")
     write, written = Results.write, []
 
@@ -247,7 +245,7 @@ def test_runs_are_compared_on_what_all_of_them_held_out(home: Path) -> None:
         assert "final_minus_this" in rows[name]
 
 
-def test_an_honest_selection_or_none(home: Path) -> None:
+def test_a_leaking_selection_set_is_refused_or_recorded(home: Path) -> None:
     leaky = home / "runs/leaky"
     shutil.copytree(home / "runs/a", leaky)
     folds = read(leaky / "folds.json")
@@ -273,14 +271,14 @@ def test_view_weights_need_the_mean(home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def labels(home: Path) -> Path:
-    """Pseudo labels of the test images, some of them unsure."""
+    """A folder of pseudo labels of the test images; half of the pixels are ignored."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         run("--brief", "--pseudo", "pseudo", "--quantile", "0.5", "--out", "teacher")
     return home / "pseudo"
 
 
-def test_pseudo_labels_are_the_sure_half(labels: Path) -> None:
+def test_pseudo_labels_are_the_confident_half(labels: Path) -> None:
     source = CocoSource(
         annotations=str(labels / "pseudo.json"),
         images=str(labels / "images"),
@@ -306,11 +304,11 @@ def _spec(labels: Path) -> str:
     return "data.pseudo=" + json.dumps({"name": "coco", "background": "Background", **spec})
 
 
-def test_pseudo_labels_are_trained_on_and_told(labels: Path) -> None:
+def test_pseudo_labels_are_trained_on_and_recorded(labels: Path) -> None:
     options = ("--set", "data.pseudo_weight=0.5", "--folds", "0", "--quiet")
     train(["--cfg", "tiny.json", "--run-dir", "runs/student", "--set", _spec(labels), *options])
     student = Run.open("student")
-    (event,) = [one for one in student.events() if one["event"] == "pseudo"]
+    (event,) = [event for event in student.events() if event["event"] == "pseudo"]
     assert (event["round"], event["images"]) == (1, 5)
     state, teacher = (
         checkpoint.load(Path(f"runs/{name}/fold0/best.pt")) for name in ("student", "a")
@@ -393,7 +391,7 @@ def test_names_of_photographs(tmp_path: Path) -> None:
     assert [source.path(i) for i in range(4)] == files
 
 
-def test_a_folder_of_others_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path) -> None:
     for name in read(Path("demo/test.json"))["images"][:2]:
         paint(tmp_path / "masks" / Path(name["file_name"]).with_suffix(".png"), 3)
     before = files(tmp_path)
@@ -403,7 +401,7 @@ def test_a_folder_of_others_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
-def test_results_of_another_command_go_and_other_files_stay(tmp_path: Path) -> None:
+def test_results_of_another_command_are_deleted_and_other_files_stay(tmp_path: Path) -> None:
     paint(tmp_path / "photos/a.png", 50)
     paint(tmp_path / "other/b.png", 90)
     out = tmp_path / "out"
@@ -458,7 +456,7 @@ def test_pseudo_labels_of_other_images_leave_no_old_ones(tmp_path: Path, home: P
 
 
 def damaged_photographs(folder: Path) -> None:
-    """Four sound photographs, and damaged ones before, between and after them."""
+    """Write four intact photographs, and damaged ones before, between and after them."""
     for number, name in enumerate(["b", "d", "f", "h"]):
         paint(folder / f"{name}.png", 60 * number)
     noise = Image.effect_noise((64, 48), 80).convert("RGB")
@@ -485,9 +483,9 @@ def test_photographs_that_cannot_be_read_are_left_out_and_named(
     for _ in range(2):
         with pytest.raises(DataError, match="5 of 9 images cannot be read"):
             run(*command, *options, "--set", "infer.batch_size=2")
-        told = [line for line in capsys.readouterr().err.splitlines() if "left out: " in line]
-        assert len(told) == 5
-        assert all(any(part in line for line in told) for part in DAMAGED)
+        named = [line for line in capsys.readouterr().err.splitlines() if "left out: " in line]
+        assert len(named) == 5
+        assert all(any(part in line for line in named) for part in DAMAGED)
         assert relative(out / "masks") == {"b.png", "d.png", "f.png", "h.png"}
         rows = (out / "submission.csv").read_text().splitlines()
         assert [row.split(",")[0] for row in rows[1:]] == ["b.png", "d.png", "f.png", "h.png"]
@@ -523,7 +521,7 @@ def test_a_damaged_image_of_the_test_set_ends_the_inference(tmp_path: Path, home
 
 
 def infer_on_rank(home: Path, *arguments: str) -> str:
-    """What a rank's infer.py ends with."""
+    """Return the error of infer.py on a rank."""
     os.chdir(home)
     infer.distributed.session = lambda *_, **__: nullcontext(torch.device("cpu"))  # it is open
     try:

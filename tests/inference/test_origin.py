@@ -1,4 +1,4 @@
-"""origin.json: whose files a folder's are, whatever stands in it."""
+"""origin.json: which files segkit wrote, and damaged contents."""
 
 import json
 from pathlib import Path

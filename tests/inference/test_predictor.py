@@ -75,8 +75,8 @@ def test_a_batch_equals_its_images() -> None:
     images = torch.stack([_photograph(65, 97, seed=seed) for seed in range(3)])
     together = predict.probabilities(images)
     assert together.shape == (3, 4, 65, 97)
-    for image, one in zip(images, together, strict=True):
-        torch.testing.assert_close(predict.probabilities(image), one)
+    for image, alone in zip(images, together, strict=True):
+        torch.testing.assert_close(predict.probabilities(image), alone)
     assert predict.mask(images).shape == (3, 65, 97)
 
 

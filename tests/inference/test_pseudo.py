@@ -30,7 +30,7 @@ def test_confident_by_hand() -> None:
 
 
 def _two_class_pixels(*confidences: float) -> Tensor:
-    return _column(*((one, 1 - one, 0.0) for one in confidences))
+    return _column(*((value, 1 - value, 0.0) for value in confidences))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Soups: the arithmetic by hand, the same bits from the same models, honest selection."""
+"""Soups: arithmetic by hand, equal bits from equal models, leaks of the selection set."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def _save(path: Path, state: State, **entries: object) -> Path:
 
 
 def _points(folder: Path, *points: float) -> list[Path]:
-    """Models whose one weight is a number."""
+    """Return checkpoints of models with a single weight."""
     return [
         _save(folder / f"{index}.pt", {"weight": torch.tensor([float(point)])})
         for index, point in enumerate(points)
@@ -35,7 +35,7 @@ def _points(folder: Path, *points: float) -> list[Path]:
 
 
 def _near(target: float) -> soup.Score:
-    """Higher the nearer the weight is to the target."""
+    """Return a score that is higher the nearer the weight is to the target."""
     return lambda state: -abs(float(state["weight"]) - target)
 
 
@@ -58,8 +58,8 @@ def _awkward(seed: int) -> State:
 
 def _bits(state: State) -> dict[str, tuple[torch.dtype, bytes]]:
     return {
-        key: (one.dtype, one.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        for key, one in state.items()
+        key: (tensor.dtype, tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for key, tensor in state.items()
     }
 
 
@@ -104,15 +104,17 @@ def test_greedy_by_hand(tmp_path: Path) -> None:
     # 4; (4+7)/2 = 5.5 is kept; (4+7+1)/3 = 4 is refused; (4+7+20)/3 is refused.
     assert made.weights["weight"].item() == 5.5
     assert made.members == [str(paths[2]), str(paths[3])]
-    steps = [(Path(one["file"]).stem, one["score"], one["kept"]) for one in made.recipe["steps"]]
+    steps = [
+        (Path(entry["file"]).stem, entry["score"], entry["kept"]) for entry in made.recipe["steps"]
+    ]
     assert steps[0] == ("2", -0.5, True)
     assert steps[1] == ("1", -1.0, False)
     assert steps[2][0] == "0"
     assert not steps[2][2]
     assert made.recipe["refused"] == [str(paths[0]), str(paths[1])]
     assert made.recipe["score"] == -0.5
-    assert [one["weight"] for one in made.recipe["ingredients"]] == [0, 0, 0.5, 0.5]
-    assert [one["score"] for one in made.recipe["ingredients"]] == [-15, -4, -2, -1]
+    assert [entry["weight"] for entry in made.recipe["ingredients"]] == [0, 0, 0.5, 0.5]
+    assert [entry["score"] for entry in made.recipe["ingredients"]] == [-15, -4, -2, -1]
     assert made.recipe["ingredients"][0]["sha256"] == checkpoint.digest(paths[0])
 
 
@@ -124,7 +126,7 @@ def test_greedy_members_weigh_the_same_in_any_order(tmp_path: Path) -> None:
         assert made.weights["weight"].item() == pytest.approx(
             4.25, abs=1e-6
         )  # not 10/2 + 4/4 + ...
-        assert [one["weight"] for one in made.recipe["ingredients"]] == [0.25] * 4
+        assert [entry["weight"] for entry in made.recipe["ingredients"]] == [0.25] * 4
 
 
 def test_greedy_adds_what_is_not_worse_and_starts_with_the_best(tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_learned_weights_find_what_equal_weights_cannot(tmp_path: Path) -> None:
     learned = soup.learned(paths, _near(target), shares=(0.5, 0.25, 0.1), rounds=8)
     assert greedy.recipe["score"] == pytest.approx(-2.4)
     assert learned.recipe["score"] > -0.2
-    weights = [one["weight"] for one in learned.recipe["ingredients"]]
+    weights = [entry["weight"] for entry in learned.recipe["ingredients"]]
     assert sum(weights) == pytest.approx(1)
     mixed = sum(w * v for w, v in zip(weights, (0, 10, 50), strict=True))
     assert learned.weights["weight"].item() == pytest.approx(mixed, rel=1e-5)
@@ -180,12 +182,14 @@ def test_barriers_are_those_of_the_best_with_each(tmp_path: Path) -> None:
     own = [0.9, 0.5, 0.7]
     heights = {-1.0: 0.3, 6.0: 0.75}  # the score at the midpoints of 4 with -6 and with 8
     with pytest.warns(UserWarning, match="not linearly mode-connected") as caught:
-        found = soup.check_barriers(
+        barriers = soup.check_barriers(
             paths, lambda state: heights[float(state["weight"])], scores=own
         )
-    assert [one["files"] for one in found] == [[str(paths[0]), str(path)] for path in paths[1:]]
-    assert [one["barrier"] for one in found] == pytest.approx([0.7 - 0.3, 0.8 - 0.75])
-    (message,) = [str(one.message) for one in caught]
+    assert [entry["files"] for entry in barriers] == [
+        [str(paths[0]), str(path)] for path in paths[1:]
+    ]
+    assert [entry["barrier"] for entry in barriers] == pytest.approx([0.7 - 0.3, 0.8 - 0.75])
+    (message,) = [str(warning.message) for warning in caught]
     assert f"{paths[0]} and {paths[1]} " in message  # 0.3 is below both; 0.75 is above 0.7
 
 
@@ -328,7 +332,7 @@ def test_different_starts_warn_and_name_the_pairs(tmp_path: Path) -> None:
     paths = [_save(tmp_path / f"{name}.pt", state, init=init) for name, init in starts.items()]
     with pytest.warns(UserWarning, match="different weights") as caught:
         soup.uniform(paths)
-    (message,) = [str(one.message) for one in caught]
+    (message,) = [str(warning.message) for warning in caught]
     assert f"{paths[0]} and {paths[1]}" in message
     assert f"{paths[1]} and {paths[2]}" in message
     assert f"{paths[0]} and {paths[2]}" not in message
@@ -495,7 +499,7 @@ def test_two_sets_of_weights_at_most(
     def tracked(path: Path) -> State:
         state = read(path)
         made.append(weakref.ref(state["weight"]))
-        alive.append(sum(one() is not None for one in made))
+        alive.append(sum(reference() is not None for reference in made))
         return state
 
     monkeypatch.setattr(soup, "_weights", tracked)

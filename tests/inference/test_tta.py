@@ -1,4 +1,4 @@
-"""Views: the way back undoes the way there, and merging is the arithmetic it says it is."""
+"""Views: inverses, products, merging and fitted coefficients."""
 
 import math
 import weakref
@@ -180,7 +180,7 @@ def test_one_view_is_in_memory_at_a_time(merge: str) -> None:
     alive = []
 
     def model(x: Tensor) -> Tensor:
-        alive.append(sum(one() is not None for one in made))
+        alive.append(sum(reference() is not None for reference in made))
         logits = x.clone()
         made.append(weakref.ref(logits))
         return logits
@@ -188,7 +188,7 @@ def test_one_view_is_in_memory_at_a_time(merge: str) -> None:
     views = parse_views("square,hflip*scale1.5")
     merge_views(model, _noise((8, 12)), views=views, merge=merge)
     assert len(alive) == len(views) >= 8
-    assert max(alive) <= 1  # the last one, until its successor takes its name
+    assert max(alive) <= 1  # the previous one, until its name is assigned again
 
 
 def test_sets() -> None:
@@ -265,4 +265,4 @@ def test_fitted_weights_beat_every_weight_on_a_grid() -> None:
     first, second = fit_coefficients(probabilities)
     assert first + second == pytest.approx(1)
     assert first > 0.5
-    assert likelihood(first) >= max(likelihood(one / 50) for one in range(51)) - 1e-4
+    assert likelihood(first) >= max(likelihood(step / 50) for step in range(51)) - 1e-4

@@ -56,7 +56,9 @@ def test_hard_votes_weighted_by_class() -> None:
     assert _hard([1, 2], coefficients=weights) == 1  # .9 against .4
     assert _hard([1, 2, 2], coefficients=weights) == 2  # .9 against 1.0
     assert _hard([2, 1, 1], coefficients=weights) == 1  # .1 against .4
-    assert _hard([3, 3, 3], coefficients=weights) == 3  # worth nothing, yet nobody says otherwise
+    assert (
+        _hard([3, 3, 3], coefficients=weights) == 3
+    )  # its coefficients are 0, and no voter chose another class
     assert _hard([3, 3, 1], coefficients=weights) == 1
     assert _hard([1, 2, 2], coefficients=torch.tensor([3.0, 1.0, 1.0])) == 1
     missing = weights.clone()
@@ -83,7 +85,7 @@ def test_hard_vote_equals_counting(max_bytes: int) -> None:
 
 
 def _by_hand(votes: Tensor) -> int:
-    counts = [int((votes == one).sum()) for one in range(4)]
+    counts = [int((votes == value).sum()) for value in range(4)]
     return next(int(vote) for vote in votes if counts[vote] == max(counts))
 
 
@@ -105,8 +107,8 @@ def test_soft_vote_is_the_mean(max_bytes: int) -> None:
 def test_soft_votes_by_hand() -> None:
     sure, unsure = torch.tensor([0.0, 0.9, 0.1]), torch.tensor([0.0, 0.4, 0.6])
     vote = SoftVote([(1, 1)], 3)
-    for voter, one in enumerate([unsure, unsure, sure]):
-        vote.add(0, one.view(3, 1, 1), voter=voter)
+    for voter, scored in enumerate([unsure, unsure, sure]):
+        vote.add(0, scored.view(3, 1, 1), voter=voter)
     assert int(vote.result(0)) == 1  # 1.7 against 1.3, though two of three say 2
     weighted = SoftVote([(1, 1)], 3, coefficients=torch.tensor([[1.0, 0.1, 1.0], [1.0, 0.1, 1.0]]))
     weighted.add(0, sure.view(3, 1, 1), voter=1)
