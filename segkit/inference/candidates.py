@@ -52,11 +52,7 @@ def final_candidate(
 ) -> Candidate:
     """Return the candidate that makes the results.
 
-    Args:
-        runs: Trained runs.
-        kind: Kind of each run's soup; with ``None`` the best checkpoints of all folds vote.
-        views, fitted, vote: See :class:`Candidate`.
-        soup_of: Makes a run's soup.
+    ``kind`` is that of each run's soup; with ``None`` the best checkpoints of all folds vote.
     """
     paths = [
         path for run in runs for path in ([soup_of(run, kind)] if kind else run.best_checkpoints())
@@ -85,7 +81,7 @@ def rival_candidates(
         kinds: Kinds of soups.
         votes: Kinds of votes.
         everything: Use views with every candidate, not only with soups and votes.
-        soup_of: Makes a run's soup.
+        soup_of: Makes soups.
     """
     alone, mixed, voters = [], [], []
     for run in runs:

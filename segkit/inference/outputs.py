@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
@@ -98,11 +99,8 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
     Args:
         folder: Folder of the masks.
         name: Base name of the image's results; see :func:`result_names`. ``.png`` is added.
-        mask: Class indices, 0 to 255.
+        mask: Class indices (H, W), 0 to 255.
         colors: Colors of the classes.
-
-    Shape:
-        mask: (H, W)
 
     Raises:
         DataError: The name leads out of the folder.
@@ -118,15 +116,10 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
 def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
     """Write an image's probabilities as a float16 NumPy file, one plane per class.
 
-    ``numpy.load(path, mmap_mode="r")`` reads only the parts that are used.
-
     Args:
         folder: Folder of the probability maps.
         name: Base name of the image's results; see :func:`result_names`. ``.npy`` is added.
-        probabilities: Probabilities of every class.
-
-    Shape:
-        probabilities: (C, H, W)
+        probabilities: (C, H, W); ``numpy.load(path, mmap_mode="r")`` reads only parts of them.
 
     Raises:
         DataError: The name leads out of the folder.
@@ -201,17 +194,13 @@ def sheet(
         image: uint8 (3, H, W)
         mask, truth: (H, W)
     """
+    draw = partial(overlay, image, classes=(), legend=False)
     masks = [mask] if truth is None else [truth, mask]
     panels = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy())]
-    for shown in masks:
-        panels.append(
-            overlay(image, shown, classes=(), colors=colors, background=background, legend=False)
-        )
+    panels += [draw(shown, colors=colors, background=background) for shown in masks]
     if truth is not None:
         wrong = (mask.cpu() != truth.cpu()) & (truth.cpu() != IGNORE)
-        panels.append(
-            overlay(image, wrong.to(torch.uint8), classes=(), colors=(ERROR, ERROR), legend=False)
-        )
+        panels.append(draw(wrong.to(torch.uint8), colors=(ERROR, ERROR)))
     width, height = panels[0].size
     result = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height), "white")
     for place, panel in enumerate(panels):

@@ -82,15 +82,10 @@ def greedy(
 ) -> Soup:
     """Return the mean of ingredients added from best to worst unless one lowers the score.
 
-    All members have the same coefficient.
-
     Args:
         ingredients: As in :func:`uniform`.
         score: On images that no ingredient trained on; see :func:`check_selection`.
         scores: Scores of the ingredients alone; computed by default.
-
-    Raises:
-        CheckpointError: An ingredient cannot be read, or does not match the first one.
     """
     mixture = _Mixture("greedy", ingredients)
     members = mixture.start(score, scores)[:1]
@@ -118,14 +113,9 @@ def learned(
     Departs from the paper: that optimizes a loss by gradient, with all ingredients in memory.
 
     Args:
-        ingredients: As in :func:`uniform`.
-        score: As in :func:`greedy`.
-        scores: As in :func:`greedy`.
+        ingredients, score, scores: As in :func:`greedy`.
         shares: Coefficients of the added ingredient to try, in this order.
         rounds: Passes over the ingredients; ends early if a pass changes nothing.
-
-    Raises:
-        CheckpointError: An ingredient cannot be read, or does not match the first one.
     """
     mixture = _Mixture("learned", ingredients)
     mixture.start(score, scores)
@@ -261,13 +251,12 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
         if isinstance(layer, _BatchNorm) and layer.training and layer.running_mean is not None
     ]
     model.eval()
-    sums: dict[nn.Module, Tensor] = {
-        layer: layer.running_mean.new_zeros(3, layer.num_features, dtype=torch.float64)
-        for layer in layers
-        if layer.running_mean is not None
-    }
+    sums = {}
+    for layer in layers:
+        assert layer.running_mean is not None
+        sums[layer] = layer.running_mean.new_zeros(3, layer.num_features, dtype=torch.float64)
 
-    def count(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+    def count(layer: _BatchNorm, inputs: tuple[Tensor]) -> None:
         x = inputs[0].float()
         variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         moments = torch.stack([torch.ones_like(mean), mean, variance + mean**2]).double()
@@ -436,17 +425,12 @@ def _weights(ingredient: Ingredient) -> State:
 
     Files are mapped privately: writing to the weights does not change the file.
     """
-    copy = isinstance(ingredient, Mapping)
-    return {
-        key: tensor.detach().to(
-            device="cpu",
-            dtype=torch.promote_types(tensor.dtype, torch.float32)
-            if tensor.is_floating_point()
-            else tensor.dtype,
-            copy=copy,
-        )
-        for key, tensor in checkpoint.weights(_entries(ingredient)).items()
-    }
+    weights = {}
+    for key, tensor in checkpoint.weights(_entries(ingredient)).items():
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        dtype = wide if tensor.is_floating_point() else tensor.dtype
+        weights[key] = tensor.detach().to("cpu", dtype, copy=isinstance(ingredient, Mapping))
+    return weights
 
 
 _PIECE = 2**18

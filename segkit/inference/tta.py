@@ -21,10 +21,9 @@ Size = tuple[int, int]
 class View:
     """A test-time augmentation of an image, and its inverse for the model's prediction.
 
-    ``apply`` scales, flips horizontally, rotates by quarter turns, then rotates by ``angle``;
-    ``invert`` undoes this in reverse order. Flips and quarter turns, the eight symmetries of the
-    square, move pixels without interpolation. ``first * second`` applies ``first``, then
-    ``second``.
+    ``apply`` scales, flips horizontally, rotates by quarter turns, then rotates by ``angle``.
+    Flips and quarter turns, the eight symmetries of the square, move pixels without interpolation.
+    ``first * second`` applies ``first``, then ``second``.
 
     Args:
         mirrored: Flip horizontally.
@@ -214,10 +213,9 @@ def true_class_samples(probabilities: Tensor, target: Tensor, *, samples: int = 
     """Return the probability of the true class at pixels sampled evenly over an image.
 
     Args:
-        probabilities: Probabilities of an image from one view.
-        target: Class indices.
-        samples: Number of pixels, equal for every image so that all images count equally; the
-            result is NaN if every pixel is ignored.
+        probabilities: Of an image, from one view.
+        target: Class indices; if all are ignored, the result is NaN.
+        samples: Number of pixels, equal for every image so that all images count equally.
 
     Shape:
         probabilities: (C, H, W)
@@ -239,11 +237,8 @@ def fit_coefficients(probabilities: Tensor, *, steps: int = 100) -> list[float]:
     the likelihood, which has a single maximum. Fit on images that no model trained on.
 
     Args:
-        probabilities: Probabilities of the true class, from ``true_class_samples`` of each view.
+        probabilities: :func:`true_class_samples` of each view, (views, N).
         steps: Number of iterations; more change little, as the likelihood is flat near its maximum.
-
-    Shape:
-        probabilities: (views, N)
     """
     probabilities = probabilities.double().clamp_min(1e-12)
     coefficients = torch.full_like(probabilities[:, :1], 1 / len(probabilities))
