@@ -20,11 +20,11 @@ from PIL import Image
 
 
 class Browser:
-    """One page of one browser.
+    """A page in a browser.
 
     Attributes:
-        trouble: Everything the console and the page complained of.
-        requests: Addresses that the page asked for.
+        trouble: Errors and messages of the page and its console.
+        requests: Addresses that the page requested.
     """
 
     def __init__(self, profile: Path) -> None:
@@ -55,7 +55,7 @@ class Browser:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call a method of the protocol and wait for its answer."""
+        """Call a method of the protocol and return its answer."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -74,21 +74,21 @@ class Browser:
             self._rest += part
         text, _, self._rest = self._rest.partition(b"\0")
         message = json.loads(text)
-        method, found = message.get("method"), message.get("params", {})
+        method, event = message.get("method"), message.get("params", {})
         if method == "Page.loadEventFired":
             self._loaded = True
         elif method == "Network.requestWillBeSent":
-            self.requests.append(found["request"]["url"])
+            self.requests.append(event["request"]["url"])
         elif method == "Runtime.exceptionThrown":
-            self.trouble.append(json.dumps(found["exceptionDetails"]))
+            self.trouble.append(json.dumps(event["exceptionDetails"]))
         elif method == "Runtime.consoleAPICalled":
-            self.trouble.append(json.dumps(found["args"]))
+            self.trouble.append(json.dumps(event["args"]))
         elif method == "Log.entryAdded":
-            self.trouble.append(found["entry"]["text"])
+            self.trouble.append(event["entry"]["text"])
         return message
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load a page and wait until it is there."""
+        """Load a page and wait until it is complete."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
@@ -104,7 +104,7 @@ class Browser:
             self._read()
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         answer = self.send(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
@@ -112,7 +112,7 @@ class Browser:
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """A key, down and up."""
+        """Press and release a key."""
         codes = {"Tab": 9, "ArrowLeft": 37, "ArrowRight": 39, "Enter": 13, " ": 32, "End": 35}
         text = {"text": "\r"} if key == "Enter" else {"text": " "} if key == " " else {}
         code = codes[key]
@@ -122,7 +122,7 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
     def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """The pointer pressed at one place and released at another."""
+        """Press the pointer at ``start`` and release it at ``end``."""
         for kind, (x, y) in (
             ("mouseMoved", start), ("mousePressed", start), ("mouseMoved", end),
             ("mouseReleased", end),
@@ -133,7 +133,7 @@ class Browser:
             )  # fmt: skip
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        """The page, or what of it is in view, as a PNG."""
+        """Save the page, or its visible part, as a PNG."""
         answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(answer["data"]))
 
@@ -147,7 +147,7 @@ class Browser:
 
 
 def main() -> None:
-    """Take a picture of a page, in the 256 colors that suit it best."""
+    """Save a picture of a page, in 256 colors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("page", type=Path)
     parser.add_argument("picture", type=Path)

@@ -1,4 +1,4 @@
-"""A run's folder as training leaves it, made in a moment."""
+"""A run folder as training writes it, made in less than a second."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ CLASSES = ("background", NASTY, "bag", "paper")
 
 
 class Drawn:
-    """Labelled images that are computed: blocks of one class on a gradient."""
+    """A source of computed images: a gradient, with a block of one class in each mask."""
 
     classes = CLASSES
     labelled = True
@@ -53,8 +53,8 @@ class Drawn:
 
 def evaluated(source: Drawn, indices: list[int], *, size: int) -> tuple[Evaluation, Gallery]:
     gallery = Gallery(source, indices, size=size)
-    found = ((i, source.guess(i), source.mask(i)) for i in indices)
-    return count(found, source, indices, device=torch.device("cpu"), callback=gallery.add), gallery
+    masks = ((i, source.guess(i), source.mask(i)) for i in indices)
+    return count(masks, source, indices, device=torch.device("cpu"), callback=gallery.add), gallery
 
 
 def made_run(
@@ -86,10 +86,10 @@ def made_run(
             if step % 20 == 0:
                 indices = list(range(fold * images, (fold + 1) * images))
                 evaluation, gallery = evaluated(source, indices, size=8)
-                found = scores(evaluation.matrix).to_dict()
-                found["miou"] += step / 1000
+                result = scores(evaluation.matrix).to_dict()
+                result["miou"] += step / 1000
                 run.log(
-                    event="evaluate", fold=fold, epoch=step // 20, step=step, **found,
+                    event="evaluate", fold=fold, epoch=step // 20, step=step, **result,
                     interval=bootstrap_interval(evaluation.counts),
                 )  # fmt: skip
                 list(record(run, fold, step, evaluation, gallery))

@@ -91,7 +91,7 @@ def _positions(part: Part, c: int) -> str:
     heat = np.mean([photo.grid == c for photo in part.photos], 0)
     pixels = np.zeros((*heat.shape, 4), np.uint8)
     pixels[..., :3], pixels[..., 3] = (30, 125, 220), (255 * heat / max(heat.max(), 1e-9)).round()
-    source = html.data_uri(Image.fromarray(pixels, "RGBA"), format="PNG")
+    source = html.data_uri(Image.fromarray(pixels), format="PNG")
     return f'<img class="place" src="{source}" alt="places of {escape(part.source.classes[c])}">'
 
 

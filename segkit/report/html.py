@@ -20,13 +20,9 @@ MATRIX_TEXT = 20  # a heat map of more classes shows values in tooltips only
 
 
 @cache
-def _asset(name: str) -> str:
-    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
-
-
-def template(file: str, values: Mapping[str, str]) -> str:
-    """Return an HTML file of ``assets`` with each ``$key`` replaced by its value, which is HTML."""
-    return Template(_asset(file)).substitute(values)
+def asset(name: str) -> Template:
+    """Return a file of ``assets``; in HTML files, ``$key`` is to be substituted by HTML."""
+    return Template((Path(__file__).parent / "assets" / name).read_text(encoding="utf-8"))
 
 
 def document(title: str, sections: Mapping[str, str], *, header: str = "") -> str:
@@ -35,7 +31,7 @@ def document(title: str, sections: Mapping[str, str], *, header: str = "") -> st
     Its Content-Security-Policy forbids every request and every script but the page's own, which it
     identifies by a digest: HTML in class or file names would have no effect.
     """
-    script, links, body = f"\n{_asset('page.js')}\n", "", ""
+    script, links, body = f"\n{asset('page.js').template}\n", "", ""
     for n, (name, content) in enumerate(sections.items()):
         if content:
             heading = f'<h2 id="part{n}-name">{escape(name)}</h2>'
@@ -43,9 +39,9 @@ def document(title: str, sections: Mapping[str, str], *, header: str = "") -> st
             body += f'<section id="part{n}" aria-labelledby="part{n}-name">\n{heading}\n'
             body += f"{content}\n</section>\n"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    values = {"digest": digest, "title": escape(title), "style": _asset("page.css")}
+    values = {"digest": digest, "title": escape(title), "style": asset("page.css").template}
     values |= {"links": MARK + links, "header": header, "body": body, "script": script}
-    return template("page.html", values)
+    return asset("page.html").substitute(values)
 
 
 def data_uri(image: Image.Image, *, format: str = "JPEG") -> str:
@@ -168,11 +164,6 @@ def number(value: float | None, spec: str = ".3f") -> str:
 def percent(share: float) -> str:
     """Return a share, 0 to 1, in percent, as HTML."""
     return f"{100 * share:.1f} %" if share >= 5e-4 or share == 0 else "&lt; 0.1 %"
-
-
-def millions(count: int) -> str:
-    """Return a count in millions, or a dash for 0."""
-    return f"{count / 1e6:.1f} M" if count else "–"
 
 
 def duration(seconds: float) -> str:

@@ -47,7 +47,7 @@ def _runs(logs: Sequence[RunLog]) -> str:
             *_score(log.score, few=log.few_images is not None),
             *_test_score(log),
             cell(html.duration(log.seconds), log.seconds),
-            cell(html.millions(log.parameters), log.parameters),
+            cell(f"{log.parameters / 1e6:.1f} M" if log.parameters else "–", log.parameters),
             cell(day, started),
         ])  # fmt: skip
     head = [

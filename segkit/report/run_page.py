@@ -63,7 +63,7 @@ def _header(log: RunLog) -> str:
         "State": state,
         "Time in training": html.duration(log.seconds),
         "Images per second": number(average(step["images_per_s"] for step in steps), ".1f"),
-        "Parameters": html.millions(log.parameters),
+        "Parameters": f"{log.parameters / 1e6:.1f} M" if log.parameters else "–",
     }
     return f"<p>{escape(names)}</p>\n{html.facts(facts)}"
 
@@ -179,7 +179,7 @@ def _pictures(
     }
     more = f" {left_out} more are left out." if left_out > 0 else ""
     values = {"content": html.json_block(content), "left_out": more}
-    return html.template("gallery.html", values)
+    return html.asset("gallery.html").substitute(values)
 
 
 def _shares(classes: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> str:
