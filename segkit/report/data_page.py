@@ -18,14 +18,7 @@ MAX_SHOWN, SHOWN_SIDE = 24, 176  # pictures of a kind of finding, and their long
 
 
 def data_page(cfg: Config, parts: Sequence[Part], findings: Findings, *, title: str) -> str:
-    """Return the page of a data set.
-
-    Args:
-        cfg: Configuration of the data; it determines folds and colors.
-        parts: Parts of the data; the first is labelled, and is trained on.
-        findings: Findings about these parts.
-        title: Title of the page.
-    """
+    """Return the page of a data set, of which the first part is labelled, and is trained on."""
     train, colors = parts[0], PALETTES[cfg.infer.palette]
     labels = html.class_labels(train.source.classes, colors)
     separated = sum(map(findings.separated, findings.pairs))
@@ -100,7 +93,7 @@ def _together(part: Part) -> str:
     both = present.T @ present
     shares = [[float(n / row[i]) if row[i] else None for n in row] for i, row in enumerate(both)]
     caption = "Percentage of the images with the row's class that also have the column's class."
-    return html.heat_map(part.source.classes, shares, corner="with ↓ also →", caption=caption)
+    return html.heat_map(caption, part.source.classes, shares, corner="with ↓ also →")
 
 
 def _examples(part: Part, labels: Sequence[str], colors: Sequence[Color]) -> str:

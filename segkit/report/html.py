@@ -16,8 +16,6 @@ from PIL import Image
 MARK = "<strong>segkit</strong>"
 """Text in every page, by which segkit recognizes the pages that it wrote."""
 
-MATRIX_TEXT = 20  # a heat map of more classes shows values in tooltips only
-
 
 @cache
 def asset(name: str) -> Template:
@@ -76,14 +74,9 @@ def table(
 
 
 def cell(
-    content: str,
-    value: float | None = None,
-    *,
-    heat: float | None = None,
-    style: str = "",
-    title: str = "",
+    content: str, value: float | None = None, *, heat: float | None = None, style: str = ""
 ) -> str:
-    """Return a ``<td>`` of HTML, with CSS classes and a plain-text tooltip.
+    """Return a ``<td>`` of HTML, with CSS classes.
 
     The column is sorted by ``value``, or by text without it. ``heat`` is the strength of the cell's
     color, 0 to 1.
@@ -92,50 +85,27 @@ def cell(
         "class": style if heat is None else f"{style} heat".strip(),
         "data-value": "" if value is None else f"{value:.6g}",
         "style": "" if heat is None else f"--heat:{100 * heat:.0f}%",
-        "title": escape(title),
     }
     marks = "".join(f' {name}="{text}"' for name, text in attributes.items() if text)
     return f"<td{marks}>{content}</td>"
 
 
-def heat_map(
-    names: Sequence[str],
-    shares: Sequence[Sequence[float | None]],
-    *,
-    corner: str,
-    caption: str,
-    diagonal: bool = False,
-) -> str:
-    """Return a square table of shares, 0 to 1; larger shares have stronger colors.
-
-    A share of ``None`` leaves its cell empty; ``diagonal`` colors cells off the diagonal as errors.
-    """
-    hidden = '<span class="unseen">{}</span>' if len(names) > MATRIX_TEXT else "{}"
-    rows = []
-    for name, line in zip(names, shares, strict=True):
-        row = [escape(name)]
-        for other, share in zip(names, line, strict=True):
-            if share is None:
-                row.append("")
-                continue
-            text = hidden.format(f"{100 * share:.0f}") if share >= 0.005 else ""
-            style = "wrong" if diagonal and name != other else ""
-            title = f"{name} → {other}: {100 * share:.2f} %"
-            # The square root makes rare confusions visible.
-            row.append(cell(text, heat=share**0.5, title=title, style=style))
-        rows.append(row)
-    style = "matrix dense" if len(names) > MATRIX_TEXT else "matrix"
-    return table([corner, *names], rows, caption=caption, style=style)
+def heat_map(caption: str, names: Sequence[str], shares: Any, **options: Any) -> str:
+    """Return a square table of shares, 0 to 1 or ``None``, drawn by ``drawHeatMap`` of page.js."""
+    rounded = [[None if share is None else round(share, 5) for share in row] for row in shares]
+    return _drawn("heat-map", caption, {"names": names, "shares": rounded, **options})
 
 
 def chart(title: str, series: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """Return a chart, or no HTML if no series has a point; ``drawChart`` of page.js draws it."""
-    if not any(curve["x"] for curve in series):
-        return ""
-    content = json_block({"series": list(series), **options})
+    """Return a chart drawn by ``drawChart`` of page.js, or no HTML if no series has a point."""
+    content = {"series": list(series), **options}
+    return _drawn("chart", title, content) if any(curve["x"] for curve in series) else ""
+
+
+def _drawn(kind: str, caption: str, content: Mapping[str, Any]) -> str:
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<script type="application/json">{content}</script></figure>'
+        f'<figure class="{kind}"><figcaption>{escape(caption)}</figcaption>'
+        f'<script type="application/json">{json_block(content)}</script></figure>'
     )
 
 

@@ -130,7 +130,7 @@ def _confusions(classes: Sequence[str], matrices: Sequence[list[list[int]]]) -> 
         "is wrong. The best epochs of all folds together."
     )
     corner = "truth ↓ predicted →"
-    pairs = html.heat_map(classes, shares, caption=caption, corner=corner, diagonal=True)
+    pairs = html.heat_map(caption, classes, shares, corner=corner, diagonal=True)
     return f'<div class="beside">{pairs}{common}</div>'
 
 

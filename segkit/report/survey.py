@@ -77,15 +77,11 @@ class Photo(NamedTuple):
 
 
 class Part:
-    """A part of the data with the statistics of its images.
+    """A part of the data, ``train``, ``val`` or ``test``, whose images are read on all cores.
 
-    Args:
-        title: ``train``, ``val`` or ``test``.
-        source: Its images, each of which is read once, on all cores.
-
-    Attributes:
-        pixels: Pixels of each class in each image, (N, num_classes).
-        histogram: Pixels of each value of R, G, B, (3, 256).
+    Shape:
+        pixels: (N, num_classes), pixels of each class in each image
+        histogram: (3, 256), pixels of each value of R, G, B
     """
 
     def __init__(self, title: str, source: Source) -> None:
@@ -205,17 +201,10 @@ def connected_areas(mask: np.ndarray) -> list[Instance]:
 
 
 class Findings(NamedTuple):
-    """Near-duplicates and suspicious labels.
+    """Near-duplicates and suspicious labels, with indices of images in ``names``."""
 
-    Args:
-        names: Names of the images of all parts, in order.
-        places: Place of each of these images in the split: ``fold 0``, ``selection``, ``test``, ...
-        pairs: Near-duplicates, by their indices in ``names``.
-        suspects: Suspicious labels in the order of :data:`KINDS`, each with its image's index.
-    """
-
-    names: list[str]
-    places: list[str]
+    names: list[str]  # of the images of all parts
+    places: list[str]  # of the images in the split: fold 0, selection, test, ...
     pairs: list[Pair]
     suspects: list[tuple[int, Suspect]]
 
@@ -234,11 +223,9 @@ class Findings(NamedTuple):
 
 
 def find_problems(cfg: Config, parts: Sequence[Part]) -> Findings:
-    """Find near-duplicates in all parts, and suspicious labels in the first.
+    """Find near-duplicates in all parts, and suspicious labels in the first, which is trained on.
 
-    Args:
-        cfg: Configuration; its ``data`` and seed determine the folds.
-        parts: Parts of the data; the first is the training part.
+    The configuration's ``data`` and seed determine the folds.
     """
     train = parts[0]
     photos = [photo for part in parts for photo in part.photos]

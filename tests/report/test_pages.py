@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import Browser
 from made_run import CLASSES, NASTY, Drawn, made_run
@@ -97,6 +98,20 @@ def test_curves_have_the_points_of_the_log(browser: Browser, pages: dict[str, Pa
         "Learning rate": [40, 40],
         "Images per second": [40, 40],
     }
+
+
+def test_confusions_are_shares_of_the_true_class(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    rows = browser.run(
+        """[...document.querySelectorAll(".matrix tbody tr")].map(
+             (row) => [...row.cells].slice(1).map((cell) => Number(cell.textContent)))"""
+    )
+    folds = [json.loads(path.read_text()) for path in pages["run"].parent.rglob("evaluation.json")]
+    matrix = np.sum([fold["matrix"] for fold in folds], 0)
+    percent = 100 * matrix / matrix.sum(1, keepdims=True)
+    np.testing.assert_allclose(rows, np.where(percent < 0.5, 0, percent), atol=0.501)
+    wrong = browser.run("document.querySelectorAll('.matrix .wrong').length")
+    assert wrong == len(CLASSES) * (len(CLASSES) - 1)
 
 
 READOUT = "document.querySelectorAll('.chart')[2].querySelector('.readout').textContent"

@@ -166,6 +166,41 @@ const drawChart = (figure) => {
   draw();
 };
 
+/**
+ * Draw a square table of shares; larger shares have stronger colors.
+ *
+ * Its JSON has the keys
+ *   names: names of the rows and of the columns
+ *   shares: rows of shares, 0 to 1; null leaves a cell empty
+ *   corner: heading of the first column
+ *   diagonal: true to color cells off the diagonal as errors
+ */
+const drawHeatMap = (figure) => {
+  const content = JSON.parse(figure.querySelector("script").textContent);
+  const { names, shares, corner, diagonal = false } = content;
+  const dense = names.length > 20; // values are in tooltips and for screen readers only
+  const table = htmlElement("table", { className: dense ? "matrix dense" : "matrix" });
+  const head = table.createTHead().insertRow();
+  head.append(...[corner, ...names].map((name) => htmlElement("th", { scope: "col" }, name)));
+  const body = table.createTBody();
+  shares.forEach((line, i) => {
+    const row = body.insertRow();
+    row.append(htmlElement("th", { scope: "row" }, names[i]));
+    line.forEach((share, j) => {
+      const cell = row.insertCell();
+      if (share === null) return;
+      cell.className = diagonal && i !== j ? "heat wrong" : "heat";
+      // The square root makes rare confusions visible.
+      cell.style.setProperty("--heat", `${Math.round(100 * Math.sqrt(share))}%`);
+      cell.title = `${names[i]} → ${names[j]}: ${(100 * share).toFixed(2)} %`;
+      const text = share >= 0.005 ? (100 * share).toFixed(0) : "";
+      cell.append(dense && text ? htmlElement("span", { className: "unseen" }, text) : text);
+    });
+  });
+  const properties = { className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Table" };
+  figure.append(htmlElement("div", properties, table));
+};
+
 /** Sort rows by the clicked column; a second click reverses the order. */
 const sortable = (table) => {
   const heads = [...table.tHead.rows[0].cells];
@@ -187,6 +222,7 @@ const sortable = (table) => {
 };
 
 document.querySelectorAll(".chart").forEach(drawChart);
+document.querySelectorAll(".heat-map").forEach(drawHeatMap);
 document.querySelectorAll("table.sortable").forEach(sortable);
 
 /** Number of pictures shown until the button for all is clicked, and of classes named below each. */
