@@ -28,7 +28,7 @@ class Segmenter(nn.Module):
 
     Args:
         backbone: Maps an image to a list of feature maps, shallow to deep. Its optional method
-            ``only_for(level)`` returns the module that only this feature map needs.
+            ``output_module(level)`` returns the module that is used only for this feature map.
         decoder: Maps feature maps to a dict of logits: ``out``, and ``aux*`` in training. Its
             optional attribute ``reads`` lists the feature maps it uses; ``align_corners`` says how
             its logits are resized.
@@ -84,11 +84,11 @@ class Segmenter(nn.Module):
         """
         backbone: Any = self.backbone
         reads: Sequence[int] | None = getattr(self.decoder, "reads", None)
-        if reads is None or not hasattr(backbone, "only_for"):
+        if reads is None or not hasattr(backbone, "output_module"):
             return []
         maps = range(len(backbone.channels))
         used = {maps[level] for level in reads}
-        return [backbone.only_for(level) for level in maps if level not in used]
+        return [backbone.output_module(level) for level in maps if level not in used]
 
     def _frozen(self) -> list[nn.Module]:
         return [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]

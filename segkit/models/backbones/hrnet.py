@@ -96,8 +96,8 @@ class HRNet(nn.Module):
         branches = self._widen(self.transition3, branches)
         return self._run(self.stage4, branches)
 
-    def only_for(self, level: int) -> nn.Module:
-        """Return the module that only the feature map of ``level`` needs."""
+    def output_module(self, level: int) -> nn.Module:
+        """Return the module that is used only for the feature map of ``level``."""
         return self.get_submodule(f"stage4.2.fuse_layers.{level}")
 
     def _widen(self, transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:

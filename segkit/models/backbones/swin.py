@@ -41,8 +41,8 @@ class Swin(nn.Module):
     """
 
     strides = (4, 8, 16, 32)
-    fresh = ("norm0", "norm1", "norm2", "norm3")
-    """Names of modules that a pretrained classifier does not have."""
+    output_norms = ("norm0", "norm1", "norm2", "norm3")
+    """Names of the norms, which a pretrained classifier does not have."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Swin(nn.Module):
             mask = ShiftMask()
             for swin_block in stage:
                 swin_block.attn.shift_mask = mask
-        for name, channels in zip(self.fresh, self.channels, strict=True):
+        for name, channels in zip(self.output_norms, self.channels, strict=True):
             self.add_module(name, nn.LayerNorm(channels))
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -88,15 +88,15 @@ class Swin(nn.Module):
         x = F.pad(image, (0, right, 0, below))
         # self.features: patch embedding, then stages and patch merging in turn
         features = []
-        for i, name in enumerate(self.fresh):
+        for i, name in enumerate(self.output_norms):
             x = self._run(self.features[2 * i + 1], self.features[2 * i](x))
             normalized = self.get_submodule(name)(x)
             features.append(normalized.permute(0, 3, 1, 2))
         return features
 
-    def only_for(self, level: int) -> nn.Module:
-        """Return the module that only the feature map of ``level`` needs."""
-        return self.get_submodule(self.fresh[level])
+    def output_module(self, level: int) -> nn.Module:
+        """Return the module that is used only for the feature map of ``level``."""
+        return self.get_submodule(self.output_norms[level])
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         if not (self.checkpointing and self.training):

@@ -255,21 +255,23 @@ class NormalizedStages(Stages):
     ConvNeXt's authors, mmsegmentation and transformers use it for segmentation.
     """
 
-    fresh = ("norm0", "norm1", "norm2", "norm3")
-    """Names of modules that a pretrained classifier does not have."""
+    output_norms = ("norm0", "norm1", "norm2", "norm3")
+    """Names of the norms, which a pretrained classifier does not have."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        for name, channels in zip(self.fresh, self.channels, strict=True):
+        for name, channels in zip(self.output_norms, self.channels, strict=True):
             self.add_module(name, LayerNorm2d(channels, eps=1e-6))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         features = super().forward(image)
-        return [self.get_submodule(name)(x) for name, x in zip(self.fresh, features, strict=True)]
+        return [
+            self.get_submodule(name)(x) for name, x in zip(self.output_norms, features, strict=True)
+        ]
 
-    def only_for(self, level: int) -> nn.Module:
-        """Return the module that only the feature map of ``level`` needs."""
-        return self.get_submodule(self.fresh[level])
+    def output_module(self, level: int) -> nn.Module:
+        """Return the module that is used only for the feature map of ``level``."""
+        return self.get_submodule(self.output_norms[level])
 
 
 def _cut(
@@ -300,35 +302,21 @@ def _cut(
     return kind(network=network, stages=stages, **options)
 
 
+def _each(make: Callable[[Builder], Callable[..., Stages]], *names: str) -> dict[str, Any]:
+    return {name: make(models.get_model_builder(name)) for name in names}
+
+
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet18_half": resnet(half_resnet18),
-    "resnet18": resnet(models.resnet18),
-    "resnet34": resnet(models.resnet34),
-    "resnet50": resnet(models.resnet50),
-    "resnet101": resnet(models.resnet101),
-    "resnet152": resnet(models.resnet152),
+    **_each(resnet, "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     "resnet50_v1c": resnet(deep_stem(models.resnet50)),
     "resnet101_v1c": resnet(deep_stem(models.resnet101)),
-    "resnext50_32x4d": resnet(models.resnext50_32x4d),
-    "resnext101_32x8d": resnet(models.resnext101_32x8d),
-    "resnext101_64x4d": resnet(models.resnext101_64x4d),
-    "wide_resnet50_2": resnet(models.wide_resnet50_2),
-    "wide_resnet101_2": resnet(models.wide_resnet101_2),
-    "regnet_x_400mf": regnet(models.regnet_x_400mf),
-    "regnet_x_800mf": regnet(models.regnet_x_800mf),
-    "regnet_x_1_6gf": regnet(models.regnet_x_1_6gf),
-    "regnet_x_3_2gf": regnet(models.regnet_x_3_2gf),
-    "regnet_x_8gf": regnet(models.regnet_x_8gf),
-    "regnet_x_16gf": regnet(models.regnet_x_16gf),
-    "regnet_x_32gf": regnet(models.regnet_x_32gf),
-    "regnet_y_400mf": regnet(models.regnet_y_400mf),
-    "regnet_y_800mf": regnet(models.regnet_y_800mf),
-    "regnet_y_1_6gf": regnet(models.regnet_y_1_6gf),
-    "regnet_y_3_2gf": regnet(models.regnet_y_3_2gf),
-    "regnet_y_8gf": regnet(models.regnet_y_8gf),
-    "regnet_y_16gf": regnet(models.regnet_y_16gf),
-    "regnet_y_32gf": regnet(models.regnet_y_32gf),
-    "regnet_y_128gf": regnet(models.regnet_y_128gf),
+    **_each(resnet, "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    **_each(resnet, "wide_resnet50_2", "wide_resnet101_2"),
+    **_each(regnet, "regnet_x_400mf", "regnet_x_800mf", "regnet_x_1_6gf", "regnet_x_3_2gf"),
+    **_each(regnet, "regnet_x_8gf", "regnet_x_16gf", "regnet_x_32gf"),
+    **_each(regnet, "regnet_y_400mf", "regnet_y_800mf", "regnet_y_1_6gf", "regnet_y_3_2gf"),
+    **_each(regnet, "regnet_y_8gf", "regnet_y_16gf", "regnet_y_32gf", "regnet_y_128gf"),
     "mobilenet_v2": mobilenet(models.mobilenet_v2, 1, 3, 6, 13, 17),
     "mobilenet_v3_small": mobilenet(models.mobilenet_v3_small, 0, 1, 3, 8, 11),
     "mobilenet_v3_large": mobilenet(models.mobilenet_v3_large, 1, 3, 6, 12, 15),
