@@ -84,7 +84,7 @@ class Swin(nn.Module):
             self.add_module(name, nn.LayerNorm(channels))
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        (_, below), (_, right) = (_whole(side, 4) for side in image.shape[-2:])
+        (_, below), (_, right) = (_parts(side, 4) for side in image.shape[-2:])
         x = F.pad(image, (0, right, 0, below))
         # self.features: patch embedding, then stages and patch merging in turn
         features = []
@@ -126,7 +126,7 @@ class WindowAttention(reference.ShiftedWindowAttention):
             return attention_of_any_size(self, x)
         window = self.window_size[0]
         height, width = x.shape[1:3]
-        (down, below), (across, right) = _whole(height, window), _whole(width, window)
+        (down, below), (across, right) = _parts(height, window), _parts(width, window)
         x = F.pad(x, (0, 0, 0, right, 0, below))
         # A side of a single window is not shifted.
         up, left = (
@@ -158,13 +158,13 @@ class WindowAttention(reference.ShiftedWindowAttention):
         batch, windows = qkv.shape[:2]
         qkv = qkv.reshape(-1, masks, *qkv.shape[2:]).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
         query, key, value = qkv
-        query, key, scale = self.comparable(query, key, masks)
+        query, key, scale = self.scaled(query, key, masks)
         attended = _attention(query, key, value, mask.flatten(0, 1)[None], scale)
         attended = attended.unflatten(1, (masks, heads)).transpose(2, 3)
         return attended.reshape(batch, windows, patches, -1)
 
-    def comparable(self, query: Tensor, key: Tensor, repeats: int) -> tuple[Tensor, Tensor, float]:
-        """Return queries and keys ready for their product, and its scale.
+    def scaled(self, query: Tensor, key: Tensor, repeats: int) -> tuple[Tensor, Tensor, float]:
+        """Return queries and keys as they are multiplied, and the scale of the product.
 
         Args:
             query: (..., repeats * heads, N, d)
@@ -195,7 +195,7 @@ class WindowAttentionV2(WindowAttention, reference.ShiftedWindowAttentionV2):
             self.qkv = KeysWithoutBias(weight.shape[1], weight.shape[0])
         self.qkv.weight, self.qkv.bias = weight, bias
 
-    def comparable(self, query: Tensor, key: Tensor, repeats: int) -> tuple[Tensor, Tensor, float]:
+    def scaled(self, query: Tensor, key: Tensor, repeats: int) -> tuple[Tensor, Tensor, float]:
         factor = self.logit_scale.clamp(max=math.log(100.0)).exp().repeat(repeats, 1, 1)
         return F.normalize(query, dim=-1) * factor, F.normalize(key, dim=-1), 1.0
 
@@ -261,7 +261,7 @@ def shift_mask(down: int, across: int, window: int, shift: tuple[int, int], like
         result: (windows, 1, N, N), -100 between such patches, else 0
     """
     rows, columns = (
-        _seams(torch.arange(windows * window, device=like.device), windows, window, by)
+        _regions(torch.arange(windows * window, device=like.device), windows, window, by)
         for windows, by in zip((down, across), shift, strict=True)
     )
     regions = window_partition((3 * rows[:, None] + columns)[None, :, :, None], window)
@@ -281,7 +281,7 @@ def attention_of_any_size(attention: WindowAttention, x: Tensor) -> Tensor:
     """
     window = attention.window_size[0]
     batch, height, width, channels = x.shape
-    (down, below), (across, right) = _whole(height, window), _whole(width, window)
+    (down, below), (across, right) = _parts(height, window), _parts(width, window)
     filled = F.pad(x, (0, 0, 0, right, 0, below)).flatten(0, 2)
     up, left = (
         torch.sym_min(shift, (number - 1) * window)
@@ -298,10 +298,10 @@ def attention_of_any_size(attention: WindowAttention, x: Tensor) -> Tensor:
     windows = filled.index_select(0, source).reshape(-1, window**2, channels)
     qkv = attention.qkv(windows).unflatten(2, (3, attention.num_heads, -1))
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
-    query, key, scale = attention.comparable(query, key, 1)
+    query, key, scale = attention.scaled(query, key, 1)
     scores = (query * scale) @ key.mT + attention.get_relative_position_bias()
     if any(attention.shift_size):
-        region = 3 * _seams(row, down, window, up) + _seams(column, across, window, left)
+        region = 3 * _regions(row, down, window, up) + _regions(column, across, window, left)
         region = region.reshape(-1, 1, window**2)
         differ = region[..., None] != region[..., None, :]
         scores = scores - 100.0 * differ.to(scores.dtype)
@@ -324,7 +324,7 @@ def _divide(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
     return quotient, x - quotient * by
 
 
-def _seams(at: Tensor, windows: int, window: int, shift: int) -> Tensor:
+def _regions(at: Tensor, windows: int, window: int, shift: int) -> Tensor:
     """Return the region, 0, 1 or 2, of each index of a shifted row (figure 4 of the paper)."""
     return (at >= (windows - 1) * window).long() + (at >= windows * window - shift).long()
 
@@ -333,25 +333,25 @@ class Merging(reference.PatchMerging):
     """torchvision's patch merging, exportable with symbolic sizes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduction(self.norm(_fours(x)))
+        return self.reduction(self.norm(_concatenate_patches(x)))
 
 
 class MergingV2(reference.PatchMergingV2):
     """Patch merging of Swin V2, which normalizes last."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(_fours(x)))
+        return self.norm(self.reduction(_concatenate_patches(x)))
 
 
-def _fours(x: Tensor) -> Tensor:
+def _concatenate_patches(x: Tensor) -> Tensor:
     """Concatenate 2 x 2 patches, left column first: (B, h / 2, w / 2, 4 C), rounded up."""
-    (down, below), (across, right) = (_whole(side, 2) for side in x.shape[1:3])
+    (down, below), (across, right) = (_parts(side, 2) for side in x.shape[1:3])
     x = F.pad(x, (0, 0, 0, right, 0, below))
     return x.unflatten(2, (across, 2)).unflatten(1, (down, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
 
 
-def _whole(side: int, part: int) -> tuple[int, int]:
-    """Return how many parts cover a side, and by how much they exceed it."""
+def _parts(side: int, part: int) -> tuple[int, int]:
+    """Return the number of parts that cover a side, and the padding that they need."""
     number = (side + part - 1) // part
     return number, number * part - side
 

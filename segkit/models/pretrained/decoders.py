@@ -8,11 +8,11 @@ from segkit.models.pretrained.names import Project, State, Substitutions, has
 
 NO_DECODER = "the file has no decoder"
 _OTHER_STRUCTURE = "segkit has no decoder of its structure"
+_NOTHING = "(?!)"
 
 OWN = Project(
     "segkit's checkpoint",
     ("",),
-    ours=r"decoder\.",
     differences=("the file does not tell the settings of the model that it was trained with",),
 )
 """A checkpoint of segkit."""
@@ -26,8 +26,8 @@ def find_decoder(state: State) -> Project:
         if (project := find(state)) is not None:
             return project
     if has(state, r"backbone\."):
-        return Project("", (), ignored=".*", reason=NO_DECODER)
-    return Project("", (), prefix="", reason=NO_DECODER)
+        return Project("", (), ours=_NOTHING, ignored=".*", reason=NO_DECODER)
+    return Project("", (), ours=_NOTHING, prefix="", reason=NO_DECODER)
 
 
 # A convolution and its BatchNorm are items 0 and 1 of segkit's layers. transformers spells out
@@ -53,6 +53,35 @@ _PYRAMID = (
     *_CONV_NORM,
 )
 _CONTEXT = r"^decode_head\.1\.object_context_block"
+_OCR = (
+    (r"^decode_head\.0\.convs\.0\.", "decoder.regions.0."),
+    (r"^decode_head\.0\.conv_seg\.", "decoder.regions.1."),
+    (r"^decode_head\.1\.bottleneck\.", "decoder.pixels."),
+    (rf"{_CONTEXT}\.(query|key)_project\.", r"decoder.\1."),
+    (rf"{_CONTEXT}\.value_project\.", "decoder.value."),
+    (rf"{_CONTEXT}\.out_project\.", "decoder.context."),
+    (rf"{_CONTEXT}\.bottleneck\.", "decoder.fuse."),
+    (r"^decode_head\.1\.conv_seg\.", "decoder.classifier."),
+    *_CONV_NORM,
+)
+_DEEPLABV3PLUS = (
+    *_CLASSIFIERS,
+    (r"^decode_head\.image_pool\.1\.", "decoder.aspp.average."),
+    (r"^decode_head\.aspp_modules\.", "decoder.aspp.branches."),
+    (r"^decode_head\.bottleneck\.", "decoder.aspp.project."),
+    (r"^decode_head\.c1_bottleneck\.", "decoder.low."),
+    (r"^decode_head\.sep_bottleneck\.", "decoder.fuse."),
+    *_SEPARABLE,
+    *_CONV_NORM,
+)
+_FCN = (
+    (r"^decode_head\.convs\.", "decoder.convs."),
+    (r"^decode_head\.conv_cat\.", "decoder.classifier."),
+    (r"^decode_head\.conv_seg\.", "decoder.classifier.4."),
+    (r"^auxiliary_head\.convs\.0\.", "decoder.aux_classifier."),
+    (r"^auxiliary_head\.conv_seg\.", "decoder.aux_classifier.4."),
+    *_CONV_NORM,
+)
 
 
 def find_mmsegmentation(state: State) -> Project | None:
@@ -66,9 +95,7 @@ def find_mmsegmentation(state: State) -> Project | None:
     if not has(state, r"decode_head\."):
         return None
     if has(state, r"decode_head\.lateral_convs\.0\.batch_norm\."):
-        return Project(
-            "UPerNet of Hugging Face", ("upernet",), _PYRAMID, ours=r"decoder\.", settings=bins
-        )
+        return Project("UPerNet of Hugging Face", ("upernet",), _PYRAMID, settings=bins)
     if has(state, r"decode_head\.lateral_convs\."):
         return _mmsegmentation(
             "UPerNet",
@@ -86,36 +113,12 @@ def find_mmsegmentation(state: State) -> Project | None:
             unrecorded=stride | {"align_corners": corners},
         )
     if has(state, r"decode_head\.0\.convs\.0\.", rf"{_CONTEXT}\."):
-        return _mmsegmentation(
-            "OCRNet",
-            "ocrnet",
-            (
-                (r"^decode_head\.0\.convs\.0\.", "decoder.regions.0."),
-                (r"^decode_head\.0\.conv_seg\.", "decoder.regions.1."),
-                (r"^decode_head\.1\.bottleneck\.", "decoder.pixels."),
-                (rf"{_CONTEXT}\.(query|key)_project\.", r"decoder.\1."),
-                (rf"{_CONTEXT}\.value_project\.", "decoder.value."),
-                (rf"{_CONTEXT}\.out_project\.", "decoder.context."),
-                (rf"{_CONTEXT}\.bottleneck\.", "decoder.fuse."),
-                (r"^decode_head\.1\.conv_seg\.", "decoder.classifier."),
-                *_CONV_NORM,
-            ),
-            settings={"decoder.align_corners": False},
-        )
+        return _mmsegmentation("OCRNet", "ocrnet", _OCR, settings={"decoder.align_corners": False})
     if has(state, r"decode_head\.sep_bottleneck\."):
         return _mmsegmentation(
             "DeepLabV3+",
             "deeplabv3plus",
-            (
-                *_CLASSIFIERS,
-                (r"^decode_head\.image_pool\.1\.", "decoder.aspp.average."),
-                (r"^decode_head\.aspp_modules\.", "decoder.aspp.branches."),
-                (r"^decode_head\.bottleneck\.", "decoder.aspp.project."),
-                (r"^decode_head\.c1_bottleneck\.", "decoder.low."),
-                (r"^decode_head\.sep_bottleneck\.", "decoder.fuse."),
-                *_SEPARABLE,
-                *_CONV_NORM,
-            ),
+            _DEEPLABV3PLUS,
             convert=average_last,
             unrecorded={
                 **stride,
@@ -128,14 +131,7 @@ def find_mmsegmentation(state: State) -> Project | None:
         return _mmsegmentation(
             "FCN",
             "fcn",
-            (
-                (r"^decode_head\.convs\.", "decoder.convs."),
-                (r"^decode_head\.conv_cat\.", "decoder.classifier."),
-                (r"^decode_head\.conv_seg\.", "decoder.classifier.4."),
-                (r"^auxiliary_head\.convs\.0\.", "decoder.aux_classifier."),
-                (r"^auxiliary_head\.conv_seg\.", "decoder.aux_classifier.4."),
-                *_CONV_NORM,
-            ),
+            _FCN,
             unrecorded=stride | {"align_corners": corners},
             differences=("mmsegmentation's d6 models dilate the convolutions of their head by 6",),
         )
@@ -154,7 +150,6 @@ def _mmsegmentation(
         f"{architecture} of mmsegmentation",
         (decoder,) if decoder else (),
         substitutions,
-        ours=r"decoder\.",
         ignored=r"auxiliary_head\." if decoder else r"(decode|auxiliary)_head\.",
         settings={
             "backbone.contract_dilation": True,
@@ -202,7 +197,6 @@ def find_hrnet_ocr(state: State) -> Project | None:
             (r"^(decoder\.(?:query|key))\.([0-3])\.", _two_layers),
             (r"^(decoder\.(?:query\.\d|key\.\d|pixels|value|context|fuse)\.1)\.0\.", r"\1."),
         ),
-        ours=r"decoder\.",
         ignored=r"loss\.",
         settings={
             "decoder.align_corners": True,
@@ -234,7 +228,6 @@ def find_torchvision(state: State) -> Project | None:
                 (r"^classifier\.4\.", "decoder.classifier.4."),
                 (r"^aux_classifier\.", "decoder.aux."),
             ),
-            ours=r"decoder\.",
             settings=settings | {"decoder.rates": (12, 24, 36)},
         )
     if has(state, r"backbone\.", r"classifier\.0\.weight", r"classifier\.4\."):
@@ -242,7 +235,6 @@ def find_torchvision(state: State) -> Project | None:
             "FCN of torchvision",
             ("fcn",),
             ((r"^(?=(aux_)?classifier\.)", "decoder."),),
-            ours=r"decoder\.",
             settings=settings,
         )
     return None
@@ -257,7 +249,6 @@ def find_smp(state: State) -> Project | None:
             "UNet++ of segmentation_models.pytorch",
             ("unetplusplus",),
             ((r"^segmentation_head\.0\.", "decoder.classifier."),),
-            ours=r"decoder\.",
             settings={"backbone.output_stride": 32},
             differences=(
                 "segmentation_models.pytorch's decoder_interpolation is not told by the file, and "
@@ -279,7 +270,6 @@ def find_smp(state: State) -> Project | None:
                 (r"^decoder\.block2\.", "decoder.fuse."),
                 (r"^segmentation_head\.0\.", "decoder.classifier."),
             ),
-            ours=r"decoder\.",
             settings={"backbone.contract_dilation": False, "decoder.align_corners": True},
             unrecorded={
                 "backbone.output_stride": "segmentation_models.pytorch has 16 unless told 8",
@@ -290,7 +280,7 @@ def find_smp(state: State) -> Project | None:
     return Project(
         "model of segmentation_models.pytorch",
         (),
-        ours=r"(?!)",
+        ours=_NOTHING,
         ignored=r"(decoder|segmentation_head)\.",
         settings={"backbone.contract_dilation": False},
         unrecorded={

@@ -59,7 +59,7 @@ class Project:
     title: str
     fits: tuple[str, ...]
     substitutions: Substitutions = ()
-    ours: str = "(?!)"
+    ours: str = r"decoder\."
     ignored: str = "(?!)"
     convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The file of a model's weights: one of the user's, or one of torchvision's, downloaded once."""
+"""The file of a model's weights: a file of the user, or torchvision's, downloaded once."""
 
 import http.client
 import socket
@@ -12,14 +12,13 @@ from torchvision import models
 from segkit.core.errors import CheckpointError, ConfigError, closest
 
 SECONDS = 30
-"""Longest time without a byte before a download counts as failed."""
+"""Timeout of a download: longest time in which no byte arrives."""
 
 
 def locate(backbone: str, weights: str, *, argument: str = "weights") -> tuple[Path, str]:
-    """Return the file that ``weights`` means for a backbone, and what to call it in a report.
+    """Return the file of a backbone's weights, and its name for a report.
 
-    Torchvision's weights are looked for where torch keeps its downloads, and downloaded if they
-    are not there.
+    torchvision's weights are downloaded, unless they are in torch's cache.
 
     Args:
         backbone: A name of ``BACKBONES``.
@@ -27,19 +26,17 @@ def locate(backbone: str, weights: str, *, argument: str = "weights") -> tuple[P
         argument: What errors call ``weights``.
 
     Raises:
-        ConfigError: Torchvision has no such weights, and there is no such file.
-        CheckpointError: The download failed.
+        ConfigError: If torchvision has no such weights, and there is no such file.
+        CheckpointError: If the download failed.
     """
     names: Mapping[str, Any] = {}
     if backbone in models.list_models():
         names = models.get_model_weights(backbone).__members__
     name = "DEFAULT" if weights == "imagenet" else weights
     if name in names:
-        return _downloaded(names[name].url, argument), str(names[name])
+        return _download(names[name].url, argument), str(names[name])
     if weights == "imagenet":
-        raise ConfigError(
-            f"{argument}: torchvision has no weights for '{backbone}'; give a file, or none"
-        )
+        raise ConfigError(f"{argument}: torchvision has no weights for '{backbone}'; give a file")
     if not Path(weights).exists():
         raise ConfigError(
             f"{argument}: there is no file '{weights}'{closest(weights, ('imagenet', *names))}"
@@ -47,15 +44,15 @@ def locate(backbone: str, weights: str, *, argument: str = "weights") -> tuple[P
     return Path(weights), weights
 
 
-def _downloaded(url: str, argument: str) -> Path:
-    """Return the file of a published address in torch's cache, downloaded if it is not there."""
+def _download(url: str, argument: str) -> Path:
+    """Return the file of a URL in torch's cache."""
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if path.exists():
         return path
     digest = name.rpartition(".")[0].rpartition("-")[2]
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SECONDS)  # torch waits for ever
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SECONDS)  # torch sets none
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), digest)
@@ -66,5 +63,5 @@ def _downloaded(url: str, argument: str) -> Path:
             f"put the file there, or name a copy of it by {argument}=PATH"
         ) from error
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)
     return path

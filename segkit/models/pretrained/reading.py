@@ -1,4 +1,4 @@
-"""A file of weights as names and tensors, whatever it is wrapped in; code in it never runs."""
+"""Reading of a file of weights as a state dict; code in it never runs."""
 
 import pickle
 import re
@@ -15,46 +15,52 @@ from segkit.core.files import regular
 from segkit.models.pretrained.safetensors import read_safetensors
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")
-"""Keys under which projects keep the weights beside their optimizer and their notes."""
+"""Keys of training checkpoints whose values are the weights."""
 
-_COMPILED_OR_PARALLEL = re.compile(r"^((module|model|_orig_mod)\.)+")
+_WRAPPER_PREFIXES = re.compile(r"^((module|model|_orig_mod)\.)+")
 
 
 def read_file(path: Path, *, keep_prefixes: bool = False) -> dict[str, Tensor]:
-    """The weights in a ``.pth``, ``.pt`` or ``.safetensors`` file, on the CPU.
+    """Return the weights in a ``.pth``, ``.pt`` or ``.safetensors`` file, on the CPU.
 
-    What wraps them (:data:`WRAPPERS`) is opened, and the prefixes that wrapping modules give to
-    names (``module.``, ``model.``) are taken off unless ``keep_prefixes`` is set. Archives and
-    safetensors are mapped into memory. A checkpoint of segkit is compared with its digest first.
+    They are taken out of dicts with a key of :data:`WRAPPERS`. Archives and safetensors are mapped
+    into memory. A checkpoint of segkit is compared with its digest first.
+
+    Args:
+        path: The file.
+        keep_prefixes: Keep the prefixes ``module.``, ``model.`` and ``_orig_mod.`` of names, which
+            wrappers of modules add.
 
     Raises:
-        CheckpointError: Missing, unreadable, or not weights.
+        CheckpointError: If the file cannot be read, or is not a state dict.
     """
     try:
         if path.suffix == ".safetensors":
-            found: Any = read_safetensors(path)
+            state: Any = read_safetensors(path)
         elif checkpoint.stored_digest(path) is not None:
-            found = checkpoint.load(path, mmap=True)
+            state = checkpoint.load(path, mmap=True)
         else:
-            found = _load(path)
+            state = _load(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
-    while isinstance(found, dict):
-        inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), dict)]
-        if not inner:
+    while isinstance(state, dict):
+        wrapped = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]
+        if not wrapped:
             break
-        found = inner[0]
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise CheckpointError(f"{path}: expected a state dict, names to tensors")
-    other = [name for name, value in found.items() if not isinstance(value, Tensor)]
-    if other or not found:
-        what = f"{quoted(other[0])} is none" if other else "it is empty"
-        raise CheckpointError(f"{path}: expected a state dict, names to tensors, but {what}")
-    if odd := [name for name in found if not name.isprintable()]:
-        raise CheckpointError(f"{path}: {quoted(odd[0])} is no name of weights")
+        state = wrapped[0]
+    expected = f"{path}: expected a state dict, names to tensors"
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(expected)
+    if not state:
+        raise CheckpointError(f"{expected}, but it is empty")
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{expected}, but {quoted(name)} is not a tensor")
+        if not name.isprintable():
+            raise CheckpointError(f"{path}: the name {quoted(name)} has control characters")
     if keep_prefixes:
-        return found
-    return {_COMPILED_OR_PARALLEL.sub("", name): value for name, value in found.items()}
+        return state
+    return {_WRAPPER_PREFIXES.sub("", name): value for name, value in state.items()}
 
 
 def _load(path: Path) -> Any:
@@ -62,8 +68,8 @@ def _load(path: Path) -> Any:
     archive = checkpoint.is_archive(path)  # files from before 2020 are not, and cannot be mapped
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch tells of ancient types that it converts
-            found = torch.load(regular(path), map_location="cpu", weights_only=True, mmap=archive)
+            warnings.simplefilter("ignore")  # about old storage types, which torch converts
+            state = torch.load(regular(path), map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: is not a file of weights alone (a state dict saved by torch): it is damaged, "
@@ -72,9 +78,9 @@ def _load(path: Path) -> Any:
         ) from error
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle calls torch's functions with anything
+    except Exception as error:  # a damaged pickle calls torch's functions with any arguments
         raise CheckpointError(
             f"{path}: is not a file of weights (a state dict saved by torch)"
         ) from error
-    checkpoint.refuse_forged(found, path)
-    return found
+    checkpoint.refuse_forged(state, path)
+    return state

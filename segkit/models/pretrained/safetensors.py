@@ -1,4 +1,4 @@
-"""The safetensors format: a length, a JSON header of names, types and places, then the bytes."""
+"""The safetensors format: header length, JSON header of types, shapes and offsets, then data."""
 
 import json
 import math
@@ -13,36 +13,28 @@ from segkit.core.errors import CheckpointError, quoted, shorten
 from segkit.core.files import regular
 
 _LONGEST_HEADER = 1 << 23
-"""Bytes; some 50,000 tensors. The format allows 100 MB, which take gigabytes once they are read."""
+"""In bytes, for about 50,000 tensors. The format allows 100 MB, which need gigabytes of memory."""
 
 _MOST_AXES = 64
-"""Of a tensor in PyTorch."""
+"""Maximum number of axes of a tensor in PyTorch."""
 
 _TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
 }
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Names and tensors of a file, mapped into memory: bytes are read when they are used.
+    """Return the names and tensors of a file; tensors are mapped into memory.
 
     https://huggingface.co/docs/safetensors. Nothing in the file is trusted: every tensor must lie
-    inside it, be as long as its shape says, and begin where the one before ends.
+    inside it, be as long as its shape says, and begin where the previous one ends.
 
     Raises:
-        CheckpointError: The header or one of its places cannot be right.
-        OSError: The file cannot be opened.
+        CheckpointError: If the header is invalid.
+        OSError: If the file cannot be opened.
     """
     size = regular(path).stat().st_size
     with path.open("rb") as file:
@@ -62,10 +54,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    places = {name: _place(path, name, entry) for name, entry in header.items()}
-    start = 8 + length
-    end = start
-    for name, (_, _, first, last) in sorted(places.items(), key=lambda item: item[1][2:]):
+    entries = {name: _entry(path, name, entry) for name, entry in header.items()}
+    start = end = 8 + length
+    for name, (_, _, first, last) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if start + first != end:
             raise _damaged(path, f"{quoted(name)} does not begin where the tensor before it ends")
         end = start + last
@@ -74,12 +65,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     return {
         name: _view(data[start + first : start + last], dtype).reshape(shape)
-        for name, (dtype, shape, first, last) in places.items()
+        for name, (dtype, shape, first, last) in entries.items()
     }
 
 
-def _place(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-    """Type, shape, first byte and the byte after the last, as the header has them."""
+def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+    """Return type, shape, first byte and end of a tensor, checked."""
     if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - entry.keys():
         raise _damaged(path, f"{quoted(name)} lacks its dtype, shape or data_offsets")
     known = entry["dtype"] if isinstance(entry["dtype"], str) else ""
@@ -89,7 +80,7 @@ def _place(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], i
             f"{', '.join(_TYPES)}"
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise _damaged(path, f"the shape or data_offsets of {quoted(name)} are not whole numbers")
     if len(shape) > _MOST_AXES:
         raise CheckpointError(f"{path}: {quoted(name)} has {len(shape)} axes")
@@ -103,21 +94,19 @@ def _place(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], i
     return dtype, shape, first, last
 
 
-def _counts(values: Any) -> bool:
+def _is_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(x) is int and x >= 0 for x in values)
 
 
 def _view(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as numbers; those that lie askew in the file are copied first."""
-    if data.storage_offset() % dtype.itemsize:
-        data = data.clone()
-    return data.view(dtype)
+    """Return bytes as numbers; bytes that are not aligned are copied first."""
+    return (data.clone() if data.storage_offset() % dtype.itemsize else data).view(dtype)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
+    if len(header := dict(pairs)) < len(pairs):
+        raise ValueError("it has a name twice")
+    return header
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
