@@ -78,8 +78,7 @@ def rival_candidates(
     Args:
         runs: Trained runs.
         final: The candidate to compare with, whose views are used; it is not in the result.
-        kinds: Kinds of soups.
-        votes: Kinds of votes.
+        kinds, votes: Kinds of soups and votes.
         everything: Use views with every candidate, not only with soups and votes.
         soup_of: Makes soups.
     """

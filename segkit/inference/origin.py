@@ -54,11 +54,7 @@ def update_origin(folder: Path, origin: Mapping[str, Any], files: Sequence[str])
     Args:
         folder: A folder of :func:`mark_folders`.
         origin: JSON values of everything that the results depend on.
-        files: Paths relative to the folder.
-
-    Raises:
-        SegkitError: A file exists already and segkit did not write it, or ``origin.json`` is
-            damaged.
+        files: Paths relative to the folder. One that exists unlisted is an error.
     """
     origin = json.loads(json.dumps(origin))
     known = _read(folder)
@@ -79,12 +75,7 @@ def update_origin(folder: Path, origin: Mapping[str, Any], files: Sequence[str])
 
 
 def refuse_foreign(path: Path, mark: bytes) -> None:
-    """Raise an error if the file exists without the mark of files that segkit writes.
-
-    Raises:
-        SegkitError: The file exists and has no mark.
-        OSError: The path is a folder, or cannot be read.
-    """
+    """Raise an error if the file exists without the mark of files that segkit writes."""
     if os.path.lexists(path) and mark not in regular(path).read_bytes():
         raise SegkitError(
             f"{path}: exists already and segkit did not write it; move it or name another file"

@@ -101,9 +101,6 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
         name: Base name of the image's results; see :func:`result_names`. ``.png`` is added.
         mask: Class indices (H, W), 0 to 255.
         colors: Colors of the classes.
-
-    Raises:
-        DataError: The name leads out of the folder.
     """
     path = inside(folder, f"{name}.png")
     image = Image.fromarray(_pixels(mask))
@@ -118,11 +115,8 @@ def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
 
     Args:
         folder: Folder of the probability maps.
-        name: Base name of the image's results; see :func:`result_names`. ``.npy`` is added.
+        name: As in :func:`write_mask`; ``.npy`` is added.
         probabilities: (C, H, W); ``numpy.load(path, mmap_mode="r")`` reads only parts of them.
-
-    Raises:
-        DataError: The name leads out of the folder.
     """
     path = inside(folder, f"{name}.npy")
     with replacing(path) as draft, draft.open("wb") as file:
@@ -143,17 +137,13 @@ def overlay(
     """Return a photograph blended with its classes' colors, with outlines and a legend.
 
     Args:
-        image: The photograph, RGB.
-        mask: Class indices; ignored pixels are not colored.
+        image: The photograph, RGB, uint8 (3, H, W).
+        mask: Class indices (H, W); ignored pixels are not colored.
         classes: Class names for the legend; its font has Latin letters only.
         colors: Colors of the classes.
         opacity: Opacity of the colors; 0 shows the photograph only. Outlines are opaque.
         background: Index of a class that is not colored, or None.
         legend: Add a legend below the image: the classes in the mask and their share of pixels.
-
-    Shape:
-        image: uint8 (3, H, W)
-        mask: (H, W)
     """
     pixels, values = image.permute(1, 2, 0).cpu().numpy(), _pixels(mask)
     if pixels.shape[:2] != values.shape:
@@ -184,15 +174,8 @@ def sheet(
     """Return panels side by side: photograph, truth, prediction, errors.
 
     Args:
-        image: The photograph, RGB.
-        mask: Predicted class indices.
+        image, mask, colors, background: As in :func:`overlay`.
         truth: True class indices; without them only photograph and prediction are shown.
-        colors: Colors of the classes.
-        background: Index of a class that is not colored, or None.
-
-    Shape:
-        image: uint8 (3, H, W)
-        mask, truth: (H, W)
     """
     draw = partial(overlay, image, classes=(), legend=False)
     masks = [mask] if truth is None else [truth, mask]
@@ -250,7 +233,7 @@ def write_submission(path: Path, masks: NamedMasks, *, size: int = 256) -> None:
     a smaller mask is enlarged.
 
     Args:
-        path: The CSV file.
+        path: The file.
         masks: In the order of the test file; read one at a time.
         size: Number of rows and columns of a prediction.
     """

@@ -1,7 +1,7 @@
 """Predict probabilities and masks of a photograph, at its own size, with views and tiles."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, overload
 
@@ -12,16 +12,10 @@ from torch import Tensor, nn
 from segkit.core.backend import cudnn_autotuning
 from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
 from segkit.inference.prediction import Photo, Prediction, as_tensor
+from segkit.inference.tiling import STRIDE, joined, resized_rows, tiles
 from segkit.inference.tta import Merge, Views, merge_views, parse_views
 from segkit.models.kernels.graphs import Graphs
 from segkit.models.segmenter import Segmenter
-
-# The deepest stride of any backbone. Tiles start at multiples of it, so that strided layers sample
-# the same pixels as in the whole image; smaller images are padded to it.
-STRIDE = 32
-
-Tile = tuple[int, int, Tensor]
-"""A tile along one axis: start, stop, and the coefficient of each position between them."""
 
 
 class Predictor:
@@ -143,7 +137,7 @@ class Predictor:
         Shape:
             image: (3, H, W) or (B, 3, H, W), uint8 -> (C, H, W) or (B, C, H, W), float32
         """
-        scores = _joined(self._bands(self._as_batch(image)), image.shape[-2])
+        scores = joined(self._bands(self._as_batch(image)), image.shape[-2])
         return scores if image.dim() == 4 else scores[0]
 
     @torch.inference_mode()
@@ -153,7 +147,7 @@ class Predictor:
         Shape:
             image: (3, H, W) or (B, 3, H, W), uint8 -> (H, W) or (B, H, W), uint8
         """
-        return _joined(self.bands(image), image.shape[-2])
+        return joined(self.bands(image), image.shape[-2])
 
     @torch.inference_mode()
     def bands(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -177,26 +171,26 @@ class Predictor:
             return
         # The CPU resizes uint8 directly, without a float copy of the photograph.
         image = F.interpolate(image.cpu(), shape, mode="bilinear", antialias=True)
-        scores = _joined(self._tiled(image), image.shape[-2])
+        scores = joined(self._tiled(image), image.shape[-2])
         rows = max(1, 2**24 // (width * scores.shape[1]))
         for top in range(0, height, rows):
-            yield top, _resized_rows(scores, top, min(top + rows, height), height, width)
+            yield top, resized_rows(scores, top, min(top + rows, height), height, width)
 
     def _tiled(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield probabilities in bands of rows, each as soon as no later tile covers it."""
         height, width = image.shape[-2:]
-        across = _tiles(width, self.tile, self.overlap)
-        down = _tiles(height, self.tile, self.overlap)
+        across = tiles(width, self.tile, self.overlap)
+        down = tiles(height, self.tile, self.overlap)
         later_tops = [top for top, _, _ in down[1:]] + [height]
         carried: Tensor | None = None
-        for (top, bottom, down_weight), next_top in zip(down, later_tops, strict=True):
+        for (top, bottom, down_window), next_top in zip(down, later_tops, strict=True):
             band: Tensor | None = None
-            for left, right, across_weight in across:
+            for left, right, across_window in across:
                 part = self._probabilities(image[..., top:bottom, left:right])
                 if len(down) == len(across) == 1:
                     yield 0, part
                     return
-                part *= (down_weight[:, None] * across_weight).to(part)
+                part *= (down_window[:, None] * across_window).to(part)
                 if band is None:
                     band = part.new_zeros(*part.shape[:2], bottom - top, width)
                     if carried is not None:
@@ -267,57 +261,9 @@ def _logits_of(output: Any, image: Tensor) -> Tensor:
     return logits
 
 
-def _joined(bands: Iterable[tuple[int, Tensor]], height: int) -> Tensor:
-    """Return bands as one preallocated tensor; concatenation would need twice the memory."""
-    whole: Tensor | None = None
-    for top, band in bands:
-        if band.shape[-2] == height:
-            return band
-        if whole is None:
-            whole = band.new_empty(*band.shape[:-2], height, band.shape[-1])
-        whole[..., top : top + band.shape[-2], :] = band
-    assert whole is not None
-    return whole
-
-
 def _fit(height: int, width: int, size: int | None) -> tuple[int, int]:
     """Return (height, width) scaled so that the longer side is ``size``."""
     if size is None:
         return height, width
     factor = size / max(height, width)
     return max(1, round(height * factor)), max(1, round(width * factor))
-
-
-def _tiles(length: int, tile: int | None, overlap: float) -> list[Tile]:
-    """Return tiles that cover ``length`` positions, with coefficients that sum to one at each."""
-    if tile is None or length <= tile:
-        return [(0, length, torch.ones(length))]
-    step = max(STRIDE, int(tile * (1 - overlap)) // STRIDE * STRIDE)
-    last = math.ceil((length - tile) / STRIDE) * STRIDE
-    starts = [*range(0, last, step), last]
-    shared = max(0, tile - step)
-    unused = shared // 4
-    weights, total = [], torch.zeros(length, dtype=torch.float64)
-    for start in starts:
-        stop = min(start + tile, length)
-        place = torch.arange(start, stop, dtype=torch.float64) + 0.5
-        # No window falls at the image's own edges, where no other tile covers the pixels.
-        before = place - start if start > 0 else torch.full_like(place, math.inf)
-        after = stop - place if stop < length else torch.full_like(place, math.inf)
-        depth = (torch.minimum(before, after) - unused) / max(1, shared - 2 * unused)
-        weight = torch.sin(depth.clamp(0, 1) * (math.pi / 2)) ** 2
-        total[start:stop] += weight
-        weights.append((start, stop, weight))
-    return [(start, stop, weight / total[start:stop]) for start, stop, weight in weights]
-
-
-def _resized_rows(scores: Tensor, top: int, bottom: int, height: int, width: int) -> Tensor:
-    """Return rows ``top`` to ``bottom`` of ``scores`` resized (bilinear) to (height, width)."""
-    rows = scores.shape[2]
-    place = (torch.arange(top, bottom, device=scores.device) + 0.5) * (rows / height) - 0.5
-    place = place.clamp(0, rows - 1)
-    above = place.floor().long()
-    below = (above + 1).clamp(max=rows - 1)
-    share = (place - above).view(-1, 1)
-    band = torch.lerp(scores[:, :, above], scores[:, :, below], share)
-    return F.interpolate(band, (bottom - top, width), mode="bilinear", align_corners=False)

@@ -60,12 +60,9 @@ class Confidence:
 def confident(probabilities: Tensor, thresholds: Sequence[float]) -> Tensor:
     """Return the most probable class where it reaches its class's threshold; 255 elsewhere.
 
-    Args:
-        probabilities: Probabilities of an image.
-        thresholds: One per class.
-
     Shape:
         probabilities: (C, H, W)
+        thresholds: C numbers
         returns: (H, W) uint8
     """
     confidence, classes = probabilities.max(0)

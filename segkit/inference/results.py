@@ -110,11 +110,9 @@ class Results:
             return torch.from_numpy(np.array(image))
 
     def finish(self, indices: Sequence[int], *, category_ids: Mapping[int, int] | None) -> None:
-        """Write the files that combine all masks, in the order of the images.
+        """Write the files that combine the masks of these images, in their order.
 
-        Args:
-            indices: Indices of the images that have masks.
-            category_ids: Class index by category id of the training labels.
+        ``category_ids`` has the class index by category id of the training labels.
         """
         source = self.source
         names = [source.names[index] for index in indices]

@@ -139,9 +139,8 @@ def check_barriers(
     decoders were initialized differently. A midpoint that scores below both is warned of.
 
     Args:
-        ingredients: As in :func:`uniform`.
+        ingredients, scores: As in :func:`greedy`.
         score: Scores a midpoint.
-        scores: Scores of the ingredients alone.
 
     Returns:
         ``files`` and ``barrier`` of each pair; JSON can hold it.
@@ -172,8 +171,8 @@ def check_selection(
 ) -> int:
     """Return how many images of a selection set an ingredient trained on; refuse any by default.
 
-    A score on such images is too high for that ingredient and for every soup it is in, so it must
-    not choose anything. Each fold of a k-fold trains on the other folds' validation images.
+    A score on such images is too high for that ingredient and for every soup it is in. Each fold of
+    a k-fold trains on the other folds' validation images.
 
     Args:
         paths: Checkpoints, which record the digests of the images they trained on.
@@ -233,16 +232,12 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     and omits the variance between batches.
 
     Args:
-        model: Its frozen layers (those that stay in evaluation mode) do not change. Dropout is off
-            during the pass.
+        model: Layers that stay in evaluation mode (frozen) do not change. Dropout is off.
         batches: Normalized images, two or more at a time, on the model's device. Not read if no
-            layer needs them.
+            layer needs them; without any, a ValueError is raised.
 
     Returns:
         The number of layers that were changed.
-
-    Raises:
-        ValueError: There were no batches.
     """
     training = model.training
     layers = [

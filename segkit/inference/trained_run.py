@@ -47,12 +47,7 @@ class Images:
 
 
 class TrainedRun:
-    """A run to predict with.
-
-    Args:
-        run: Its folder.
-        overrides: Settings in place of the run's own, such as ``("infer.tile=512",)``.
-    """
+    """A run to predict with; ``overrides`` such as ``infer.tile=512`` replace its settings."""
 
     def __init__(self, run: Run, overrides: Sequence[str] = ()) -> None:
         self.run, self.overrides = run, overrides

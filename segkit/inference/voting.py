@@ -27,6 +27,10 @@ class Vote:
             (NaN counts as 0), or (voters,); default: 1.
         max_bytes: Votes are kept in memory up to this size, and in a file above it.
         folder: Folder of such files; they are unnamed and disappear with the process.
+
+    Raises:
+        ValueError: A prediction does not fit, a voter votes twice on an image, or the result of an
+            image without votes is asked for.
     """
 
     def __init__(
@@ -83,11 +87,7 @@ class HardVote(Vote):
     """
 
     def add(self, image: int, prediction: Tensor, *, voter: int) -> None:
-        """Add a voter's prediction of an image. Voters are numbered by rank, from 0 for the best.
-
-        Raises:
-            ValueError: The voter has voted on this image, or the prediction does not fit.
-        """
+        """Add a voter's prediction of an image; voters are numbered by rank, the best is 0."""
         mask = prediction.max(0).indices if prediction.dim() == 3 else prediction
         self._check(image, voter, mask)
         if int(mask.max()) >= self.num_classes:
@@ -101,11 +101,7 @@ class HardVote(Vote):
         self._voters[image].add(voter)
 
     def result(self, image: int) -> Tensor:
-        """Return the class with most votes at every pixel.
-
-        Raises:
-            ValueError: No voter has voted on this image.
-        """
+        """Return the class with most votes at every pixel."""
         voters = self._ranked(image)
         coefficients = [self._coefficients(voter) for voter in voters]
         masks = [self._stored[voter][image][0] for voter in voters]
@@ -139,32 +135,20 @@ class SoftVote(Vote):
     """
 
     def add(self, image: int, probabilities: Tensor, *, voter: int) -> None:
-        """Add a voter's probabilities of an image.
-
-        Raises:
-            ValueError: The voter has voted on this image, or the probabilities do not fit.
-        """
+        """Add a voter's probabilities of an image."""
         self._check(image, voter, probabilities, self.num_classes)
         sums = torch.from_numpy(self._sums[image])
         sums += probabilities.float().cpu() * self._coefficients(voter).float().view(-1, 1, 1)
         self._voters[image].add(voter)
 
     def probabilities(self, image: int) -> Tensor:
-        """Return the weighted mean of the probabilities, (C, H, W), float32, with a sum of one.
-
-        Raises:
-            ValueError: No voter has voted on this image.
-        """
+        """Return the weighted mean of the probabilities, (C, H, W), float32, with a sum of one."""
         self._ranked(image)
         sums = torch.tensor(self._sums[image])
         return sums / sums.sum(0, keepdim=True)
 
     def result(self, image: int) -> Tensor:
-        """Return the class with the largest sum; the lowest index among equal sums.
-
-        Raises:
-            ValueError: No voter has voted on this image.
-        """
+        """Return the class with the largest sum; the lowest index among equal sums."""
         self._ranked(image)
         sums, winner = self._sums[image], torch.empty(self.shapes[image], dtype=torch.uint8)
         for rows in _bands(self.shapes[image], self.num_classes):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import peak_memory
-from segkit.inference import predictor as module
 from segkit.inference.predictor import Predictor
+from segkit.inference.tiling import resized_rows, tiles
 from segkit.inference.tta import parse_views
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -119,7 +119,7 @@ def test_tiles_of_a_model_that_sees_further_differ() -> None:
 def test_windows_sum_to_one(length: int, tile: int, overlap: float) -> None:
     total = torch.zeros(length, dtype=torch.float64)
     ends = 0
-    for start, stop, weight in module._tiles(length, tile, overlap):
+    for start, stop, weight in tiles(length, tile, overlap):
         assert 0 < stop - start <= tile
         assert start % 32 == 0
         assert weight.min() >= 0
@@ -161,7 +161,7 @@ def test_rows_of_a_resize_equal_the_resize() -> None:
     scores = torch.rand(2, 3, 17, 23, generator=torch.Generator().manual_seed(0))
     whole = F.interpolate(scores, (101, 67), mode="bilinear", align_corners=False)
     for top, bottom in [(0, 1), (0, 101), (37, 60), (100, 101)]:
-        rows = module._resized_rows(scores, top, bottom, 101, 67)
+        rows = resized_rows(scores, top, bottom, 101, 67)
         torch.testing.assert_close(rows, whole[:, :, top:bottom], atol=1e-5, rtol=1e-5)
 
 
