@@ -28,7 +28,7 @@ from benchmarks.step import (
 )
 from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
 from segkit.inference.predictor import Predictor
-from segkit.models.kernels.fuse import fuse_batch_norm
+from segkit.models.kernels.fuse_relu import for_prediction
 
 Pass = Callable[[], object]
 
@@ -38,7 +38,7 @@ def our_pass(
 ) -> Pass:
     """Return this library's pass from normalized images to logits of their size."""
     predict = Predictor(
-        fuse_batch_norm(ours(case, device).eval()),
+        for_prediction(ours(case, device).eval(), amp),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         amp=amp,

@@ -31,6 +31,7 @@ from segkit.inference import soup
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
 from segkit.models.decoders import DECODERS
+from segkit.models.kernels.fuse_relu import for_prediction
 from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
 from segkit.models.segmenter import build_model
 from segkit.training.evaluate import evaluate
@@ -343,6 +344,26 @@ def test_replayed_predictions_are_those_of_ordinary_calls(name: str) -> None:
         with torch.no_grad():  # a replay reads the weights of the moment
             for parameter in model.parameters():
                 parameter.mul_(1.01)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "se_resnet50", "efficientnet_b0"])
+def test_fused_predictions_are_those_of_the_model(backbone: str) -> None:
+    model = build_model(backbone, "fcn", num_classes=5)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.2, generator=generator)
+    model.to(DEVICE, memory_format=torch.channels_last)
+    exact = Predictor(model, channels_last=True).probabilities(photograph())
+    errors = []
+    for predicted in (model, for_prediction(model, torch.bfloat16)):
+        predict = Predictor(predicted, channels_last=True, amp=torch.bfloat16)
+        for _ in range(4):  # also of a graph
+            error = float((predict.probabilities(photograph()) - exact).norm() / exact.norm())
+        errors.append(error)
+    assert errors[0] < 0.3  # what bf16 itself costs with random weights
+    assert errors[1] < 1.5 * errors[0] + 1e-3
 
 
 @pytest.mark.usefixtures("tiny")

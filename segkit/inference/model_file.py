@@ -11,7 +11,7 @@ from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
 from segkit.core.errors import CheckpointError
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import Views
-from segkit.models.kernels.fuse import fuse_batch_norm
+from segkit.models.kernels.fuse_relu import for_prediction
 from segkit.models.segmenter import Segmenter, build_model, load_model
 from segkit.training.step import precision
 
@@ -74,7 +74,7 @@ def load(
         views: Test-time augmentations, such as ``"flips"``.
         coefficients: One per view; default: equal.
         overrides: Settings in place of the checkpoint's, such as ``["infer.tile=512"]``.
-        fuse: Fuse BatchNorm; without, the model can load other weights.
+        fuse: Fuse layers for prediction; without, the model can load other weights.
         verify: Compare the file with its digest first.
 
     Raises:
@@ -87,8 +87,9 @@ def load(
     cfg = config.override(trained, overrides)
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)
+    amp = precision(cfg.train.amp, torch.device(device))
     return Predictor(
-        fuse_batch_norm(model) if fuse else model,
+        for_prediction(model, amp) if fuse else model,
         mean=cfg.data.mean,
         std=cfg.data.std,
         classes=entries["classes"],
@@ -99,7 +100,7 @@ def load(
         tile=cfg.infer.tile,
         overlap=cfg.infer.overlap,
         pad=cfg.infer.pad,
-        amp=precision(cfg.train.amp, torch.device(device)),
+        amp=amp,
         channels_last=cfg.train.channels_last,
         graphs=cfg.infer.graphs,
     )

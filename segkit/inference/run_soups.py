@@ -13,7 +13,7 @@ from segkit.inference import soup
 from segkit.inference.candidates import Candidate
 from segkit.inference.scoring import Scorer, mean_iou
 from segkit.inference.trained_run import Images, TrainedRun
-from segkit.models.kernels.fuse import fuse_batch_norm
+from segkit.models.kernels.fuse_relu import for_prediction
 from segkit.training.evaluate import Evaluation
 from segkit.training.metrics import scores
 
@@ -136,7 +136,7 @@ class _Trial:
         """Return the counts of the model on the selection set."""
         assert self._selection is not None
         # Fused as every checkpoint is when it is scored, so that the scores are equal to the bit.
-        self._predictor.model = fuse_batch_norm(self.model)
+        self._predictor.model = for_prediction(self.model, self._predictor.amp)
         predictions = self._scorer.predictor.predictions
         masks = predictions(self._predictor.mask, self._selection, labels=True)
         return self._scorer.count(masks, self._selection)

@@ -54,9 +54,8 @@ def fuse_batch_norm(model: nn.Module) -> nn.Module:
         for module in model.modules()
         if isinstance(module, nn.Conv2d | _BatchNorm)
     ]
-    parameter = next(model.parameters())
     try:
-        model(parameter.new_zeros(1, 3, SIDE, SIDE))
+        model(small_image(model))
     finally:
         for hook in hooks:
             hook.remove()
@@ -66,3 +65,9 @@ def fuse_batch_norm(model: nn.Module) -> nn.Module:
         conv.weight, conv.bias = fused.weight, fused.bias
         model.set_submodule(names[norm], nn.Identity())
     return model
+
+
+def small_image(model: nn.Module) -> Tensor:
+    """Return an image of zeros with as many channels as the model's first convolution."""
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return first.weight.new_zeros(1, first.in_channels, SIDE, SIDE)
