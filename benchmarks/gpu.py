@@ -5,8 +5,8 @@
 
 The models of ``benchmarks.step`` under bf16 autocast, 11 classes. All sides alternate in one
 process; cuDNN's autotuning is on in steps and off in inference, for all of them. A peer is used as
-an informed user writes it: with fused AdamW, without auxiliary heads in inference, and in
-channels_last where that is faster here; ``--documented`` adds the peer as its documentation has it.
+an informed user writes it: in channels_last, with fused AdamW, without auxiliary heads in
+inference; ``--documented`` adds the peer as its documentation has it.
 A ratio is the peer's time over ours, with the quartiles of the rounds.
 
 Each part prints a table. ``off`` and ``on`` are ``train.recompute``. Peak memory is of one side,
@@ -64,8 +64,6 @@ BATCHES = {
 COMPILED = ("UPerNet Swin-L window 12", "UNet++ EfficientNet-B5")
 """Models of the part ``compiled``: each of its rows takes a minute or two."""
 
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-
 Work = Callable[..., object]
 Row = dict[str, Any]
 
@@ -104,16 +102,6 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def best(make: Callable[..., Work], chosen: list[str], **options: Any) -> Work:
-    """Return a side in the memory format that is faster; its name is appended to ``chosen``."""
-    sides = {name: make(layout=layout, **options) for name, layout in LAYOUTS.items()}
-    for side in sides.values():
-        best_of(side, 2)
-    took = {name: best_of(side, 3) for name, side in sides.items()}
-    chosen.append(min(took, key=lambda name: took[name]))
-    return sides[chosen[-1]]
-
-
 def prepared(
     make: Callable[[], Work], device: str, warm_up: int, *, memory: str = "allocated"
 ) -> tuple[Work, float | None]:
@@ -122,6 +110,7 @@ def prepared(
     ``memory`` is ``allocated`` or ``reserved``, which includes the memory of CUDA graphs.
     """
     free()
+    start = time.perf_counter()
     key = f"{memory}_bytes.all"
     before = torch.cuda.memory_stats().get(f"{key}.current", 0) if device == "cuda" else 0
     side = make()
@@ -129,6 +118,8 @@ def prepared(
         side()
     if device != "cuda":
         return side, None
+    torch.cuda.synchronize()
+    print(f"a side was prepared in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     free()
     torch.cuda.reset_peak_memory_stats()
     side()
@@ -160,19 +151,18 @@ def launches(side: Work) -> int | None:
 def step(setup: Setup, name: str) -> Row:
     """Measure a training step that recomputes nothing, and one that recomputes activations."""
     case, images = CASES[name], setup.batch or BATCHES[name]
-    chosen: list[str] = []
     options = setup.of(case, images=images)
     makers: dict[str, Callable[[], Work]] = {
         "off": partial(our_step, recompute="off", **options),
         "on": partial(our_step, recompute="on", **options),
-        "peer": partial(best, their_step, chosen, fused=True, **options),
+        "peer": partial(their_step, fused=True, layout=torch.channels_last, **options),
     }
     if setup.documented:
         makers["documented"] = partial(their_step, **options)
     made = {side: prepared(make, setup.device, warm_up=3) for side, make in makers.items()}
     sides = {side: work for side, (work, _) in made.items()}
     seconds = alternate(sides, rounds=setup.rounds, warm_up=1)
-    row: Row = {"model": name, "batch": images, "peer": case.package, "format": chosen[0]}
+    row: Row = {"model": name, "batch": images, "peer": case.package}
     row |= {f"images/s {side}": images / median(took) for side, took in seconds.items()}
     row["peer / off"] = ratio_of(seconds["peer"], seconds["off"])
     row["on / off"] = ratio_of(seconds["on"], seconds["off"])
@@ -216,13 +206,10 @@ def compiled(setup: Setup, name: str) -> Row:
 def inference(setup: Setup, name: str, images: int) -> Row:
     """Measure the pass of a Predictor."""
     case = CASES[name]
-    chosen: list[str] = []
     options = setup.of(case, images=images)
+    peer = partial(their_pass, layout=torch.channels_last, without_aux=True, **options)
     with cudnn_autotuning(False):
-        makers = {
-            "ours": partial(our_pass, **options),
-            "peer": partial(best, their_pass, chosen, without_aux=True, **options),
-        }
+        makers = {"ours": partial(our_pass, **options), "peer": peer}
         if setup.documented:
             makers["documented"] = partial(their_pass, **options)
         # A graph is captured when a shape comes for the third time.
@@ -232,7 +219,7 @@ def inference(setup: Setup, name: str, images: int) -> Row:
         }
         sides = {side: work for side, (work, _) in made.items()}
         seconds = alternate(sides, rounds=3 * setup.rounds, warm_up=2)
-    row: Row = {"model": name, "batch": images, "peer": case.package, "format": chosen[0]}
+    row: Row = {"model": name, "batch": images, "peer": case.package}
     row |= {f"ms {side}": 1e3 * median(took) for side, took in seconds.items()}
     row["peer / ours"] = ratio_of(seconds["peer"], seconds["ours"])
     row |= {f"GB {side}": peak for side, (_, peak) in made.items()}

@@ -119,7 +119,6 @@ def test_rows_of_steps_and_passes(
     assert code == 0
     assert about["torch"] == torch.__version__
     assert trained["model"] == "small"
-    assert trained["format"] in gpu.LAYOUTS
     for side in ("off", "peer"):
         assert trained[f"images/s {side}"] == pytest.approx(2000 / trained[f"ms {side}"])
         assert trained[f"launches {side}"] is None
