@@ -567,8 +567,8 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
     checkpointed, kept_less = gradients(True)
     assert kept_less < 0.8 * kept
     assert len(plain) == len(checkpointed)
-    for one, other in zip(plain, checkpointed, strict=True):
-        torch.testing.assert_close(one, other)
+    for expected, actual in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 # ---- as other projects have them
@@ -624,7 +624,7 @@ def test_an_efficientnet_like_others() -> None:
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "se_resnet50", "regnet_y_400mf"])
 def test_the_gradient_of_an_average_has_the_layout_of_its_map(name: str) -> None:
-    squeezes = [one for one in BACKBONES[name]().modules() if isinstance(one, SqueezeExcitation)]
+    squeezes = [m for m in BACKBONES[name]().modules() if isinstance(m, SqueezeExcitation)]
     assert squeezes
     channels = squeezes[0].fc1.in_channels
     x = torch.randn(2, channels, 6, 5).contiguous(memory_format=torch.channels_last)

@@ -53,7 +53,7 @@ def model_of(
 
 
 def random_state(module: nn.Module, seed: int = 0) -> State:
-    """Values of a module's entries such that no two entries are alike."""
+    """Values of a module's entries such that no two entries are equal."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, value in module.state_dict().items():
@@ -103,13 +103,13 @@ def test_safetensors_by_hand(tmp_path: Path) -> None:
         "d": entry("I64", [], 9, 17),
     }
     data = bytes([7, 8, 9]) + struct.pack("<2e", 1.5, -2) + b"\x80\x3f" + struct.pack("<q", -5)
-    found = read_safetensors(safetensors(tmp_path / "x.safetensors", header, data))
-    assert found["a"].tolist() == [7, 8, 9]
-    assert found["b"].dtype == torch.float16
-    assert found["b"].tolist() == [1.5, -2]
-    assert found["c"].tolist() == [[1]]
-    assert found["none"].shape == (0, 4)
-    assert found["d"].item() == -5
+    tensors = read_safetensors(safetensors(tmp_path / "x.safetensors", header, data))
+    assert tensors["a"].tolist() == [7, 8, 9]
+    assert tensors["b"].dtype == torch.float16
+    assert tensors["b"].tolist() == [1.5, -2]
+    assert tensors["c"].tolist() == [[1]]
+    assert tensors["none"].shape == (0, 4)
+    assert tensors["d"].item() == -5
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,12 @@ def test_damaged_files_of_each_kind_are_told_in_a_sentence(tmp_path: Path) -> No
             changed[at] ^= 1 << rng.randrange(8)
             for data in (whole[:at], bytes(changed)):
                 path.write_bytes(data)
-                refused += told(path)
+                refused += is_refused(path)
     assert refused > 200
 
 
-def told(path: Path) -> bool:
-    """Whether a file is refused, in one sentence."""
+def is_refused(path: Path) -> bool:
+    """Return True if a file is refused in one sentence."""
     try:
         read_file(path)
     except CheckpointError as error:
@@ -242,9 +242,9 @@ def test_wrappers_and_prefixes_come_off(tmp_path: Path) -> None:
         )
     ):
         torch.save(wrapped, tmp_path / f"{i}.pt")
-        found = read_file(tmp_path / f"{i}.pt")
-        assert list(found) == ["a"]
-        assert torch.equal(found["a"], value)
+        state = read_file(tmp_path / f"{i}.pt")
+        assert list(state) == ["a"]
+        assert torch.equal(state["a"], value)
 
 
 # ---- torchvision's classifiers

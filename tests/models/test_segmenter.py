@@ -257,7 +257,7 @@ def test_every_family_is_finite_in_bfloat16(family: str) -> None:
 
 
 def _two_steps_of_everything() -> dict[str, float]:
-    found = {}
+    sums = {}
     for (family, backbone), name in product(TINY.items(), DECODERS):
         torch.manual_seed(0)
         encoder = backbone()
@@ -274,8 +274,8 @@ def _two_steps_of_everything() -> dict[str, float]:
             optimizer.zero_grad()
             loss(model(torch.randn(1, 3, 65, 97, generator=generator))).backward()
             optimizer.step()
-        found[f"{name} on {family}"] = sum(p.detach().double().sum() for p in model.parameters())
-    return {key: float(value) for key, value in found.items()}
+        sums[f"{name} on {family}"] = sum(p.detach().double().sum() for p in model.parameters())
+    return {key: float(value) for key, value in sums.items()}
 
 
 @pytest.mark.slow
@@ -340,14 +340,14 @@ def test_equal_seeds_start_equal_whatever_was_random_before() -> None:
         return build_model("resnet18", small("upernet"), num_classes=3, seed=seed).state_dict()
 
     torch.manual_seed(1)
-    one, after = build(7), torch.rand(3)
+    first, after = build(7), torch.rand(3)
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(3)), "the global generator was touched"
     other = build(7)
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert all(torch.equal(first[key], other[key]) for key in first)
     different = build(8)
     for part in ("backbone.conv1.weight", "decoder.classifier.weight"):
-        assert not torch.equal(one[part], different[part])
+        assert not torch.equal(first[part], different[part])
 
 
 def test_arguments_reach_the_parts() -> None:

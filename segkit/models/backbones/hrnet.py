@@ -5,13 +5,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.models.backbones.inputs import MOST_CHANNELS
-from segkit.models.backbones.stages import refuse_dilation
+from segkit.models.backbones.stages import refuse_dilation, run
 
 Upsampling = Literal["bilinear", "bilinear_by_factor", "nearest"]
 
@@ -90,26 +89,17 @@ class HRNet(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         x = self.relu(self.bn1(self.conv1(image)))
         x = self.layer1(self.relu(self.bn2(self.conv2(x))))
-        branches = self._run(self.stage2, [transition(x) for transition in self.transition1])
-        branches = self._widen(self.transition2, branches)
-        branches = self._run(self.stage3, branches)
-        branches = self._widen(self.transition3, branches)
-        return self._run(self.stage4, branches)
+        recompute = self.checkpointing and self.training
+        branches = [transition(x) for transition in self.transition1]
+        branches = run(self.stage2, branches, recompute=recompute)
+        branches = [*branches, self.transition2[-1](branches[-1])]
+        branches = run(self.stage3, branches, recompute=recompute)
+        branches = [*branches, self.transition3[-1](branches[-1])]
+        return run(self.stage4, branches, recompute=recompute)
 
     def output_module(self, level: int) -> nn.Module:
         """Return the module that is used only for the feature map of ``level``."""
         return self.get_submodule(f"stage4.2.fuse_layers.{level}")
-
-    def _widen(self, transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
-        return [*branches, transition[-1](branches[-1])]
-
-    def _run(self, stage: nn.Sequential, branches: list[Tensor]) -> list[Tensor]:
-        for module in stage:
-            if self.checkpointing and self.training:
-                branches = checkpoint(module, branches, use_reentrant=False)
-            else:
-                branches = module(branches)
-        return branches
 
 
 class Exchange(nn.Module):

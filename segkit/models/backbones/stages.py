@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,16 +82,9 @@ class Stages(nn.Module):
         x, features = image, []
         for parts in self.stages:
             for name in parts:
-                x = self._run(self.get_submodule(name), x)
+                x = run(self.get_submodule(name), x, recompute=self.checkpointing and self.training)
             features.append(x)
         return features
-
-    def _run(self, part: nn.Module, x: Tensor) -> Tensor:
-        if not (self.checkpointing and self.training and isinstance(part, nn.Sequential)):
-            return part(x)
-        for block in part:
-            x = checkpoint(block, x, use_reentrant=False)
-        return x
 
     @torch.no_grad()
     def _shapes(self) -> list[torch.Size]:
@@ -100,6 +94,15 @@ class Stages(nn.Module):
         features = Stages.forward(self, image)
         self.train()
         return [feature.shape for feature in features]
+
+
+def run(stage: nn.Module, x: Any, *, recompute: bool) -> Any:
+    """Run a stage; if ``recompute`` is set, backward recomputes activations inside its blocks."""
+    if not recompute or not isinstance(stage, nn.Sequential):
+        return stage(x)
+    for block in stage:
+        x = checkpoint(block, x, use_reentrant=False)
+    return x
 
 
 class GlobalAverage(nn.Module):

@@ -8,13 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torchvision.models import swin_transformer as reference
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.models.backbones.inputs import set_in_channels
-from segkit.models.backbones.stages import refuse_dilation
+from segkit.models.backbones.stages import refuse_dilation, run
 
 
 class Swin(nn.Module):
@@ -89,7 +88,8 @@ class Swin(nn.Module):
         # self.features: patch embedding, then stages and patch merging in turn
         features = []
         for i, name in enumerate(self.output_norms):
-            x = self._run(self.features[2 * i + 1], self.features[2 * i](x))
+            x = self.features[2 * i](x)
+            x = run(self.features[2 * i + 1], x, recompute=self.checkpointing and self.training)
             normalized = self.get_submodule(name)(x)
             features.append(normalized.permute(0, 3, 1, 2))
         return features
@@ -97,13 +97,6 @@ class Swin(nn.Module):
     def output_module(self, level: int) -> nn.Module:
         """Return the module that is used only for the feature map of ``level``."""
         return self.get_submodule(self.output_norms[level])
-
-    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
-        if not (self.checkpointing and self.training):
-            return stage(x)
-        for block in stage.children():
-            x = checkpoint(block, x, use_reentrant=False)
-        return x
 
 
 class WindowAttention(reference.ShiftedWindowAttention):
