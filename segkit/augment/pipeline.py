@@ -1,6 +1,7 @@
 """Augmentation pipeline: draws all random numbers into a plan, then renders the plan."""
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -45,25 +46,11 @@ class Warp:
 
 
 @dataclass(frozen=True)
-class Recolor:
-    """A multiplication of colors by a (4, 4) matrix."""
-
-    matrix: np.ndarray
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A lookup of values in a table."""
-
-    table: np.ndarray
-
-
-@dataclass(frozen=True)
 class Filter:
-    """A function of the image, or of the mask if ``on`` is ``"mask"``."""
+    """A function of the image (values in 0..255), or of the mask if ``on`` is ``"mask"``."""
 
     run: Callable[[Tensor], Tensor]
-    on: str
+    on: str = "image"
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,7 @@ class Mix:
     ]
 
 
-Step = Warp | Recolor | Curve | Filter | Mix
+Step = Warp | Filter | Mix
 
 
 @dataclass(frozen=True)
@@ -213,14 +200,15 @@ class Pipeline:
                 continue
             step: Step
             if name in CURVES:
-                step = Curve(operation(rng))
+                step = Filter(functools.partial(apply_table, table=operation(rng)))
             elif name in FILTERS:
                 step = Filter(operation(rng), getattr(operation, "on", "image"))
             else:
                 step = Mix(operation(canvas.size, rng, others))
             canvas = _add_warp(steps, canvas)
             if color is not SAME_COLOR and not getattr(operation, "linear", False):
-                steps.append(Recolor(color))
+                recolor = functools.partial(apply_matrix, matrix=color, limits=_LEVELS)
+                steps.append(Filter(recolor))
                 color = SAME_COLOR
             steps.append(step)
         if self.size is not None and canvas.size != self.size:
@@ -252,10 +240,6 @@ class Pipeline:
         for step in plan.steps:
             if isinstance(step, Warp):
                 image, mask, inside = _warp(image, mask, inside, step)
-            elif isinstance(step, Recolor):
-                image = apply_matrix(image, step.matrix, limits=_LEVELS)
-            elif isinstance(step, Curve):
-                image = apply_table(image, step.table)
             elif isinstance(step, Mix):
                 image, mask, inside = step.run(image, mask, inside)
             elif step.on == "image":

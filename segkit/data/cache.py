@@ -1,12 +1,10 @@
 """Cache of a source: decoded pixels and masks in memory-mapped files."""
 
 import hashlib
-import os
 import re
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ import PIL
 import torch
 from torch import Tensor
 
-from segkit.core.distributed import Progress
 from segkit.core.files import regular, replacing
 from segkit.data.loader import digests
 from segkit.data.memo import on_threads
@@ -62,18 +59,15 @@ class CachedSource:
             keys = cache_keys(source, digests(source, range(len(source))))
         self._keys = keys
         missing = [i for i, key in enumerate(self._keys) if not (folder / key).exists()]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            # The first images that fit, so that every process and every start caches the same ones.
-            room, chosen = limit - used, []
-            for i in missing:
-                height, width = source.size(i)
-                room -= _HEAD + height * width * (4 if source.labelled else 3)
-                if room < 0:
-                    break
-                chosen.append(i)
-            made = pool.map(self._make, chosen)
-            for _ in Progress(made, f"filling {folder}", total=len(chosen), unit="image"):
-                pass
+        # The first images that fit, so that every process and every start caches the same ones.
+        room, chosen = limit - used, []
+        for i in missing:
+            height, width = source.size(i)
+            room -= _HEAD + height * width * (4 if source.labelled else 3)
+            if room < 0:
+                break
+            chosen.append(i)
+        on_threads(self._make, chosen, f"filling {folder}")
         left = len(missing) - len(chosen)
         if left:
             warnings.warn(
@@ -114,10 +108,8 @@ class CachedSource:
         image = self._source.image(i)
         parts = [torch.tensor(image.shape[1:], dtype=torch.int32), image.permute(1, 2, 0)]
         parts += [self._source.mask(i)] if self.labelled else []
-        with (
-            replacing(self._folder / self._keys[i], shared=True) as draft,
-            draft.open("wb") as file,
-        ):
+        path = self._folder / self._keys[i]
+        with replacing(path, shared=True) as draft, draft.open("wb") as file:
             for part in parts:
                 part.contiguous().numpy().tofile(file)
 
@@ -132,10 +124,8 @@ class CachedSource:
 
     def _map(self, i: int, start: int, length: int) -> Tensor:
         # Copy-on-write: writing to the tensor does not change the cache.
-        file = self._folder / self._keys[i]
-        return torch.from_numpy(
-            np.memmap(regular(file), np.uint8, mode="c", offset=start, shape=length)
-        )
+        file = regular(self._folder / self._keys[i])
+        return torch.from_numpy(np.memmap(file, np.uint8, mode="c", offset=start, shape=length))
 
 
 def cache_keys(source: Source, images: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Stratified folds, and the selection set that is held out from all of them."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,9 +40,8 @@ class Split:
         """Return the training images of ``fold``."""
         if self.train is not None:
             return self.train
-        return tuple(
-            name for other, names in enumerate(self.folds) if other != fold for name in names
-        )
+        others = (names for other, names in enumerate(self.folds) if other != fold)
+        return tuple(itertools.chain.from_iterable(others))
 
     def save(self, path: Path | str) -> None:
         """Write the split as JSON, atomically."""
@@ -56,20 +56,16 @@ class Split:
         """
         content = read_json(path)
         folds, selection, train = (content.get(key) for key in ("folds", "selection", "train"))
-        if (
-            not isinstance(folds, list)
-            or not folds
-            or not all(_is_names(names) for names in (*folds, selection))
-            or not (train is None or _is_names(train))
+        lists = [*(folds if isinstance(folds, list) and folds else [None]), selection, train or []]
+        if not all(
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+            for names in lists
         ):
             raise DataError(
                 f"{path} is not a split; expected 'folds' and 'selection', lists of names"
             )
-        return cls(
-            folds=tuple(map(tuple, folds)),
-            selection=tuple(selection or ()),
-            train=None if train is None else tuple(train),
-        )
+        *folds, selection, _ = map(tuple, lists)
+        return cls(tuple(folds), selection, None if train is None else tuple(train))
 
 
 def class_pixels(source: Source, workers: int = 0) -> np.ndarray:
@@ -185,8 +181,7 @@ def read_groups(
     if file is not None:
         content = read_json(file)
         for name in names:
-            group = content.get(name)
-            if isinstance(group, bool) or not isinstance(group, str | int):
+            if type(content.get(name)) not in (str, int):
                 raise DataError(
                     f"{file} gives {quoted(name)} no group; "
                     "expected a string or an integer for each image"
@@ -197,21 +192,20 @@ def read_groups(
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(
-            f"data.group_pattern: {quoted(pattern)} is malformed ({error})"
-        ) from error
+        sentence = f"data.group_pattern: {quoted(pattern)} is malformed ({error})"
+        raise ConfigError(sentence) from error
     if expression.groups != 1:
         raise ConfigError(
             f"data.group_pattern: {quoted(pattern)} has {expression.groups} parentheses; "
             "expected one"
         )
-    matches = {name: expression.search(name) for name in names}
-    for name, match in matches.items():
-        if match is None or match[1] is None:
+    groups = {name: match and match[1] for name in names for match in [expression.search(name)]}
+    for name, group in groups.items():
+        if group is None:
             raise DataError(
                 f"{quoted(name)} does not match data.group_pattern {quoted(pattern)}; correct it"
             )
-    return {name: match[1] for name, match in matches.items() if match}
+    return {name: str(group) for name, group in groups.items()}
 
 
 class Part(NamedTuple):
@@ -265,10 +259,6 @@ def table(
     return "\n\n".join(blocks)
 
 
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
 def _labels(pixels: np.ndarray) -> np.ndarray:
     """Return (N, labels) of 0 and 1: presence of each class, then each bin of its pixel share."""
     present = pixels > 0
@@ -305,9 +295,7 @@ def _distribute(counts: np.ndarray, shares: np.ndarray, rng: np.random.Generator
         holders = rng.permutation(open_units[counts[open_units, label] > 0])
         for unit in holders[np.argsort(-counts[holders, label], kind="stable")]:
             room = rng.permutation(np.flatnonzero(desired[:, -1] > 1e-9))
-            chosen = max(
-                room, key=lambda k: (round(desired[k, label], 9), round(desired[k, -1], 9))
-            )
+            chosen = max(room, key=lambda k: desired[k, [label, -1]].round(9).tolist())
             part[unit] = chosen
             desired[chosen] -= counts[unit]
     return part

@@ -21,9 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 MAX_PIXELS = 20_000**2
 """Maximum number of pixels to decode, according to the header: 1.1 GiB of RGB."""
 
-if (
-    Image.MAX_IMAGE_PIXELS is not None
-):  # Pillow's own limit; above MAX_PIXELS, so that our error comes first
+if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit: our error is to come first
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 2 * MAX_PIXELS)
 
 _ORIENTATION = 0x0112
@@ -65,9 +63,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
     """
     with open_image(path) as image:
         width, height, orientation = *image.size, _orientation(image)
-        if (
-            image.format == "TIFF"
-        ):  # before version 11, Pillow rotates it only when it loads the pixels
+        if image.format == "TIFF":  # Pillow before 11 rotates it only when it loads the pixels
             tags: Any = image.getexif()
             width, height, orientation = tags[256], tags[257], tags.get(_ORIENTATION, 1)
         return (width, height) if orientation >= 5 else (height, width)

@@ -61,26 +61,22 @@ class PseudoLabelled:
         return len(self.names)
 
     def path(self, i: int) -> Path:
-        source, at = self._find(i)
-        return source.path(at)
+        return self._call("path", i)
 
     def size(self, i: int) -> tuple[int, int]:
-        source, at = self._find(i)
-        return source.size(at)
+        return self._call("size", i)
 
     def image(self, i: int) -> Tensor:
-        source, at = self._find(i)
-        return source.image(at)
+        return self._call("image", i)
 
     def mask(self, i: int) -> Tensor:
-        source, at = self._find(i)
-        return source.mask(at)
+        return self._call("mask", i)
 
     def label_digest(self, i: int) -> str:
-        source, at = self._find(i)
-        return source.label_digest(at)
+        return self._call("label_digest", i)
 
-    def _find(self, i: int) -> tuple[Source, int]:
-        """Return the source of image ``i`` and its index there."""
+    def _call(self, method: str, i: int) -> Any:
+        """Call a method of the source that has image ``i``, with the image's index there."""
         first, second = self._parts
-        return (first, i) if i < len(first) else (second, i - len(first))
+        source, index = (first, i) if i < len(first) else (second, i - len(first))
+        return getattr(source, method)(index)

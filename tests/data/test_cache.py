@@ -200,7 +200,7 @@ def test_a_kill_half_way_leaves_whole_files(folder: Path) -> None:
         "    if count < 3: return mask(self, i)\n"
         "    with cache.replacing(self._folder / self._keys[i], shared=True) as draft:\n"
         "        draft.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "cache.CachedSource._make = make; cache.os.cpu_count = lambda: 1\n"
+        "cache.CachedSource._make = make; os.cpu_count = lambda: 1\n"
         f"cached(Path({str(folder)!r}))\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
