@@ -1,7 +1,7 @@
 """Write the pages of runs: a comparison of the runs in a folder, or the page of a single run.
 
-segkit report runs             # runs/index.html, and each run's report.html
-segkit report runs/demo-1      # runs/demo-1/report.html
+    segkit report runs             # runs/index.html, and each run's report.html
+    segkit report runs/demo-1      # runs/demo-1/report.html
 """
 
 import warnings
