@@ -2,6 +2,8 @@
 
     segkit report runs             # runs/index.html, and each run's report.html
     segkit report runs/demo-1      # runs/demo-1/report.html
+
+Pages that segkit wrote are replaced; other files are not.
 """
 
 import warnings
