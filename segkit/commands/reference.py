@@ -74,6 +74,12 @@ KINDS = {
     "trackers": Kind(TRACKERS, "track.trackers", given=("run", "fold", "step")),
 }
 
+KEYS = {kind: group.key for kind, group in KINDS.items()} | {
+    "views": "infer.tta",
+    "configs": "--cfg",
+}
+"""Kinds of components, and the key or option that takes them."""
+
 BACKBONE_ARGUMENTS = {
     "output_stride": "Must be 32: this backbone has no dilated form.",
     "drop_path": "Largest probability of stochastic depth.",
@@ -122,14 +128,14 @@ def _setting(field: dataclasses.Field) -> Setting:
 def arguments(target: Callable[..., Any], given: Sequence[str] = ()) -> list[Setting]:
     """Return the arguments of a component, in the order of its signature.
 
+    Their meaning is taken from its docstring, and from that of the class that it builds.
+
     Args:
         target: Class or function.
         given: Arguments that segkit passes itself.
     """
     hints = config.hints(target)
-    made = (
-        target if inspect.isclass(target) else hints.get("return", object)
-    )  # a function may build a class
+    made = target if inspect.isclass(target) else hints.get("return", object)
     texts = dict(BACKBONE_ARGUMENTS) if target in BACKBONES.values() else {}
     for documented in (*reversed(made.__mro__), target):
         texts |= _documented(documented)
@@ -194,11 +200,12 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _details(settings: Iterable[Setting], prefix: str = "") -> str:
-    lines = []
-    for setting in settings:
-        lines.append(_wrap(setting.kind, "    ", first=f"  {prefix}{setting.name}: "))
-        lines.append(_wrap(setting.help, "      "))
-    return "\n".join(line for line in lines if line)
+    return "\n".join(
+        _wrap(each.kind, "    ", first=f"  {prefix}{each.name}: ")
+        + "\n"
+        + _wrap(each.help, "      ")
+        for each in settings
+    )
 
 
 def overview() -> str:
@@ -269,38 +276,31 @@ def component_text(kind: str, name: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Print the kinds, the names of a kind, or a component's arguments."""
-    kinds = [*KINDS, "views", "configs"]
     made = console.parser("list", __doc__)
     made.add_argument("kind", nargs="?", help="kind of components")
     made.add_argument("name", nargs="?", help="a component")
     made.add_argument("--json", action="store_true", help="print JSON")
     made.add_argument("--markdown", action="store_true", help="print docs/configuration.md")
     args = made.parse_args(argv)
+    value: Any = KEYS
     if args.markdown:
-        print(page(), end="")
-        return
-    if args.kind is None:
-        print(json.dumps(kinds) if args.json else _table((kind, _count(kind)) for kind in kinds))
-        return
-    if args.kind not in kinds:
-        raise ConfigError(f"unknown kind {quoted(args.kind)}{closest(args.kind, kinds)}")
-    known = names(args.kind)
-    if args.name is None:
-        print(json.dumps(known) if args.json else _table(known.items()))
-        return
-    if args.name not in known:
+        text = page().rstrip()
+    elif args.kind is None:
+        text = _table((kind, f"{len(names(kind))} names for {key}") for kind, key in KEYS.items())
+    elif args.kind not in KEYS:
+        raise ConfigError(f"unknown kind {quoted(args.kind)}{closest(args.kind, KEYS)}")
+    elif args.name is None:
+        value = names(args.kind)
+        text = _table(value.items())
+    elif args.name not in (known := names(args.kind)):
         raise ConfigError(f"{args.kind}: unknown {quoted(args.name)}{closest(args.name, known)}")
-    if args.kind not in KINDS:
-        print(json.dumps(known[args.name]) if args.json else _wrap(known[args.name], ""))
-    elif args.json:
-        print(json.dumps([each.to_dict() for each in settings_of(args.kind, args.name)]))
+    elif args.kind in KINDS:
+        value = [setting.to_dict() for setting in settings_of(args.kind, args.name)]
+        text = component_text(args.kind, args.name)
     else:
-        print(component_text(args.kind, args.name))
-
-
-def _count(kind: str) -> str:
-    where = {"views": "infer.tta", "configs": "--cfg"}.get(kind) or KINDS[kind].key
-    return f"{len(names(kind))} names for {where}"
+        value = known[args.name]
+        text = _wrap(value, "")
+    print(json.dumps(value) if args.json else text)
 
 
 # ---- docs/configuration.md

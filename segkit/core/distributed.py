@@ -31,7 +31,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Return whether this is rank 0, which writes files and prints."""
+    """Return True if this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
@@ -60,7 +60,7 @@ def session(
         return
     shared = device is not None and ":" in device and int(os.environ["LOCAL_WORLD_SIZE"]) > 1
     store, rank, world_size = next(dist.rendezvous("env://"))
-    store = _meet(store, rank, world_size, timeout)
+    store = _unused_namespace(store, rank, world_size, timeout)
     dist.init_process_group(
         "gloo" if shared else dist.get_default_backend_for_device(here),
         store=store,
@@ -110,7 +110,7 @@ def _choose_device(name: str | None) -> torch.device:
     return torch.device(kind, index)
 
 
-def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
+def _unused_namespace(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
     """Return a namespace of torchrun's store that no earlier start of these ranks has used.
 
     torchrun keeps its store when it restarts ranks, so they would find the addresses of dead
@@ -125,8 +125,8 @@ def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist
     while time.monotonic() < deadline:
         if rank == 0:
             tokens = [store.get(f"rank {number}").decode() for number in range(world_size)]
-            store.set("words", " ".join(tokens))
-        tokens = store.get("words").decode().split()
+            store.set("tokens", " ".join(tokens))
+        tokens = store.get("tokens").decode().split()
         namespace = hashlib.sha256(" ".join(tokens).encode()).hexdigest()
         if len(tokens) == world_size and tokens[rank] == token and namespace not in confirmed:
             confirmed.add(namespace)

@@ -27,20 +27,17 @@ _KINDS = {
 
 
 def regular(path: Path | str) -> Path:
-    """Return ``path`` if it is a regular file.
+    """Return ``path``; raise an OSError if it is not a regular file.
 
     segkit calls this before it opens any file that it did not just write: opening or reading a
     named pipe, a device or a socket can block forever.
-
-    Raises:
-        OSError: The file does not exist or is not a regular file.
     """
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
-        raise OSError(errno.EINVAL, f"it is {kind}; expected a regular file", str(path))
+    if kind != stat.S_IFREG:
+        why = f"it is {_KINDS.get(kind, 'of an unknown kind')}; expected a regular file"
+        raise OSError(errno.EINVAL, why, str(path))
     return Path(path)
 
 
@@ -50,10 +47,8 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
 
     Args:
         path: Destination; its folder is created if necessary.
-        durable: Flush the file before it is renamed and the folder after, so that even after a
-            power cut either the old or the new file is there.
-        shared: Give the temporary file a unique name, because other processes may write the same
-            path at the same time.
+        durable: Flush the file and its folder: after a power cut, the old or the new file is there.
+        shared: Other processes may write the same path at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid4().hex if shared else ''}writing")
@@ -100,11 +95,11 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-PATIENCE = 2.0
+LOCK_TIMEOUT = 2.0
 """Seconds that :func:`lock` retries: a killed process may need a moment to end."""
 
 
-def lock(path: Path, patience: float | None = None) -> TextIO:
+def lock(path: Path, timeout: float | None = None) -> TextIO:
     """Lock a file, created if necessary, until it is closed or this process ends in any way.
 
     This is a POSIX record lock, which the system releases. Forked processes do not inherit it, so
@@ -113,7 +108,7 @@ def lock(path: Path, patience: float | None = None) -> TextIO:
 
     Args:
         path: Path of the file.
-        patience: Seconds to retry; default :data:`PATIENCE`.
+        timeout: Seconds to retry; default :data:`LOCK_TIMEOUT`.
 
     Raises:
         BlockingIOError: Another process holds the lock; ``strerror`` names it.
@@ -121,7 +116,7 @@ def lock(path: Path, patience: float | None = None) -> TextIO:
     if os.path.lexists(path):
         regular(path)
     file = path.open("a+", encoding="utf-8", errors="replace")
-    deadline = time.monotonic() + (PATIENCE if patience is None else patience)
+    deadline = time.monotonic() + (LOCK_TIMEOUT if timeout is None else timeout)
     while not _try_lock(file, path):
         if time.monotonic() > deadline:
             file.seek(0)
@@ -153,7 +148,7 @@ def _try_lock(file: TextIO, path: Path) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether another process holds the :func:`lock`; the holder must not call this."""
+    """Return True if another process holds the :func:`lock`; the holder must not call this."""
     if fcntl is None or not os.path.lexists(path):
         return False
     with regular(path).open("rb") as file:
@@ -165,7 +160,7 @@ def is_locked(path: Path) -> bool:
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Return whether a JSON value has a given shape.
+    """Return True if a JSON value has a given shape.
 
     Args:
         value: Value returned by :func:`json.loads`.
@@ -174,23 +169,19 @@ def fits(value: Any, shape: Any) -> bool:
             for a list of that length; ``{str: shape}`` for an object with any keys;
             ``{"key": shape}`` for an object that has at least these keys.
     """
-    if shape is Any:
-        return True
-    if shape is None:
-        return value is None
+    if shape is Any or shape is None:
+        return shape is Any or value is None
     if isinstance(shape, tuple):
         return any(fits(value, option) for option in shape)
+    if isinstance(shape, list | dict) and not isinstance(value, type(shape)):
+        return False
     if isinstance(shape, list):
-        shapes = shape * len(value) if isinstance(value, list) and len(shape) == 1 else shape
-        return (
-            isinstance(value, list) and len(value) == len(shapes) and all(map(fits, value, shapes))
-        )
+        shapes = shape * len(value) if len(shape) == 1 else shape
+        return len(value) == len(shapes) and all(map(fits, value, shapes))
     if isinstance(shape, dict) and str in shape:
-        return isinstance(value, dict) and all(fits(inner, shape[str]) for inner in value.values())
+        return all(fits(inner, shape[str]) for inner in value.values())
     if isinstance(shape, dict):
-        return isinstance(value, dict) and all(
-            key in value and fits(value[key], inner) for key, inner in shape.items()
-        )
+        return all(key in value and fits(value[key], inner) for key, inner in shape.items())
     if isinstance(value, bool):
         return shape is bool
     return isinstance(value, (int, float) if shape is float else shape)

@@ -12,7 +12,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 _TOKEN = 32
-_PATIENCE = 60.0  # seconds for all ranks to connect
+_TIMEOUT = 60.0  # seconds for all ranks to connect
 
 
 def watch_ranks(
@@ -57,12 +57,12 @@ def _accept_all(store: dist.Store, count: int) -> list[socket.socket | None]:
     token = uuid4().hex
     connections: list[socket.socket | None] = []
     with socket.create_server(("", 0), family=family, backlog=count) as server:
-        server.settimeout(_PATIENCE)
+        server.settimeout(_TIMEOUT)
         store.set("watch", f"{server.getsockname()[1]} {token}")
         while len(connections) < count:
             try:
                 connection = server.accept()[0]
-                connection.settimeout(_PATIENCE)
+                connection.settimeout(_TIMEOUT)
                 if connection.recv(_TOKEN, socket.MSG_WAITALL).decode() == token:
                     connections.append(connection)
             except TimeoutError:
@@ -74,7 +74,7 @@ def _connect(store: dist.Store) -> socket.socket | None:
     port, token = store.get("watch").decode().split()
     try:
         address = os.environ["MASTER_ADDR"], int(port)
-        connection = socket.create_connection(address, timeout=_PATIENCE)
+        connection = socket.create_connection(address, timeout=_TIMEOUT)
         connection.sendall(token.encode())
     except OSError:
         return None

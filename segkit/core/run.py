@@ -32,14 +32,14 @@ from segkit.core.files import fits, is_locked, lock, naming, regular, write_json
 
 RUNS = Path("runs")
 
-FREE = {
+CHANGEABLE = {
     *("note", "data.workers", "data.cache", "data.cache_gb"),
     *("train.save_every", "train.log_every", "train.timeout"),
     *("infer.batch_size", "infer.graphs"),
 }
 """Settings that a resumed run may change: the trained weights do not depend on them."""
 
-GROWS = "train.epochs"
+EPOCHS = "train.epochs"
 """Setting that a resumed run may raise, or lower down to the epochs already begun."""
 
 LOST_MACHINE = 180.0
@@ -160,12 +160,12 @@ class Run:
             raise ArgumentError(problem, "choose another folder", resume=[True])
         self._take_lock(LOST_MACHINE if self.interrupted_here() else None)
         changed = _differences(_complete(self.read("config.json")), _complete(config))
-        if differing := [path for path in changed if path not in {*FREE, GROWS}]:
+        if differing := [path for path in changed if path not in {*CHANGEABLE, EPOCHS}]:
             raise SegkitError(
                 f"{folder}: was started with another configuration ({', '.join(differing)}); "
                 "resume with the same one or choose another folder"
             )
-        if GROWS in changed and config["train"]["epochs"] < (begun := self.epochs_begun()):
+        if EPOCHS in changed and config["train"]["epochs"] < (begun := self.epochs_begun()):
             raise SegkitError(
                 f"train.epochs: is {config['train']['epochs']}, but {folder} has begun epoch "
                 f"{begun}; give {begun} or more"
@@ -189,9 +189,9 @@ class Run:
         if not self.exists or self.read("config.json") != config:
             self.write("config.json", config)
 
-    def _take_lock(self, patience: float | None = None) -> None:
+    def _take_lock(self, timeout: float | None = None) -> None:
         try:
-            self._lock = lock(self.folder / "lock", patience)
+            self._lock = lock(self.folder / "lock", timeout)
         except BlockingIOError as error:
             raise SegkitError(
                 f"{self.folder}: {error.strerror} trains in it; wait for its end, or choose "
@@ -199,7 +199,7 @@ class Run:
             ) from error
 
     def interrupted_here(self) -> bool:
-        """Return whether torchrun is restarting the job that began this run and did not finish it.
+        """Return True if torchrun is restarting the job that began this run and did not finish it.
 
         torchrun does so after a failure and when a machine joins or leaves. The job is identified
         by its ``--rdzv-id``, or by torchrun's process if it has none.
@@ -434,7 +434,7 @@ def _job() -> str | None:
 
 
 def _holds_others(folder: Path) -> bool:
-    """Return whether the folder has files other than those of an interrupted :meth:`Run.begin`."""
+    """Return True if there are files other than those of an interrupted :meth:`Run.begin`."""
     names = {path.name for path in folder.iterdir()}
     if "lock" not in names:  # "lock" is created first
         return bool(names)

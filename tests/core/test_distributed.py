@@ -120,4 +120,4 @@ def test_a_rank_that_died_as_it_started_is_not_waited_for_without_end() -> None:
     store = dist.HashStore()
     store.set("segkit/rank 1", "a word, and then nothing")
     with pytest.raises(SegkitError, match="not all 2 ranks connected"):
-        distributed._meet(store, rank=0, world_size=2, timeout=0.001)
+        distributed._unused_namespace(store, rank=0, world_size=2, timeout=0.001)

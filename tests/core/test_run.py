@@ -200,7 +200,7 @@ def test_a_run_goes_on_in_one_process_until_that_is_gone(
     worker = int(process.stdout.readline())
     try:
         run = Run(Path("run"))
-        monkeypatch.setattr(files, "PATIENCE", 0)
+        monkeypatch.setattr(files, "LOCK_TIMEOUT", 0)
         assert run.state() == ("running", "")
         with pytest.raises(SegkitError, match=f"run: process {process.pid} on .* trains in it"):
             run.check({}, resume=True)
