@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from segkit import infer, train
 from segkit.commands import augment, check, console, demo, explore, reference, report, weights
-from segkit.core.errors import closest
+from segkit.core.errors import closest, quoted
 
 COMMANDS = {
     "train": (train.main, "train the folds of a configuration"),
@@ -30,7 +30,7 @@ def main() -> NoReturn:
         print("\nsegkit COMMAND --help lists a command's options")
         sys.exit(0)
     if name not in COMMANDS:
-        print(f"segkit: unknown command '{name:.50}'{closest(name, COMMANDS)}", file=sys.stderr)
+        print(f"segkit: unknown command {quoted(name)}{closest(name, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     console.run(COMMANDS[name][0], arguments)
 

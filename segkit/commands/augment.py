@@ -6,7 +6,6 @@ One row per operation alone, applied with probability 1, and one row for the who
 configured. Masks are drawn over the images.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,15 +68,11 @@ def _cell(
     rng = generator(cfg.train.seed, 0, index)
     image, mask = pipeline(source.image(index), source.mask(index), rng, other)
     assert mask is not None
-    levels = _channels(cfg.data.std) * image + _channels(cfg.data.mean)
-    photograph = levels.mul(255).round().clamp(0, 255).to(torch.uint8)
+    mean, std = torch.tensor([cfg.data.mean, cfg.data.std])[..., None, None]
+    photograph = (std * image + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
     cell = overlay(photograph, mask, classes=source.classes, opacity=0.4, legend=False)
     cell.thumbnail((_CELL, _CELL))
     return cell
-
-
-def _channels(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values).view(3, 1, 1)
 
 
 def main(argv: list[str]) -> None:
@@ -102,7 +97,3 @@ def main(argv: list[str]) -> None:
     with replacing(args.out) as draft:
         sheet.save(draft, "PNG", pnginfo=about)
     print(args.out)
-
-
-if __name__ == "__main__":
-    console.run(main)

@@ -77,7 +77,3 @@ def main(argv: list[str]) -> None:
         raise DataError(f"faults found: {count}; correct them, or set on_error to 'skip'")
     if not args.json:
         print("no faults found")
-
-
-if __name__ == "__main__":
-    console.run(main)

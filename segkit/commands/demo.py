@@ -27,7 +27,3 @@ def main(arguments: list[str]) -> None:
     del given["debug"]
     drawn = draw_demo(**given)
     print(f"{given['folder']}: {'drawn' if drawn else 'is there already'}")
-
-
-if __name__ == "__main__":
-    console.run(main)

@@ -364,7 +364,3 @@ COMPONENTS = """
 A component is an object of a `name` and arguments, `{"name": "dice", "smooth": 1.0}`, or the name
 alone.
 """
-
-
-if __name__ == "__main__":
-    console.run(main)

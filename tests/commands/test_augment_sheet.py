@@ -1,4 +1,4 @@
-"""The contact sheet: one row an operation, one of all."""
+"""The contact sheet: a row for each operation, and a row for the whole list."""
 
 import json
 from pathlib import Path

@@ -200,13 +200,13 @@ def test_a_tracker_that_cannot_be_closed_does_not_hold_the_end(folder: Path) -> 
 def both(
     folder: Path, name: str, fault: tuple[str, str], **settings: Any
 ) -> list[tuple[int | None, list[str]]]:
-    """What two ranks end with, the second with a fault."""
+    """Return how two ranks end, the second with a fault."""
     words, port = arguments(f"runs/{name}", {**WORKERS, **settings}), free_port()
     started = [
         Command(folder, name, words, fault if rank else None, rank=rank, ranks=2, port=port)
         for rank in range(2)
     ]
-    return [one.end() for one in reversed(started)]
+    return [process.end() for process in reversed(started)]
 
 
 @pytest.mark.slow
@@ -258,14 +258,14 @@ def test_an_error_of_one_rank_ends_torchrun(folder: Path, fault: tuple[str, str]
     process = torchrun(folder, *words, *fault, "0", f"{name}.raised", *options)
     assert process.stdout is not None
     lines: list[str] = []
-    sentence, told = "", 0.0
+    sentence, printed = "", 0.0
     for line in process.stdout:
         lines.append(line.strip())
         if line.startswith(("planted", "DataLoader worker", "this is a bug")) and not sentence:
-            sentence, told = line.strip(), time.monotonic()
+            sentence, printed = line.strip(), time.monotonic()
     assert process.wait() != 0
     assert sentence, lines
-    assert time.monotonic() - told < LIMIT
+    assert time.monotonic() - printed < LIMIT
     assert any(line.endswith(sentence) for line in lines[-3:]), lines
 
 

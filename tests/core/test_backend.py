@@ -245,10 +245,10 @@ def test_hard_pixels_are_the_same_in_both_forms() -> None:
 
 def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    told = []
+    values = []
 
     def session(*_: Any, **__: Any) -> None:
-        told.append(os.environ["CUBLAS_WORKSPACE_CONFIG"])
+        values.append(os.environ["CUBLAS_WORKSPACE_CONFIG"])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.distributed, "session", session)
@@ -257,7 +257,7 @@ def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> N
             train.main(["--cfg", "demo", "--set", "train.deterministic=true"])
     finally:
         backend.set_deterministic(False)
-    assert told == [":4096:8"]
+    assert values == [":4096:8"]
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def test_build_tells_where_a_constructor_refused() -> None:
 
 @pytest.mark.parametrize("script", ["train.py", "infer.py"])
 def test_torchrun_leaves_our_options_alone(script: str) -> None:
-    # torchrun takes what abbreviates one of its own options, even after the script's name.
+    # torchrun parses abbreviations of its own options, even after the script's name.
     theirs = [text for action in get_args_parser()._actions for text in action.option_strings]
     tree = ast.parse((ROOT / "segkit" / script).read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
@@ -359,4 +359,4 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
             sentences.append(str(error))
     assert read > 0
     assert len(sentences) > 0
-    assert not [one for one in sentences if "\n" in one]
+    assert not [sentence for sentence in sentences if "\n" in sentence]

@@ -51,17 +51,17 @@ def train_rank(shares: list[slice], recomputed: bool) -> tuple[list[np.ndarray],
             outputs = net(images[mine])
         global_loss(outputs, weights[mine]).backward()
         optimizer.step()
-    buffers = [one.numpy() for one in model.buffers()]
-    return [one.detach().numpy() for one in model.parameters()], buffers
+    buffers = [buffer.numpy() for buffer in model.buffers()]
+    return [weight.detach().numpy() for weight in model.parameters()], buffers
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_uneven_ranks_with_sync_batch_norm_equal_one_process(recomputed: bool) -> None:
-    one_weights, one_buffers = train_rank([slice(0, 6)], False)
+    all_weights, all_buffers = train_rank([slice(0, 6)], False)
     for weights, buffers in run_ranks(train_rank, 2, [slice(0, 4), slice(4, 6)], recomputed):
-        for mine, theirs in zip(weights, one_weights, strict=True):
+        for mine, theirs in zip(weights, all_weights, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-10)
-        for mine, theirs in zip(buffers, one_buffers, strict=True):
+        for mine, theirs in zip(buffers, all_buffers, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-10)
 
 
@@ -72,7 +72,7 @@ def kept_by_rank() -> list[int]:
     return [kept_for_backward(model, image, recomputed=recomputed) for recomputed in (False, True)]
 
 
-def test_what_sync_batch_norm_gives_is_computed_again() -> None:
+def test_the_output_of_sync_batch_norm_is_recomputed() -> None:
     for everything, inputs in run_ranks(kept_by_rank, 2):
         given = 6 * 4 * 7 * 5 * 8  # by the ReLU: images, channels, height, width, bytes
         assert everything - inputs == given
@@ -116,8 +116,8 @@ def test_reductions() -> None:
     assert run_ranks(reductions, 3) == [(6.0, 3.0, "from 0")] * 3
 
 
-def test_a_rank_that_died_as_it_started_is_not_waited_for_without_end() -> None:
+def test_the_wait_for_a_rank_that_ended_at_its_start_is_limited() -> None:
     store = dist.HashStore()
-    store.set("segkit/rank 1", "a word, and then nothing")
+    store.set("segkit/rank 1", "a token of a process that ended")
     with pytest.raises(SegkitError, match="not all 2 ranks connected"):
         distributed._unused_namespace(store, rank=0, world_size=2, timeout=0.001)

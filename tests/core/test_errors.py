@@ -43,7 +43,7 @@ def test_a_long_name_is_quoted_shortened(name: str) -> None:
         assert len(str(caught.value)) < 1000, str(caught.value)
 
 
-def test_of_many_right_words_some_are_listed() -> None:
+def test_of_many_valid_names_200_are_listed() -> None:
     options = [f"run{number:05d}" for number in range(5000)]
     assert closest("x", options).endswith("run00199, and 4800 more")
 
@@ -63,7 +63,7 @@ def test_an_error_without_a_number_has_its_reason_and_file(
     assert said == [(f"{tmp_path / 'image'}: 72 requested and 0 written", 1)]
 
 
-def test_a_cut_mask_is_named_itself(tmp_path: Path) -> None:
+def test_a_truncated_mask_is_named(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     results = Results(
         tmp_path / "out", PhotoSource(paths=(str(tmp_path / "a.png"),)), classes=["ground"],

@@ -1,4 +1,4 @@
-"""Only regular files are opened: a file that can wait for ever is refused in a sentence."""
+"""Only regular files are opened: one sentence refuses files that can block forever."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def _no_wait() -> Iterator[None]:
     """End a test that waits for a pipe."""
 
     def end(*_: object) -> None:
-        pytest.fail("waits for ever")  # no Exception, which a reader might turn into its own
+        pytest.fail("waits forever")  # no Exception, which a reader might turn into its own
 
     before = signal.signal(signal.SIGALRM, end)
     signal.alarm(20)
@@ -68,7 +68,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket", "loop"])
-def test_what_is_no_regular_file_is_refused_and_not_waited_for(
+def test_a_file_that_is_not_regular_is_refused_without_waiting(
     kind: str, reader: str, tmp_path: Path
 ) -> None:
     name, read = READERS[reader]
@@ -91,7 +91,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(
         assert caught.value.filename is not None
 
 
-def test_regular_names_what_is_there(tmp_path: Path) -> None:
+def test_regular_names_the_kind_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     assert regular(str(tmp_path / "link")) == tmp_path / "link"

@@ -1,4 +1,4 @@
-"""A run's folder: which one is picked, and what becomes of damaged files."""
+"""The folder of a run: choosing one, damaged files, locks and states."""
 
 import json
 import os
@@ -51,14 +51,14 @@ def test_the_newest_run_of_a_name_is_of_that_name_alone() -> None:
     assert runs()[0].folder == Path("runs/one-mine")
 
 
-def test_brackets_in_a_name_are_no_pattern() -> None:
+def test_brackets_in_a_name_are_literal() -> None:
     add_run("a-20260101-000000", 2)
     own = add_run("[ab]-20260101-000000", 1)
     assert [run.folder for run in runs("[ab]")] == [own]
     assert not runs("?")
 
 
-def test_files_of_others_with_the_names_of_a_run_s_are_not_overwritten() -> None:
+def test_other_files_with_names_of_a_run_s_files_are_not_overwritten() -> None:
     for name in ("classes.json", "environment.json", ".classes.json.writing"):
         path = Path("mine", name)
         path.parent.mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def damages(content: bytes) -> list[bytes]:
 
 
 def resume(run: Run, config: dict[str, Any]) -> None:
-    """What a resumed training does with the files of a run."""
+    """Read and write the files of a run as a resumed training does."""
     Run.create(run.folder, config, resume=True)
     run.log(event="fault", file="a", sentence="a is empty")
     run.rewind(0, 10)
@@ -144,7 +144,7 @@ def test_a_damaged_file_is_a_sentence_or_repaired(made: Path, name: str) -> None
             assert not sentence or str(folder) in sentence
 
 
-def test_what_follows_a_cut_line_is_not_lost(tmp_path: Path) -> None:
+def test_events_after_a_cut_line_are_kept(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", {})
     run.log(event="pseudo", round=1)
     with (run.folder / "log.jsonl").open("a") as file:
@@ -154,7 +154,9 @@ def test_what_follows_a_cut_line_is_not_lost(tmp_path: Path) -> None:
     assert [event["event"] for event in resumed.events()] == ["pseudo", "fault"]
 
 
-def test_damaged_lines_are_told_once_and_events_of_other_versions_kept(tmp_path: Path) -> None:
+def test_damaged_lines_give_a_warning_and_other_versions_events_are_kept(
+    tmp_path: Path,
+) -> None:
     run = Run.create(tmp_path / "run", {})
     run.log(event="start", fold=0, step=0)  # without parameters
     with (run.folder / "log.jsonl").open("a") as file:
@@ -186,7 +188,7 @@ def test_a_run_resumes_with_settings_that_do_not_change_the_weights(tmp_path: Pa
         run.check(to_dict(override(Config(), ["optim.lr=0.5"])), resume=True)
 
 
-def test_a_run_goes_on_in_one_process_until_that_is_gone(
+def test_only_one_process_continues_a_run_until_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (  # the child stands for data-loader workers, which outlive a killed process
@@ -214,15 +216,13 @@ def test_a_run_goes_on_in_one_process_until_that_is_gone(
         os.kill(worker, signal.SIGKILL)
 
 
-def test_where_there_are_no_locks_it_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_file_locks_give_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "fcntl", None)
     with pytest.warns(UserWarning, match="file locks do not work here"):
         Run.create(tmp_path / "run", {})
 
 
-def test_a_run_that_a_kill_left_half_made_is_begun_again(tmp_path: Path) -> None:
+def test_a_run_killed_while_it_was_created_is_created_again(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", {})
     (run.folder / "config.json").unlink()
     Run.create(tmp_path / "run", {"note": "another"})
