@@ -9,8 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -28,11 +27,9 @@ from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.core.run import Run, new_folder, runs
 from segkit.data import SOURCES, open_source
-from segkit.data.folds import Split
 from segkit.data.loader import EvalBatches, TrainImages, TrainOrder, digests, train_batches
 from segkit.data.memo import MEMO
-from segkit.data.pseudo_labelled import PseudoLabelled
-from segkit.data.source import Source, positions
+from segkit.data.source import Source
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
 from segkit.models.segmenter import build_model, check_weights
@@ -41,18 +38,26 @@ from segkit.training import tracking
 from segkit.training.build import (
     build_training,
     dropout_seeds,
-    per_part,
+    losses_per_part,
+    parallelize,
     step_options,
-    train_order,
-    wrap,
 )
 from segkit.training.evaluate import evaluate
+from segkit.training.fold_log import Clock, FoldLog
 from segkit.training.losses import Criterion, build_loss
 from segkit.training.metrics import bootstrap_interval, scores
 from segkit.training.optim import build_optimizer, build_schedule, set_lr
-from segkit.training.preparation import add_pseudo, check_data, check_folds, check_memory, divide
+from segkit.training.preparation import (
+    Fold,
+    TrainData,
+    check_data,
+    check_memory,
+    open_pseudo,
+    plan_folds,
+    split_data,
+)
 from segkit.training.state import TrainState
-from segkit.training.step import Step, train_step
+from segkit.training.step import train_step
 
 MEMORY_TO_BEGIN = (
     "set train.recompute=on or the backbone's checkpointing=true, raise train.accumulate, or lower "
@@ -68,7 +73,7 @@ MEMORY_TO_EVALUATE = (
 )
 """Advice if the device runs out of memory."""
 
-TELL_MEMORY = ("cuda",)
+CHECKED_FOR_MEMORY = ("cuda",)
 """Devices that raise an error when memory runs out; on the CPU, the system kills the process."""
 
 
@@ -76,53 +81,31 @@ def main(argv: Sequence[str]) -> None:
     """Train the folds given on the command line."""
     args = parse_arguments(argv)
     cfg = config.load(args.cfg, args.set)
-    check(cfg)
-    lost = console.end_without_peer
+    check_components(cfg)
     backend.set_deterministic(cfg.train.deterministic)
+    lost = console.end_without_peer
     with distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device:
         say = console.printer(quiet=args.quiet, verbose=args.verbose)
         run, resume = find_run(args, cfg)
-
-        # ---- checks before the folder is created
-        with MEMO.kept_in(Path(cfg.data.cache)):
-            train_source = open_source(cfg, "train")
-            val_source = open_source(cfg, "val") if cfg.data.val else train_source
-            split, files = divide(cfg, train_source, val_source, run, say)
-            pseudo = add_pseudo(cfg, train_source, val_source, split, say)
-            if distributed.is_main():
-                files |= check_data(run, split, train_source, val_source, pseudo)
-        folds = chosen_folds(args.folds, len(split.folds))
-        check_folds(cfg, folds, split, train_source, val_source, pseudo)
-        if device.type in TELL_MEMORY and not distributed.broadcast(run.exists):
-            training = positions(train_source, split.training(folds[0]))
-            with console.memory_advice(MEMORY_TO_BEGIN):
-                check_memory(cfg, train_source, training, device)
-        if distributed.is_main():
-            run.begin(config.to_dict(cfg), files)
-        distributed.barrier()
-
+        data, folds = prepare(args, cfg, run, device, say)
         if cfg.model.weights is None:
             say("model.weights is null: the model starts from random weights")
         before = run.optional("summary.json", {})
         summary = {}
-        follow = tracking.following(run, cfg.track.trackers)
         with (
             run.recording(),
-            follow as trackers,
+            tracking.open_trackers(run, cfg.track.trackers) as trackers,
             console.Stop() as stop,
             Background() as background,
         ):
-            tell_faults((pseudo or train_source, val_source), run, say)
-            if pseudo is not None and distributed.is_main():
-                run.log(event="pseudo", round=pseudo.round, images=len(pseudo.extra))
-            sources = train_source, val_source, pseudo
-            job = Job(cfg, run, split, *sources, device, resume, stop, say, trackers, background)
+            job = Job(cfg, run, data, device, resume, stop, say, trackers, background)
+            log_data(job)
             for fold in folds:
                 with console.memory_advice(MEMORY_TO_TRAIN.format(run=run.folder)):
-                    summary[f"fold{fold}"] = train_fold(job, fold)
-                if job.stop.signal:
-                    say(f"stopped by {job.stop.name}; go on with: --run-dir {run.folder} --resume")
-                    sys.exit(130 if job.stop.signal == signal.SIGINT else 0)
+                    summary[f"fold{fold.number}"] = train_fold(job, fold)
+                if stop.signal:
+                    say(f"stopped by {stop.name}; go on with: --run-dir {run.folder} --resume")
+                    sys.exit(130 if stop.signal == signal.SIGINT else 0)
             if distributed.is_main():
                 run.write("summary.json", {**before, **summary})
                 say(score_table(write_run_page(run)))
@@ -132,73 +115,80 @@ def main(argv: Sequence[str]) -> None:
         )
 
 
+def prepare(
+    args: argparse.Namespace,
+    cfg: Config,
+    run: Run,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[TrainData, list[Fold]]:
+    """Read the data, check all that can fail before training, and create the run's folder."""
+    with MEMO.kept_in(Path(cfg.data.cache)):
+        labelled = open_source(cfg, "train")
+        validation = open_source(cfg, "val") if cfg.data.val else labelled
+        split, files = split_data(cfg, labelled, validation, run, say)
+        pseudo = open_pseudo(cfg, labelled, validation, split, say)
+        data = TrainData(labelled, validation, split, pseudo)
+        if distributed.is_main():
+            files |= check_data(run, data)
+    folds = plan_folds(cfg, data, chosen_folds(args.folds, len(split.folds)))
+    if device.type in CHECKED_FOR_MEMORY and not distributed.broadcast(run.exists):
+        with console.memory_advice(MEMORY_TO_BEGIN):
+            check_memory(cfg, labelled, folds[0].order.indices, device)
+    if distributed.is_main():
+        run.begin(config.to_dict(cfg), files)
+    distributed.barrier()
+    return data, folds
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything that the folds of a run share."""
 
     cfg: Config
     run: Run
-    split: Split
-    train_source: Source
-    val_source: Source
-    pseudo: PseudoLabelled | None
+    data: TrainData
     device: torch.device
     resume: bool
     stop: console.Stop
     say: Callable[[str], None]
-    trackers: tracking.Followers
+    trackers: tracking.Trackers
     background: Background
     host: HostCopy = field(default_factory=HostCopy)
 
 
-def train_fold(job: Job, fold: int) -> dict[str, Any]:
+def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
     """Train a fold from its first step, or from its saved state, to its last step."""
-    cfg, run, device, say = job.cfg, job.run, job.device, job.say
-    folder, source = run.fold(fold), job.train_source
-    training = positions(source, job.split.training(fold))
-    validation = positions(job.val_source, job.split.folds[fold])
-    if job.pseudo is not None:
-        source = job.pseudo
-    extra = job.pseudo.extra if job.pseudo else ()
-    folder.mkdir(exist_ok=True)
+    cfg, device, source = job.cfg, job.device, job.data.source
+    job.run.fold(fold.number).mkdir(exist_ok=True)
 
-    # ---- model, optimizer and saved state
-    state, criterion, saved = begin_training(job, fold, len(source.classes))
-    order = train_order(cfg, training, extra, start_step=state.step)
-    if saved is not None:
-        say(going_on(fold, state.step, order, saved["config"]["train"]["epochs"]))
-    log = StepLog(run, fold, cfg.train.batch_size)
-    if distributed.is_main():
-        log.begin(state, order, resume=job.resume, saved=saved is not None, validation=validation)
-    about = {
-        "config": config.to_dict(cfg),
-        "classes": list(source.classes),
-        "fold": fold,
-        "trained_on": digests(source, [*training, *extra]) if distributed.is_main() else [],
-        "pseudo_round": job.pseudo.round if job.pseudo else 0,
-    }
-
-    # ---- steps
+    # ---- model, optimizer, saved state, data
+    state, criterion, saved = begin_training(job, fold)
+    order = fold.order.starting_at(state.step)
+    log = FoldLog(job.run, fold.number, cfg.train.batch_size)
+    log.begin(state, order, len(fold.validation), resume=job.resume, saved=saved)
     images = TrainImages(
-        source, [*training, *extra], build_pipeline(cfg),
+        source, [*order.indices, *order.extra], build_pipeline(cfg),
         seed=cfg.train.seed, render=cfg.augment.device == "cpu",
     )  # fmt: skip
     batches = train_batches(images, order, workers=cfg.data.workers, device=device)
     schedule = build_schedule(cfg.optim.schedule, total=order.steps, warmup=cfg.optim.warmup_steps)
     options = step_options(cfg, device)
-    net = wrap(state.model, cfg, device)
-    predict = validator(state, cfg, options["amp"])
-    val_batches = validation_batches(cfg, job.val_source, validation, device)
+    net = parallelize(state.model, cfg, device)
+    predict = validation_predictor(state, cfg, options["amp"])
+    val_batches = validation_batches(cfg, job.data.validation, fold.validation, device)
+    entries = checkpoint_entries(job, fold)
     progress = distributed.Progress(
-        None, f"fold {fold}", total=order.steps * cfg.train.batch_size,
+        None, f"fold {fold.number}", total=order.steps * cfg.train.batch_size,
         initial=state.step * cfg.train.batch_size, unit="image", parts=cfg.train.epochs, delay=0,
     )  # fmt: skip
     started = time.perf_counter() - state.seconds
-    shapes: list[torch.Size] = []
     clock = Clock()
+    shapes: list[torch.Size] = []
     log.restart(state.step)
     net.train()
     while state.step < order.steps and not job.stop.signal:
+        # ---- a step
         with clock.measure("loading"):
             parts = list(islice(batches, cfg.train.accumulate))
         factor = schedule(state.step)
@@ -211,72 +201,83 @@ def train_fold(job: Job, fold: int) -> dict[str, Any]:
             )  # fmt: skip
         state.advance(result.finite)
         clock.start()
-        epoch, into_epoch = divmod(state.step, order.steps_per_epoch)
+
+        # ---- log
+        epoch, step_of_epoch = divmod(state.step, order.steps_per_epoch)
         lr = cfg.optim.lr * factor
         progress.update(cfg.train.batch_size, partial(note, state.step, order, result.loss, lr))
         if not result.finite:
             names = [source.names[index] for _, index in order.batch(state.step - 1)]
             log.bad_step(state, names, limit=cfg.train.max_bad_steps)
-        if state.step % cfg.train.log_every == 0 or not into_epoch:
+        if state.step % cfg.train.log_every == 0 or step_of_epoch == 0:
             log.step(state.step, epoch, result, lr)
 
-        # ---- evaluations and checkpoints
+        # ---- evaluation and checkpoints
         last_step = state.step == order.steps
         evaluated: Evaluated | None = None
-        if last_step or (not into_epoch and epoch % cfg.train.evaluate_every == 0):
+        if last_step or (step_of_epoch == 0 and epoch % cfg.train.evaluate_every == 0):
             with clock.measure("evaluation"):
-                evaluated = evaluate_fold(job, fold, epoch, state, predict, val_batches)
+                evaluated = evaluate_fold(job, fold.number, epoch, state, predict, val_batches)
             net.train()
             log.restart(state.step)
         due = cfg.train.save_every and state.step % cfg.train.save_every == 0
-        if job.stop.asked(device) or due or not into_epoch or last_step:
+        if job.stop.asked(device) or due or step_of_epoch == 0 or last_step:
             state.seconds = time.perf_counter() - started
-            if distributed.is_main():
-                with clock.measure("saving"):
-                    save_fold(job, fold, state, about, evaluated)
+            with clock.measure("saving"):
+                save_fold(job, state, entries, evaluated)
         job.background.check()
     with clock.measure("saving"):
         job.background.wait()
     progress.close()
-    best_score, best_epoch = state.top[0] if state.top else (None, None)
+    score, best_epoch = state.top[0] if state.top else (None, None)
+    seconds = round(time.perf_counter() - started, 1)
     return {
-        "miou": best_score,
-        "epoch": best_epoch,
-        "steps": state.step,
-        "bad_steps": state.bad_steps,
-        "seconds": round(time.perf_counter() - started, 1),
-        "shares": clock.shares(),
+        **{"miou": score, "epoch": best_epoch, "steps": state.step, "bad_steps": state.bad_steps},
+        **{"seconds": seconds, "shares": clock.shares()},
     }
 
 
-def begin_training(
-    job: Job, fold: int, num_classes: int
-) -> tuple[TrainState, Criterion, dict[str, Any] | None]:
+def begin_training(job: Job, fold: Fold) -> tuple[TrainState, Criterion, bool]:
     """Build a fold's training and load its saved state, if the run is resumed and has one.
 
     Returns:
-        The training's state, its loss, and the entries of ``last.pt`` or ``None``.
+        The training's state, its loss, and whether the state was loaded.
     """
-    cfg, saved = job.cfg, job.run.last(fold) if job.resume else None
+    cfg, saved = job.cfg, job.run.last(fold.number) if job.resume else None
     state, criterion = build_training(
-        cfg, num_classes, job.device,
+        cfg, len(job.data.source.classes), job.device,
         weights=cfg.model.weights if saved is None else None, initialize=saved is None,
     )  # fmt: skip
     if state.model.report is not None:
         job.say(state.model.report.summary())
     if saved is not None:
-        state.load_state_dict(saved, job.run.fold(fold) / "last.pt")
+        state.load_state_dict(saved, job.run.fold(fold.number) / "last.pt")
+        epochs = saved["config"]["train"]["epochs"]
+        job.say(resumed_message(fold.number, state.step, fold.order, epochs))
     elif distributed.is_main():
         state.init = checkpoint.digest_tensors(state.model.state_dict())
-    if terms := per_part(criterion, cfg) if cfg.train.accumulate > 1 else []:
+    if terms := losses_per_part(criterion, cfg) if cfg.train.accumulate > 1 else []:
         job.say(
             f"train.accumulate={cfg.train.accumulate}: {', '.join(terms)}: the mean over the "
             "parts, not the loss of the whole batch (see docs/training.md)"
         )
-    return state, criterion, saved
+    return state, criterion, saved is not None
 
 
-def validator(state: TrainState, cfg: Config, amp: torch.dtype | None) -> Predictor:
+def checkpoint_entries(job: Job, fold: Fold) -> dict[str, Any]:
+    """Return the entries of a fold's checkpoints that do not change."""
+    source, order = job.data.source, fold.order
+    trained_on = [*order.indices, *order.extra]
+    return {
+        "config": config.to_dict(job.cfg),
+        "classes": list(source.classes),
+        "fold": fold.number,
+        "trained_on": digests(source, trained_on) if distributed.is_main() else [],
+        "pseudo_round": job.data.pseudo.round if job.data.pseudo else 0,
+    }
+
+
+def validation_predictor(state: TrainState, cfg: Config, amp: torch.dtype | None) -> Predictor:
     """Return the predictor for evaluations."""
     return Predictor(
         state.averaged,
@@ -341,7 +342,7 @@ def evaluate_fold(
         predict: Predictor with the model to evaluate.
         batches: The images to evaluate on.
     """
-    cfg, run, source = job.cfg, job.run, job.val_source
+    cfg, run, source = job.cfg, job.run, job.data.validation
     predict.model.eval()
     distributed.share_buffers(predict.model)
     gallery = Gallery(source, batches.indices, size=cfg.track.images)
@@ -373,128 +374,32 @@ def evaluate_fold(
 
 
 def save_fold(
-    job: Job, fold: int, state: TrainState, about: dict[str, Any], evaluated: Evaluated | None
+    job: Job, state: TrainState, entries: dict[str, Any], evaluated: Evaluated | None
 ) -> None:
     """Save the state, and the evaluated model if it is among the best, while training goes on.
 
     Args:
         job: Everything that the folds share.
-        fold: Number of the fold.
         state: Training state.
-        about: Entries of a checkpoint other than the state.
+        entries: Entries of the checkpoints other than the state.
         evaluated: Evaluation after this step, if there was one.
     """
-    folder, keep = job.run.fold(fold), job.cfg.train.keep
+    if not distributed.is_main():
+        return
+    folder, keep = job.run.fold(entries["fold"]), job.cfg.train.keep
     job.background.wait()  # its job reads the copy that is overwritten now
     copied = job.host.take(state.state_dict())
 
     def write() -> None:
         saved = copied()
         if evaluated is not None:
-            best = {**about, "init": saved["init"], "model": checkpoint.weights(saved)}
+            best = {**entries, "init": saved["init"], "model": checkpoint.weights(saved)}
             keep_best(folder, {**best, **evaluated.entries}, evaluated.ranked, keep)
-        checkpoint.save({**about, **saved}, folder / "last.pt", keep_previous=True)
+        checkpoint.save({**entries, **saved}, folder / "last.pt", keep_previous=True)
         for draw in evaluated.draw if evaluated is not None else ():
             draw()
 
     job.background.start(write)
-
-
-class Clock:
-    """Measures how the wall time after the first step is spent."""
-
-    def __init__(self) -> None:
-        self._start: float | None = None
-        self._seconds = {"loading": 0.0, "evaluation": 0.0, "saving": 0.0}
-
-    def start(self) -> None:
-        """Start, unless it has started already."""
-        if self._start is None:
-            self._start = time.perf_counter()
-
-    @contextmanager
-    def measure(self, activity: str) -> Iterator[None]:
-        """Add the time of the block to an activity."""
-        before = time.perf_counter()
-        yield
-        if self._start is not None:
-            self._seconds[activity] += time.perf_counter() - before
-
-    def shares(self) -> dict[str, float]:
-        """Return the share of each activity and of the steps, which are all that is not measured.
-
-        ``loading`` is the time that steps wait for data.
-        """
-        if self._start is None:
-            return {}
-        total = time.perf_counter() - self._start
-        shares = {name: round(seconds / total, 4) for name, seconds in self._seconds.items()}
-        return {"steps": round(1 - sum(shares.values()), 4), **shares}
-
-
-class StepLog:
-    """Log of a fold's steps on rank 0; rates exclude the time of evaluations."""
-
-    def __init__(self, run: Run, fold: int, batch_size: int) -> None:
-        self.run, self.fold, self.batch_size = run, fold, batch_size
-        self.restart(0)
-
-    def begin(
-        self,
-        state: TrainState,
-        order: TrainOrder,
-        *,
-        resume: bool,
-        saved: bool,
-        validation: Sequence[int],
-    ) -> None:
-        """Log that the fold starts or resumes; remove later events of an interrupted run.
-
-        Args:
-            state: Training state of the fold.
-            order: Order of its training images.
-            resume: True if the run is resumed.
-            saved: True if the fold resumes from a saved state.
-            validation: Indices of its validation images.
-        """
-        if resume:
-            self.run.rewind(self.fold, state.step if saved else -1)
-        if state.step < order.steps:
-            self.run.reopen(self.fold)
-        self.run.log(
-            event="resume" if saved else "start", fold=self.fold, step=state.step,
-            steps_per_epoch=order.steps_per_epoch,
-            parameters=sum(parameter.numel() for parameter in state.model.parameters()),
-            images=len(order.indices), validation=len(validation),
-        )  # fmt: skip
-
-    def restart(self, step: int) -> None:
-        """Restart the measurement of the rate."""
-        self._since, self._since_step = time.perf_counter(), step
-
-    def step(self, step: int, epoch: int, result: Step, lr: float) -> None:
-        """Log a step's loss and the rate since the last logged step."""
-        if not distributed.is_main():
-            return
-        seconds = time.perf_counter() - self._since
-        rate = (step - self._since_step) * self.batch_size / seconds
-        self.restart(step)
-        self.run.log(
-            event="step", fold=self.fold, epoch=epoch, step=step,
-            loss=round(float(result.loss), 6),
-            parts={name: round(float(part), 6) for name, part in result.parts.items()},
-            lr=lr, gradient_norm=float(result.gradient_norm), images_per_s=round(rate, 2),
-        )  # fmt: skip
-
-    def bad_step(self, state: TrainState, names: Sequence[str], *, limit: int) -> None:
-        """Log a step with a non-finite gradient; ``limit`` of them in a row end the run."""
-        if distributed.is_main():
-            self.run.log(event="non-finite", fold=self.fold, step=state.step, images=names)
-        if state.bad_in_row >= limit:
-            raise SegkitError(
-                f"fold {self.fold}: loss or gradient was not finite in {state.bad_in_row} steps in "
-                f"a row, the last on {', '.join(names[:4])}; lower optim.lr, or set optim.clip_norm"
-            )
 
 
 def note(step: int, order: TrainOrder, loss: Tensor, lr: float) -> str:
@@ -516,7 +421,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(cfg: Config) -> None:
+def check_components(cfg: Config) -> None:
     """Build every component once, without data or memory, so that errors are reported early."""
     if cfg.data.train is None:
         raise ConfigError("data.train: is missing; expected the labelled images to train on")
@@ -555,7 +460,15 @@ def find_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
     return run or Run(folder), resume
 
 
-def tell_faults(sources: Sequence[Source], run: Run, say: Callable[[str], None]) -> None:
+def log_data(job: Job) -> None:
+    """Report and log what is special about the data: images left out, and pseudo labels."""
+    pseudo = job.data.pseudo
+    report_faults((job.data.source, job.data.validation), job.run, job.say)
+    if pseudo is not None and distributed.is_main():
+        job.run.log(event="pseudo", round=pseudo.round, images=len(pseudo.extra))
+
+
+def report_faults(sources: Sequence[Source], run: Run, say: Callable[[str], None]) -> None:
     """Report the faults that were left out of the data; log those that are not in the log yet."""
     logged = {event["sentence"] for event in run.events() if event["event"] == "fault"}
     for fault in dict.fromkeys(fault for source in sources for fault in source.faults):
@@ -577,7 +490,7 @@ def chosen_folds(text: str, count: int) -> list[int]:
     return numbers
 
 
-def going_on(fold: int, step: int, order: TrainOrder, epochs: int) -> str:
+def resumed_message(fold: int, step: int, order: TrainOrder, epochs: int) -> str:
     """Return a sentence about a resumed fold; ``epochs`` is its earlier ``train.epochs``."""
     if step == order.steps:
         return (

@@ -23,6 +23,7 @@ from segkit import infer, train
 from segkit.augment import Pipeline
 from segkit.augment.pipeline import generator
 from segkit.core import backend, checkpoint, config, distributed
+from segkit.core.background import HostCopy
 from segkit.core.config import Config
 from segkit.core.run import Run
 from segkit.data import open_source
@@ -364,6 +365,21 @@ def test_fused_predictions_are_those_of_the_model(backbone: str) -> None:
         errors.append(error)
     assert errors[0] < 0.3  # what bf16 itself costs with random weights
     assert errors[1] < 1.5 * errors[0] + 1e-3
+
+
+def test_a_copy_on_the_host_has_the_values_of_its_step() -> None:
+    weight = torch.rand(64, 32, 3, 3).to(DEVICE, memory_format=torch.channels_last)
+    state = {"model": {"weight": weight, "count": torch.tensor(3, device=DEVICE)}, "step": 7}
+    host = HostCopy()
+    for _ in range(3):
+        expected = weight.cpu()
+        copied = host.take(state)
+        weight.mul_(1.5)
+        values = copied()
+        assert torch.equal(values["model"]["weight"], expected)
+        assert values["model"]["weight"].stride() == weight.stride()
+        assert values["model"]["count"].device.type == "cpu"
+        assert (int(values["model"]["count"]), values["step"]) == (3, 7)
 
 
 @pytest.mark.usefixtures("tiny")

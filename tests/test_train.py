@@ -27,7 +27,7 @@ from segkit.core.run import Run
 from segkit.data.demo import draw_demo
 from segkit.data.source import Fault
 from segkit.models.segmenter import build_model
-from segkit.train import keep_best, tell_faults
+from segkit.train import keep_best, report_faults
 from segkit.train import main as train_main
 from segkit.training import preparation
 from segkit.training.optim import build_schedule
@@ -131,6 +131,10 @@ def test_the_run_folder_explains_itself(trained: Path) -> None:
     assert len(run.read("classes.json")["classes"]) == 11
     assert run.read("environment.json")["torch"] == torch.__version__
     assert set(run.read("summary.json")) == {"fold0", "fold1"}
+    shares = run.read("summary.json")["fold0"]["shares"]
+    assert set(shares) == {"steps", "loading", "evaluation", "saving"}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert all(0 < share < 1 for share in shares.values())
     events = list(run.events())
     steps = [one["step"] for one in events if one["event"] == "step" and one["fold"] == 0]
     assert steps == [1, 2, 3, 4]
@@ -334,7 +338,7 @@ def test_too_little_memory_is_known_before_a_folder_is_made(
         if len(shapes) == 4:  # the second step, beside the optimizer's state
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(train_module, "TELL_MEMORY", ("cpu",))
+    monkeypatch.setattr(train_module, "CHECKED_FOR_MEMORY", ("cpu",))
     monkeypatch.setattr(preparation, "train_step", step)
     options = ["--run-dir", "runs/memory", *sets({"train.batch_size": 8, "train.accumulate": 2})]
     with pytest.raises(SegkitError, match=r"out of memory \(2\.00 GiB.*lower train\.batch_size"):
@@ -348,7 +352,7 @@ def test_a_step_tried_for_its_memory_changes_nothing(
 ) -> None:
     monkeypatch.chdir(folder)
     for device in ("cuda", "cpu"):
-        monkeypatch.setattr(train_module, "TELL_MEMORY", (device,))
+        monkeypatch.setattr(train_module, "CHECKED_FOR_MEMORY", (device,))
         options = ["--folds", "0", "--run-dir", f"runs/tried-{device}", "--quiet"]
         train_main(["--cfg", "tiny.json", *options, *sets({"train.epochs": 1})])
     assert_same(last(folder, "runs/tried-cpu")["model"], last(folder, "runs/tried-cuda")["model"])
@@ -473,7 +477,7 @@ def test_each_fault_is_told_once(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for _ in range(2):  # a start, and a resumed one: training and validation share the source
         said: list[str] = []
-        tell_faults((data, data), run, said.append)
+        report_faults((data, data), run, said.append)
         assert said == ["left out: a.jpg is empty", "left out: b.jpg is empty"]
         assert [event["file"] for event in run.events()] == ["a.jpg", "b.jpg"]
 

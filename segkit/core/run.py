@@ -20,6 +20,7 @@ from segkit.core import __version__, distributed
 from segkit.core.checkpoint import RESUME, load_latest
 from segkit.core.config import Config, merge, to_dict
 from segkit.core.errors import (
+    LOST_RANK,
     ArgumentError,
     SegkitError,
     closest,
@@ -96,12 +97,12 @@ class Run:
         folder: Path of the folder. The constructor creates nothing; see :meth:`create`.
 
     Attributes:
-        followers: Functions that are called with every event after it was written.
+        listeners: Functions that are called with every event after it was written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.followers: list[Callable[[dict[str, Any]], None]] = []
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._lock: TextIO | None = None
 
     @classmethod
@@ -220,8 +221,11 @@ class Run:
             self._record("stopped")
             raise
         except BaseException as error:
+            sentence = explain(error) or summary(error)
+            if sentence.startswith(LOST_RANK):
+                time.sleep(1)  # the rank that failed knows the cause, and records it first
             with suppress(OSError):  # the disk may be full, which may be the error itself
-                self._record("failed", explain(error) or summary(error))
+                self._record("failed", sentence)
             raise
         if distributed.is_main():
             self._record("done")
@@ -301,13 +305,13 @@ class Run:
         write_json(self.folder / name, value, durable=True)
 
     def log(self, **event: Any) -> None:
-        """Append an event to ``log.jsonl`` and call the followers."""
+        """Append an event to ``log.jsonl`` and call the listeners."""
         event = {"time": round(time.time(), 3), **event}
         path = self.folder / "log.jsonl"
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
-        for follow in self.followers:
-            follow(event)
+        for listener in self.listeners:
+            listener(event)
 
     def _cut_log(self) -> None:
         """Remove an incomplete last line of ``log.jsonl``, left by a kill or a power cut."""

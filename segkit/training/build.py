@@ -72,8 +72,8 @@ def step_options(cfg: Config, device: torch.device) -> dict[str, Any]:
     }
 
 
-def wrap(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
-    """Return the model, compiled if configured, and wrapped in DDP if there are several ranks."""
+def parallelize(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+    """Return the model, compiled if configured, in DistributedDataParallel if there are ranks."""
     if cfg.train.compile:
         model.compile()
     if distributed.world_size() == 1:
@@ -85,9 +85,7 @@ def wrap(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
     )
 
 
-def train_order(
-    cfg: Config, training: Sequence[int], extra: Sequence[int], *, start_step: int = 0
-) -> TrainOrder:
+def train_order(cfg: Config, training: Sequence[int], extra: Sequence[int]) -> TrainOrder:
     """Return the order of a fold's training images."""
     return TrainOrder(
         indices=training,
@@ -95,13 +93,12 @@ def train_order(
         batch_size=cfg.train.batch_size,
         accumulate=cfg.train.accumulate,
         seed=cfg.train.seed,
-        start_step=start_step,
         extra=extra,
         extra_share=cfg.data.pseudo_weight,
     )
 
 
-def per_part(criterion: Criterion, cfg: Config) -> list[str]:
+def losses_per_part(criterion: Criterion, cfg: Config) -> list[str]:
     """Return the names of the losses that are computed on each part of a step separately."""
     sums = [] if cfg.train.accumulate_exact else criterion.accumulated("two_pass")
     return [*sums, *criterion.accumulated("mean")]

@@ -1,9 +1,9 @@
-"""Folds of a run, and checks of its data and memory before the first step."""
+"""Data and folds of a run, and checks of data and memory before the first step."""
 
 import gc
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,17 +15,48 @@ from segkit.core.errors import DataError
 from segkit.core.run import Run
 from segkit.data import open_source
 from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shares, table
-from segkit.data.loader import TrainImages, digests
+from segkit.data.loader import TrainImages, TrainOrder, digests
 from segkit.data.pseudo_labelled import PseudoLabelled
 from segkit.data.record import data_changes, data_record
 from segkit.data.source import Source, positions
-from segkit.training.build import build_training, step_options, train_order, wrap
+from segkit.training.build import build_training, parallelize, step_options, train_order
 from segkit.training.optim import build_schedule
 from segkit.training.step import train_step
 
 
-def divide(
-    cfg: Config, train_source: Source, val_source: Source, run: Run, say: Callable[[str], None]
+@dataclass(frozen=True)
+class TrainData:
+    """Data of a run.
+
+    Args:
+        labelled: Labelled images for training.
+        validation: Images for validation; ``labelled`` unless ``data.val`` is set.
+        split: Folds and selection set.
+        pseudo: ``labelled`` followed by the pseudo-labelled images, if there are any.
+    """
+
+    labelled: Source
+    validation: Source
+    split: Split
+    pseudo: PseudoLabelled | None = None
+
+    @property
+    def source(self) -> Source:
+        """Return all images for training."""
+        return self.pseudo or self.labelled
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A fold's number, indices of its validation images, and order of its training images."""
+
+    number: int
+    validation: list[int]
+    order: TrainOrder
+
+
+def split_data(
+    cfg: Config, labelled: Source, validation: Source, run: Run, say: Callable[[str], None]
 ) -> tuple[Split, dict[str, Any]]:
     """Return the run's folds and selection set, and the files that a new run writes about them.
 
@@ -34,7 +65,7 @@ def divide(
     Returns:
         The split, and on rank 0 the contents of JSON files for the run's folder, by file name.
     """
-    if train_source.classes != val_source.classes:
+    if labelled.classes != validation.classes:
         raise DataError("data.val: has other classes than data.train; both need the same classes")
     split: Split | None = None
     files: dict[str, Any] = {}
@@ -42,35 +73,28 @@ def divide(
     if distributed.is_main() and run.exists and path.exists():
         split = Split.load(path)
     elif distributed.is_main():
-        names = train_source.names
+        names = labelled.names
         # Reads every mask, so that an invalid class index is found before training starts.
-        pixels = class_pixels(train_source, workers=cfg.data.workers)
-        if val_source is not train_source:
-            class_pixels(val_source, workers=cfg.data.workers)
-            split = Split(folds=(val_source.names,), train=names)
+        pixels = class_pixels(labelled, workers=cfg.data.workers)
+        if validation is not labelled:
+            class_pixels(validation, workers=cfg.data.workers)
+            split = Split(folds=(validation.names,), train=names)
         else:
+            groups = read_groups(cfg.data.groups, cfg.data.group_pattern, names)
             split = make_folds(
-                names,
-                pixels,
-                folds=cfg.data.folds,
-                selection=cfg.data.selection,
-                seed=cfg.train.seed,
-                groups=read_groups(cfg.data.groups, cfg.data.group_pattern, names),
-            )
-            say(table(split, names, pixels, train_source.classes))
+                names, pixels, folds=cfg.data.folds, selection=cfg.data.selection,
+                seed=cfg.train.seed, groups=groups,
+            )  # fmt: skip
+            say(table(split, names, pixels, labelled.classes))
             files["shares.json"] = [row._asdict() for row in shares(split, names, pixels)]
-        category_ids = getattr(train_source, "category_ids", None)
+        category_ids = getattr(labelled, "category_ids", None)
         files["folds.json"] = asdict(split)
-        files["classes.json"] = {"classes": train_source.classes, "category_ids": category_ids}
+        files["classes.json"] = {"classes": labelled.classes, "category_ids": category_ids}
     return distributed.broadcast(split), files
 
 
-def add_pseudo(
-    cfg: Config,
-    train_source: Source,
-    val_source: Source,
-    split: Split,
-    say: Callable[[str], None],
+def open_pseudo(
+    cfg: Config, labelled: Source, validation: Source, split: Split, say: Callable[[str], None]
 ) -> PseudoLabelled | None:
     """Return the training images followed by those of ``data.pseudo``, or None without any.
 
@@ -78,44 +102,38 @@ def add_pseudo(
     """
     if cfg.data.pseudo is None:
         return None
-    names = split.selection if val_source is train_source else val_source.names
-    held_out = digests(val_source, positions(val_source, names))
-    joined = PseudoLabelled(train_source, open_source(cfg, "pseudo"), chooses=held_out)
+    names = split.selection if validation is labelled else validation.names
+    held_out = digests(validation, positions(validation, names))
+    joined = PseudoLabelled(labelled, open_source(cfg, "pseudo"), chooses=held_out)
     say(f"pseudo labels, round {joined.round}: {len(joined.extra)} images")
     return joined
 
 
-def check_folds(
-    cfg: Config,
-    folds: Sequence[int],
-    split: Split,
-    train_source: Source,
-    val_source: Source,
-    pseudo: PseudoLabelled | None,
-) -> None:
-    """Check that each fold has its images and a whole batch; warn if the warm-up is too long."""
-    extra, warmup = pseudo.extra if pseudo else (), cfg.optim.warmup_steps
-    steps = []
-    for fold in folds:
-        positions(val_source, split.folds[fold])
-        order = train_order(cfg, positions(train_source, split.training(fold)), extra)
+def plan_folds(cfg: Config, data: TrainData, numbers: Sequence[int]) -> list[Fold]:
+    """Return the folds to train; warn if the warm-up is longer than the training.
+
+    Raises:
+        ConfigError: The schedule is invalid, or a fold has less images than a batch.
+        DataError: An image of a fold is missing.
+    """
+    folds, warmup = [], cfg.optim.warmup_steps
+    for number in numbers:
+        training = positions(data.labelled, data.split.training(number))
+        order = train_order(cfg, training, data.pseudo.extra if data.pseudo else ())
         build_schedule(cfg.optim.schedule, total=order.steps, warmup=warmup)
-        steps.append(order.steps)
-    if warmup >= min(steps) and distributed.is_main():
+        validation = positions(data.validation, data.split.folds[number])
+        folds.append(Fold(number, validation, order))
+    steps = min(fold.order.steps for fold in folds)
+    if warmup >= steps and distributed.is_main():
         warnings.warn(
-            f"optim.warmup_steps: is {warmup}, but there are {min(steps)} steps, so the learning "
+            f"optim.warmup_steps: is {warmup}, but there are {steps} steps, so the learning "
             "rate never reaches optim.lr; lower it, or train longer",
             stacklevel=2,
         )
+    return folds
 
 
-def check_data(
-    run: Run,
-    split: Split,
-    train_source: Source,
-    val_source: Source,
-    pseudo: PseudoLabelled | None,
-) -> dict[str, Any]:
+def check_data(run: Run, data: TrainData) -> dict[str, Any]:
     """Check that a resumed run has the data that it began with.
 
     Returns:
@@ -124,14 +142,14 @@ def check_data(
     Raises:
         DataError: Classes, images or labels have changed.
     """
-    names = {"train": split.training(0), "val": split.folds[0]}
-    if val_source is train_source:
-        names = {"train": (*names["train"], *names["val"], *split.selection)}
-    sources = {"train": train_source, "val": val_source}
+    names = {"train": data.split.training(0), "val": data.split.folds[0]}
+    if data.validation is data.labelled:
+        names = {"train": (*names["train"], *names["val"], *data.split.selection)}
+    sources = {"train": data.labelled, "val": data.validation}
     parts: dict[str, tuple[Source, Sequence[int]]]
     parts = {part: (sources[part], positions(sources[part], names[part])) for part in names}
-    if pseudo is not None:
-        parts["pseudo"] = pseudo, pseudo.extra
+    if data.pseudo is not None:
+        parts["pseudo"] = data.pseudo, data.pseudo.extra
     record = data_record(parts)
     if not run.exists or not (run.folder / "classes.json").exists():
         return {"data.json": record}
@@ -160,7 +178,7 @@ def check_memory(
     images, masks = (x.to(device).expand(share, *x.shape).contiguous() for x in sample[:2])
     with device:
         state, criterion = build_training(cfg, len(source.classes), device)
-    net, parts = wrap(state.model, cfg, device), min(2, cfg.train.accumulate)
+    net, parts = parallelize(state.model, cfg, device), min(2, cfg.train.accumulate)
     for _ in range(2):
         train_step(
             net, criterion, state.optimizer, [(images, masks)] * parts,

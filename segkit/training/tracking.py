@@ -20,16 +20,26 @@ from segkit.core.files import naming, regular, write_text
 from segkit.core.run import Run
 
 Event = Mapping[str, Any]
+Pictures = Sequence[tuple[str, Image.Image]]
+"""Captions and pictures."""
 
 
 class Tracker(Protocol):
-    """A tracker of one fold of a run."""
+    """A tracker of one fold of a run.
+
+    Args:
+        run: The run.
+        fold: Number of the fold.
+        step: Step from which the fold continues.
+    """
+
+    def __init__(self, *, run: Run, fold: int, step: int) -> None: ...
 
     def event(self, event: Event) -> None:
         """Record an event of the log about this fold."""
 
-    def pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
-        """Record pictures of an evaluation, as (caption, picture)."""
+    def pictures(self, step: int, pictures: Pictures) -> None:
+        """Record pictures of an evaluation."""
 
     def close(self) -> None:
         """Finish tracking; called when the fold ends or is interrupted."""
@@ -41,39 +51,32 @@ _TABLES = {"step": "steps.csv", "evaluate": "evaluations.csv"}
 class CSVTracker:
     """A tracker that writes ``steps.csv`` and ``evaluations.csv`` to the fold's folder.
 
-    Args:
-        run: The run.
-        fold: Index of the fold.
-        step: Step from which the fold continues; rows of later steps are removed.
+    Rows after the step from which the fold continues are removed.
     """
 
     def __init__(self, *, run: Run, fold: int, step: int) -> None:
         self._run, self._folder = run, run.fold(fold)
         self._columns: dict[Path, list[str]] = {}
         for name in _TABLES.values():
-            path = self._folder / name
-            if path.exists():
-                self._rewind(path, step)
+            if (self._folder / name).exists():
+                self._remove_rows_after(step, self._folder / name)
 
-    def _rewind(self, path: Path, step: int) -> None:
+    def _remove_rows_after(self, step: int, path: Path) -> None:
         with naming(path):
             text = regular(path).read_text(encoding="utf-8", errors="replace")
         text = text.replace("\0", "")  # a power failure may leave NULs or incomplete rows
-        if not text.strip():
-            write_text(path, "")
-            return
-        try:
-            header, *rows = csv.reader(io.StringIO(text, newline=""))
-            at = header.index("step")
-        except (csv.Error, ValueError) as error:
-            raise SegkitError(f"{path}: is damaged; move it elsewhere, then resume") from error
-        whole = [row for row in rows if len(row) == len(header) and row[at].isdecimal()]
         kept = io.StringIO(newline="")
-        csv.writer(kept, lineterminator="\n").writerows(
-            [header, *(row for row in whole if int(row[at]) <= step)]
-        )
+        if text.strip():
+            try:
+                header, *rows = csv.reader(io.StringIO(text, newline=""))
+                place = header.index("step")
+            except (csv.Error, ValueError) as error:
+                raise SegkitError(f"{path}: is damaged; move it elsewhere, then resume") from error
+            whole = [row for row in rows if len(row) == len(header) and row[place].isdecimal()]
+            rows = [header, *(row for row in whole if int(row[place]) <= step)]
+            csv.writer(kept, lineterminator="\n").writerows(rows)
+            self._columns[path] = header
         write_text(path, kept.getvalue())
-        self._columns[path] = header
 
     def event(self, event: Event) -> None:
         if event["event"] not in _TABLES:
@@ -88,11 +91,11 @@ class CSVTracker:
                 writer.writeheader()
             writer.writerow(row)
 
-    def pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
-        pass  # a table holds no pictures
+    def pictures(self, step: int, pictures: Pictures) -> None:
+        pass
 
     def close(self) -> None:
-        pass  # every row is written immediately
+        pass
 
 
 class TensorBoardTracker:
@@ -117,11 +120,11 @@ class TensorBoardTracker:
             if value is not None:
                 self._writer.add_scalar(name, value, event["step"], walltime=event["time"])
         if event["event"] == "evaluate":
-            lines = [f"| {' | '.join(row)} |" for row in _table(event, names)]
+            lines = [f"| {' | '.join(row)} |" for row in _class_table(event, names)]
             lines.insert(1, "| --- | --- | --- |")
             self._writer.add_text("classes", "\n".join(lines), event["step"])
 
-    def pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
+    def pictures(self, step: int, pictures: Pictures) -> None:
         for caption, image in pictures:
             self._writer.add_image(caption, np.asarray(image), step, dataformats="HWC")
 
@@ -137,7 +140,7 @@ class WandbTracker:
 
     Args:
         run: The run.
-        fold: Index of the fold.
+        fold: Number of the fold.
         step: Step from which the fold continues.
         project: Name of the project.
         entity: Team or user; default: the user logged in.
@@ -160,32 +163,25 @@ class WandbTracker:
         path = f"fold{fold}/wandb.json"
         if not (run.folder / path).exists():
             run.write(path, {"id": secrets.token_hex(4), "project": project, "entity": entity})
+        name, folder = run.folder.name, str(run.folder)
         self._tracked = wandb.init(
-            id=run.read(path)["id"],
-            project=project,
-            entity=entity,
-            mode=mode,
-            group=run.folder.name,
-            name=f"{run.folder.name}-fold{fold}",
-            dir=str(run.folder),
-            config=run.read("config.json"),
-            resume="allow",
-            reinit="finish_previous",
+            id=run.read(path)["id"], project=project, entity=entity, mode=mode,
+            group=name, name=f"{name}-fold{fold}", dir=folder, config=run.read("config.json"),
+            resume="allow", reinit="finish_previous",
             settings=wandb.Settings(console="off", silent=True),
-        )
+        )  # fmt: skip
 
     def event(self, event: Event) -> None:
         names = _names(self._run)
-        values: dict[str, Any] = {
-            name: value for name, value in scalars(event, names).items() if value is not None
-        }
+        values: dict[str, Any] = scalars(event, names)
+        values = {name: value for name, value in values.items() if value is not None}
         if event["event"] == "evaluate":
-            head, *rows = _table(event, names)
+            head, *rows = _class_table(event, names)
             values["classes"] = self._wandb.Table(columns=head, data=rows)
         if values:
             self._tracked.log(values, step=event["step"])
 
-    def pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
+    def pictures(self, step: int, pictures: Pictures) -> None:
         shown = [self._wandb.Image(image, caption=caption) for caption, image in pictures]
         self._tracked.log({"pictures": shown}, step=step)
 
@@ -193,8 +189,11 @@ class WandbTracker:
         self._tracked.finish()
 
 
-TRACKERS = {"csv": CSVTracker, "tensorboard": TensorBoardTracker, "wandb": WandbTracker}
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+TRACKERS: dict[str, type[Tracker]] = {
+    "csv": CSVTracker,
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+}
 _GIVEN = ("run", "fold", "step")
 
 
@@ -205,20 +204,17 @@ def check(specs: Sequence[Component]) -> None:
         ConfigError: An unknown name or argument, or a package that is not installed.
     """
     for number, spec in enumerate(specs):
-        path = f"track.trackers[{number}]"
+        path, package = f"track.trackers[{number}]", spec["name"]
         bind(TRACKERS, spec, path, given=_GIVEN)
-        package = _PACKAGES.get(spec["name"])
-        if package is None:
-            continue
         try:
-            importlib.import_module(package)
+            importlib.import_module(package)  # csv is Python's own
         except ImportError as error:
             raise ConfigError(
                 f"{path}: needs the package {package}; pip install {package}"
             ) from error
 
 
-class Followers:
+class Trackers:
     """The trackers of a run, opened by the ``start`` or ``resume`` event of each fold."""
 
     def __init__(self, run: Run, specs: Sequence[Component]) -> None:
@@ -245,8 +241,8 @@ class Followers:
 
     def pictures(self, step: int, pictures: Iterable[tuple[str, Image.Image]]) -> None:
         """Pass pictures to the trackers of the current fold."""
-        shown = list(pictures) if self._open else []
-        for tracker in self._open if shown else ():
+        shown = list(pictures)
+        for tracker in self._open:
             tracker.pictures(step, shown)
 
     def close(self) -> None:
@@ -256,32 +252,32 @@ class Followers:
 
 
 @contextmanager
-def following(run: Run, specs: Sequence[Component]) -> Iterator[Followers]:
+def open_trackers(run: Run, specs: Sequence[Component]) -> Iterator[Trackers]:
     """Yield trackers of ``run`` that are closed when the block ends, also after an error.
 
     After an error they have five seconds to close, because a tracker may wait for a network.
     """
-    followers = Followers(run, specs)
-    run.followers.append(followers.event)
-    failed = False
+    trackers = Trackers(run, specs)
+    run.listeners.append(trackers.event)
     try:
-        yield followers
-    except (Exception, KeyboardInterrupt):
-        failed = True
+        yield trackers
+    except SystemExit:
+        trackers.close()
         raise
+    except BaseException:
+        closing = threading.Thread(target=_close_quietly, args=(trackers,), daemon=True)
+        closing.start()
+        closing.join(5)
+        raise
+    else:
+        trackers.close()
     finally:
-        run.followers.remove(followers.event)
-        if failed:
-            closing = threading.Thread(target=_close_quietly, args=(followers,), daemon=True)
-            closing.start()
-            closing.join(5)
-        else:
-            followers.close()
+        run.listeners.remove(trackers.event)
 
 
-def _close_quietly(followers: Followers) -> None:
+def _close_quietly(trackers: Trackers) -> None:
     with suppress(Exception):  # only the error that ended the run is reported
-        followers.close()
+        trackers.close()
 
 
 def scalars(event: Event, classes: Sequence[str]) -> dict[str, float | None]:
@@ -301,7 +297,7 @@ def _names(run: Run) -> list[str]:
     return run.read("classes.json")["classes"]
 
 
-def _table(event: Event, classes: Sequence[str]) -> list[list[Any]]:
+def _class_table(event: Event, classes: Sequence[str]) -> list[list[Any]]:
     rows = zip(classes, event["iou"], event["dice"], strict=True)
     shown = [[name, *("" if v is None else f"{v:.4f}" for v in pair)] for name, *pair in rows]
     return [["class", "iou", "dice"], *shown]

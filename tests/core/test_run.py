@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -237,6 +239,21 @@ def test_without_a_name_the_newest_run_with_a_model_is_opened() -> None:
     (trained / "fold0").mkdir()
     (trained / "fold0/best.pt").write_text("")
     assert Run.open(None).folder == trained
+
+
+def test_the_status_has_the_cause_though_another_rank_notices_it_first(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {})
+
+    def fail(error: Exception) -> None:
+        with suppress(Exception), run.recording():
+            raise error
+
+    lost = threading.Thread(target=fail, args=(RuntimeError("Connection reset by peer"),))
+    lost.start()
+    time.sleep(0.3)
+    fail(SegkitError("a.jpg is damaged"))
+    lost.join()
+    assert run.read("status.json") == {"state": "failed", "sentence": "a.jpg is damaged"}
 
 
 def test_a_run_keeps_how_it_ended(tmp_path: Path) -> None:

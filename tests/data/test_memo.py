@@ -21,7 +21,7 @@ from segkit.data.folds import Split
 from segkit.data.loader import digests
 from segkit.data.memo import MEMO
 from segkit.data.source import Source
-from segkit.train import check_data, divide
+from segkit.training.preparation import TrainData, check_data, split_data
 
 IMAGES = 5
 
@@ -51,8 +51,8 @@ def start(cfg: Config, run: Path) -> Source:
     run.mkdir()
     with MEMO.kept_in(Path(cfg.data.cache)):
         source = open_source(cfg, "train")
-        _, files = divide(cfg, source, source, Run(run), lambda _: None)
-        files |= check_data(Run(run), Split(**files["folds.json"]), source, source, None)
+        _, files = split_data(cfg, source, source, Run(run), lambda _: None)
+        files |= check_data(Run(run), TrainData(source, source, Split(**files["folds.json"])))
     (run / "files.json").write_text(json.dumps(files))
     return source
 

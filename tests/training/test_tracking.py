@@ -28,7 +28,7 @@ def a_run(folder: Path) -> Run:
 
 def train(run: Run, specs: list, first: int, last: int, event: str) -> None:
     """The events of steps ``first`` to ``last``, an evaluation every second."""
-    with tracking.following(run, specs) as followers:
+    with tracking.open_trackers(run, specs) as trackers:
         run.log(event=event, fold=0, step=first - 1)
         for step in range(first, last + 1):
             run.log(
@@ -40,7 +40,7 @@ def train(run: Run, specs: list, first: int, last: int, event: str) -> None:
                     event="evaluate", fold=0, epoch=1, step=step, miou=step / 10, mean_dice=0.5,
                     pixel_accuracy=0.5, iou=[0.75, None], dice=[0.5, None], interval=[0.1, 0.9],
                 )  # fmt: skip
-                followers.pictures(step, [("a.jpg", Image.new("RGB", (8, 6), "red"))])
+                trackers.pictures(step, [("a.jpg", Image.new("RGB", (8, 6), "red"))])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_resumed_table_has_each_step_once(tmp_path: Path) -> None:
 
 def test_a_class_that_appears_later_has_its_column(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
-    with tracking.following(run, [{"name": "csv"}]):
+    with tracking.open_trackers(run, [{"name": "csv"}]):
         run.log(event="start", fold=0, step=0)
         for step, iou in ((1, [0.5, None]), (2, [0.5, 0.25])):
             run.log(
@@ -99,10 +99,10 @@ def test_a_class_that_appears_later_has_its_column(tmp_path: Path) -> None:
 
 def test_trackers_of_other_folds_hear_nothing(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
-    with tracking.following(run, [{"name": "csv"}]) as followers:
+    with tracking.open_trackers(run, [{"name": "csv"}]) as trackers:
         run.log(event="step", fold=1, step=1)
-        assert run.followers == [followers.event]
-    assert run.followers == []
+        assert run.listeners == [trackers.event]
+    assert run.listeners == []
     assert not list((tmp_path / "run/fold0").iterdir())
 
 
