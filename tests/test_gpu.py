@@ -372,7 +372,7 @@ def test_a_copy_on_the_host_has_the_values_of_its_step() -> None:
     state = {"model": {"weight": weight, "count": torch.tensor(3, device=DEVICE)}, "step": 7}
     host = HostCopy()
     for _ in range(3):
-        expected = weight.cpu()
+        expected = weight.cpu().clone()
         copied = host.take(state)
         weight.mul_(1.5)
         values = copied()
