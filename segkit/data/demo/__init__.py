@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -14,7 +13,7 @@ from segkit.core.distributed import Progress
 from segkit.core.errors import DataError
 from segkit.core.files import regular
 from segkit.data.coco import CocoSource
-from segkit.data.demo.scene import LITTER, Scene, draw_scene, polygon_area
+from segkit.data.demo.scene import LITTER, draw_scene, polygon_area
 
 CLASSES = ("Background", *(kind.name for kind in LITTER))
 
@@ -110,38 +109,21 @@ def _exists(folder: Path, settings: dict[str, int]) -> bool:
 def _draw_part(folder: Path, images: int, size: int, seed: tuple[int, int]) -> dict[str, Any]:
     """Draw the pictures of a part into a folder; return their COCO content."""
     folder.mkdir()
-    scenes = {}
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     classes = _choose_classes(images, np.random.default_rng(seed))
     for i, chosen in enumerate(Progress(classes, f"drawing {folder.name}")):
-        rng = np.random.default_rng((*seed, i))
-        name = f"{i:04d}.jpg"
-        scenes[f"{folder.name}/{name}"] = scene = draw_scene(rng, size=size, classes=chosen)
-        Image.fromarray(scene.image).save(folder / name, quality=int(rng.integers(80, 95)))
-    return _coco(scenes)
-
-
-def _choose_classes(images: int, rng: np.random.Generator) -> list[list[int]]:
-    """Return the classes of each image's 3 to 6 objects; every class occurs at least once."""
-    counts = rng.integers(3, 7, images)
-    shares = [kind.share for kind in LITTER]
-    drawn = rng.choice(len(LITTER), max(0, counts.sum() - len(LITTER)), p=shares)
-    classes = rng.permutation(np.concatenate([np.arange(len(LITTER)), drawn])) + 1
-    return [part.tolist() for part in np.split(classes, counts.cumsum())[:-1]]
-
-
-def _coco(scenes: Mapping[str, Scene]) -> dict[str, Any]:
-    """Return the content of a COCO instance file for scenes by file name."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for name, scene in scenes.items():
-        height, width = scene.mask.shape
-        images.append({"id": len(images), "file_name": name, "height": height, "width": width})
+        rng, name = np.random.default_rng((*seed, i)), f"{folder.name}/{i:04d}.jpg"
+        scene = draw_scene(rng, size=size, classes=chosen)
+        picture = Image.fromarray(scene.image)
+        picture.save(folder.parent / name, quality=int(rng.integers(80, 95)))
+        records.append({"id": i, "file_name": name, "height": size, "width": size})
         for category, outline in scene.objects:
             low, high = outline.min(0), outline.max(0)
             annotations.append(
                 {
                     "id": len(annotations),
-                    "image_id": images[-1]["id"],
+                    "image_id": i,
                     "category_id": category,
                     "segmentation": [outline.ravel().tolist()],
                     "area": round(polygon_area(outline), 2),
@@ -152,7 +134,16 @@ def _coco(scenes: Mapping[str, Scene]) -> dict[str, Any]:
     categories = [
         {"id": i, "name": kind.name, "supercategory": kind.name} for i, kind in enumerate(LITTER, 1)
     ]
-    return {"images": images, "categories": categories, "annotations": annotations}
+    return {"images": records, "categories": categories, "annotations": annotations}
+
+
+def _choose_classes(images: int, rng: np.random.Generator) -> list[list[int]]:
+    """Return the classes of each image's 3 to 6 objects; every class occurs at least once."""
+    counts = rng.integers(3, 7, images)
+    shares = [kind.share for kind in LITTER]
+    drawn = rng.choice(len(LITTER), max(0, counts.sum() - len(LITTER)), p=shares)
+    classes = rng.permutation(np.concatenate([np.arange(len(LITTER)), drawn])) + 1
+    return [part.tolist() for part in np.split(classes, counts.cumsum())[:-1]]
 
 
 def _write_json(path: Path, content: Any) -> None:
