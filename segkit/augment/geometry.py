@@ -17,9 +17,7 @@ from torch import Tensor
 
 from segkit.augment.ranges import Operation, Range, between, draw, height_and_width
 from segkit.core.errors import ConfigError
-from segkit.core.labels import IGNORE
-
-Size = tuple[int, int]
+from segkit.core.labels import IGNORE, Size
 
 IDENTITY = np.eye(3)
 

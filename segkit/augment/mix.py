@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segkit.augment.geometry import Size, flip_matrix, scale_matrix, shift_matrix
+from segkit.augment.geometry import flip_matrix, scale_matrix, shift_matrix
 from segkit.augment.ranges import Operation, Range, between, draw
 from segkit.augment.warp import warp
 from segkit.core.errors import ConfigError
-from segkit.core.labels import IGNORE
+from segkit.core.labels import IGNORE, Size
 
 Others = Callable[[np.random.Generator], tuple[Tensor, Tensor]]
 """Function that draws another labelled image with a generator: (3, H, W) and (H, W), uint8."""

@@ -14,11 +14,12 @@ from torch import Tensor
 from segkit.augment.color import COLOR, CURVES, affine, apply_matrix, apply_table
 from segkit.augment.color import IDENTITY as SAME_COLOR
 from segkit.augment.filters import FILTERS
-from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, Resize, Size
+from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, Resize
 from segkit.augment.mix import MIX, Others
 from segkit.augment.warp import warp
 from segkit.core.config import Config, Data, build
 from segkit.core.errors import ConfigError, DataError
+from segkit.core.labels import Size
 
 OPERATIONS: dict[str, Callable[..., Any]] = {**GEOMETRY, **COLOR, **CURVES, **FILTERS, **MIX}
 

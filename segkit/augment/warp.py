@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segkit.augment.geometry import Size, resize_matrix, scale_matrix, shift_matrix
-from segkit.core.labels import IGNORE
+from segkit.augment.geometry import resize_matrix, scale_matrix, shift_matrix
+from segkit.core.labels import IGNORE, Size
 
 _EXACT = 1e-9  # tolerance for whole numbers; products of float64 matrices are far more exact
 _SOFT_SHRINK = math.sqrt(2)  # up to this factor, bilinear sampling skips no pixel that matters

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segkit.core.errors import ConfigError, closest, quoted
-from segkit.core.labels import IGNORE
+from segkit.core.labels import IGNORE, Size
 
 Merge = Literal["mean", "logits", "geometric", "max"]
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 
 from segkit.core.distributed import Progress, all_reduce, rank, world_size
+from segkit.core.labels import Size
 from segkit.data.loader import EvalBatches
 from segkit.data.source import Source
 from segkit.training.metrics import counts_of, matrices_of, pixel_counts
 
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 """Evaluation callback: called with an image's index, predicted mask, true mask, counts (C, 3)."""
-
-Size = tuple[int, int]
-"""Height and width."""
 
 PENDING = 2**24
 """Number of pixels after which an evaluation waits for the device, to add up its counts."""
