@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
-from segkit.models.kernels import used
 from segkit.models.kernels.depthwise import DepthwiseConv2d
 from segkit.models.kernels.doubled import conv_doubled, doubles
 from segkit.models.kernels.resized import conv_resized, resizing_last_pays
@@ -121,9 +120,6 @@ class PyramidConv2d(nn.Conv2d):
     def forward(self, levels: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
         finest, *coarser = levels
         size = finest.shape[-2:]
-        if not used("conv_resized", finest):
-            x = torch.cat([finest, *(resize(level, size) for level in coarser)], 1)
-            return super().forward(x)
         finest_weight, *coarser_weights = self.weight.split(finest.shape[1], 1)
         x = F.conv2d(finest, finest_weight, self.bias, padding=1)
         for level, weight in zip(coarser, coarser_weights, strict=True):

@@ -16,6 +16,7 @@ from segkit.models.decoders.unet import UNet
 from segkit.models.decoders.unet3plus import UNet3Plus
 from segkit.models.decoders.unetplusplus import UNetPlusPlus
 from segkit.models.decoders.upernet import UPerNet
+from segkit.models.kernels import doubled
 from segkit.models.kernels.doubled import conv_doubled, doubles
 from segkit.models.kernels.resized import conv_resized, resizing_last_pays
 from segkit.models.layers import (
@@ -257,6 +258,14 @@ def test_convolving_a_doubled_map_is_resizing_and_convolving() -> None:
     found = conv_doubled(x, weight, bias)
     torch.testing.assert_close(found, plain)
     ours, theirs = (torch.autograd.grad((y**2).sum(), (x, weight, bias)) for y in (found, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_weights_of_a_doubled_map_are_summed_alike_on_every_device() -> None:
+    weight = torch.randn(3, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    sums, pooled = doubled._sums(weight), doubled._pooled_sums(weight)
+    torch.testing.assert_close(pooled, sums)
+    ours, theirs = (torch.autograd.grad((x**2).sum(), weight) for x in (pooled, sums))
     torch.testing.assert_close(ours, theirs)
 
 

@@ -5,8 +5,8 @@ from torch import Tensor
 from segkit.core.backend import is_exporting
 
 DEVICES = {
-    "conv_doubled": ("cpu",),
-    "conv_resized": ("cpu",),
+    "conv_doubled": ("cpu", "cuda"),
+    "conv_resized": ("cpu", "cuda"),
     "depthwise": ("cpu",),
 }
 """The device types on which a kernel was measured and is faster; PyTorch's own form elsewhere."""

@@ -1,9 +1,10 @@
 """Bilinear resizing and a 3 x 3 convolution, without storing the resized map.
 
 Replaces ``F.conv2d(F.interpolate(x, size, mode="bilinear"), weight, padding=1)``.
-Chosen where the result has at least twice as many pixels, on the CPU.
+Chosen where the result has at least twice as many pixels, on the CPU and on CUDA.
 Gain: a step of UPerNet on Swin-T takes 5.30 s with it and more than 8 s without, on two CPU cores
-(``python -m benchmarks.step``).
+(``python -m benchmarks.step``); on an H200 UPerNet's decoder takes 0.64 of the time and 0.98 of the
+memory (``python -m benchmarks.layers --device cuda``).
 """
 
 from collections.abc import Sequence
