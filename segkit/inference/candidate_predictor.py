@@ -10,6 +10,7 @@ from torch import Tensor
 
 from segkit.core import __version__, checkpoint, config, distributed
 from segkit.core.errors import ArgumentError, SegkitError
+from segkit.data.loader import EvalBatches
 from segkit.inference import soup
 from segkit.inference.candidates import Candidate
 from segkit.inference.model_file import load
@@ -102,11 +103,22 @@ class CandidatePredictor:
         }
         votes = [makers[kind]() for kind in kinds]
         place = {index: number for number, index in enumerate(mine)}
+        cfg, left_out = self.runs[0].config, images.left_out
+        batches = EvalBatches(
+            images.source,
+            images.indices,
+            labels=False,
+            batch_size=cfg.infer.batch_size,
+            workers=cfg.data.workers,
+            left_out=left_out,
+        )
         for voter, path in enumerate(candidate.paths):
-            probabilities = self._predictor(candidate, path).probabilities
-            for index, scored, _ in self.predictions(probabilities, images, labels=False):
-                for vote in votes:
-                    vote.add(place[index], scored, voter=voter)
+            predictor = self._predictor(candidate, path)
+            for batch in batches:
+                for top, scores in predictor.probability_bands(batch.images):
+                    for index, band in zip(batch.indices, scores, strict=True):
+                        for vote in votes:
+                            vote.add(place[index], band, voter=voter, top=top)
         return votes
 
     def origin(self, candidate: Candidate) -> dict[str, Any]:

@@ -137,8 +137,7 @@ class Predictor:
         Shape:
             image: (3, H, W) or (B, 3, H, W), uint8 -> (C, H, W) or (B, C, H, W), float32
         """
-        scores = joined(self._bands(self._as_batch(image)), image.shape[-2])
-        return scores if image.dim() == 4 else scores[0]
+        return joined(self.probability_bands(image), image.shape[-2])
 
     @torch.inference_mode()
     def mask(self, image: Tensor) -> Tensor:
@@ -156,11 +155,22 @@ class Predictor:
         Yields:
             The first row of the band, and its classes, uint8, (h, W) or (B, h, W).
         """
-        for top, scores in self._bands(self._as_batch(image)):
+        for top, scores in self.probability_bands(image):
             # Over an axis that is not the last in memory, max is four times as fast as argmax.
-            classes = scores.max(1).indices.to(torch.uint8)
+            classes = scores.max(-3).indices.to(torch.uint8)
             del scores  # frees the memory before the next band is computed
-            yield top, classes if image.dim() == 4 else classes[0]
+            yield top, classes
+
+    @torch.inference_mode()
+    def probability_bands(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the probabilities in bands of rows, from top to bottom.
+
+        Yields:
+            The first row of the band, and its probabilities, (C, h, W) or (B, C, h, W).
+        """
+        for top, scores in self._bands(self._as_batch(image)):
+            yield top, scores if image.dim() == 4 else scores[0]
+            del scores
 
     def _bands(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield probabilities in bands of rows, at the photograph's own size."""

@@ -29,7 +29,7 @@ class Vote:
         folder: Folder of such files; they are unnamed and disappear with the process.
 
     Raises:
-        ValueError: A prediction does not fit, a voter votes twice on an image, or the result of an
+        ValueError: A prediction does not fit, a voter votes twice on some rows, or the result of an
             image without votes is asked for.
     """
 
@@ -45,23 +45,30 @@ class Vote:
         self.shapes, self.num_classes = tuple(shapes), num_classes
         self._max_bytes, self._folder = max_bytes, folder
         self._given = None if coefficients is None else coefficients.double().nan_to_num(0.0)
-        self._voters: list[set[int]] = [set() for _ in shapes]
+        self._rows: list[dict[int, int]] = [{} for _ in shapes]  # counted, by voter
         self._stored: dict[int, _Arrays] = {}
 
-    def _check(self, image: int, voter: int, prediction: Tensor, *planes: int) -> None:
-        expected = (*planes, *self.shapes[image])
-        if tuple(prediction.shape) != expected:
+    def _count(self, image: int, voter: int, top: int, prediction: Tensor, *planes: int) -> slice:
+        """Return the rows that a prediction is of, after checking that it fits."""
+        height, width = self.shapes[image]
+        rows = prediction.shape[-2]
+        if tuple(prediction.shape) != (*planes, rows, width) or top + rows > height:
             raise ValueError(
-                f"image {image}: expected shape {expected}, got {tuple(prediction.shape)}"
+                f"image {image}: expected shape {(*planes, height - top, width)}, "
+                f"got {tuple(prediction.shape)}"
             )
-        if voter in self._voters[image]:
+        if top != self._rows[image].get(voter, 0):
             raise ValueError(f"voter {voter} has voted on image {image} already")
+        self._rows[image][voter] = top + rows
+        return slice(top, top + rows)
 
     def _ranked(self, image: int) -> list[int]:
         """Return the voters of an image, the best first."""
-        if not self._voters[image]:
+        height, _ = self.shapes[image]
+        voters = [voter for voter, rows in self._rows[image].items() if rows == height]
+        if not voters:
             raise ValueError(f"no voter has voted on image {image}")
-        return sorted(self._voters[image])
+        return sorted(voters)
 
     def _coefficients(self, voter: int) -> Tensor:
         """Return a voter's coefficient for each class, (C,)."""
@@ -86,28 +93,30 @@ class HardVote(Vote):
         result: (H, W), uint8
     """
 
-    def add(self, image: int, prediction: Tensor, *, voter: int) -> None:
-        """Add a voter's prediction of an image; voters are numbered by rank, the best is 0."""
+    def add(self, image: int, prediction: Tensor, *, voter: int, top: int = 0) -> None:
+        """Add a voter's prediction of an image, or of its next rows, which begin at ``top``.
+
+        Voters are numbered by rank, from 0 for the best.
+        """
         mask = prediction.max(0).indices if prediction.dim() == 3 else prediction
-        self._check(image, voter, mask)
         if int(mask.max()) >= self.num_classes:
             raise ValueError(
                 f"image {image}: prediction holds class {int(mask.max())}, "
                 f"but there are {self.num_classes} classes"
             )
+        rows = self._count(image, voter, top, mask)
         if voter not in self._stored:
             self._stored[voter] = self._arrays(1, np.uint8)
-        self._stored[voter][image][0] = mask.to(torch.uint8).cpu().numpy()
-        self._voters[image].add(voter)
+        self._stored[voter][image][0, rows] = mask.to(torch.uint8).cpu().numpy()
 
     def result(self, image: int) -> Tensor:
         """Return the class with most votes at every pixel."""
         voters = self._ranked(image)
         coefficients = [self._coefficients(voter) for voter in voters]
-        masks = [self._stored[voter][image][0] for voter in voters]
         winner = torch.empty(self.shapes[image], dtype=torch.uint8)
         for rows in _bands(self.shapes[image], self.num_classes):
-            winner[rows] = _most_votes([torch.tensor(mask[rows]) for mask in masks], coefficients)
+            votes = [torch.tensor(self._stored[voter][image][0, rows]) for voter in voters]
+            winner[rows] = _most_votes(votes, coefficients)
         return winner
 
 
@@ -134,12 +143,11 @@ class SoftVote(Vote):
         result: (H, W), uint8
     """
 
-    def add(self, image: int, probabilities: Tensor, *, voter: int) -> None:
-        """Add a voter's probabilities of an image."""
-        self._check(image, voter, probabilities, self.num_classes)
-        sums = torch.from_numpy(self._sums[image])
+    def add(self, image: int, probabilities: Tensor, *, voter: int, top: int = 0) -> None:
+        """Add a voter's probabilities of an image, or of its next rows, which begin at ``top``."""
+        rows = self._count(image, voter, top, probabilities, self.num_classes)
+        sums = torch.from_numpy(self._sums[image])[:, rows]
         sums += probabilities.float().cpu() * self._coefficients(voter).float().view(-1, 1, 1)
-        self._voters[image].add(voter)
 
     def probabilities(self, image: int) -> Tensor:
         """Return the weighted mean of the probabilities, (C, H, W), float32, with a sum of one."""
@@ -150,9 +158,10 @@ class SoftVote(Vote):
     def result(self, image: int) -> Tensor:
         """Return the class with the largest sum; the lowest index among equal sums."""
         self._ranked(image)
-        sums, winner = self._sums[image], torch.empty(self.shapes[image], dtype=torch.uint8)
+        winner = torch.empty(self.shapes[image], dtype=torch.uint8)
         for rows in _bands(self.shapes[image], self.num_classes):
-            winner[rows] = torch.tensor(sums[:, rows]).max(0).indices.to(torch.uint8)
+            sums = torch.tensor(self._sums[image][:, rows])
+            winner[rows] = sums.max(0).indices.to(torch.uint8)
         return winner
 
     @cached_property
@@ -163,8 +172,8 @@ class SoftVote(Vote):
 class _Arrays:
     """Arrays of given shapes in one block, initialized with zeros.
 
-    The block is kept in memory, or above ``max_bytes`` in a file. Only the array in use is mapped
-    from the file, so that resident memory does not grow with the number of images.
+    The block is kept in memory, or above ``max_bytes`` in a file. An array is mapped from the file
+    only as long as it is used, so that resident memory does not grow with the images.
     """
 
     def __init__(
@@ -189,6 +198,6 @@ class _Arrays:
 
 
 def _bands(shape: Shape, num_classes: int) -> Iterator[slice]:
-    """Return slices of rows with at most 16 million scores each."""
-    step = max(1, 2**24 // (shape[1] * num_classes))
+    """Return slices of rows with at most 4 million scores each."""
+    step = max(1, 2**22 // (shape[1] * num_classes))
     return (slice(top, top + step) for top in range(0, shape[0], step))

@@ -11,6 +11,7 @@ from benchmarks import peak_memory
 from segkit.inference.predictor import Predictor
 from segkit.inference.tiling import resized_rows, tiles
 from segkit.inference.tta import parse_views
+from segkit.inference.voting import HardVote, SoftVote
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -209,6 +210,40 @@ def _large(side: int, tile: int) -> None:
     model.seen = deque(maxlen=1)
     mask = Predictor(model, **PLAIN, tile=tile).mask(image)
     assert mask.shape == (side, side)
+
+
+def test_bands_of_probabilities_are_the_probabilities() -> None:
+    images = torch.stack([_photograph(150, 70, seed=seed) for seed in range(2)])
+    for options in ({"tile": 64}, {"size": 60}, {}):
+        predict = Predictor(_Local(), **PLAIN, **options)
+        bands = torch.cat([band for _, band in predict.probability_bands(images)], 2)
+        assert torch.equal(bands, predict.probabilities(images))
+        alone = torch.cat([band for _, band in predict.probability_bands(images[0])], 1)
+        torch.testing.assert_close(alone, bands[0])
+
+
+def _large_vote(side: int, tile: int) -> None:
+    torch.set_num_threads(1)
+    image = torch.zeros(3, side, side, dtype=torch.uint8)
+    votes = [kind([(side, side)], 4, max_bytes=0) for kind in (HardVote, SoftVote)]
+    for voter in range(2):
+        model = _Local()
+        model.seen = deque(maxlen=1)
+        for top, band in Predictor(model, **PLAIN, tile=tile).probability_bands(image):
+            for vote in votes:
+                vote.add(0, band, voter=voter, top=top)
+    for vote in votes:
+        assert vote.result(0).shape == (side, side)
+
+
+@pytest.mark.slow
+def test_a_vote_holds_bands_of_a_large_image() -> None:
+    side, mebibyte = 6000, 2**20
+    photograph_and_two_masks = (3 + 2) * side**2 / mebibyte
+    counted = 8 * 4 * 2**22 / mebibyte  # a result counts 2^22 scores at a time
+    probabilities = 4 * 4 * side**2 / mebibyte
+    assert photograph_and_two_masks + counted < probabilities
+    assert peak_memory(_large_vote, side, 128) < photograph_and_two_masks + counted
 
 
 @pytest.mark.slow

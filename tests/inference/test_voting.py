@@ -132,6 +132,23 @@ def test_wrong_votes(kind: type) -> None:
         vote.result(0)
 
 
+@pytest.mark.parametrize("kind", [HardVote, SoftVote])
+@pytest.mark.parametrize("max_bytes", [IN_MEMORY, IN_FILES])
+def test_votes_in_bands_of_rows_are_those_of_the_whole(kind: type, max_bytes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole, banded = kind([(9, 5)], 3), kind([(9, 5)], 3, max_bytes=max_bytes)
+    for voter in range(3):
+        probabilities = torch.rand(3, 9, 5, generator=generator)
+        whole.add(0, probabilities, voter=voter)
+        for top, stop in ((0, 4), (4, 8), (8, 9)):
+            banded.add(0, probabilities[:, top:stop], voter=voter, top=top)
+    assert torch.equal(whole.result(0), banded.result(0))
+    with pytest.raises(ValueError, match="voter 1 has voted on image 0 already"):
+        banded.add(0, probabilities[:, 4:], voter=1, top=4)
+    with pytest.raises(ValueError, match=r"image 0: expected shape \((3, )?5, 5\)"):
+        banded.add(0, probabilities, voter=3, top=4)
+
+
 def test_a_class_out_of_range_is_no_vote() -> None:
     with pytest.raises(ValueError, match="class 3, but there are 3"):
         HardVote(SHAPES, 3).add(1, torch.tensor([[3]]), voter=0)
