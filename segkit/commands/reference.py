@@ -81,7 +81,6 @@ KEYS = {kind: group.key for kind, group in KINDS.items()} | {
 """Kinds of components, and the key or option that takes them."""
 
 BACKBONE_ARGUMENTS = {
-    "output_stride": "Must be 32: this backbone has no dilated form.",
     "drop_path": "Largest probability of stochastic depth.",
     "like": "Library whose weights are loaded; padding and epsilon of BatchNorm follow it.",
     "output_norms": "Normalize each feature map, as published segmentation models do.",
@@ -137,8 +136,11 @@ def arguments(target: Callable[..., Any], given: Sequence[str] = ()) -> list[Set
     hints = config.hints(target)
     made = target if inspect.isclass(target) else hints.get("return", object)
     texts = dict(BACKBONE_ARGUMENTS) if target in BACKBONES.values() else {}
-    for documented in (*reversed(made.__mro__), target):
+    for documented in reversed(made.__mro__):
         texts |= _documented(documented)
+    if hints.get("output_stride") is int:  # not a choice
+        texts["output_stride"] = "Must be 32: this backbone has no dilated form."
+    texts |= _documented(target)
     return [
         Setting(
             name,
@@ -170,8 +172,9 @@ def _documented(target: Any) -> dict[str, str]:
 
 
 def _plain(docstring: str | None) -> str:
-    """Return a docstring without the markup of roles and literals."""
-    return re.sub(r"(?::\w+:)?`+([^`]*)`+", r"\1", inspect.cleandoc(docstring or ""))
+    """Return a docstring without the markup of roles and literals, and with JSON's null."""
+    text = re.sub(r"(?::\w+:)?`+([^`]*)`+", r"\1", inspect.cleandoc(docstring or ""))
+    return re.sub(r"\bNone\b", "null", text)
 
 
 def summary(target: Callable[..., Any]) -> str:

@@ -85,6 +85,9 @@ def test_list_shows_a_component(capsys) -> None:
     assert "https://arxiv.org/abs/1706.05721" in text
     assert "  alpha: a number, default 0.3\n      Coefficient of false positives.\n" in text
     assert "  weight: a number, default 1.0\n" in text
+    assert "; null for a quarter" in shown(capsys, "decoders", "fcn")
+    assert "Must be 32" in shown(capsys, "backbones", "convnext_tiny")
+    assert "Must be 32" not in shown(capsys, "backbones", "resnet50")
     assert "num_classes" not in shown(capsys, "decoders", "upernet")
     assert shown(capsys, "configs", "swin").split() == load("swin").note.split()
 
