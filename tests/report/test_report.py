@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from made_run import CLASSES, NASTY, Drawn, evaluated, made_run
@@ -16,7 +17,7 @@ from segkit.core.run import Run
 from segkit.data.photos import PhotoSource
 from segkit.inference.outputs import SAFE
 from segkit.report import class_table, score_table, write_run_page
-from segkit.report.html import document, json_block
+from segkit.report.html import document, heat_map, json_block
 from segkit.report.log import RunLog
 
 
@@ -99,6 +100,12 @@ def test_100_pictures_are_under_5_mb(tmp_path: Path, shared_data: Path) -> None:
     page = run.folder / "report.html"
     assert page.read_text().count('"photograph":') == 100
     assert page.stat().st_size < 5e6
+
+
+def test_heat_map_of_255_classes_is_small() -> None:
+    names = [f"class {c}" for c in range(255)]
+    shares = np.random.default_rng(0).random((255, 255))
+    assert len(heat_map("", names, shares.tolist(), corner="")) < 1e6
 
 
 def test_folder_without_runs_is_an_error(tmp_path: Path) -> None:
