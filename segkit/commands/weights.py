@@ -37,10 +37,11 @@ def main(argv: list[str]) -> None:
     source = str(args.file)
     state = read_file(args.file)
     checkpoint = identify(state, args.file, source=source)
+    backbones = fitting(checkpoint)
     about: dict[str, Any] = {
         "file": source,
         "title": checkpoint.title,
-        "backbones": fitting(checkpoint),
+        "backbones": [name.partition(" ")[0] for name in backbones],
         "windows": windows(checkpoint),
         "output_norms": bool(output_norms(checkpoint)),
         "decoder": checkpoint.decoder,
@@ -57,13 +58,8 @@ def main(argv: list[str]) -> None:
     if args.json:
         print(json.dumps(about | {"report": report and dataclasses.asdict(report)}))
         return
-    window = "".join(f" (window {side})" for side in windows(checkpoint))
-    norms = {"convnext": " (output_norms true)"} if about["output_norms"] else {}
-    backbones = ", ".join(
-        name + window + norms.get(name.split("_")[0], "") for name in about["backbones"]
-    )
     print(f"{source}: {checkpoint.title}")
-    print(f"  backbone  {backbones or 'none of segkit has its structure'}")
+    print(f"  backbone  {', '.join(backbones) or 'none of segkit has its structure'}")
     decoder = checkpoint.decoder or "of segkit"
     print(f"  decoder   {checkpoint.reason if checkpoint.decoder is None else decoder}")
     print(f"  classes   {checkpoint.classes or 'unknown'}")

@@ -213,7 +213,7 @@ def test_weights_of_other_channels_than_the_models_are_refused(tmp_path: Path) -
     segkit.create_model("fcn", "resnet18", num_classes=2, in_channels=4, weights=tmp_path / "x.pth")
     sentence = (
         r"'conv1.weight' has shape \(64, 4, 7, 7\), the backbone expects \(64, 3, 7, 7\) "
-        r"\(ResNet\); choose the backbone it fits: resnet18, with in_channels 4$"
+        r"\(ResNet\); choose the backbone it fits: resnet18 \(in_channels 4\)$"
     )
     with pytest.raises(segkit.CheckpointError, match=sentence):
         segkit.create_model("fcn", "resnet18", num_classes=2, weights=tmp_path / "x.pth")

@@ -1,6 +1,7 @@
 """Loading of weights into a model: a whole backbone or none of it, and a report of the rest."""
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -163,8 +164,6 @@ def _check_backbone(backbone: nn.Module, weights: Weights, source: str) -> None:
     if why := misfit(backbone, weights):
         names = fitting(weights)
         advice = f"choose the backbone it fits: {', '.join(names)}"
-        if (channels := _input_channels(backbone, weights)) != 3:
-            advice += f", with in_channels {channels}"
         if not names:
             advice = "no backbone of segkit has its structure"
         raise CheckpointError(f"{source}: {why} ({weights.title}); {advice}")
@@ -214,19 +213,22 @@ def misfit(backbone: nn.Module, weights: Weights) -> str:
 
 
 def fitting(weights: Weights) -> list[str]:
-    """Return the names of the backbones that these weights are of, with suitable arguments."""
+    """Return the backbones that these weights are of, such as ``swin_b (window 12)``."""
     values = sum(tensor.numel() for tensor in weights.backbone.tensors.values())
     names = []
     for name in BACKBONES:
         if not name.startswith(weights.backbones) or not _plausible(name, values):
             continue
-        options = {}
+        arguments: dict[str, Any] = {}
         if (channels := _input_channels(_on_meta(name), weights)) != 3:
-            options["in_channels"] = channels
-        if name.startswith("convnext_"):
-            options["output_norms"] = bool(output_norms(weights))
-        if not misfit(_on_meta(name, **options), weights):
-            names.append(name)
+            arguments["in_channels"] = channels
+        if name.startswith("convnext_") and output_norms(weights):
+            arguments["output_norms"] = True
+        if not misfit(_on_meta(name, **arguments), weights):
+            for side in windows(weights):
+                arguments["window"] = side
+            words = (f" ({key} {json.dumps(value)})" for key, value in arguments.items())
+            names.append(name + "".join(words))
     return names
 
 
