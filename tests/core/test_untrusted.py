@@ -1,4 +1,4 @@
-"""Files of weights that lie: whatever is in them, they are read or refused, in a sentence."""
+"""Damaged and malicious files of weights are read, or refused in one sentence."""
 
 import json
 import math
