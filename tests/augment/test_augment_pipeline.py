@@ -283,9 +283,59 @@ def test_operations_are_built_from_json_and_repeat(name: str) -> None:
     assert torch.equal(mask, sample()[1])
 
 
+EXPECTED = {
+    "blur": (127.49, 15.11, 4.71),
+    "brightness": (107.61, 62.24, 4.71),
+    "classmix": (127.38, 66.03, 4.74),
+    "closing": (230.57, 14.11, 4.71),
+    "contrast": (127.45, 62.24, 4.71),
+    "copy_paste": (127.49, 72.8, 4.74),
+    "crop": (127.63, 73.73, 5.07),
+    "cutmix": (127.46, 66.97, 5.14),
+    "gamma": (143.34, 69.95, 4.71),
+    "gaussian_blur": (127.44, 32.34, 4.71),
+    "grayscale": (127.73, 49.02, 4.71),
+    "hflip": (127.44, 73.71, 4.71),
+    "hue": (127.46, 72.98, 4.71),
+    "jpeg": (127.42, 52.05, 4.71),
+    "median_blur": (127.49, 25.05, 4.71),
+    "noise": (127.38, 73.79, 4.71),
+    "opening": (24.75, 14.54, 4.71),
+    "pad": (103.54, 83.0, 51.64),
+    "perspective": (125.27, 53.23, 9.09),
+    "photometric": (141.06, 55.96, 4.71),
+    "posterize": (119.9, 73.56, 4.71),
+    "quarter_turn": (127.44, 73.71, 4.71),
+    "resize": (127.38, 36.93, 4.74),
+    "resized_crop": (126.5, 45.77, 4.59),
+    "rgb_shift": (120.69, 73.72, 4.71),
+    "rotate": (100.88, 67.95, 56.66),
+    "saturation": (127.55, 56.97, 4.71),
+    "scale": (127.38, 33.07, 4.68),
+    "sharpen": (127.43, 78.19, 4.71),
+    "shear": (124.39, 62.62, 10.41),
+    "shift": (116.61, 55.63, 25.23),
+    "solarize": (64.64, 38.49, 4.71),
+    "vflip": (127.44, 73.71, 4.71),
+    "whole": (89.92, 33.23, 30.74),
+}
+"""Mean and standard deviation of the image (0..255) and mean of the mask after each operation."""
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_results_are_those_of_earlier_versions(name: str) -> None:
+    """Changed random draws or arithmetic would give other trainings from the same seed."""
+    alone = [{"name": name, "p": 1, **ARGUMENTS.get(name, {})}]
+    run = levels(WHOLE if name == "whole" else alone)
+    image, mask = run(*sample(), generator(1, 2, 3), others)
+    numbers = float(image.mean()), float(image.std()), float(mask.float().mean())
+    assert numbers == pytest.approx(EXPECTED[name], abs=0.05)
+
+
 def test_every_kind_is_in_the_registry() -> None:
     kinds = (GEOMETRY, COLOR, CURVES, FILTERS, MIX)
     assert sum(len(kind) for kind in kinds) == len(OPERATIONS)
+    assert {*EXPECTED} == {*OPERATIONS, "whole"}
 
 
 def digest(index: int) -> int:
