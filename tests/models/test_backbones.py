@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from segkit.models.backbones.stages import dilate
 from segkit.models.backbones.swin import (
     Merging,
     MergingV2,
+    ShiftMask,
     Swin,
     WindowAttention,
     WindowAttentionV2,
@@ -328,6 +330,23 @@ def test_a_shift_mask_is_made_once_for_a_stage_and_size(monkeypatch: pytest.Monk
     assert len(made) == 3
     swin(image(128, 160))
     assert made[3:] == [(5, 6)]  # 20 x 16 patches and fewer need no other windows
+
+
+def test_a_shift_mask_made_during_the_capture_of_a_cuda_graph_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its memory belongs to the graph, and a later graph may use it for other tensors."""
+    like: Any = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32)
+    mask = ShiftMask()
+    arguments = 2, 2, 4, (2, 2), like
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = mask(*arguments)
+    assert mask(*arguments) is not captured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept = mask(*arguments)
+    assert kept is not captured
+    assert mask(*arguments) is kept
+    assert torch.equal(kept, captured)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 2)])

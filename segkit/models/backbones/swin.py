@@ -237,7 +237,9 @@ class ShiftMask:
         self, down: int, across: int, window: int, shift: tuple[int, int], like: Tensor
     ) -> Tensor:
         """Return the mask, (windows, 1, N, N), with the device and dtype of ``like``."""
-        if torch.compiler.is_compiling():
+        # A tensor that a CUDA graph's capture made may be overwritten by later graphs.
+        capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or capturing:
             return shift_mask(down, across, window, shift, like)
         key = down, across, window, shift, like.device, like.dtype
         if self._mask is None or self._key != key:
