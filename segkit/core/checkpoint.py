@@ -6,7 +6,7 @@ import shutil
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.core.errors import CheckpointError, quoted, reason
-from segkit.core.files import regular, replacing
+from segkit.core.files import fits, regular, replacing
 
 FORMAT = 1
 
@@ -158,11 +158,7 @@ def load(
     for name in needs:
         if name not in state:
             raise CheckpointError(f"{path}: has no '{name}', so it cannot be used here")
-    for name, (kind, fits) in _KINDS.items():
-        if name in state and not fits(state[name]):
-            raise CheckpointError(f"{path}: its '{name}' is not {kind}")
-    if len(state.get("iou", ())) not in (0, len(state.get("classes", ()))):
-        raise CheckpointError(f"{path}: its 'iou' is not one number per class")
+    _check_entries(state, path)
     return state
 
 
@@ -362,33 +358,23 @@ def _odd(tensor: Tensor) -> str:
     return ""
 
 
-Check = Callable[[Any], bool]
-
-
-def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
-    )
-
-
-def _is_average(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and _is_state(value.get("model"))
-        and _is_count(value.get("updates"))
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+_COUNTS = ("fold", "epoch", "step", "bad_in_row", "bad_steps")
+_SHAPES: dict[str, tuple[str, Any]] = {
+    "model": ("a state dict, names to tensors", {str: Tensor}),
+    "ema": ("a moving average of weights", ({"model": {str: Tensor}, "updates": int}, None)),
+    "config": ("a configuration", {str: Any}),
+    "soup": ("a recipe", {str: Any}),
+    "classes": ("a list of names", [str]),
+    "trained_on": ("a list of digests", [str]),
+    "init": ("a digest", str),
+    "score": ("a number", (float, None)),
+    "iou": ("a list of numbers", [(float, None)]),
+    "top": ("a list of scores and epochs", [[float, float]]),
+    "seconds": ("a number", float),
+    "pseudo_round": ("a number", (int, None)),
+    **dict.fromkeys(_COUNTS, ("a number", int)),
+}
+"""Description and shape of each entry that segkit writes; other entries are ignored."""
 
 
 def _is_json(value: Any) -> bool:
@@ -399,38 +385,17 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-def _or_none(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def _list(check: Check) -> Check:
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict) and _is_json(value)
-
-
-def _is_ranked(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-
-
-_KINDS: dict[str, tuple[str, Check]] = {
-    "model": ("a state dict, names to tensors", _is_state),
-    "ema": ("a moving average of weights", _or_none(_is_average)),
-    "config": ("a configuration", _is_object),
-    "soup": ("a recipe", _is_object),
-    "classes": ("a list of names", _list(_is_text)),
-    "trained_on": ("a list of digests", _list(_is_text)),
-    "init": ("a digest", _is_text),
-    "score": ("a number", _or_none(_is_number)),
-    "iou": ("a list of numbers", _list(_or_none(_is_number))),
-    "top": ("a list of scores and epochs", _list(_is_ranked)),
-    "seconds": ("a number", _is_number),
-    "pseudo_round": ("a number", _or_none(_is_count)),
-    **dict.fromkeys(("fold", "epoch", "step", "bad_in_row", "bad_steps"), ("a number", _is_count)),
-}
-"""Type of each entry that segkit writes: description and check. Other entries are ignored."""
+def _check_entries(state: Mapping[str, Any], path: Path) -> None:
+    """Raise a CheckpointError for an entry of the wrong type."""
+    for name, (kind, shape) in _SHAPES.items():
+        value = state.get(name)
+        fitting = name not in state or fits(value, shape)
+        if name in ("config", "soup"):
+            fitting = fitting and _is_json(value)
+        if not fitting or (isinstance(value, int) and value < 0):
+            raise CheckpointError(f"{path}: its '{name}' is not {kind}")
+    if len(state.get("iou", ())) not in (0, len(state.get("classes", ()))):
+        raise CheckpointError(f"{path}: its 'iou' is not one number per class")
 
 
 def stored_digest(path: Path) -> str | None:

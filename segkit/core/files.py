@@ -166,7 +166,7 @@ def fits(value: Any, shape: Any) -> bool:
         value: Value returned by :func:`json.loads`.
         shape: A type (an integer is also a ``float``, a bool is not an ``int``); ``None``; ``Any``;
             a tuple of alternatives; ``[shape]`` for a list of any length, ``[shape, shape, ...]``
-            for a list of that length; ``{str: shape}`` for an object with any keys;
+            for a list of that length; ``{str: shape}`` for an object with any names;
             ``{"key": shape}`` for an object that has at least these keys.
     """
     if shape is Any or shape is None:
@@ -179,7 +179,7 @@ def fits(value: Any, shape: Any) -> bool:
         shapes = shape * len(value) if len(shape) == 1 else shape
         return len(value) == len(shapes) and all(map(fits, value, shapes))
     if isinstance(shape, dict) and str in shape:
-        return all(fits(inner, shape[str]) for inner in value.values())
+        return all(isinstance(key, str) and fits(value[key], shape[str]) for key in value)
     if isinstance(shape, dict):
         return all(key in value and fits(value[key], inner) for key, inner in shape.items())
     if isinstance(value, bool):
