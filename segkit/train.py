@@ -30,6 +30,7 @@ from segkit.data import SOURCES, open_source
 from segkit.data.loader import EvalBatches, TrainImages, TrainOrder, digests, train_batches
 from segkit.data.memo import MEMO
 from segkit.data.source import Source
+from segkit.inference.model_file import build_predictor
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
 from segkit.models.segmenter import build_model, check_weights
@@ -175,7 +176,8 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
     schedule = build_schedule(cfg.optim.schedule, total=order.steps, warmup=cfg.optim.warmup_steps)
     options = step_options(cfg, device)
     net = parallelize(state.model, cfg, device)
-    predict = validation_predictor(state, cfg, options["amp"])
+    # Graphs would hold memory that steps need.
+    predict = build_predictor(state.averaged, cfg, device, graphs=False)
     val_batches = validation_batches(cfg, job.data.validation, fold.validation, device)
     entries = checkpoint_entries(job, fold)
     progress = distributed.Progress(
@@ -275,22 +277,6 @@ def checkpoint_entries(job: Job, fold: Fold) -> dict[str, Any]:
         "trained_on": digests(source, trained_on) if distributed.is_main() else [],
         "pseudo_round": job.data.pseudo.round if job.data.pseudo else 0,
     }
-
-
-def validation_predictor(state: TrainState, cfg: Config, amp: torch.dtype | None) -> Predictor:
-    """Return the predictor for evaluations."""
-    return Predictor(
-        state.averaged,
-        mean=cfg.data.mean,
-        std=cfg.data.std,
-        size=cfg.infer.size,
-        tile=cfg.infer.tile,
-        overlap=cfg.infer.overlap,
-        pad=cfg.infer.pad,
-        amp=amp,
-        channels_last=cfg.train.channels_last,
-        graphs=False,  # they would hold memory that steps need
-    )
 
 
 def validation_batches(

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from segkit.core import checkpoint, config
-from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
+from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD, Config
 from segkit.core.errors import CheckpointError
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import Views
@@ -88,19 +89,26 @@ def load(
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)
     amp = precision(cfg.train.amp, torch.device(device))
+    return build_predictor(
+        for_prediction(model, amp) if fuse else model, cfg, device,
+        classes=entries["classes"], views=views, coefficients=coefficients, graphs=cfg.infer.graphs,
+    )  # fmt: skip
+
+
+def build_predictor(
+    model: nn.Module, cfg: Config, device: str | torch.device, **options: Any
+) -> Predictor:
+    """Return a predictor with the settings of a configuration; ``options`` as in Predictor."""
     return Predictor(
-        for_prediction(model, amp) if fuse else model,
+        model,
         mean=cfg.data.mean,
         std=cfg.data.std,
-        classes=entries["classes"],
         size=cfg.infer.size,
-        views=views,
         merge=cfg.infer.merge,
-        coefficients=coefficients,
         tile=cfg.infer.tile,
         overlap=cfg.infer.overlap,
         pad=cfg.infer.pad,
-        amp=amp,
+        amp=precision(cfg.train.amp, torch.device(device)),
         channels_last=cfg.train.channels_last,
-        graphs=cfg.infer.graphs,
+        **options,
     )
