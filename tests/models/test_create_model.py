@@ -1,9 +1,7 @@
 """segkit.create_model and the lists of names, as a user calls them."""
 
 import inspect
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -247,18 +245,3 @@ def test_a_model_of_other_channels_is_exported(tmp_path: Path) -> None:
     with torch.no_grad():
         exported = torch.export.load(tmp_path / "model.pt2").module()(image)["out"]
         torch.testing.assert_close(exported, model(image)["out"])
-
-
-def test_the_programs_of_the_page_on_models_run(tmp_path: Path, monkeypatch: Any) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-    first, export = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"images": torch.rand(1, 4, 33, 49)}
-    exec(first.replace('"imagenet"', "None"), names)  # which would be downloaded
-    assert names["logits"].shape == (1, 2, 33, 49)
-    exec(export.splitlines()[0], {"model": small_model()})
-    assert (tmp_path / "model.pt2").exists()
-
-
-def small_model() -> segkit.Segmenter:
-    return segkit.create_model("fcn", "resnet18_half", num_classes=2, width=8)

@@ -2,12 +2,11 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from segkit.models.backbones.stages import Stages
+from segkit.models.backbones.stages import OutputStride, Stages
 
 
 class SEBottleneck(nn.Module):
@@ -52,7 +51,7 @@ def seresnet(depths: Sequence[int]) -> Callable[..., Stages]:
     stem = ("layer0.conv1", "layer0.bn1", "layer0.relu1")
     stages = (stem, ("layer0.pool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 
-    def build(*, in_channels: int = 3, output_stride: Literal[8, 16, 32] = 32) -> Stages:
+    def build(*, in_channels: int = 3, output_stride: OutputStride = 32) -> Stages:
         network = nn.Sequential()
         layer0: dict[str, nn.Module] = {
             "conv1": nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),

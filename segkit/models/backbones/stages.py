@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torchvision.ops import SqueezeExcitation
 from segkit.core.errors import ConfigError
 from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.kernels.depthwise import speed_up_depthwise
+
+OutputStride = Literal[8, 16, 32]
+"""Strides of the deepest map that a dilated backbone can have."""
 
 
 class Stages(nn.Module):

@@ -11,7 +11,7 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.resnet import BasicBlock
 
 from segkit.core.errors import ConfigError
-from segkit.models.backbones.stages import Stages, refuse_dilation
+from segkit.models.backbones.stages import OutputStride, Stages, refuse_dilation
 from segkit.models.kernels.depthwise import DepthwiseConv2d
 
 Builder = Callable[..., nn.Module]
@@ -30,10 +30,7 @@ def resnet(builder: Builder) -> Callable[..., Stages]:
     stages = (stem, ("maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 
     def build(
-        *,
-        in_channels: int = 3,
-        output_stride: Literal[8, 16, 32] = 32,
-        contract_dilation: bool = True,
+        *, in_channels: int = 3, output_stride: OutputStride = 32, contract_dilation: bool = True
     ) -> Stages:
         return Stages(
             network=builder(),
@@ -88,7 +85,7 @@ def regnet(builder: Builder) -> Callable[..., Stages]:
     """
     stages = (("stem",), *((f"trunk_output.block{i}",) for i in range(1, 5)))
 
-    def build(*, in_channels: int = 3, output_stride: Literal[8, 16, 32] = 32) -> Stages:
+    def build(*, in_channels: int = 3, output_stride: OutputStride = 32) -> Stages:
         with torch.device("cpu"):  # it computes widths with tensors, which fails on "meta"
             network = builder()
         return Stages(
@@ -113,10 +110,7 @@ def mobilenet(builder: Builder, *taps: int) -> Callable[..., Stages]:
     """
 
     def build(
-        *,
-        in_channels: int = 3,
-        output_stride: Literal[8, 16, 32] = 32,
-        contract_dilation: bool = True,
+        *, in_channels: int = 3, output_stride: OutputStride = 32, contract_dilation: bool = True
     ) -> Stages:
         return _cut(
             builder(),
@@ -153,7 +147,7 @@ def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Calla
         drop_path: float = 0.2,
         like: Literal["torchvision", "timm", "tensorflow", "smp"] = "torchvision",
         in_channels: int = 3,
-        output_stride: Literal[8, 16, 32] = 32,
+        output_stride: OutputStride = 32,
         contract_dilation: bool = True,
     ) -> Stages:
         network = builder(stochastic_depth_prob=drop_path)
