@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -55,10 +55,9 @@ def contact_sheet(cfg: config.Config, source: Source, *, images: int) -> Image.I
         )
         draw.text((_MARGIN, row * height + 2), caption, fill="black", font=font)
         for column, index in enumerate(chosen):
+            x = _MARGIN + column * (_CELL + _MARGIN)
             cell = _cell(cfg, pipeline, source, index, other)
-            x = _MARGIN + column * (_CELL + _MARGIN) + (_CELL - cell.width) // 2
-            y = row * height + _CAPTION + (_CELL - cell.height) // 2
-            sheet.paste(cell, (x, y))
+            sheet.paste(cell, (x, row * height + _CAPTION))
     return sheet
 
 
@@ -71,8 +70,7 @@ def _cell(
     mean, std = torch.tensor([cfg.data.mean, cfg.data.std])[..., None, None]
     photograph = (std * image + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
     cell = overlay(photograph, mask, classes=source.classes, opacity=0.4, legend=False)
-    cell.thumbnail((_CELL, _CELL))
-    return cell
+    return ImageOps.pad(cell, (_CELL, _CELL), color="white")
 
 
 def main(argv: list[str]) -> None:

@@ -250,7 +250,7 @@ class Stop:
             self.signal = self.pending
         else:
             pending = torch.tensor([self.pending], device=device)
-            self.signal = int(distributed.maximum(pending))
+            self.signal = int(distributed.all_reduce(pending, maximum=True))
         return self.signal > 0
 
 

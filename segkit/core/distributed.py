@@ -145,17 +145,10 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce(x: Tensor) -> Tensor:
-    """Sum ``x`` over the ranks, in place and without gradient, and return it."""
+def all_reduce(x: Tensor, *, maximum: bool = False) -> Tensor:
+    """Return ``x`` after it became the sum, or maximum, over the ranks; without gradient."""
     if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def maximum(x: Tensor) -> Tensor:
-    """Replace ``x`` by its maximum over the ranks, in place, and return it."""
-    if world_size() > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        dist.all_reduce(x, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
     return x
 
 
@@ -265,7 +258,8 @@ class Progress:
                 self._bar.set_postfix_str(note(), refresh=False)
             return
         now = self._clock()
-        ends_part = self._total and self._part(before) < self._part(self._done)
+        parts = [self._parts * done // (self._total or 1) for done in (before, self._done)]
+        ends_part = self._total and parts[0] < parts[1]
         if now - self._start >= self._delay and (ends_part or now - self._printed >= 60):
             self._printed = now
             print(self._line(now - self._start, note), file=sys.stderr, flush=True)
@@ -274,9 +268,6 @@ class Progress:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
-
-    def _part(self, done: int) -> int:
-        return self._parts * done // (self._total or 1)
 
     def _line(self, seconds: float, note: Callable[[], str] | None) -> str:
         rate = (self._done - self._initial) / max(seconds, 1e-9)

@@ -107,7 +107,7 @@ def test_one_process_needs_no_conversion() -> None:
 def reductions() -> tuple[float, float, str]:
     mine = torch.tensor([float(distributed.rank() + 1)])
     total = distributed.all_reduce(mine.clone())
-    largest = distributed.maximum(mine.clone())
+    largest = distributed.all_reduce(mine.clone(), maximum=True)
     word = distributed.broadcast(f"from {distributed.rank()}")
     return float(total), float(largest), word
 
