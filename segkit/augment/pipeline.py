@@ -154,7 +154,8 @@ class Pipeline:
 
         Args:
             image: uint8 pixels: an array (H, W, 3), a PIL image, or a tensor (3, H, W).
-            mask: Class indices (H, W), 255 = ignore: an array, a PIL image, or a uint8 tensor.
+            mask: Class indices (H, W), 255 = ignore: an array of integers or bools, a PIL image,
+                or a uint8 tensor.
             rng: Source of the random numbers, such as :func:`generator`; default: a new one.
             others: Draws another image and its mask, for mixing operations; see :meth:`plan`.
             long: Return the mask as int64, as losses of PyTorch need it.
@@ -278,6 +279,8 @@ def _operation(spec: Mapping[str, Any] | str, path: str) -> tuple[str, float, Ca
 
 def _pixels(image: Picture) -> Tensor:
     if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise DataError(f"image: has shape {tuple(image.shape)}; a tensor is (3, H, W)")
         return image
     pixels = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
@@ -291,7 +294,7 @@ def _labels(mask: Picture) -> Tensor:
     if isinstance(mask, Tensor):
         return mask
     labels = np.array(mask)
-    if labels.dtype.kind not in "iu" or labels.ndim != 2:
+    if labels.dtype.kind not in "iub" or labels.ndim != 2:
         raise DataError(
             f"mask: is {labels.dtype} of shape {labels.shape}; expected integers (H, W)"
         )

@@ -448,6 +448,13 @@ def test_long_masks_suit_the_losses_of_torch() -> None:
     assert labels.unique().tolist() == [2, 255]
 
 
+def test_masks_may_be_bools_or_pil_images() -> None:
+    image, mask = np.zeros((16, 20, 3), np.uint8), np.eye(16, 20, dtype=bool)
+    for labelled in (mask, Image.fromarray(mask.astype(np.uint8))):
+        _, labels = segkit.Pipeline([])(image, labelled)
+        assert np.array_equal(labels.numpy(), mask)
+
+
 def test_a_generator_repeats_a_call_and_equals_tensors() -> None:
     image, mask = sample()
     augment = segkit.Pipeline(WHOLE)
@@ -462,6 +469,7 @@ def test_a_generator_repeats_a_call_and_equals_tensors() -> None:
     [
         (np.zeros((8, 9, 3)), None, r"image: is float64 of shape \(8, 9, 3\); expected uint8"),
         (np.zeros((8, 9), np.uint8), None, r"image: .*\(8, 9\); expected uint8 \(H, W, 3\)"),
+        (torch.zeros(8, 9, 3), None, r"image: has shape \(8, 9, 3\); a tensor is \(3, H, W\)"),
         (np.zeros((8, 9, 3), np.uint8), np.zeros((8, 9)), "mask: is float64"),
         (np.zeros((8, 9, 3), np.uint8), np.full((8, 9), -1), "mask: has values -1 to -1"),
         (np.zeros((8, 9, 3), np.uint8), np.zeros((9, 8), np.uint8), r"mask: has shape \(9, 8\)"),
