@@ -120,7 +120,7 @@ Sample = tuple[Tensor, Tensor, Plan]
 
 
 class TrainImages(Dataset):
-    """Augmented (image, mask) pairs by (epoch, image index).
+    """Augmented images and masks by (epoch, image index).
 
     Args:
         source: Labelled images.
@@ -149,14 +149,14 @@ class TrainImages(Dataset):
         try:
             image, mask = self.source.image(index), self.source.mask(index)
             size = image.shape[1], image.shape[2]
-            plan = self.pipeline.plan(size, rng, mask, others=self._other)
+            plan = self.pipeline.plan(size, rng, mask, others=self._draw)
         except DataError as error:
             return _without_traceback(error)
         if self.render:
             image, mask = self.pipeline.render_one(image, mask, plan)
         return image, mask, plan
 
-    def _other(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         index = self.indices[int(rng.integers(len(self.indices)))]
         return self.source.image(index), self.source.mask(index)
 
@@ -190,9 +190,9 @@ class EvalBatch:
 
 
 class EvalImages(Dataset):
-    """(index, image, mask) by image index; the mask is ``None`` without ``labels``.
+    """Images and masks by index, as (index, image, mask); without ``labels`` the mask is None.
 
-    An image that cannot be read gives (index, message) if ``skip``, else a DataError.
+    For an image that cannot be read, (index, error message) if ``skip``, else a DataError.
     """
 
     def __init__(self, source: Any, *, labels: bool, skip: bool = False) -> None:
@@ -209,7 +209,7 @@ class EvalImages(Dataset):
 
 
 def _without_traceback(error: DataError) -> DataError:
-    """Return the error to be raised by :func:`_checked`, without references to frames."""
+    """Return the error to be raised by :func:`_iterate`, without references to frames."""
     return DataError(*error.args)
 
 
@@ -227,7 +227,7 @@ def train_batches(
         prefetch_factor=4 if workers else None,
     )
 
-    def arrive(batch: Any) -> tuple[Tensor, Tensor]:
+    def load(batch: Any) -> tuple[Tensor, Tensor]:
         if images.render:
             return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
         pixels, masks = (
@@ -235,7 +235,7 @@ def train_batches(
         )
         return images.pipeline.render(pixels, masks, batch[2])
 
-    return _ahead(_checked(loader), arrive, device)
+    return _prefetch(_iterate(loader), load, device)
 
 
 class EvalBatches:
@@ -284,7 +284,7 @@ class EvalBatches:
         )
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        for batch in _checked(self._loader):
+        for batch in _iterate(self._loader):
             if self._left_out is not None:
                 self._left_out.update(batch.left_out)
             if batch.indices:
@@ -349,16 +349,16 @@ def _end_after(parent: int) -> None:
     os._exit(1)
 
 
-_started: weakref.WeakSet[Any] = weakref.WeakSet()
-"""The workers of this process."""
+_workers: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Worker processes of this process."""
 
 
 @atexit.register
 def _kill_workers() -> None:
     """Kill remaining workers: at exit, Python sends them SIGTERM, which they ignore, and waits."""
-    if _started:
+    if _workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the kills
-    for worker in _started:
+    for worker in _workers:
         worker.kill()
 
 
@@ -417,8 +417,11 @@ def _pad(image: Tensor, multiple: int) -> Tensor:
     return image[:, rows[:, None], columns]
 
 
-def _checked(loader: DataLoader) -> Iterator[Any]:
-    for batch in _start(loader):
+def _iterate(loader: DataLoader) -> Iterator[Any]:
+    """Yield the batches of a loader; raise a DataError that is returned in place of a batch."""
+    batches = iter(loader)
+    _workers.update(getattr(batches, "_workers", ()))
+    for batch in batches:
         if isinstance(batch, DataError):
             # A new exception: raising one that a local variable refers to creates a reference
             # cycle, which would keep the loaders of all enclosing frames, and their workers, alive.
@@ -426,29 +429,23 @@ def _checked(loader: DataLoader) -> Iterator[Any]:
         yield batch
 
 
-def _start(loader: DataLoader) -> Iterator[Any]:
-    batches = iter(loader)
-    _started.update(getattr(batches, "_workers", ()))
-    return batches
-
-
-def _ahead(
-    batches: Iterator[Any], arrive: Callable[[Any], tuple[Tensor, Tensor]], device: torch.device
+def _prefetch(
+    batches: Iterator[Any], load: Callable[[Any], tuple[Tensor, Tensor]], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches moved by ``arrive`` to a device; on CUDA, one batch ahead on a side stream."""
+    """Yield batches that ``load`` moves to a device; on CUDA, one batch ahead on a side stream."""
     if device.type != "cuda":
-        yield from map(arrive, batches)
+        yield from map(load, batches)
         return
     side = torch.cuda.Stream(device)
-    waiting = None
+    loaded = None
     for batch in batches:
         with torch.cuda.stream(side):
-            coming = arrive(batch)
-        if waiting is not None:
-            yield waiting
+            loading = load(batch)
+        if loaded is not None:
+            yield loaded
         torch.cuda.current_stream(device).wait_stream(side)
-        for tensor in coming:
+        for tensor in loading:
             tensor.record_stream(torch.cuda.current_stream(device))
-        waiting = coming
-    if waiting is not None:
-        yield waiting
+        loaded = loading
+    if loaded is not None:
+        yield loaded
