@@ -62,10 +62,6 @@ class Pixels:
         output: Name of the decoder's output.
         smoothed: Also compute :attr:`log_area`.
 
-    Attributes:
-        regions: The classes that losses of regions, such as Dice, average over: all, but only class
-            1 if binary.
-
     Shape:
         logits: (B, C, H, W)
         target: (B, H, W), uint8 or int64
@@ -91,7 +87,6 @@ class Pixels:
                 f"got {tuple(logits.shape)} and {tuple(target.shape)}"
             )
         self.binary = logits.shape[1] == 1
-        self.regions = slice(1 if self.binary else 0, None)
         self.logits = torch.cat([torch.zeros_like(logits), logits], 1) if self.binary else logits
         self.target = target
         self.across_ranks = across_ranks
@@ -102,51 +97,78 @@ class Pixels:
             check_labels(target, self.logits.shape[1])
 
     @cached_property
-    def valid(self) -> Tensor:
-        """(B, H, W) bool: True where the target is a class."""
-        return _is_class(self.target, self.logits.shape[1])
+    def index(self) -> Tensor:
+        """(B, H, W) int64: the target; any class where it is no class."""
+        return self.target.long().clamp(0, self.logits.shape[1] - 1)
 
     @cached_property
-    def _labels_are_valid(self) -> Tensor:
-        return (self.valid != (self.target == IGNORE)).all()
+    def valid(self) -> Tensor:
+        """(B, H, W) bool: True where the target is a class."""
+        if self.target.dtype.is_signed:
+            return self.index == self.target
+        return self.target < self.logits.shape[1]
 
     def guarded(self, loss: Tensor) -> Tensor:
         """Return ``loss``; off the CPU infinite, as is its gradient, if a label is invalid."""
-        return loss if _on_cpu(self.target) else loss / self._labels_are_valid
+        if _on_cpu(self.target):
+            return loss
+        return loss / (self.valid != (self.target == IGNORE)).all()
 
     @cached_property
-    def index(self) -> Tensor:
-        """(B, H, W) int64: the target, 0 where ignored."""
-        return self.target.long() * self.valid
+    def _in_pieces(self) -> bool:
+        """True on the CPU, and for large batches: :class:`_SoftmaxSums` keeps no large tensor."""
+        return _on_cpu(self.logits) or self.logits.numel() > _LARGE_PIECE
 
     @cached_property
     def _softmax_sums(self) -> tuple[Tensor, Tensor, Tensor]:
         return _SoftmaxSums.apply(self.logits, self.index, self.valid, self.smoothed)
 
-    @property
+    @cached_property
+    def _log_softmax(self) -> tuple[Tensor, int]:
+        """The log-probabilities, in the logits' memory format, and the axis of the classes."""
+        x, axis = self.logits, 1
+        if x.stride(1) == 1:  # channels_last
+            x, axis = x.permute(0, 2, 3, 1), 3
+        return x.log_softmax(axis, dtype=_at_least_fp32(x)), axis
+
+    @cached_property
     def log_true(self) -> Tensor:
         """(B, H, W): log-probability of the true class, 0 where ignored."""
-        return self._softmax_sums[0]
+        if self._in_pieces:
+            return self._softmax_sums[0]
+        log_p, axis = self._log_softmax
+        log_true = log_p.gather(axis, self.index.unsqueeze(axis)).squeeze(axis)
+        return torch.where(self.valid, log_true, 0)
 
-    @property
+    @cached_property
     def area(self) -> Tensor:
         """(B, C): sum of each class's probability over the valid pixels."""
-        return self._softmax_sums[1]
+        if self._in_pieces:
+            return self._softmax_sums[1]
+        log_p, axis = self._log_softmax
+        return (log_p.exp() * self.valid.unsqueeze(axis)).sum((2, 3) if axis == 1 else (1, 2))
 
-    @property
+    @cached_property
     def log_area(self) -> Tensor:
         """(B, C): sum of each class's log-probability over the valid pixels, if ``smoothed``."""
-        return self._softmax_sums[2]
+        if self._in_pieces:
+            return self._softmax_sums[2]
+        log_p, axis = self._log_softmax
+        return (log_p * self.valid.unsqueeze(axis)).sum((2, 3) if axis == 1 else (1, 2))
 
     @cached_property
-    def count(self) -> Tensor:
-        """(B, C): valid pixels of each true class."""
-        return self.by_class(torch.ones_like(self.log_true))
+    def _class_sums(self) -> tuple[Tensor, Tensor]:
+        return _ClassSums.apply(self.log_true, self.index, self.valid, self.logits.shape[1])
 
-    @cached_property
+    @property
     def intersection(self) -> Tensor:
         """(B, C): sum of the true class's probability over the pixels of each true class."""
-        return self.by_class(self.log_true.exp())
+        return self._class_sums[0]
+
+    @property
+    def count(self) -> Tensor:
+        """(B, C): valid pixels of each true class."""
+        return self._class_sums[1]
 
     @cached_property
     def sums(self) -> Tensor:
@@ -176,17 +198,15 @@ class Pixels:
         """(B, C, H, W): softmax of the logits; only for losses that need all of it."""
         return self.logits.to(_at_least_fp32(self.logits)).softmax(1)
 
-    def by_class(self, values: Tensor) -> Tensor:
-        """Sum (B, H, W) values over the valid pixels of each true class: (B, C)."""
-        # Row by row first: more accurate sums, and fewer atomic additions to the same address.
-        rows = values.new_zeros(*values.shape[:2], self.logits.shape[1])
-        return rows.scatter_add(2, self.index, values * self.valid).sum(1)
-
     def sum(self, values: Tensor, factors: Tensor | None) -> Tensor:
         """Sum (B, H, W) values, 0 where ignored, times the factor of each pixel's true class."""
         if factors is None:
             return values.sum()
-        return (self.by_class(values) * factors.to(values)).sum()
+        return (values * factors.to(values)[self.index]).sum()
+
+    def of_regions(self, x: Tensor) -> Tensor:
+        """Return (..., C) values of the classes that losses of regions score: class 1 if binary."""
+        return x[..., 1:] if self.binary else x
 
     def total(self, x: Tensor) -> Tensor:
         """Return the sum of ``x`` over the ranks if ``across_ranks``, else ``x``."""
@@ -196,7 +216,9 @@ class Pixels:
         """Return ``total / count`` of the global batch; 0, with a gradient, if the count is 0."""
         if self.across_ranks and world_size() > 1:
             total, count = self.total(torch.stack([total, count.to(total)])).unbind()
-        return total / torch.where(count > 0, count, 1)
+        if count.is_floating_point():
+            return total / (count + (count == 0))
+        return total / count.clamp_min(1)
 
     def step_mean(self, total: Tensor, step_count: Tensor) -> Tensor:
         """Return ``total`` divided by the average count of the step's parts, over the ranks.
@@ -362,11 +384,8 @@ class Tversky(Loss):
         sums = pixels.sums
         if self.per_image:
             sums = torch.stack([pixels.intersection, pixels.area, pixels.count])
-        true_positive, predicted, truth = sums[..., pixels.regions]
-        errors = self.alpha * (predicted - true_positive) + self.beta * (truth - true_positive)
-        denominator = (true_positive + errors + self.smooth).clamp_min(1e-7)
-        index = (true_positive + self.smooth) / denominator
         counted = self._counted(sums[2], pixels)
+        index = _TverskyIndex.apply(pixels.of_regions(sums), self.alpha, self.beta, self.smooth)
         loss = ((1 - index) * counted).sum()
         if self.per_image:
             return pixels.step_mean(loss, self._counted(pixels.step_count, pixels).sum())
@@ -377,7 +396,7 @@ class Tversky(Loss):
         present = truth > 0
         if self.classes == "all":
             present = present.any(1, keepdim=True).expand_as(truth)
-        return present[:, pixels.regions]
+        return pixels.of_regions(present)
 
 
 class Dice(Tversky):
@@ -482,7 +501,7 @@ class Lovasz(Loss):
     def of(self, pixels: Pixels) -> Tensor:
         images = range(len(pixels.target)) if self.per_image else [slice(None)]
         present = (pixels.count > 0).tolist()  # read once: on a GPU this waits
-        classes = range(pixels.logits.shape[1])[pixels.regions]
+        classes = range(1 if pixels.binary else 0, pixels.logits.shape[1])
         losses = []
         for image in images:
             valid = pixels.valid[image].flatten()
@@ -521,7 +540,8 @@ class MSSSIM(Loss):
     def of(self, pixels: Pixels) -> Tensor:
         x = pixels.probabilities * pixels.valid[:, None]
         y = torch.zeros_like(x).scatter_(1, pixels.index[:, None], 1.0) * pixels.valid[:, None]
-        x, y = x[:, pixels.regions], y[:, pixels.regions]
+        if pixels.binary:
+            x, y = x[:, 1:], y[:, 1:]
         side = min(x.shape[2:])
         window = min(self.window, side - (side + 1) % 2)
         weights = self.scale_weights[: (side // window).bit_length()]
@@ -648,40 +668,54 @@ class Criterion(nn.Module):
         """
         if isinstance(outputs, Tensor):
             outputs = {"out": outputs}
-        others = [name for name in outputs if name != "out"]
-        terms = self._terms("out", outputs["out"], target, step)
-        values = {name: value.detach() for name, value in terms.items()}
-        loss = self._weighted_sum(terms)
-        for name, weight in zip(others, self._aux_weights(len(others)), strict=True):
-            value = self._weighted_sum(self._terms(name, outputs[name], target, step))
-            values[name] = value.detach()
-            loss = loss + weight * value
         if self.training and self.needs_presence and all(x.dim() > 2 for x in outputs.values()):
             raise ConfigError(
                 "loss.terms: 'presence' scores a presence output, and this decoder has none; "
                 "remove the term or turn the decoder's presence head on"
             )
-        return loss, values
+        others = [name for name in outputs if name != "out"]
+        with _no_autocast(outputs["out"]):
+            pixels = self._pixels("out", outputs["out"], target, step)
+            terms = self._terms(pixels)
+            values = {name: value.detach() for name, value in terms.items()}
+            loss = self._weighted_sum(terms)
+            for name, weight in zip(others, self._aux_weights(len(others)), strict=True):
+                logits = outputs[name]
+                if logits.dim() == 2:
+                    terms = {"presence": self.losses["presence"](logits, target, step)}
+                else:
+                    terms = self._terms(self._pixels(name, logits, target, step))
+                value = self._weighted_sum(terms)
+                values[name] = value.detach()
+                loss = loss + weight * value
+            return pixels.guarded(loss), values
 
-    def _terms(
+    def _pixels(
         self, output: str, logits: Tensor, target: Tensor, step: WholeStep | None
-    ) -> dict[str, Tensor]:
-        if logits.dim() == 2:
-            return {"presence": self.losses["presence"](logits, target, step)}
-        losses = {name: loss for name, loss in self.losses.items() if isinstance(loss, Loss)}
-        with _no_autocast(logits):
-            pixels = Pixels(
-                logits,
-                target,
-                across_ranks=self.training,
-                step=step,
-                output=output,
-                smoothed=any(loss.smoothed for loss in losses.values()),
-            )
-            return {name: pixels.guarded(loss.of(pixels)) for name, loss in losses.items()}
+    ) -> Pixels:
+        return Pixels(
+            logits,
+            target,
+            across_ranks=self.training,
+            step=step,
+            output=output,
+            smoothed=any(getattr(loss, "smoothed", False) for loss in self.losses.values()),
+        )
+
+    def _terms(self, pixels: Pixels) -> dict[str, Tensor]:
+        return {
+            name: loss.of(pixels) for name, loss in self.losses.items() if isinstance(loss, Loss)
+        }
 
     def _weighted_sum(self, terms: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
+        """Return the sum of the terms times their weights; a weight of 1 costs no kernel."""
+        first, *others = (
+            value if self.weights[name] == 1 else self.weights[name] * value
+            for name, value in terms.items()
+        )
+        for value in others:
+            first = first + value
+        return first
 
     def _aux_weights(self, number: int) -> tuple[float, ...]:
         if isinstance(self.aux_weight, int | float):
@@ -816,6 +850,67 @@ class _SoftmaxSums(torch.autograd.Function):
         return gradient.view_as(logits), None, None, None
 
 
+class _ClassSums(torch.autograd.Function):
+    """:attr:`Pixels.intersection` and :attr:`Pixels.count`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_true: Tensor, index: Tensor, valid: Tensor, classes: int
+    ) -> tuple[Tensor, Tensor]:
+        values = log_true.new_empty(2, *log_true.shape)
+        p = torch.mul(log_true.exp(), valid, out=values[0])
+        values[1] = valid
+        # Row by row first: more accurate sums, and fewer atomic additions to the same address.
+        rows = p.new_zeros(*values.shape[:3], classes)
+        rows.scatter_add_(3, index.expand(values.shape), values)
+        ctx.save_for_backward(p, index)
+        intersection, count = rows.sum(2).unbind()
+        ctx.mark_non_differentiable(count)
+        return intersection, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+        p, index = ctx.saved_tensors
+        return gradient.gather(1, index.flatten(1)).view_as(p) * p, None, None, None
+
+
+class _TverskyIndex(torch.autograd.Function):
+    """The index of intersections, areas and counts; its gradient in few kernels.
+
+    Shape:
+        sums: (3, ..., C)
+        index: (..., C)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, alpha: float, beta: float, smooth: float) -> Tensor:
+        true_positive, predicted, truth = sums
+        denominator = torch.add(alpha * predicted, truth, alpha=beta)
+        rest = 1 - alpha - beta
+        if rest:
+            denominator.add_(true_positive, alpha=rest)
+        if smooth:
+            denominator.add_(smooth)
+            true_positive = true_positive + smooth
+        denominator.clamp_min_(1e-7)
+        index = true_positive / denominator
+        ctx.save_for_backward(index, denominator)
+        ctx.alpha, ctx.rest = alpha, rest
+        return index
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        index, denominator = ctx.saved_tensors
+        d_true_positive = gradient / denominator
+        slope = d_true_positive * index
+        if ctx.rest:
+            d_true_positive.sub_(slope, alpha=ctx.rest)
+        d_predicted = slope.mul(-ctx.alpha)
+        return torch.stack([d_true_positive, d_predicted, slope.zero_()]), None, None, None
+
+
 class _SigmoidFocalSums(torch.autograd.Function):
     """Sums over the valid pixels of the focal loss of the true class, and of all other classes.
 
@@ -909,17 +1004,14 @@ def check_labels(target: Tensor, num_classes: int) -> None:
     Raises:
         DataError: The message has the value.
     """
-    invalid = ~_is_class(target, num_classes) & (target != IGNORE)
+    invalid = (target >= num_classes) & (target != IGNORE)
+    if target.dtype.is_signed:
+        invalid |= target < 0
     if invalid.any():
         raise DataError(
             f"target holds {int(target[invalid][0])}; expected a class, 0 to {num_classes - 1}, or "
             f"{IGNORE} for ignored pixels"
         )
-
-
-def _is_class(target: Tensor, num_classes: int) -> Tensor:
-    below = target < num_classes
-    return below & (target >= 0) if target.dtype.is_signed else below
 
 
 def _count(target: Tensor) -> Tensor:

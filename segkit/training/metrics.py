@@ -30,9 +30,9 @@ def classes_of(logits: Tensor) -> Tensor:
     if logits.shape[1] > IGNORE:
         raise ValueError(f"expected at most {IGNORE} classes, got {logits.shape[1]}")
     if logits.shape[1] == 1:
-        return (logits[:, 0] > 0).to(torch.uint8)
+        return _largest(logits).to(torch.uint8)
     if not _on_cpu(logits):
-        return logits.argmax(1).to(torch.uint8)
+        return _largest(logits).to(torch.uint8)
     # On the CPU, comparing planes is many times faster than argmax over an axis that is not the
     # last in memory.
     classes = torch.zeros_like(logits[:, 0], dtype=torch.uint8)
@@ -48,7 +48,9 @@ def classes_of(logits: Tensor) -> Tensor:
     return classes
 
 
-def pixel_counts(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
+def pixel_counts(
+    predicted: Tensor, target: Tensor, num_classes: int, *, per_image: bool = True
+) -> Tensor:
     """Count the pixels of each pair of true and predicted class, without waiting for a GPU.
 
     :func:`matrices_of` turns the counts of any number of batches into confusion matrices.
@@ -57,32 +59,40 @@ def pixel_counts(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
         predicted: Logits, or class indices.
         target: Class indices, 255 for ignored pixels.
         num_classes: C; 1 is binary and counts as 2.
+        per_image: Count each image; else all of them together, as one image.
 
     Shape:
         predicted: (B, C, H, W) floating, or (B, H, W) integer
         target: (B, H, W) integer
-        counts: (B, C + 2, C + 1) int64; row C + 1 has ignored pixels; row and column C have values
-            that are no class index
+        counts: (B, C + 2, C + 1) int64; row 0 has ignored pixels, rows 1 to C the classes; the last
+            row and column have values that are no class index
 
     Raises:
         ValueError: The sizes differ; on the CPU also for a value that is no class index.
     """
-    if predicted.dim() == 4:
-        predicted = classes_of(predicted)
+    classes = max(2, num_classes)
+    logits = predicted if predicted.dim() == 4 else None
+    if logits is not None:
+        predicted = classes_of(logits) if _on_cpu(logits) else _largest(logits)
     if predicted.shape != target.shape:
         raise ValueError(
             f"expected predictions and target of the same size, "
             f"got {tuple(predicted.shape)} and {tuple(target.shape)}"
         )
-    classes = max(2, num_classes)
     if _on_cpu(target):
-        return _pixel_counts_cpu(predicted, target, classes)
-    rows, columns = classes + 2, classes + 1
-    row = torch.where(_is_class(target, classes), target, (target == IGNORE).int() + classes)
-    column = torch.where(_is_class(predicted, classes), predicted, classes)
-    image = torch.arange(len(target), dtype=torch.int32, device=target.device)[:, None, None]
-    code = ((image * rows + row) * columns + column).int()
-    bins = len(target) * rows * columns
+        counts = _pixel_counts_cpu(predicted, target, classes)
+        return counts if per_image else counts.sum(0, keepdim=True)
+    rows, columns, images = classes + 2, classes + 1, len(target) if per_image else 1
+    if target.dtype != torch.uint8:  # any value that is neither a class nor 255 becomes C
+        target = torch.where((target < 0) | (target > IGNORE), classes, target).to(torch.uint8)
+    row = (target + 1).clamp_max_(min(classes + 1, IGNORE))  # 255 + 1 is 0
+    column = predicted
+    if logits is None or logits.shape[1] > classes:  # any value that is no class becomes C
+        column = torch.where((predicted < 0) | (predicted >= classes), classes, predicted.int())
+    code = torch.add(column, row, alpha=columns)
+    bins = images * rows * columns
+    if images > 1:
+        code += torch.arange(0, bins, rows * columns, device=code.device)[:, None, None]
     if code.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         counts = torch.histc(code, bins, 0, bins)  # bincount would wait for the device
     else:
@@ -110,7 +120,7 @@ def _pixel_counts_cpu(predicted: Tensor, target: Tensor, classes: int) -> Tensor
             f"target holds {value}, but there are {classes} classes and {IGNORE} for ignored"
         )
     none = torch.zeros_like(counts[:, :1])
-    return torch.cat([counts[:, :classes], none, counts[:, IGNORE:]], 1)
+    return torch.cat([counts[:, IGNORE:], counts[:, :classes], none], 1)
 
 
 def matrices_of(counts: Tensor) -> Tensor:
@@ -124,16 +134,14 @@ def matrices_of(counts: Tensor) -> Tensor:
         ValueError: A target or a prediction has a value that is no class index.
     """
     classes = counts.shape[2] - 1
-    labels, predictions = torch.stack([
-        counts[:, classes].sum(), counts[:, :, classes].sum()
-    ]).tolist()  # fmt: skip
-    for what, pixels in (("target", labels), ("prediction", predictions)):
-        if pixels:
-            raise ValueError(
-                f"{what} holds no class index in {pixels} pixels; expected 0 to {classes - 1}, "
-                f"or {IGNORE} for ignored pixels of a target"
-            )
-    return counts[:, :classes, :classes]
+    if counts[:, -1].sum() + counts[:, :, -1].sum() > 0:
+        labels = int(counts[:, -1].sum())
+        what, pixels = ("target", labels) if labels else ("prediction", int(counts[..., -1].sum()))
+        raise ValueError(
+            f"{what} holds no class index in {pixels} pixels; expected 0 to {classes - 1}, or "
+            f"{IGNORE} for ignored pixels of a target"
+        )
+    return counts[:, 1:-1, :-1]
 
 
 def image_matrices(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
@@ -149,7 +157,7 @@ def image_matrices(predicted: Tensor, target: Tensor, num_classes: int) -> Tenso
 
 def confusion_matrix(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """Return the sum of :func:`image_matrices`, (C, C) int64; rows are the truth."""
-    return image_matrices(predicted, target, num_classes).sum(0)
+    return matrices_of(pixel_counts(predicted, target, num_classes, per_image=False))[0]
 
 
 def counts_of(matrices: Tensor) -> Tensor:
@@ -274,12 +282,13 @@ def paired_difference(
     return (float(difference), *_interval(redrawn, level))
 
 
+def _largest(logits: Tensor) -> Tensor:
+    """Return :func:`classes_of` as int64."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+
 def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
-
-
-def _is_class(x: Tensor, classes: int) -> Tensor:
-    return (x >= 0) & (x < classes) if x.dtype.is_signed else x < classes
 
 
 def _as_bytes(x: Tensor, what: str) -> Tensor:

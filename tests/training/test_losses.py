@@ -323,14 +323,15 @@ def test_pieces_join_without_a_seam(make, monkeypatch: pytest.MonkeyPatch) -> No
 
 @map_losses
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("images", [2, 3])  # more are computed in pieces
 def test_batches_of_a_gpu_have_the_loss_of_pieces(
-    make, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    make, layout: torch.memory_format, images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits, target = batch(images=3)
     expected = make()(logits, target)
     (gradient,) = torch.autograd.grad(expected, logits)
     monkeypatch.setattr(segkit.training.losses, "_on_cpu", lambda x: False)
-    monkeypatch.setattr(segkit.training.losses, "_LARGE_PIECE", 2 * logits[0].numel())
+    monkeypatch.setattr(segkit.training.losses, "_LARGE_PIECE", images * logits[0].numel())
     x = logits.detach().contiguous(memory_format=layout).requires_grad_()
     loss = make()(x, target)
     torch.testing.assert_close(loss, expected)

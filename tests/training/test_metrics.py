@@ -93,13 +93,15 @@ def test_counts_of_several_batches_are_checked_together(monkeypatch: pytest.Monk
     expected = image_matrices(logits, target, 4)
     as_on_a_gpu(monkeypatch)
     good = pixel_counts(logits, target, 4)
-    assert good[:, 5].sum() == (target == IGNORE).sum()
+    assert good[:, 0].sum() == (target == IGNORE).sum()
     assert torch.equal(matrices_of(torch.cat([good, good])), torch.cat([expected, expected]))
     target[0, 0, :3], target[0, 1, 0] = 4, 254
     with pytest.raises(ValueError, match="target holds no class index in 4 pixels"):
         matrices_of(torch.cat([good, pixel_counts(logits, target, 4)]))
     with pytest.raises(ValueError, match="prediction holds no class index in 1 pixels"):
         matrices_of(pixel_counts(torch.tensor([[[-1, 3]]]), torch.tensor([[[0, 1]]]), 4))
+    with pytest.raises(ValueError, match="prediction holds no class index in"):
+        confusion_matrix(logits, torch.zeros_like(target), 2)
 
 
 def test_shards_sum_to_the_whole() -> None:
