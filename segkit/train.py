@@ -33,7 +33,7 @@ from segkit.data.source import Source
 from segkit.inference.model_file import build_predictor
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
-from segkit.models.segmenter import build_model, check_weights
+from segkit.models.segmenter import check_weights
 from segkit.report import Gallery, class_table, record, score_table, write_run_page
 from segkit.training import tracking
 from segkit.training.build import (
@@ -45,9 +45,9 @@ from segkit.training.build import (
 )
 from segkit.training.evaluate import evaluate
 from segkit.training.fold_log import Clock, FoldLog
-from segkit.training.losses import Criterion, build_loss
+from segkit.training.losses import Criterion
 from segkit.training.metrics import bootstrap_interval, scores
-from segkit.training.optim import build_optimizer, build_schedule, set_lr
+from segkit.training.optim import build_schedule, set_lr
 from segkit.training.preparation import (
     Fold,
     TrainData,
@@ -416,12 +416,10 @@ def check_components(cfg: Config) -> None:
             config.bind(SOURCES, spec, f"data.{part}")
     build_pipeline(cfg)
     with torch.device("meta"):
-        model = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=2)
+        state, _ = build_training(cfg, None, torch.device("meta"))
     if cfg.model.weights is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-        check_weights(model, cfg.model.backbone, cfg.model.weights)
-    build_optimizer(model, cfg.optim.optimizer, lr=cfg.optim.lr)
+        check_weights(state.model, cfg.model.backbone, cfg.model.weights)
     build_schedule(cfg.optim.schedule, total=100, warmup=min(99, cfg.optim.warmup_steps))
-    build_loss(cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=None)
     parse_views(cfg.infer.tta)
     tracking.check(cfg.track.trackers)
 

@@ -24,7 +24,7 @@ from segkit.data.loader import EvalImages, TrainImages
 from segkit.training import tracking
 
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "start": (train, "build_training", 1),
+    "start": (train, "build_training", 2),  # the first checks the configuration
     "step": (train, "train_step", 3),
     "evaluation": (train, "evaluate", 1),
     "save": (files, "flush", 2),  # of the first epoch's last.pt: rank 0 has written its draft

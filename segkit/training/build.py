@@ -21,7 +21,7 @@ from segkit.training.step import precision, recomputes
 
 def build_training(
     cfg: Config,
-    num_classes: int,
+    num_classes: int | None,
     device: torch.device,
     *,
     weights: str | None = None,
@@ -31,7 +31,7 @@ def build_training(
 
     Args:
         cfg: All settings.
-        num_classes: Number of classes of the data.
+        num_classes: Number of classes of the data; None while it is not known.
         device: Device of this rank.
         weights: Pretrained weights to start from, as in ``model.weights``.
         initialize: Initialize weights that are not loaded; ``False`` if a checkpoint will replace
@@ -40,7 +40,7 @@ def build_training(
     model = build_model(
         cfg.model.backbone,
         cfg.model.decoder,
-        num_classes=num_classes,
+        num_classes=num_classes or 2,
         weights=weights,
         freeze_batch_norm=cfg.model.freeze_batch_norm,
         seed=cfg.train.seed,
