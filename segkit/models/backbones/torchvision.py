@@ -1,6 +1,6 @@
 """Convolutional backbones of torchvision, with its parameter names, so that its weights load."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,8 @@ from segkit.models.backbones.stages import OutputStride, Stages, refuse_dilation
 from segkit.models.kernels.depthwise import DepthwiseConv2d
 
 Builder = Callable[..., nn.Module]
+Divided = tuple[nn.Module, Sequence[Sequence[str]]]
+"""A network, and the names of the modules of each of its stages."""
 
 
 def resnet(builder: Builder) -> Callable[..., Stages]:
@@ -28,12 +30,18 @@ def resnet(builder: Builder) -> Callable[..., Stages]:
     """
     stem = ("conv1", "bn1", "relu")
     stages = (stem, ("maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
+    return _dilatable(lambda: (builder(), stages))
+
+
+def _dilatable(divided: Callable[[], Divided]) -> Callable[..., Stages]:
+    """Return a function that builds the stages of a network that can be dilated in two ways."""
 
     def build(
         *, in_channels: int = 3, output_stride: OutputStride = 32, contract_dilation: bool = True
     ) -> Stages:
+        network, stages = divided()
         return Stages(
-            network=builder(),
+            network=network,
             stages=stages,
             in_channels=in_channels,
             output_stride=output_stride,
@@ -89,10 +97,7 @@ def regnet(builder: Builder) -> Callable[..., Stages]:
         with torch.device("cpu"):  # it computes widths with tensors, which fails on "meta"
             network = builder()
         return Stages(
-            network=network,
-            stages=stages,
-            in_channels=in_channels,
-            output_stride=output_stride,
+            network=network, stages=stages, in_channels=in_channels, output_stride=output_stride
         )
 
     return build
@@ -108,19 +113,7 @@ def mobilenet(builder: Builder, *taps: int) -> Callable[..., Stages]:
         taps: Indices of the blocks whose outputs are the feature maps; later blocks, such as the
             last 1x1 convolution, are removed.
     """
-
-    def build(
-        *, in_channels: int = 3, output_stride: OutputStride = 32, contract_dilation: bool = True
-    ) -> Stages:
-        return _cut(
-            builder(),
-            taps,
-            in_channels=in_channels,
-            output_stride=output_stride,
-            contract_dilation=contract_dilation,
-        )
-
-    return build
+    return _dilatable(lambda: _divide(builder(), taps))
 
 
 def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Callable[..., Stages]:
@@ -159,16 +152,17 @@ def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Calla
                     module.eps = 1e-5
         elif side is not None and like != "torchvision":
             _as_tensorflow(network, side if like == "smp" else 32)
-        stages = _cut(
-            network,
-            taps,
-            early=like == "smp" and builder is models.efficientnet_b0,
+        early = like == "smp" and builder is models.efficientnet_b0
+        network, stages = _divide(network, taps, early=early)
+        backbone = Stages(
+            network=network,
+            stages=stages,
             in_channels=in_channels,
             output_stride=output_stride,
             contract_dilation=contract_dilation,
         )
-        stages.like = like
-        return stages
+        backbone.like = like
+        return backbone
 
     return build
 
@@ -230,14 +224,9 @@ def convnext(builder: Builder, drop_path: float) -> Callable[..., Stages]:
         output_stride: int = 32,
     ) -> Stages:
         refuse_dilation("ConvNeXt", output_stride)
-        network = builder(stochastic_depth_prob=drop_path)
-        kind = NormalizedStages if output_norms else Stages
-        return _cut(
-            network,
-            (1, 3, 5, 7),
-            kind=kind,
-            in_channels=in_channels,
-            checkpointing=checkpointing,
+        network, stages = _divide(builder(stochastic_depth_prob=drop_path), (1, 3, 5, 7))
+        return (NormalizedStages if output_norms else Stages)(
+            network=network, stages=stages, in_channels=in_channels, checkpointing=checkpointing
         )
 
     return build
@@ -268,17 +257,11 @@ class NormalizedStages(Stages):
         return self.get_submodule(self.output_norms[level])
 
 
-def _cut(
-    network: nn.Module,
-    taps: tuple[int, ...],
-    *,
-    early: bool = False,
-    kind: type[Stages] = Stages,
-    **options: Any,
-) -> Stages:
+def _divide(network: nn.Module, taps: tuple[int, ...], *, early: bool = False) -> Divided:
     """Divide a network's sequence ``features`` into stages that end with the blocks in ``taps``.
 
-    With ``early`` the last stage but one ends with the first part of its last block.
+    Later blocks are removed. With ``early`` the last stage but one ends with the first part of its
+    last block.
     """
     blocks = network.get_submodule("features")
     assert isinstance(blocks, nn.Sequential)
@@ -293,7 +276,7 @@ def _cut(
         stages[-2].append(f"{block}.0")
         parts = len(list(network.get_submodule(block).children()))
         stages[-1] = [*(f"{block}.{part}" for part in range(1, parts)), *stages[-1]]
-    return kind(network=network, stages=stages, **options)
+    return network, stages
 
 
 def _each(make: Callable[[Builder], Callable[..., Stages]], *names: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Weights from elsewhere → this project's names."""
+"""Loading of pretrained weights, of segkit and of other projects."""
 
 from segkit.models.pretrained.loading import Report, load_file, load_state
 
