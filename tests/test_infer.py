@@ -101,7 +101,7 @@ def compared(home: Path) -> tuple[list[dict[str, Any]], str]:
 def test_everything_is_compared(compared: tuple[list[dict[str, Any]], str]) -> None:
     rows, shown = compared
     names = [row["name"] for row in rows]
-    assert names == [*PLAIN, *(f"{name}, views" for name in PLAIN), "greedy soup, views weighed"]
+    assert names == [*PLAIN, *(f"{name}, views" for name in PLAIN), "greedy soup, views fitted"]
     for line in shown.splitlines()[:-2]:
         assert len(line) <= 82, line
     for row in rows:

@@ -60,7 +60,7 @@ def final_candidate(
     name = f"{kind} soup" if kind else "best checkpoint"
     name = name if len(paths) == 1 else f"{vote} vote"
     name += VIEWED if views else ""
-    name += " weighed" if views and fitted else ""
+    name += " fitted" if views and fitted else ""
     return Candidate(name, best_first(paths), views, bool(views) and fitted, vote)
 
 

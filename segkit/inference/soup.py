@@ -387,8 +387,8 @@ def _digest(ingredient: Ingredient) -> str:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Return whether segkit wrote the file; a missing one counts, as its error is the clearest."""
-    return not path.exists() or checkpoint.stored_digest(path) is not None
+    """Return whether segkit wrote it; what is no file counts, as its error is then a clear one."""
+    return not path.is_file() or checkpoint.stored_digest(path) is not None
 
 
 def _compare(

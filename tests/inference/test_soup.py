@@ -261,6 +261,7 @@ def test_code_in_a_file_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("ingredient", "message"),
     [
         ("missing.pt", r"missing\.pt: no such checkpoint"),
+        (Path(__file__).parent, r"inference: cannot be read \(Is a directory\)"),
         ({}, r"ingredients\[1\]: is another architecture"),
         ({"weight": 3.0}, r"ingredients\[1\]: 'weight' is no tensor"),
         (nn.Conv2d(1, 1, 1), r"ingredients\[1\]: expected a path or a state dict, got Conv2d"),
