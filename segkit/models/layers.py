@@ -253,9 +253,9 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
     """
     if bins == 1 or not (is_exporting() or torch.are_deterministic_algorithms_enabled()):
         return F.adaptive_avg_pool2d(x, bins)
-    with exactly(x) as (exact,):
-        rows, columns = (_averages(length, bins, exact) for length in x.shape[-2:])
-        return (rows @ exact @ columns.T).to(x.dtype)
+    with full_precision(x) as (wide,):
+        rows, columns = (_averages(length, bins, wide) for length in x.shape[-2:])
+        return (rows @ wide @ columns.T).to(x.dtype)
 
 
 def _averages(length: int, bins: int, like: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def _averages(length: int, bins: int, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def exactly(*tensors: Tensor) -> Iterator[list[Tensor]]:
+def full_precision(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """Yield ``tensors`` in at least float32, with autocast off, where half precision is too low."""
     device = tensors[0].device.type
     # torch.compile on torch 2.11 cannot trace torch.amp.is_autocast_available.

@@ -11,9 +11,8 @@ mean of the parts' losses, each normalized by the :class:`WholeStep`: see
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -22,210 +21,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from segkit.core.config import Component, build
-from segkit.core.distributed import sum_over_ranks, world_size
-from segkit.core.errors import ConfigError, DataError
+from segkit.core.distributed import sum_over_ranks
+from segkit.core.errors import ConfigError
 from segkit.core.labels import IGNORE
-
-
-class WholeStep:
-    """Quantities of a whole step that its parts share: pixel counts, and collected sums.
-
-    Args:
-        targets: Targets of all parts of this rank.
-
-    Attributes:
-        parts: Number of parts.
-        count: (images, 256), pixels of each target value in the images of all parts.
-        sums: :attr:`Pixels.sums` of each output over all parts and ranks, from
-            :meth:`Criterion.collect`.
-
-    Shape:
-        targets: (B, H, W) each
-    """
-
-    def __init__(self, targets: Sequence[Tensor]) -> None:
-        self.parts = len(targets)
-        self.count = torch.cat([_count(target) for target in targets])
-        self.sums: dict[str, Tensor] = {}
-
-
-class Pixels:
-    """Logits and target, with the quantities that the losses need, each computed once.
-
-    One logit plane is binary: it is the logit of class 1, and that of class 0 is 0.
-
-    Args:
-        logits: Any floating type; everything below is at least fp32.
-        target: Class indices; ``IGNORE`` for ignored pixels.
-        across_ranks: Make :meth:`total` sum over the ranks of a distributed run.
-        step: The step that these pixels are a part of; None if they are the whole step.
-        output: Name of the decoder's output.
-        smoothed: Also compute :attr:`log_area`.
-
-    Shape:
-        logits: (B, C, H, W)
-        target: (B, H, W), uint8 or int64
-
-    Raises:
-        ValueError: The shapes do not match.
-        DataError: The target has an invalid label; only on the CPU, see :func:`check_labels`.
-    """
-
-    def __init__(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        *,
-        across_ranks: bool = False,
-        step: WholeStep | None = None,
-        output: str = "out",
-        smoothed: bool = False,
-    ) -> None:
-        if logits.dim() != 4 or target.shape != logits.shape[:1] + logits.shape[2:]:
-            raise ValueError(
-                f"expected logits (B, C, H, W) and target (B, H, W), "
-                f"got {tuple(logits.shape)} and {tuple(target.shape)}"
-            )
-        self.binary = logits.shape[1] == 1
-        self.logits = torch.cat([torch.zeros_like(logits), logits], 1) if self.binary else logits
-        self.target = target
-        self.across_ranks = across_ranks
-        self.step = step
-        self.output = output
-        self.smoothed = smoothed
-        if _on_cpu(target):
-            check_labels(target, self.logits.shape[1])
-
-    @cached_property
-    def index(self) -> Tensor:
-        """(B, H, W) int64: the target; any class where it is no class."""
-        return self.target.long().clamp(0, self.logits.shape[1] - 1)
-
-    @cached_property
-    def valid(self) -> Tensor:
-        """(B, H, W) bool: True where the target is a class."""
-        if self.target.dtype.is_signed:
-            return self.index == self.target
-        return self.target < self.logits.shape[1]
-
-    def guarded(self, loss: Tensor) -> Tensor:
-        """Return ``loss``; off the CPU infinite, as is its gradient, if a label is invalid."""
-        if _on_cpu(self.target):
-            return loss
-        return loss / (self.valid != (self.target == IGNORE)).all()
-
-    @cached_property
-    def _in_pieces(self) -> bool:
-        """True on the CPU, and for large batches: :class:`_SoftmaxSums` keeps no large tensor."""
-        return _on_cpu(self.logits) or self.logits.numel() > _LARGE_PIECE
-
-    @cached_property
-    def _softmax_sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        return _SoftmaxSums.apply(self.logits, self.index, self.valid, self.smoothed)
-
-    @cached_property
-    def _log_softmax(self) -> tuple[Tensor, int]:
-        """The log-probabilities, in the logits' memory format, and the axis of the classes."""
-        x, axis = self.logits, 1
-        if x.stride(1) == 1:  # channels_last
-            x, axis = x.permute(0, 2, 3, 1), 3
-        return x.log_softmax(axis, dtype=_at_least_fp32(x)), axis
-
-    @cached_property
-    def log_true(self) -> Tensor:
-        """(B, H, W): log-probability of the true class, 0 where ignored."""
-        if self._in_pieces:
-            return self._softmax_sums[0]
-        log_p, axis = self._log_softmax
-        log_true = log_p.gather(axis, self.index.unsqueeze(axis)).squeeze(axis)
-        return torch.where(self.valid, log_true, 0)
-
-    @cached_property
-    def area(self) -> Tensor:
-        """(B, C): sum of each class's probability over the valid pixels."""
-        if self._in_pieces:
-            return self._softmax_sums[1]
-        log_p, axis = self._log_softmax
-        return (log_p.exp() * self.valid.unsqueeze(axis)).sum((2, 3) if axis == 1 else (1, 2))
-
-    @cached_property
-    def log_area(self) -> Tensor:
-        """(B, C): sum of each class's log-probability over the valid pixels, if ``smoothed``."""
-        if self._in_pieces:
-            return self._softmax_sums[2]
-        log_p, axis = self._log_softmax
-        return (log_p * self.valid.unsqueeze(axis)).sum((2, 3) if axis == 1 else (1, 2))
-
-    @cached_property
-    def _class_sums(self) -> tuple[Tensor, Tensor]:
-        return _ClassSums.apply(self.log_true, self.index, self.valid, self.logits.shape[1])
-
-    @property
-    def intersection(self) -> Tensor:
-        """(B, C): sum of the true class's probability over the pixels of each true class."""
-        return self._class_sums[0]
-
-    @property
-    def count(self) -> Tensor:
-        """(B, C): valid pixels of each true class."""
-        return self._class_sums[1]
-
-    @cached_property
-    def sums(self) -> Tensor:
-        """(3, 1, C): intersection, area and count of the batch, or of the step if collected."""
-        sums = torch.stack([self.intersection, self.area, self.count]).sum(1, keepdim=True)
-        if self.step is None or self.output not in self.step.sums:
-            return self.total(sums)
-        # The value of the step with the gradient of this part; the factor undoes the average of
-        # gradients over parts and ranks.
-        averaged = self.step.parts * (world_size() if self.across_ranks else 1)
-        return self.step.sums[self.output] + averaged * (sums - sums.detach())
-
-    @property
-    def step_count(self) -> Tensor:
-        """(images, C): :attr:`count` of all images of the step."""
-        if self.step is None:
-            return self.count
-        return self.step.count[:, : self.logits.shape[1]].to(_at_least_fp32(self.logits))
-
-    @property
-    def step_valid(self) -> Tensor:
-        """(): valid pixels of the step."""
-        return self.valid.sum() if self.step is None else self.step.count[:, :IGNORE].sum()
-
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """(B, C, H, W): softmax of the logits; only for losses that need all of it."""
-        return self.logits.to(_at_least_fp32(self.logits)).softmax(1)
-
-    def sum(self, values: Tensor, factors: Tensor | None) -> Tensor:
-        """Sum (B, H, W) values, 0 where ignored, times the factor of each pixel's true class."""
-        if factors is None:
-            return values.sum()
-        return (values * factors.to(values)[self.index]).sum()
-
-    def of_regions(self, x: Tensor) -> Tensor:
-        """Return (..., C) values of the classes that losses of regions score: class 1 if binary."""
-        return x[..., 1:] if self.binary else x
-
-    def total(self, x: Tensor) -> Tensor:
-        """Return the sum of ``x`` over the ranks if ``across_ranks``, else ``x``."""
-        return sum_over_ranks(x) if self.across_ranks else x
-
-    def mean(self, total: Tensor, count: Tensor) -> Tensor:
-        """Return ``total / count`` of the global batch; 0, with a gradient, if the count is 0."""
-        if self.across_ranks and world_size() > 1:
-            total, count = self.total(torch.stack([total, count.to(total)])).unbind()
-        if count.is_floating_point():
-            return total / (count + (count == 0))
-        return total / count.clamp_min(1)
-
-    def step_mean(self, total: Tensor, step_count: Tensor) -> Tensor:
-        """Return ``total`` divided by the average count of the step's parts, over the ranks.
-
-        The mean of this value over the parts is the mean over the whole step.
-        """
-        return self.mean(total, step_count if self.step is None else step_count / self.step.parts)
+from segkit.training.pixels import (
+    Pixels,
+    SigmoidFocalSums,
+    WholeStep,
+    at_least_fp32,
+    check_labels,
+    no_autocast,
+)
 
 
 class Loss(nn.Module):
@@ -252,7 +58,7 @@ class Loss(nn.Module):
 
     def forward(self, outputs: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
         logits = outputs if isinstance(outputs, Tensor) else outputs["out"]
-        with _no_autocast(logits):
+        with no_autocast(logits):
             pixels = Pixels(logits, target, across_ranks=self.training, smoothed=self.smoothed)
             return pixels.guarded(self.of(pixels))
 
@@ -340,9 +146,7 @@ class SigmoidFocal(Loss):
         if pixels.binary:
             alpha = None if self.alpha is None else (1 - self.alpha, self.alpha)
             return Focal(gamma=self.gamma, alpha=alpha).to(pixels.logits.device).of(pixels)
-        true, others = _SigmoidFocalSums.apply(
-            pixels.logits, pixels.index, pixels.valid, self.gamma
-        )
+        true, others = SigmoidFocalSums.apply(pixels.logits, pixels.index, pixels.valid, self.gamma)
         right, wrong = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
         loss = right * true + wrong * others
         return pixels.step_mean(loss, pixels.step_valid * pixels.logits.shape[1])
@@ -578,8 +382,8 @@ class Presence(nn.Module):
         self.background = background
 
     def forward(self, logits: Tensor, target: Tensor, step: WholeStep | None = None) -> Tensor:
-        with _no_autocast(logits):
-            logits = logits.to(_at_least_fp32(logits))
+        with no_autocast(logits):
+            logits = logits.to(at_least_fp32(logits))
             seen = logits.new_zeros(len(target), IGNORE + 1)
             seen.scatter_(1, target.flatten(1).long(), 1.0)
             planes = logits.shape[1]
@@ -641,7 +445,7 @@ class Criterion(nn.Module):
         """Add a part's sums to those of its step; called before the parts are scored."""
         for name, logits in outputs.items():
             if logits.dim() == 4:
-                with _no_autocast(logits):
+                with no_autocast(logits):
                     sums = Pixels(logits, target, across_ranks=self.training).sums
                 step.sums[name] = step.sums.get(name, 0) + sums
 
@@ -674,7 +478,7 @@ class Criterion(nn.Module):
                 "remove the term or turn the decoder's presence head on"
             )
         others = [name for name in outputs if name != "out"]
-        with _no_autocast(outputs["out"]):
+        with no_autocast(outputs["out"]):
             pixels = self._pixels("out", outputs["out"], target, step)
             terms = self._terms(pixels)
             values = {name: value.detach() for name, value in terms.items()}
@@ -789,92 +593,6 @@ LOSSES: dict[str, type[nn.Module]] = {
 }
 
 
-class _SoftmaxSums(torch.autograd.Function):
-    """Quantities of a softmax that the losses need, computed without storing all of it.
-
-    Returns :attr:`Pixels.log_true`, :attr:`Pixels.area` and :attr:`Pixels.log_area`. Backward
-    computes the probabilities again, so nothing of the logits' size is kept between the passes.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, index: Tensor, valid: Tensor, smoothed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x = logits.flatten(2)
-        index, valid = index.flatten(1), valid.flatten(1)
-        log_true = x.new_empty(index.shape, dtype=_at_least_fp32(logits))
-        log_z = torch.empty_like(log_true)
-        area = log_true.new_zeros(x.shape[:2])
-        log_area = torch.zeros_like(area)
-        for at in _pieces(x):
-            pixels = at[0], at[2]
-            scores = x[at].to(log_true.dtype)
-            top = scores.amax(1)
-            powers = (scores - top[:, None]).exp_()
-            z = powers.sum(1)
-            area[at[0]] += _sum_pixels(powers, valid[pixels] / z)
-            z = z.log_().add_(top)
-            if smoothed:
-                weight = valid[pixels].to(z)
-                log_area[at[0]] += _sum_pixels(scores, weight) - (z * weight).sum(1)[:, None]
-            true = scores.gather(1, index[pixels][:, None])[:, 0]
-            log_true[pixels] = (true - z).masked_fill_(~valid[pixels], 0)
-            # exp(score - inf) = 0, so ignored pixels have no gradient in backward.
-            log_z[pixels] = z.masked_fill_(~valid[pixels], math.inf)
-        ctx.save_for_backward(logits, index, valid, log_z)
-        ctx.set_materialize_grads(False)
-        return log_true.view(logits[:, 0].shape), area, log_area
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, d_true: Tensor | None, d_area: Tensor | None, d_log_area: Tensor | None
-    ) -> tuple[Tensor, None, None, None]:
-        logits, index, valid, log_z = ctx.saved_tensors
-        x = logits.flatten(2)
-        gradient = torch.empty_like(x)
-        at_true = torch.zeros_like(log_z) if d_true is None else d_true.flatten(1) * valid
-        for at in _pieces(x):
-            pixels = at[0], at[2]
-            p = (x[at] - log_z[pixels][:, None]).exp_()
-            slope = -at_true[pixels][:, None]
-            if d_log_area is not None:
-                slope = slope - d_log_area[at[0]].sum(1)[:, None, None]
-            if d_area is not None:
-                d = d_area[at[0]]
-                slope = d[:, :, None] + (slope - _sum_classes(p, d)[:, None])
-            p.mul_(slope)
-            if d_log_area is not None:
-                p.addcmul_(d_log_area[at[0], :, None], valid[pixels][:, None].to(p))
-            gradient[at] = p.scatter_add_(1, index[pixels][:, None], at_true[pixels][:, None])
-        return gradient.view_as(logits), None, None, None
-
-
-class _ClassSums(torch.autograd.Function):
-    """:attr:`Pixels.intersection` and :attr:`Pixels.count`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, log_true: Tensor, index: Tensor, valid: Tensor, classes: int
-    ) -> tuple[Tensor, Tensor]:
-        values = log_true.new_empty(2, *log_true.shape)
-        p = torch.mul(log_true.exp(), valid, out=values[0])
-        values[1] = valid
-        # Row by row first: more accurate sums, and fewer atomic additions to the same address.
-        rows = p.new_zeros(*values.shape[:3], classes)
-        rows.scatter_add_(3, index.expand(values.shape), values)
-        ctx.save_for_backward(p, index)
-        intersection, count = rows.sum(2).unbind()
-        ctx.mark_non_differentiable(count)
-        return intersection, count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
-        p, index = ctx.saved_tensors
-        return gradient.gather(1, index.flatten(1)).view_as(p) * p, None, None, None
-
-
 class _TverskyIndex(torch.autograd.Function):
     """The index of intersections, areas and counts; its gradient in few kernels.
 
@@ -911,116 +629,6 @@ class _TverskyIndex(torch.autograd.Function):
         return torch.stack([d_true_positive, d_predicted, slope.zero_()]), None, None, None
 
 
-class _SigmoidFocalSums(torch.autograd.Function):
-    """Sums over the valid pixels of the focal loss of the true class, and of all other classes.
-
-    The true class's logit is negated, so that one formula holds for all classes.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, index: Tensor, valid: Tensor, gamma: float
-    ) -> tuple[Tensor, Tensor]:
-        x = logits.flatten(2)
-        index, valid = index.flatten(1), valid.flatten(1)
-        true = x.new_zeros((), dtype=_at_least_fp32(logits))
-        total = torch.zeros_like(true)
-        for at in _pieces(x):
-            pixels = at[0], at[2]
-            p, entropy = _wrong(x[at], index[pixels][:, None], total.dtype)
-            losses = entropy.mul_(p.pow_(gamma))
-            true += (losses.gather(1, index[pixels][:, None])[:, 0] * valid[pixels]).sum()
-            total += (losses.sum(1) * valid[pixels]).sum()
-        ctx.save_for_backward(logits, index, valid)
-        ctx.gamma = gamma
-        return true, total - true
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_true: Tensor, d_others: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, index, valid = ctx.saved_tensors
-        x = logits.flatten(2)
-        gradient = torch.empty_like(x)
-        for at in _pieces(x):
-            pixels = at[0], at[2]
-            true = index[pixels][:, None]
-            p, entropy = _wrong(x[at], true, d_true.dtype)
-            slope = entropy.mul_(1 - p).mul_(ctx.gamma).add_(p).mul_(p.pow_(ctx.gamma))
-            at_true = slope.gather(1, true) * (-d_true * valid[pixels])[:, None]
-            slope.mul_((d_others * valid[pixels])[:, None])
-            gradient[at] = slope.scatter_(1, true, at_true)
-        return gradient.view_as(logits), None, None, None
-
-
-def _wrong(x: Tensor, true: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return ``sigmoid`` and ``softplus`` of the logits, with the true class's logit negated."""
-    x = x.to(dtype, copy=True)
-    x.scatter_(1, true, -x.gather(1, true))
-    if not _on_cpu(x):
-        return x.sigmoid(), F.softplus(x)
-    # Exact within 1e-7, and five times as fast as torch's own on the CPU.
-    softplus = x.abs().sigmoid_().log_().neg_().add_(x.relu())
-    return x.sigmoid_(), softplus
-
-
-_PIECE = 1 << 18  # numbers on the CPU: 1 MiB of fp32, which fits a core's cache
-_LARGE_PIECE = 1 << 26  # elsewhere: 256 MiB of fp32, so that a batch takes few launches
-
-
-def _pieces(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield the pieces of (B, C, pixels) that are computed together: images, or parts of one."""
-    images, channels, pixels = x.shape
-    size = _PIECE if _on_cpu(x) else _LARGE_PIECE
-    together = max(1, size // max(1, channels * pixels))
-    step = max(1, size // channels)
-    for b in range(0, images, together):
-        for start in range(0, pixels, step):
-            yield slice(b, b + together), slice(None), slice(start, start + step)
-
-
-def _sum_pixels(x: Tensor, weight: Tensor) -> Tensor:
-    """Sum x * weight over the pixels: (B, C, N) and (B, N) to (B, C)."""
-    if _on_cpu(x):
-        return torch.stack([image @ w for image, w in zip(x, weight, strict=True)])
-    # A product of matrices has as many blocks as results here, and may round to TF32.
-    return (x * weight[:, None]).sum(2)
-
-
-def _sum_classes(x: Tensor, weight: Tensor) -> Tensor:
-    """Sum x * weight over the classes: (B, C, N) and (B, C) to (B, N)."""
-    if _on_cpu(x):
-        with _no_autocast(x):  # backward may run under autocast
-            return torch.stack([w @ image for image, w in zip(x, weight, strict=True)])
-    return (x * weight[:, :, None]).sum(1)
-
-
-def check_labels(target: Tensor, num_classes: int) -> None:
-    """Raise an error if a target has a value that is neither a class nor ``IGNORE``.
-
-    On a GPU this waits for the device. So the losses call it on the CPU only; elsewhere they are
-    infinite for such a target, and :func:`segkit.train_step` calls it if the gradient is not
-    finite.
-
-    Raises:
-        DataError: The message has the value.
-    """
-    invalid = (target >= num_classes) & (target != IGNORE)
-    if target.dtype.is_signed:
-        invalid |= target < 0
-    if invalid.any():
-        raise DataError(
-            f"target holds {int(target[invalid][0])}; expected a class, 0 to {num_classes - 1}, or "
-            f"{IGNORE} for ignored pixels"
-        )
-
-
-def _count(target: Tensor) -> Tensor:
-    """Count the pixels of each value, (B, H, W) to (B, 256), without waiting for the device."""
-    rows = torch.zeros(*target.shape[:2], IGNORE + 1, device=target.device)
-    ones = torch.ones(target.shape, device=target.device)
-    return rows.scatter_add_(2, target.long(), ones).sum(1)
-
-
 def _lovasz(probability: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     """Return the Lovász extension of a class's Jaccard loss; (N,) each, ``truth`` not all False."""
     errors, order = ((truth.to(probability) - probability).abs() * valid).sort(descending=True)
@@ -1045,18 +653,6 @@ def _ssim(x: Tensor, y: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     covariance = xy - mean_x * mean_y
     variances = xx - mean_x**2 + yy - mean_y**2
     return luminance, (2 * covariance + c2) / (variances + c2)
-
-
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
-
-
-def _at_least_fp32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _weights(values: tuple[float, ...] | None) -> Tensor | None:

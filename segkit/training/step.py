@@ -13,7 +13,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from segkit.core.distributed import all_reduce, world_size
 from segkit.models.kernels.recompute import recompute_activations
-from segkit.training.losses import Criterion, WholeStep
+from segkit.training.losses import Criterion
+from segkit.training.pixels import WholeStep
 
 Part = tuple[Tensor, Tensor]
 """Images and masks."""
@@ -172,9 +173,10 @@ class _Statistics:
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for module in model.modules():
             if isinstance(module, _NormBase) and module.training:
-                for buffer in module.buffers(recurse=False):
-                    groups.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-        self.saved = [(x, torch.cat([buffer.reshape(-1) for buffer in x])) for x in groups.values()]
+                for x in (module.running_mean, module.running_var, module.num_batches_tracked):
+                    if x is not None:
+                        groups.setdefault((x.device, x.dtype), []).append(x)
+        self.saved = [(x, torch.cat([buffer.view(-1) for buffer in x])) for x in groups.values()]
 
     def restore(self) -> None:
         """Set the statistics to what they were."""

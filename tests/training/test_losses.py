@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import segkit
-import segkit.training.losses
+import segkit.training.pixels
 from segkit.core.errors import ConfigError, DataError
 from segkit.training.losses import (
     IGNORE,
@@ -315,7 +315,7 @@ def test_pieces_join_without_a_seam(make, monkeypatch: pytest.MonkeyPatch) -> No
     logits, target = batch(size=(13, 11))
     whole = make()(logits, target)
     (gradient,) = torch.autograd.grad(whole, logits)
-    monkeypatch.setattr(segkit.training.losses, "_PIECE", 3 * 17)  # 17 pixels, of 143
+    monkeypatch.setattr(segkit.training.pixels, "_PIECE", 3 * 17)  # 17 pixels, of 143
     cut = make()(logits, target)
     torch.testing.assert_close(cut, whole)
     torch.testing.assert_close(*torch.autograd.grad(cut, logits), gradient)
@@ -330,8 +330,8 @@ def test_batches_of_a_gpu_have_the_loss_of_pieces(
     logits, target = batch(images=3)
     expected = make()(logits, target)
     (gradient,) = torch.autograd.grad(expected, logits)
-    monkeypatch.setattr(segkit.training.losses, "_on_cpu", lambda x: False)
-    monkeypatch.setattr(segkit.training.losses, "_LARGE_PIECE", images * logits[0].numel())
+    monkeypatch.setattr(segkit.training.pixels, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(segkit.training.pixels, "_LARGE_PIECE", images * logits[0].numel())
     x = logits.detach().contiguous(memory_format=layout).requires_grad_()
     loss = make()(x, target)
     torch.testing.assert_close(loss, expected)
@@ -347,7 +347,7 @@ def test_an_invalid_label_is_named(make, target_dtype, monkeypatch: pytest.Monke
     with pytest.raises(DataError, match=sentence):
         make()(logits, target)
     # A GPU would wait for the check, so there the loss and its gradient are not finite.
-    monkeypatch.setattr(segkit.training.losses, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(segkit.training.pixels, "_on_cpu", lambda x: False)
     loss = make()(logits, target)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert not loss.isfinite()
@@ -423,13 +423,13 @@ def test_terms_share_one_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target = batch()
     criterion = build_loss(["cross_entropy", "dice", "focal", "jaccard"], num_classes=3)
     calls = []
-    forward = segkit.training.losses._SoftmaxSums.forward
+    forward = segkit.training.pixels._SoftmaxSums.forward
 
     def counted(ctx, *args: Tensor):
         calls.append(args)
         return forward(ctx, *args)
 
-    monkeypatch.setattr(segkit.training.losses._SoftmaxSums, "forward", staticmethod(counted))
+    monkeypatch.setattr(segkit.training.pixels._SoftmaxSums, "forward", staticmethod(counted))
     criterion({"out": logits}, target)
     assert len(calls) == 1
 

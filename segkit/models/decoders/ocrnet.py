@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkit.models.layers import Classifier, ConvNormAct, exactly, resize
+from segkit.models.layers import Classifier, ConvNormAct, full_precision, resize
 
 
 class OCRNet(nn.Module):
@@ -85,7 +85,7 @@ def gather(pixels: Tensor, regions: Tensor) -> Tensor:
         (B, C, N, 1), computed in at least float32: in large images the coefficients are too small
         for half precision.
     """
-    with exactly(pixels, regions) as (values, logits):
+    with full_precision(pixels, regions) as (values, logits):
         means = values.flatten(2) @ logits.flatten(2).softmax(2).mT
     return means.unsqueeze(3).to(pixels.dtype)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkit.core.config import check_bounds
-from segkit.models.layers import ASPP, ConvNormAct, exactly, fcn_head, level_at, resize
+from segkit.models.layers import ASPP, ConvNormAct, fcn_head, full_precision, level_at, resize
 
 
 class STLNet(nn.Module):
@@ -138,9 +138,9 @@ class Enhancement(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         reduced = self.reduce(x)
-        with exactly(reduced) as (exact,):
-            average = exact.mean((2, 3), keepdim=True)
-            steps, encoding = quantize(likeness(exact, average), self.levels, side=1)
+        with full_precision(reduced) as (wide,):
+            average = wide.mean((2, 3), keepdim=True)
+            steps, encoding = quantize(likeness(wide, average), self.levels, side=1)
             count = encoding.sum((2, 3), keepdim=True)
             count = count / (count.sum(1, keepdim=True) + 1e-6)
         # the histogram as a map with one row per level: (B, 2, levels, 1)
@@ -183,9 +183,9 @@ class RegionTexture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         side = min(self.side, *x.shape[-2:])
-        with exactly(x) as (exact,):
-            average = sums(exact, side) / sums(torch.ones_like(exact[:1, :1]), side)
-            steps, encoding = quantize(likeness(exact, spread(average, x)), self.levels, side)
+        with full_precision(x) as (wide,):
+            average = sums(wide, side) / sums(torch.ones_like(wide[:1, :1]), side)
+            steps, encoding = quantize(likeness(wide, spread(average, x)), self.levels, side)
             shares = co_occurrence(encoding, side)
         pixel = steps.unsqueeze(2).expand_as(shares)
         neighbor = steps.unsqueeze(1).expand_as(shares)
