@@ -31,40 +31,46 @@ from segkit import train
 from segkit.training import tracking
 
 TRACKERS = '["csv", "tensorboard", {"name": "wandb", "mode": "offline"}]'
+BACKGROUND = "background"
+"""Name of the thread that draws the page: the functions that it calls are counted."""
 SHOWING: list[tuple[Any, str]] = [
     *((train, name) for name in ("record", "score_table", "write_run_page")),
     *((train.Gallery, name) for name in ("__init__", "add")),
     (tracking, "check"),
-    *((tracking.Followers, name) for name in ("event", "pictures")),
+    *((tracking.Trackers, name) for name in ("event", "pictures")),
 ]
 
 
 class Meter:
-    """Sums the seconds that this thread spends in some functions; nested calls count once."""
+    """Sums the seconds that threads spend in some functions; nested calls count once."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._inside = False
+        self._local = threading.local()
 
     def count(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``call`` with its time counted."""
 
         def counted(*args: Any, **options: Any) -> Any:
-            if self._inside:
+            if getattr(self._local, "inside", False):
                 return call(*args, **options)
-            self._inside, start = True, time.thread_time()
+            self._local.inside, start = True, time.thread_time()
             try:
                 return call(*args, **options)
             finally:
-                self._inside = False
+                self._local.inside = False
                 self.seconds += time.thread_time() - start
 
         return counted
 
 
 def background() -> float:
-    """Return the processor time of Python's other living threads, in seconds."""
-    others = (t.ident for t in threading.enumerate() if t is not threading.main_thread())
+    """Return the processor time of the trackers' living threads, in seconds."""
+    others = (
+        thread.ident
+        for thread in threading.enumerate()
+        if thread is not threading.main_thread() and not thread.name.startswith(BACKGROUND)
+    )
     clocks = (time.pthread_getcpuclockid(ident) for ident in others if ident is not None)
     return sum(map(time.clock_gettime, clocks))
 
@@ -79,9 +85,9 @@ def share(words: list[str]) -> float:
     """Return the share of a training's processor time that is not spent on showing it."""
     torch.set_num_threads(1)
     meter = Meter()
-    close = tracking.Followers.close
+    close = tracking.Trackers.close
 
-    def last_words(self: tracking.Followers) -> None:  # of threads that outlive it
+    def last_words(self: tracking.Trackers) -> None:  # of threads that outlive it
         meter.seconds += background()
         meter.count(close)(self)
 
@@ -89,7 +95,7 @@ def share(words: list[str]) -> float:
         for owner, name in SHOWING:
             counted = meter.count(getattr(owner, name))
             patches.enter_context(mock.patch.object(owner, name, counted))
-        patches.enter_context(mock.patch.object(tracking.Followers, "close", last_words))
+        patches.enter_context(mock.patch.object(tracking.Trackers, "close", last_words))
         before = time.process_time()
         train.main(words)
         trained = time.process_time() - before

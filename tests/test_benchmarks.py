@@ -1,5 +1,6 @@
 """What benchmarks count, where it can be worked out by hand."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -65,6 +66,11 @@ def test_turns_are_compared_round_by_round() -> None:
     assert turns.ratio == 3  # of 2, 4 and 3
     assert turns.spread == (2, 4)
     assert (turns.ours, turns.theirs) == (2, 8)
+
+
+@pytest.mark.parametrize("path", sorted(Path(benchmarks.__file__).parent.glob("*.py")))
+def test_every_script_starts_without_its_peers(path: Path) -> None:
+    importlib.import_module(f"benchmarks.{path.stem}")
 
 
 def test_a_peer_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
