@@ -1,5 +1,6 @@
 """Prediction of a photograph, and the forms in which photographs are given."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from segkit.data.images import read_image, to_tensor
-from segkit.inference.outputs import overlay
+from segkit.inference.outputs import SAFE, Color, overlay
 
 Photo: TypeAlias = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 """A file, a Pillow image, a uint8 array (H, W, 3), or a uint8 tensor (3, H, W) or (B, 3, H, W)."""
@@ -40,16 +41,26 @@ class Prediction:
     probabilities: Tensor = field(repr=False)
     classes: tuple[str, ...] = ()
 
-    def overlay(self, **options: Any) -> Image.Image:
-        """Return the photograph blended with the classes' colors.
-
-        Args:
-            **options: ``colors``, ``opacity``, ``background`` and ``legend`` of
-                :func:`segkit.overlay`.
-        """
+    def overlay(
+        self,
+        *,
+        colors: Sequence[Color] = SAFE,
+        opacity: float = 0.5,
+        background: int | None = 0,
+        legend: bool = True,
+    ) -> Image.Image:
+        """Return the photograph blended with the classes' colors; see :func:`segkit.overlay`."""
         if self.image.dim() == 4:
             raise ValueError("overlay() draws one image; use prediction[i].overlay()")
-        return overlay(self.image, self.mask, classes=self.classes, **options)
+        return overlay(
+            self.image,
+            self.mask,
+            classes=self.classes,
+            colors=colors,
+            opacity=opacity,
+            background=background,
+            legend=legend,
+        )
 
     def __getitem__(self, index: int) -> "Prediction":
         if self.image.dim() != 4:

@@ -422,8 +422,8 @@ def _weights(ingredient: Ingredient) -> State:
     """
     weights = {}
     for key, tensor in checkpoint.weights(_entries(ingredient)).items():
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        dtype = wide if tensor.is_floating_point() else tensor.dtype
+        narrow = tensor.is_floating_point() and tensor.element_size() < 4
+        dtype = torch.float32 if narrow else tensor.dtype
         weights[key] = tensor.detach().to("cpu", dtype, copy=isinstance(ingredient, Mapping))
     return weights
 

@@ -239,6 +239,13 @@ def test_files_of_other_programs_are_mixed_with_their_names_kept(tmp_path: Path)
     assert again.weights["model.weight"].item() == 7
 
 
+def test_eight_bit_floats_are_averaged_in_float32() -> None:
+    states = [{"weight": torch.tensor([x]).to(torch.float8_e4m3fn)} for x in (1.0, 4.0, 7.0)]
+    made = soup.uniform(states)
+    assert made.weights["weight"].dtype == torch.float8_e4m3fn
+    assert made.weights["weight"].float().item() == 4
+
+
 def test_segkits_files_and_others_are_mixed_together(tmp_path: Path) -> None:
     torch.save({"weight": torch.tensor([3.0])}, tmp_path / "plain.pth")
     made = soup.uniform([*_points(tmp_path, 1), tmp_path / "plain.pth"])
