@@ -291,7 +291,7 @@ def validation_batches(
         batch_size=cfg.infer.batch_size,
         workers=cfg.data.workers,
         pad=cfg.infer.pad or 1 if whole else 1,
-        pin=device.type == "cuda",
+        device=device,
     )
 
 

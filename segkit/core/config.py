@@ -147,7 +147,11 @@ class Infer:
     """Prediction, in evaluations and in infer.py."""
 
     size: int | None = _setting(None, "longer side of images for the model; null: as is", 1, 65536)
-    batch_size: int = _setting(1, "number of images (of equal size) predicted together", 1)
+    batch_size: int | None = _setting(
+        None,
+        "images of equal size predicted together; null: 8 on a GPU (large ones fewer), else 1",
+        1,
+    )
     pad: int | None = _setting(
         None,
         "pad images by repeating their edges, to sides that are multiples of this, so that images "

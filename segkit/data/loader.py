@@ -24,6 +24,11 @@ from segkit.core.errors import ConfigError, DataError, reason
 from segkit.core.labels import IGNORE
 from segkit.data.memo import MEMO, on_threads
 
+CPU = torch.device("cpu")
+
+GPU_BATCH, GPU_PIXELS = 8, 2**21
+"""Largest number of images, and of pixels, that a GPU predicts together by default."""
+
 _ORDER = 2**32 - 1  # in place of a sample's index: a random stream that no image uses
 
 
@@ -247,11 +252,12 @@ class EvalBatches:
         source: The images.
         indices: Images over all ranks.
         labels: Also read the masks.
-        batch_size: Number of images in a batch, which are of equal size.
+        batch_size: Number of images in a batch, which are of equal size; default: on a GPU up to
+            :data:`GPU_BATCH` of at most :data:`GPU_PIXELS` in all, else 1.
         workers: Number of processes that read images.
         pad: Images are padded so that their sides are multiples of this, and are sorted by size, so
             that more of them share a batch.
-        pin: Pin the memory of the batches, for copying it to a GPU.
+        device: Device of the model; for CUDA the batches are in pinned memory.
         left_out: Filled with an error message for each image that cannot be read, by index; without
             it, the first such image raises a DataError.
     """
@@ -262,24 +268,25 @@ class EvalBatches:
         indices: Sequence[int],
         *,
         labels: bool,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         workers: int = 0,
         pad: int | None = None,
-        pin: bool = False,
+        device: torch.device = CPU,
         left_out: dict[int, str] | None = None,
     ) -> None:
         self.source, self.indices, self._left_out = source, indices, left_out
-        share, size = indices[rank() :: world_size()], functools.partial(_padded, source, pad or 1)
-        if pad is not None and batch_size > 1:
-            share = sorted(indices, key=size)[rank() :: world_size()]
-        self.share = share
+        size = functools.partial(_padded, source, pad or 1)
+        if batch_size is None and device.type == "cpu":
+            batch_size = 1
+        sort = pad is not None and batch_size != 1
+        self.share = (sorted(indices, key=size) if sort else indices)[rank() :: world_size()]
         self._loader = DataLoader(
             EvalImages(source, labels=labels, skip=left_out is not None),
-            batch_sampler=_same_size(share, size, batch_size),
+            batch_sampler=_same_size(self.share, size, batch_size),
             num_workers=workers,
             collate_fn=functools.partial(_stack_eval, pad=pad or 1),
             worker_init_fn=_start_worker,
-            pin_memory=pin,
+            pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
         )
 
@@ -310,23 +317,24 @@ def digests(source: Any, indices: Sequence[int]) -> list[str]:
     return on_threads(digest, indices, "reading images")
 
 
-def _padded(source: Any, pad: int, index: int) -> tuple[int, ...]:
+def _padded(source: Any, pad: int, index: int) -> tuple[int, int]:
     """Return height and width of an image, rounded up to multiples of ``pad``."""
-    return tuple(-(-side // pad) * pad for side in source.size(index))
+    height, width = source.size(index)
+    return -(-height // pad) * pad, -(-width // pad) * pad
 
 
 def _same_size(
-    indices: Sequence[int], size: Callable[[int], tuple[int, ...]], batch_size: int
+    indices: Sequence[int], size: Callable[[int], tuple[int, int]], batch_size: int | None
 ) -> list[list[int]]:
     """Divide images into batches of successive ones of equal size."""
     if batch_size == 1:  # sizes may have to be read from files
         return [[index] for index in indices]
-    groups = [list(group) for _, group in groupby(indices, size)]
-    return [
-        group[start : start + batch_size]
-        for group in groups
-        for start in range(0, len(group), batch_size)
-    ]
+    batches = []
+    for (height, width), group in groupby(indices, size):
+        count = batch_size or max(1, min(GPU_BATCH, GPU_PIXELS // (height * width)))
+        images = list(group)
+        batches += [images[start : start + count] for start in range(0, len(images), count)]
+    return batches
 
 
 def _start_worker(worker: int) -> None:

@@ -110,6 +110,7 @@ class CandidatePredictor:
             labels=False,
             batch_size=cfg.infer.batch_size,
             workers=cfg.data.workers,
+            device=self.device,
             left_out=left_out,
         )
         for voter, path in enumerate(candidate.paths):
@@ -191,6 +192,7 @@ class CandidatePredictor:
             labels=labels,
             batch_size=cfg.infer.batch_size,
             workers=cfg.data.workers,
+            device=self.device,
             left_out=images.left_out,
         )
 

@@ -84,6 +84,18 @@ def test_padding_lets_images_of_different_sizes_share_batches() -> None:
     assert shapes(64) == [(9, 3, 64, 64)]
 
 
+def test_a_gpu_predicts_up_to_eight_images_or_two_million_pixels_by_default() -> None:
+    def sizes(side: int, device: str) -> list[int]:
+        source = Mixed()
+        source.size = lambda i: (side, 512)  # type: ignore[method-assign]
+        batches = EvalBatches(source, range(9), labels=True, device=torch.device(device))
+        return [len(batch) for batch in batches._loader.batch_sampler]  # type: ignore[union-attr]
+
+    assert sizes(512, "cuda") == [8, 1]
+    assert sizes(1024, "cuda") == [4, 4, 1]
+    assert sizes(10_000, "cuda") == sizes(512, "cpu") == [1] * 9
+
+
 @pytest.mark.parametrize("pending", [0, 10_000, 2**24])
 def test_the_callback_sees_each_image_without_its_padding(
     monkeypatch: pytest.MonkeyPatch, pending: int
