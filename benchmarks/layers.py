@@ -1,10 +1,12 @@
 """Layers of ``segkit.models.kernels`` against PyTorch's, forward and backward.
 
-    python -m benchmarks.layers [--json] [--rounds 25] [--threads 2]
+    python -m benchmarks.layers [--json] [--rounds 25] [--threads 2] [--device cpu]
 
-In channels_last, fp32 and bf16 (if the CPU has it): a depthwise convolution of 5 x 5, of sizes that
-EfficientNet-B5 has in images of 256 x 256; squeeze and excitation; a 3 x 3 convolution of an
-upsampled map, of sizes that UNet++ has. Times are in milliseconds per pass.
+In channels_last, fp32 and bf16 (if the CPU has it; on a GPU autocast): a depthwise convolution of
+5 x 5, of sizes that EfficientNet-B5 has in images of 256 x 256; squeeze and excitation; a 3 x 3
+convolution of a map that is doubled, of sizes that UNet++ has, or resized to 4 times its sides, as
+in UPerNet. Two images on the CPU, 16 on a GPU, where only the last two differ from PyTorch's. Times
+are in milliseconds per pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +20,9 @@ from benchmarks import Figure, arguments, bf16, clock_for, show, take_turns
 from segkit.models.backbones.stages import GlobalAverage
 from segkit.models.kernels.depthwise import DepthwiseConv2d
 from segkit.models.kernels.doubled import conv_doubled
+from segkit.models.kernels.resized import conv_resized
 
-PASSES, BATCH = 3, 2
+PASSES = 3
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -36,7 +39,7 @@ def squeeze(average: nn.Module, channels: int, dtype: torch.dtype) -> Layer:
     return layer.to(dtype=dtype, memory_format=torch.channels_last)
 
 
-def doubled(
+def weighted(
     convolve: Callable[[Tensor, Tensor], Tensor], channels: int, dtype: torch.dtype
 ) -> Layer:
     """Return a convolution with as many output as input channels."""
@@ -44,9 +47,19 @@ def doubled(
     return lambda x: convolve(x, weight)
 
 
-def resized(x: Tensor, weight: Tensor) -> Tensor:
+def double_first(x: Tensor, weight: Tensor) -> Tensor:
     """Upsample the map, then convolve it."""
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+
+
+def resize_first(x: Tensor, weight: Tensor) -> Tensor:
+    """Resize the map, then convolve it."""
+    return F.conv2d(F.interpolate(x, scale_factor=4, mode="bilinear"), weight, padding=1)
+
+
+def resize_last(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve the map as if it was resized."""
+    return conv_resized(x, [4 * side for side in x.shape[2:]], weight)
 
 
 CASES = {
@@ -58,36 +71,49 @@ CASES = {
         *(squeeze, GlobalAverage(), nn.AdaptiveAvgPool2d(1)),
         [(1024, 16), (240, 64)],
     ),
-    "3 x 3 of a doubled map": (*(doubled, conv_doubled, resized), [(64, 64), (256, 16)]),
+    "3 x 3 of a doubled map": (*(weighted, conv_doubled, double_first), [(64, 64), (256, 16)]),
+    "3 x 3 of a resized map": (*(weighted, resize_last, resize_first), [(128, 16)]),
 }
 """A function that builds a layer, its arguments on each side, and channels and sides of maps."""
 
+GPU_SHAPES = {
+    "3 x 3 of a doubled map": [(32, 256), (64, 128), (128, 64), (256, 32)],
+    "3 x 3 of a resized map": [(512, 32)],
+}
+"""Channels and sides of maps on a GPU."""
 
-def passes(layer: Layer, channels: int, size: int, dtype: torch.dtype) -> Callable[[], object]:
+
+def passes(
+    layer: Layer, channels: int, size: int, dtype: torch.dtype, device: str
+) -> Callable[[], object]:
     """Return a function that runs the layer forward and backward, three times."""
-    x = torch.randn(BATCH, channels, size, size, dtype=dtype)
+    x = torch.randn(2 if device == "cpu" else 16, channels, size, size, dtype=dtype, device=device)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def run() -> None:
         for _ in range(PASSES):
-            y = layer(x * 1)  # as after another layer, which takes a gradient of any layout
+            with torch.autocast(device, dtype, enabled=device != "cpu" and dtype.itemsize == 2):
+                y = layer(x * 1)  # as after another layer, which takes a gradient of any layout
             y.backward(y.detach())
 
     return run
 
 
-def figures(rounds: int, threads: int) -> Iterator[Figure]:
+def figures(rounds: int, threads: int, device: str = "cpu") -> Iterator[Figure]:
     """Yield each layer in each size and precision."""
     torch.set_num_threads(threads)
-    dtypes = [torch.float32, *filter(None, [bf16()])]
+    torch.backends.cudnn.benchmark = True
     for name, (build, ours, theirs, shapes) in CASES.items():
-        for channels, size in shapes:
-            for dtype in dtypes:
-                sides = (
-                    passes(build(how, channels, dtype), channels, size, dtype)
-                    for how in (ours, theirs)
+        on_device = shapes if device == "cpu" else GPU_SHAPES.get(name, [])
+        for channels, size in on_device:
+            for dtype in [torch.float32, *filter(None, [bf16(device)])]:
+                with torch.device(device):
+                    weights = dtype if device == "cpu" else torch.float32  # autocast
+                    layers = [build(how, channels, weights) for how in (ours, theirs)]
+                sides = (passes(layer, channels, size, dtype, device) for layer in layers)
+                turns = take_turns(
+                    *sides, rounds=rounds, warm_up=1, clock=clock_for(threads, device)
                 )
-                turns = take_turns(*sides, rounds=rounds, warm_up=1, clock=clock_for(threads))
                 reached = (1e3 * side / PASSES for side in (turns.ours, turns.theirs))
                 about = f"{name}, {channels} x {size} x {size}, {str(dtype)[6:]}"
                 yield Figure(
@@ -96,5 +122,7 @@ def figures(rounds: int, threads: int) -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__ or "").parse_args()
-    show(figures(options.rounds, options.threads), as_json=options.json)
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    options = parser.parse_args()
+    show(figures(options.rounds, options.threads, options.device), as_json=options.json)
