@@ -18,7 +18,6 @@ from segkit.inference.predictor import Predictor
 from segkit.inference.trained_run import Images, TrainedRun, common_selection
 from segkit.inference.tta import View, fit_coefficients, true_class_samples
 from segkit.inference.voting import HardVote, SoftVote
-from segkit.training.evaluate import predictions
 
 Predictions = Iterator[tuple[int, Tensor, Tensor | None]]
 """Index of an image, its mask or probabilities, and its true mask if labels were asked for."""
@@ -103,16 +102,7 @@ class CandidatePredictor:
         }
         votes = [makers[kind]() for kind in kinds]
         place = {index: number for number, index in enumerate(mine)}
-        cfg, left_out = self.runs[0].config, images.left_out
-        batches = EvalBatches(
-            images.source,
-            images.indices,
-            labels=False,
-            batch_size=cfg.infer.batch_size,
-            workers=cfg.data.workers,
-            device=self.device,
-            left_out=left_out,
-        )
+        batches = self._batches(images, labels=False)
         for voter, path in enumerate(candidate.paths):
             predictor = self._predictor(candidate, path)
             for batch in batches:
@@ -184,9 +174,13 @@ class CandidatePredictor:
         self, predict: Callable[[Tensor], Tensor], images: Images, *, labels: bool
     ) -> Predictions:
         """Yield ``predict`` of this rank's share of the images, and true masks with ``labels``."""
+        for batch in self._batches(images, labels=labels):
+            masks = batch.masks if batch.masks is not None else [None] * len(batch.indices)
+            yield from zip(batch.indices, predict(batch.images), masks, strict=True)
+
+    def _batches(self, images: Images, *, labels: bool) -> EvalBatches:
         cfg = self.runs[0].config
-        return predictions(
-            predict,
+        return EvalBatches(
             images.source,
             images.indices,
             labels=labels,

@@ -1,6 +1,6 @@
 """Evaluation: compare predictions with labels; integer counts, summed over the ranks."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from segkit.core.distributed import Progress, all_reduce, rank, world_size
 from segkit.core.labels import Size
-from segkit.data.loader import CPU, EvalBatches
+from segkit.data.loader import EvalBatches
 from segkit.data.source import Source
 from segkit.training.metrics import counts_of, matrices_of, pixel_counts
 
@@ -155,36 +155,3 @@ def count(
         assert truth is not None
         counter.add([index], mask[None], truth[None], [(truth.shape[0], truth.shape[1])])
     return counter.result()
-
-
-def predictions(
-    predict: Callable[[Tensor], Tensor],
-    source: Source,
-    indices: Sequence[int],
-    *,
-    labels: bool,
-    batch_size: int | None = None,
-    workers: int = 0,
-    device: torch.device = CPU,
-    left_out: dict[int, str] | None = None,
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Yield (index, prediction, true mask or None) for this rank's share of ``indices``.
-
-    Args:
-        predict: Maps images, (B, 3, H, W) uint8, to masks or probabilities.
-        source: The images.
-        indices: Images to predict, over all ranks.
-        labels: Also read the true masks.
-        batch_size: Number of images of equal size that are predicted together; default by device.
-        workers: Number of processes that read images.
-        device: Device of the model.
-        left_out: Filled with an error message for each image that cannot be read, by index; without
-            it, the first such image raises an error.
-    """
-    batches = EvalBatches(
-        source, indices, labels=labels, batch_size=batch_size, workers=workers, device=device,
-        left_out=left_out,
-    )  # fmt: skip
-    for batch in batches:
-        truth = batch.masks if batch.masks is not None else [None] * len(batch.indices)
-        yield from zip(batch.indices, predict(batch.images), truth, strict=True)

@@ -11,9 +11,10 @@ from PIL import Image
 from ranks import run_ranks
 
 from segkit.core import distributed
+from segkit.data.loader import EvalBatches
 from segkit.inference.outputs import ERROR, SAFE
 from segkit.report import Gallery
-from segkit.training.evaluate import count, predictions
+from segkit.training.evaluate import evaluate
 from segkit.training.metrics import per_image_miou
 
 
@@ -73,10 +74,12 @@ def test_large_masks_are_sampled(size: tuple[int, int], small: tuple[int, int]) 
 def selected_names() -> list[str]:
     source, indices = Drawn(20), list(range(20))
     gallery = Gallery(source, indices, size=6)
-    predicted = predictions(
-        lambda images: torch.zeros(len(images), *images.shape[2:]), source, indices, labels=True
+    evaluate(
+        lambda images: torch.zeros(len(images), *images.shape[2:], dtype=torch.uint8),
+        EvalBatches(source, indices, labels=True),
+        device=torch.device("cpu"),
+        callback=gallery.add,
     )
-    count(predicted, source, indices, device=torch.device("cpu"), callback=gallery.add)
     gallery.gather()
     pictures = gallery.pictures()
     assert bool(pictures) == distributed.is_main()
