@@ -38,7 +38,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
 
 def share_of_the_way(start: nn.Module, state: Mapping, other: Mapping) -> float:
-    """How far two trainings from ``start`` are apart, relative to how far the first has come.
+    """Return the distance of two trainings from ``start``, relative to that of the first.
 
     Twenty steps of fp32 leave 5e-4 on any processor, in one process and in two. The mean of the
     ranks' own Dice losses, in place of the loss of the whole batch, leaves 3e-2.

@@ -1,4 +1,4 @@
-"""What benchmarks count, where it can be worked out by hand."""
+"""Counts of the benchmarks equal those worked out by hand."""
 
 import importlib
 import json
@@ -37,11 +37,11 @@ def test_each_activation_is_counted_once() -> None:
 
 def test_costs_worked_by_hand() -> None:
     with torch.device("meta"):
-        found = cost(Features(), "two", 8)
-    assert found.parameters == 3 * 4 + 4 + 4 * 2 + 2
-    assert found.multiply_adds * 1e9 == 8 * 8 * (3 * 4 + 4 * 2)
-    assert found.state * 2**30 == 16 * found.parameters
-    assert found.activations * 2**30 == 4 * 8 * 8 * (3 + 4)
+        costs = cost(Features(), "two", 8)
+    assert costs.parameters == 3 * 4 + 4 + 4 * 2 + 2
+    assert costs.multiply_adds * 1e9 == 8 * 8 * (3 * 4 + 4 * 2)
+    assert costs.state * 2**30 == 16 * costs.parameters
+    assert costs.activations * 2**30 == 4 * 8 * 8 * (3 + 4)
 
 
 def test_the_table_is_of_shipped_configurations() -> None:
@@ -201,6 +201,6 @@ def test_steps_fed_by_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     small = step.Case("resnet18_half", {"name": "fcn", "width": 8}, "torch", Peer)
     monkeypatch.setitem(step.CASES, "small", small)
     monkeypatch.setattr(input, "IMAGES", 4)
-    found = [*input.fed_steps("cpu", 32, case="small", batch=2, workers=0, steps=1, rounds=2)]
-    assert [figure.name.rsplit("=")[-1] for figure in found] == ["cpu", "model"]
-    assert all(figure.ours > 0 and figure.limit > 0 for figure in found)
+    figures = [*input.fed_steps("cpu", 32, case="small", batch=2, workers=0, steps=1, rounds=2)]
+    assert [figure.name.rsplit("=")[-1] for figure in figures] == ["cpu", "model"]
+    assert all(figure.ours > 0 and figure.limit > 0 for figure in figures)

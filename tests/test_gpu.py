@@ -1,4 +1,4 @@
-"""What only a GPU can show: ``python -m pytest -m gpu``, in under 5 minutes on one H100.
+"""Tests that need a GPU: ``python -m pytest -m gpu``, in under 5 minutes on one H100.
 
 Without a CUDA device these tests are skipped. ``SEGKIT_TEST_DEVICE=cpu python -m pytest -m gpu``
 runs them on the CPU with small images, which checks the tests' own code and nothing else.
@@ -256,18 +256,20 @@ def test_the_models_device_renders_what_the_cpu_renders() -> None:
 
 
 def test_the_two_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = re.search(
+    commands = re.search(
         r"python train\.py (.*) && python infer\.py (.*)", (ROOT / "README.md").read_text()
     )
-    assert found
+    assert commands
     monkeypatch.chdir(tmp_path)
     device = ["--device", DEVICE.type]
     short = ["data.train.train=40", "data.train.size=64", "train.epochs=2"] if ON_CPU else []
     for part in ("test", "test_labels") if ON_CPU else ():
         short += [f"data.{part}.train=40", f"data.{part}.test=8", f"data.{part}.size=64"]
     short += ["data.train.test=8"] if ON_CPU else ["train.epochs=2"]
-    train.main([*found[1].split(), *device, *(w for one in short for w in ("--set", one))])
-    infer.main([*found[2].split(), *device])
+    train.main(
+        [*commands[1].split(), *device, *(w for setting in short for w in ("--set", setting))]
+    )
+    infer.main([*commands[2].split(), *device])
     (run,) = Path("runs").iterdir()
     rows = json.loads((run / "infer" / "scores.json").read_text())
     assert 0 < rows[-1]["test"]["miou"] <= 1

@@ -32,7 +32,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fill(model: nn.Module) -> nn.Module:
-    """Every value that a fresh model leaves at zero or one becomes random; then eval mode."""
+    """Replace values that are initialized as zero or one by random ones; set eval mode."""
     generator = torch.Generator().manual_seed(0)
     for name, value in model.state_dict().items():
         if name.endswith("running_var") or (name.endswith("weight") and value.ndim == 1):
@@ -104,7 +104,7 @@ def test_torchvisions_swin(size: tuple[int, int]) -> None:
 
 
 def normalized(feature: Tensor) -> Tensor:
-    """A map under a fresh LayerNorm over its channels, as our Swin has at each stage."""
+    """Apply a newly initialized LayerNorm over the channels, as our Swin does at each stage."""
     return F.layer_norm(feature.permute(0, 2, 3, 1), feature.shape[1:2]).permute(0, 3, 1, 2)
 
 

@@ -1,4 +1,4 @@
-"""What docs/reliability.md promises: kills, restarts, ranks, full disks, long runs."""
+"""The promises of docs/reliability.md: kills, restarts, ranks, full disks, long runs."""
 
 import gc
 import json
@@ -144,7 +144,7 @@ def test_a_machine_that_is_lost_leaves_the_other_to_go_on(folder: Path, phase: s
         for host in (1, 0)
     )
     deadline = time.monotonic() + 120
-    while not any(one["event"] == phase for one in run.events()):
+    while not any(event["event"] == phase for event in run.events()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert run.read("environment.json")["world_size"] == 2
@@ -154,7 +154,7 @@ def test_a_machine_that_is_lost_leaves_the_other_to_go_on(folder: Path, phase: s
     goes.communicate()
     out, _ = stays.communicate(timeout=300)
     assert stays.returncode == 0, out
-    steps = [one["step"] for one in run.events() if one["event"] == "step"]
+    steps = [event["step"] for event in run.events() if event["event"] == "step"]
     assert steps == list(range(1, 121))
 
 
@@ -269,10 +269,12 @@ def test_ranks_parts_workers_and_cache_change_nothing(
     settings = {**SMOOTH, "train.accumulate": accumulate, "data.workers": workers}
     settings["data.cache_gb"] = cache_gb
     finish(ranks(folder, arguments(run, settings), world_size, batch_norm=False))
-    state, reference = (checkpoint.load(one / "fold0" / "last.pt") for one in (folder / run, alone))
+    state, reference = (
+        checkpoint.load(path / "fold0" / "last.pt") for path in (folder / run, alone)
+    )
     assert state["step"] == reference["step"] == 20
     assert share_of_the_way(smooth_start(), reference["model"], state["model"]) < 5e-3
-    ours, theirs = (Run(one).read("fold0/evaluation.json") for one in (folder / run, alone))
+    ours, theirs = (Run(path).read("fold0/evaluation.json") for path in (folder / run, alone))
     ours, theirs = torch.tensor(ours["matrix"]), torch.tensor(theirs["matrix"])
     assert torch.equal(ours.sum(1), theirs.sum(1))  # the same pixels, each counted once
     assert int((ours - theirs).abs().sum()) <= 2e-3 * int(theirs.sum())
@@ -292,7 +294,7 @@ def test_a_run_goes_on_with_other_ranks_and_workers(folder: Path, alone: Path) -
     assert 0 < state["step"] < 20
     words = [*arguments("runs/grown", {**SMOOTH, "data.workers": 2}), "--resume"]
     finish(ranks(folder, words, 2, batch_norm=False))
-    ours, theirs = (checkpoint.load(one / "fold0" / "last.pt") for one in (run, alone))
+    ours, theirs = (checkpoint.load(path / "fold0" / "last.pt") for path in (run, alone))
     assert ours["step"] == theirs["step"] == 20
     assert share_of_the_way(smooth_start(), theirs["model"], ours["model"]) < 5e-3
 
@@ -367,14 +369,14 @@ def rename(labels: dict[str, Any], _: Path) -> None:
 
 
 def number_anew(labels: dict[str, Any], _: Path) -> None:
-    for record, key in [(one, "id") for one in labels["categories"]] + [
-        (one, "category_id") for one in labels["annotations"]
+    for record, key in [(entry, "id") for entry in labels["categories"]] + [
+        (entry, "category_id") for entry in labels["annotations"]
     ]:
         record[key] += 100
 
 
 def reverse(labels: dict[str, Any], _: Path) -> None:
-    ids = [one["id"] for one in labels["categories"]]
+    ids = [entry["id"] for entry in labels["categories"]]
     for record, key in zip(labels["categories"], reversed(ids), strict=True):
         record["id"] = key
 

@@ -26,14 +26,14 @@ def model_layer(name: str) -> int:
 
 
 def imports(tree: ast.AST) -> list[str]:
-    found = []
+    names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [one.name for one in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            found += [f"{node.module}.{one.name}" for one in node.names]
-    return found
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -59,12 +59,12 @@ def test_nothing_is_imported_inside_a_function(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             for name in imports(node):
-                assert any(name.startswith(one) for one in OPTIONAL), f"{node.name}: {name}"
+                assert any(name.startswith(package) for package in OPTIONAL), f"{node.name}: {name}"
 
 
 def test_only_the_six_packages_are_imported() -> None:
     allowed = {"torch", "torchvision", "numpy", "pycocotools", "PIL", "tqdm", "segkit"}
-    optional = {one.split(".")[0] for one in OPTIONAL}
+    optional = {package.split(".")[0] for package in OPTIONAL}
     for path in [*MODULES, ROOT / "train.py", ROOT / "infer.py"]:
         for name in imports(ast.parse(path.read_text())):
             top = name.split(".")[0]

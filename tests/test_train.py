@@ -109,8 +109,8 @@ def assert_same(ours: Any, theirs: Any, atol: float = 0.0) -> None:
         for key in ours:
             assert_same(ours[key], theirs[key], atol)
     elif isinstance(ours, list | tuple):
-        for one, two in zip(ours, theirs, strict=True):
-            assert_same(one, two, atol)
+        for first, second in zip(ours, theirs, strict=True):
+            assert_same(first, second, atol)
     elif isinstance(ours, torch.Tensor):
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=0, equal_nan=True)
     else:
@@ -136,12 +136,14 @@ def test_the_run_folder_explains_itself(trained: Path) -> None:
     assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
     assert all(0 < share < 1 for share in shares.values())
     events = list(run.events())
-    steps = [one["step"] for one in events if one["event"] == "step" and one["fold"] == 0]
+    steps = [event["step"] for event in events if event["event"] == "step" and event["fold"] == 0]
     assert steps == [1, 2, 3, 4]
     page = (trained / "report.html").read_text()
     assert "mean of 2 folds" in page
     assert page.count('"photograph":') == 8  # the four pictures of each fold
-    evaluated = [one["epoch"] for one in events if one["event"] == "evaluate" and one["fold"] == 0]
+    evaluated = [
+        event["epoch"] for event in events if event["event"] == "evaluate" and event["fold"] == 0
+    ]
     assert evaluated == [1, 2]
 
 
@@ -162,11 +164,11 @@ def test_only_checkpoints_leave_with_the_best_epochs(tmp_path: Path) -> None:
 
 
 def test_checkpoints_tell_what_they_trained_on(trained: Path) -> None:
-    zero, one = (checkpoint.load(trained / f"fold{n}" / "best.pt") for n in (0, 1))
-    assert not set(zero["trained_on"]) & set(one["trained_on"])
-    assert zero["init"] == one["init"]
+    first, second = (checkpoint.load(trained / f"fold{n}" / "best.pt") for n in (0, 1))
+    assert not set(first["trained_on"]) & set(second["trained_on"])
+    assert first["init"] == second["init"]
     best = json.loads((trained / "summary.json").read_text())["fold0"]
-    assert (zero["score"], zero["epoch"]) == (best["miou"], best["epoch"])
+    assert (first["score"], first["epoch"]) == (best["miou"], best["epoch"])
 
 
 def test_infer_writes_everything(folder: Path, trained: Path) -> None:
@@ -176,7 +178,8 @@ def test_infer_writes_everything(folder: Path, trained: Path) -> None:
     assert all(len(line) <= 80 for line in shown.splitlines() if "[" in line)
     out = trained / "infer"
     names = [
-        one["file_name"] for one in json.loads((folder / "demo/test.json").read_text())["images"]
+        image["file_name"]
+        for image in json.loads((folder / "demo/test.json").read_text())["images"]
     ]
     csv.field_size_limit(1 << 20)  # 65536 classes of two digits are more than its default
     with (out / "submission.csv").open() as file:
@@ -189,7 +192,9 @@ def test_infer_writes_everything(folder: Path, trained: Path) -> None:
         assert mask.shape == (64, 64)
         assert np.array_equal(np.array(row[1].split(), int).reshape(256, 256)[::4, ::4], mask)
         assert (out / "overlays" / name).is_file()
-    assert {one["image_id"] for one in json.loads((out / "coco.json").read_text())} <= set(range(5))
+    assert {result["image_id"] for result in json.loads((out / "coco.json").read_text())} <= set(
+        range(5)
+    )
     rows = json.loads((out / "scores.json").read_text())
     assert rows[-1]["name"] == "greedy soup, views"
     low, high = rows[-1]["test"]["interval"]
@@ -200,10 +205,10 @@ def test_two_ranks_infer_the_same(folder: Path, trained: Path) -> None:
     options = ("--vote", "hard", "--brief", "--out")
     finish(start(folder, "infer.py", *options, "one"))
     finish(start(folder, "infer.py", *options, "two", ranks=2))
-    for one in sorted((folder / "one").rglob("*")):
-        if one.is_file():
-            two = folder / "two" / one.relative_to(folder / "one")
-            assert one.read_bytes() == two.read_bytes(), one
+    for path in sorted((folder / "one").rglob("*")):
+        if path.is_file():
+            other = folder / "two" / path.relative_to(folder / "one")
+            assert path.read_bytes() == other.read_bytes(), path
 
 
 def test_plain_photographs_of_any_size(folder: Path, trained: Path) -> None:
@@ -235,7 +240,11 @@ def test_killed_in_mid_epoch_and_resumed_is_the_same_to_the_bit(
     assert_same(ours["model"], whole["model"])  # saving changes nothing either
     events = [list(Run(folder / run).events()) for run in ("runs/killed", "runs/steady")]
     kept = [
-        [(one["event"], one["step"], one.get("loss")) for one in part if one["event"] != "resume"]
+        [
+            (event["event"], event["step"], event.get("loss"))
+            for event in part
+            if event["event"] != "resume"
+        ]
         for part in events
     ]
     assert kept[0] == kept[1]
@@ -258,7 +267,9 @@ def test_sigterm_saves_and_exits_with_zero(folder: Path, trained: Path) -> None:
     process.send_signal(signal.SIGTERM)
     out = finish(process, code=0)
     assert "--resume" in out
-    steps = [one["step"] for one in Run(folder / "runs/term").events() if one["event"] == "step"]
+    steps = [
+        event["step"] for event in Run(folder / "runs/term").events() if event["event"] == "step"
+    ]
     assert last(folder, "runs/term")["step"] == steps[-1] < 1000
 
 
@@ -280,10 +291,10 @@ def test_two_ranks_take_the_twenty_steps_of_one_process(folder: Path, trained: P
     options = ["--folds", "0", *sets(settings)]
     train(folder, "runs/one-rank", *options)
     train(folder, "runs/two-ranks", *options, ranks=2)
-    one, two = last(folder, "runs/one-rank"), last(folder, "runs/two-ranks")
-    assert one["step"] == two["step"] == 20
+    alone, pair = last(folder, "runs/one-rank"), last(folder, "runs/two-ranks")
+    assert alone["step"] == pair["step"] == 20
     start = build_model("convnext_tiny", decoder, num_classes=11, seed=0)
-    assert share_of_the_way(start, one["model"], two["model"]) < 5e-3
+    assert share_of_the_way(start, alone["model"], pair["model"]) < 5e-3
 
 
 @pytest.mark.parametrize(
@@ -373,15 +384,15 @@ def test_a_value_that_is_no_class_ends_the_run_before_it_begins(
 ) -> None:
     monkeypatch.chdir(folder)
     settings: dict[str, Any] = {"data.cache_gb": 0}  # the cache reads every mask, too
-    for one in ("train", "val"):
+    for role in ("train", "val"):
         for kind in ("images", "masks"):
-            (tmp_path / one / kind).mkdir(parents=True)
+            (tmp_path / role / kind).mkdir(parents=True)
         for number in range(4):
-            Image.new("RGB", (64, 64), "red").save(tmp_path / one / f"images/{number}.png")
-            value = 2 if (one, number) == (part, 3) else 1
-            Image.new("L", (64, 64), value).save(tmp_path / one / f"masks/{number}.png")
-        paths = {kind: str(tmp_path / one / kind) for kind in ("images", "masks")}
-        settings[f"data.{one}"] = {"name": "masks", "classes": ["ground", "can"], **paths}
+            Image.new("RGB", (64, 64), "red").save(tmp_path / role / f"images/{number}.png")
+            value = 2 if (role, number) == (part, 3) else 1
+            Image.new("L", (64, 64), value).save(tmp_path / role / f"masks/{number}.png")
+        paths = {kind: str(tmp_path / role / kind) for kind in ("images", "masks")}
+        settings[f"data.{role}"] = {"name": "masks", "classes": ["ground", "can"], **paths}
     run = f"runs/value-in-{part}"
     with pytest.raises(DataError, match=rf"{part}/masks/3\.png has the values? 2"):
         train_main(["--cfg", "tiny.json", "--run-dir", run, *sets(settings)])

@@ -1,4 +1,4 @@
-"""How commands end: by any error, anywhere, within seconds, with the message last."""
+"""Commands end within seconds after any error anywhere, with the message last."""
 
 import json
 import multiprocessing

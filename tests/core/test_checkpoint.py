@@ -33,7 +33,7 @@ def test_round_trip(tmp_path: Path) -> None:
         loaded = checkpoint.load(path, mmap=mmap)
         assert torch.equal(loaded["model"]["weight"], state()["model"]["weight"])
         assert (loaded["step"], loaded["names"]) == (3, ["a", None])
-    assert [one.name for one in tmp_path.iterdir()] == ["a.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 @pytest.mark.parametrize("large", [2, 100, 10_000])
@@ -200,7 +200,7 @@ while True:
 
 
 def test_links_replace_and_share(tmp_path: Path) -> None:
-    first, second, name = (tmp_path / one for one in ("1.pt", "2.pt", "best.pt"))
+    first, second, name = (tmp_path / file for file in ("1.pt", "2.pt", "best.pt"))
     checkpoint.save(state(1), first)
     checkpoint.save(state(2), second)
     checkpoint.link(first, name)
@@ -211,10 +211,12 @@ def test_links_replace_and_share(tmp_path: Path) -> None:
 
 
 def test_tensor_digest_depends_on_names_and_bits() -> None:
-    one = checkpoint.digest_tensors({"a": torch.zeros(3), "b": torch.tensor(1)})
-    assert one == checkpoint.digest_tensors({"a": torch.zeros(3), "b": torch.tensor(1)})
-    assert one != checkpoint.digest_tensors({"c": torch.zeros(3), "b": torch.tensor(1)})
-    assert one != checkpoint.digest_tensors({"a": torch.tensor([0, 0, -0.0]), "b": torch.tensor(1)})
+    digest = checkpoint.digest_tensors({"a": torch.zeros(3), "b": torch.tensor(1)})
+    assert digest == checkpoint.digest_tensors({"a": torch.zeros(3), "b": torch.tensor(1)})
+    assert digest != checkpoint.digest_tensors({"c": torch.zeros(3), "b": torch.tensor(1)})
+    assert digest != checkpoint.digest_tensors(
+        {"a": torch.tensor([0, 0, -0.0]), "b": torch.tensor(1)}
+    )
 
 
 @pytest.mark.slow
@@ -243,4 +245,4 @@ def test_forged_files_are_read_or_refused(tmp_path: Path) -> None:
                 sentences.append(str(error))
     assert read > 0
     assert len(sentences) > 0
-    assert not [one for one in sentences if "\n" in one]
+    assert not [sentence for sentence in sentences if "\n" in sentence]

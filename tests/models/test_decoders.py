@@ -255,9 +255,9 @@ def test_convolving_a_doubled_map_is_resizing_and_convolving() -> None:
         for shape in shapes
     )
     plain = nn.functional.conv2d(resize(x, (10, 14), mode="nearest"), weight, bias, padding=1)
-    found = conv_doubled(x, weight, bias)
-    torch.testing.assert_close(found, plain)
-    ours, theirs = (torch.autograd.grad((y**2).sum(), (x, weight, bias)) for y in (found, plain))
+    result = conv_doubled(x, weight, bias)
+    torch.testing.assert_close(result, plain)
+    ours, theirs = (torch.autograd.grad((y**2).sum(), (x, weight, bias)) for y in (result, plain))
     torch.testing.assert_close(ours, theirs)
 
 
@@ -277,9 +277,9 @@ def test_convolving_a_resized_map_is_resizing_and_convolving(size: tuple[int, in
         for shape in ((2, 3, 5, 7), (4, 3, 3, 3))
     )
     plain = nn.functional.conv2d(resize(x, size), weight, padding=1)
-    found = conv_resized(x, size, weight)
-    torch.testing.assert_close(found, plain)
-    ours, theirs = (torch.autograd.grad((y**2).sum(), (x, weight)) for y in (found, plain))
+    result = conv_resized(x, size, weight)
+    torch.testing.assert_close(result, plain)
+    ours, theirs = (torch.autograd.grad((y**2).sum(), (x, weight)) for y in (result, plain))
     torch.testing.assert_close(ours, theirs)
 
 
@@ -324,9 +324,9 @@ def test_unetplusplus_is_the_same_where_no_map_is_doubled(
         torch.randn(1, channels, *(-(-side // stride) for side in size), generator=rng)
         for channels, stride in zip(CHANNELS, LAYOUTS["chain"][0], strict=True)
     ]
-    found = decoder(features)["out"]
+    out = decoder(features)["out"]
     monkeypatch.setattr(layers, "doubles", lambda *_: False)
-    torch.testing.assert_close(found, decoder(features)["out"])
+    torch.testing.assert_close(out, decoder(features)["out"])
 
 
 def test_level_at_finds_the_first_that_is_coarse_enough() -> None:

@@ -1,4 +1,4 @@
-"""Gradients of depthwise convolutions, found in squares, are those that PyTorch finds."""
+"""Gradients of depthwise convolutions, computed in tiles, equal PyTorch's."""
 
 import copy
 
@@ -19,7 +19,7 @@ def gradients(conv: nn.Module, x: Tensor) -> list[Tensor]:
     conv.zero_grad()
     y = conv(x)
     (y.square() * torch.linspace(1, 2, y.shape[1]).view(-1, 1, 1)).sum().backward()
-    return [x.grad, *(one.grad for one in conv.parameters())]
+    return [x.grad, *(parameter.grad for parameter in conv.parameters())]
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
@@ -57,9 +57,11 @@ def test_gradients_are_the_same_under_autocast() -> None:
     speed_up_depthwise(fast)
     x = torch.randn(2, 16, 12, 12)
     with torch.autocast("cpu", torch.bfloat16):
-        for found, expected in zip(gradients(fast, x), gradients(plain, x), strict=True):
-            assert found.dtype == torch.float32
-            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max())
+        for actual, expected in zip(gradients(fast, x), gradients(plain, x), strict=True):
+            assert actual.dtype == torch.float32
+            torch.testing.assert_close(
+                actual, expected, rtol=0.02, atol=0.02 * expected.abs().max()
+            )
 
 
 @pytest.mark.parametrize(("dilation", "products"), [(11, 9), (14, 1), (30, 1)])
@@ -70,24 +72,24 @@ def test_values_that_meet_only_padding_are_left_out(dilation: int, products: int
     speed_up_depthwise(fast)
     x = torch.randn(2, 6, 11, 14, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
-        found = fast(x)
+        actual = fast(x)
     assert counter.get_total_flops() == 2 * products * x.numel()
-    torch.testing.assert_close(found, plain(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, plain(x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(fast, x), gradients(plain, x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the weights whose gradient would be found in squares."""
-    found: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
     apply = _Convolve.apply
 
     def watched(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
-        found.append(tuple(weight.shape))
+        shapes.append(tuple(weight.shape))
         return apply(x, weight, *rest)
 
     monkeypatch.setattr(_Convolve, "apply", watched)
-    return found
+    return shapes
 
 
 def test_only_wide_depthwise_convolutions_change(calls: list[tuple[int, ...]]) -> None:

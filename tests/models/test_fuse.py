@@ -12,7 +12,7 @@ from segkit.models.segmenter import build_model
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Statistics and weights of BatchNorm that are not those of a fresh layer."""
+    """Statistics and weights of BatchNorm other than those of a newly initialized layer."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -77,7 +77,7 @@ def test_what_is_not_fused_is_there_once() -> None:
     model = build_model("swin_t", {"name": "upernet", "width": 8}, num_classes=3)
     fused = fuse_batch_norm(model)
     assert model.training
-    ours, theirs = (dict(one.named_parameters()) for one in (fused, model))
+    ours, theirs = (dict(module.named_parameters()) for module in (fused, model))
     assert all(ours[name] is theirs[name] for name in ours if name.startswith("backbone"))
     assert ours["decoder.fuse.0.weight"] is not theirs["decoder.fuse.0.weight"]
 

@@ -517,9 +517,9 @@ def test_swin_by_every_projects_names(project: str) -> None:
     index = {k: v.clone() for k, v in model.backbone.state_dict().items() if "index" in k}
     report = load_state(model, theirs, source="theirs")
     norms = {f"backbone.norm{i}.{kind}" for i in range(4) for kind in ("weight", "bias")}
-    fresh = {name for name in report.initialized if name.startswith("backbone.")}
-    assert fresh == (norms if project in ("microsoft", "timm") else set())
-    same(model.backbone, state | index, but=tuple(n.removeprefix("backbone.") for n in fresh))
+    initialized = {name for name in report.initialized if name.startswith("backbone.")}
+    assert initialized == (norms if project in ("microsoft", "timm") else set())
+    same(model.backbone, state | index, but=tuple(n.removeprefix("backbone.") for n in initialized))
     titles = {"microsoft": "Microsoft", "hugging face": "Hugging Face"}
     assert report.title == f"Swin by {titles.get(project, project)}'s names"
     for name, why in report.skipped.items():
@@ -1114,8 +1114,10 @@ def test_convnext(project: str) -> None:
     assert not report.skipped
     same(normed.backbone, state)
     report = load_state(normed, theirs, source="theirs")
-    fresh = {name for name in report.initialized if name.startswith("backbone.")}
-    assert fresh == {f"backbone.norm{i}.{kind}" for i in range(4) for kind in ("weight", "bias")}
+    initialized = {name for name in report.initialized if name.startswith("backbone.")}
+    assert initialized == {
+        f"backbone.norm{i}.{kind}" for i in range(4) for kind in ("weight", "bias")
+    }
     first_norm = "hidden_states_norms.stage1" if project == "hugging face" else "norm0"
     before = {name: value.clone() for name, value in bare.state_dict().items()}
     sentence = (

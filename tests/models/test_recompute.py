@@ -27,7 +27,11 @@ def gradients(model: nn.Module, x: Tensor, *, recomputed: bool) -> Gradients:
     with recompute.recompute_activations() if recomputed else nullcontext():
         y = model(x)
     y.square().sum().backward()
-    return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def block(activation: Callable[[], nn.Module]) -> nn.Sequential:
@@ -102,7 +106,7 @@ def test_nothing_but_inputs_is_kept_under_autocast(again: list[Tensor]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         kept = gradients(model, x, recomputed=False)
         recomputed = gradients(model, x, recomputed=True)
-    assert [(one.dtype, one.shape) for one in again] == [
+    assert [(tensor.dtype, tensor.shape) for tensor in again] == [
         (torch.bfloat16, (54, 8)),
         (torch.bfloat16, (54, 6)),
     ]
@@ -171,7 +175,7 @@ def test_a_term_that_changed_its_shape_is_left_alone(again: list[Tensor]) -> Non
     with recompute.recompute_activations():
         (norm(x).view(2, 48) + norm(x).view(2, 48)).relu().sum().backward()
         (norm(x).view(6, 16).relu()).sum().backward()
-    assert [one.shape for one in again] == [(6, 16)]
+    assert [tensor.shape for tensor in again] == [(6, 16)]
 
 
 @pytest.mark.parametrize("side", [4, 1])
@@ -183,13 +187,13 @@ def test_sums_of_other_shapes_and_precisions(
     relu, norm = nn.ReLU(), nn.BatchNorm2d(3)
     x = torch.randn(2, 3, 4, 4).to(dtype).requires_grad_()
     y = torch.randn(2, 3, side, side)
-    found = []
+    results = []
     for context in (nullcontext(), recompute.recompute_activations()):
         with context:
             (found_now,) = torch.autograd.grad(relu(relu(x) + norm(y)).square().sum(), x)
-        found.append(found_now)
+        results.append(found_now)
     assert len(again) == 2  # for the ReLU and for the square
-    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
@@ -280,9 +284,9 @@ def test_a_checkpointed_backbone_trains() -> None:
     torch.manual_seed(0)
     backbone = HRNet(width=4, checkpointing=True)
     with recompute.recompute_activations():
-        loss = sum(one.square().mean() for one in backbone(torch.randn(2, 3, 64, 64)))
+        loss = sum(features.square().mean() for features in backbone(torch.randn(2, 3, 64, 64)))
     loss.backward()
-    assert all(one.grad is not None for one in backbone.parameters())
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
 
 
 @pytest.mark.parametrize(("backbone", "share"), [("resnet18_half", 0.75), ("efficientnet_b0", 0.5)])

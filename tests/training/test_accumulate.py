@@ -69,7 +69,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def parts_of_rank(parts: int) -> list[tuple[Tensor, Tensor]]:
     """This rank's share of each part, as ``TrainOrder`` divides a step."""
     world_size, rank = distributed.world_size(), distributed.rank()
-    images, masks = (one.chunk(parts * world_size) for one in batch())
+    images, masks = (tensor.chunk(parts * world_size) for tensor in batch())
     mine = range(rank, parts * world_size, world_size)
     return [(images[i], masks[i]) for i in mine]
 

@@ -170,10 +170,8 @@ def test_lovasz_gradient_by_the_published_recurrence() -> None:
     for c, p in enumerate(logits.softmax(1).transpose(0, 1).flatten(1)):
         truth = (target.flatten() == c)[valid].double()
         errors, order = (truth - p[valid]).abs().sort(descending=True)
-        found = truth[order].cumsum(0)
-        jaccard = 1 - (truth.sum() - found) / (
-            truth.sum() + torch.arange(1, len(truth) + 1) - found
-        )
+        hits = truth[order].cumsum(0)
+        jaccard = 1 - (truth.sum() - hits) / (truth.sum() + torch.arange(1, len(truth) + 1) - hits)
         losses.append(errors @ torch.diff(jaccard, prepend=torch.zeros(1)))
     expected = torch.stack(losses).mean()
     ours = Lovasz()(logits, target)
@@ -497,15 +495,15 @@ def _one_rank(rank: int, store: str, results: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     logits, target = batch(images=3)
     mine = slice(0, 1) if rank == 0 else slice(1, 3)
-    found = {}
+    computed = {}
     for name in SPREAD:
         part = logits[mine].detach().requires_grad_()
         loss = MAP_LOSSES[name]()(part, target[mine])
-        found[name] = loss.detach(), *torch.autograd.grad(loss, part)
+        computed[name] = loss.detach(), *torch.autograd.grad(loss, part)
     pooled = logits[mine].detach().amax((2, 3)).requires_grad_()
     loss = Presence()(pooled, target[mine])
-    found["presence"] = loss.detach(), *torch.autograd.grad(loss, pooled)
-    torch.save(found, f"{results}{rank}.pt")
+    computed["presence"] = loss.detach(), *torch.autograd.grad(loss, pooled)
+    torch.save(computed, f"{results}{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -523,8 +521,8 @@ def test_two_uneven_ranks_have_the_loss_and_the_gradient_of_the_whole_batch(tmp_
         torch.testing.assert_close(first[name][0], loss.detach())
         torch.testing.assert_close(second[name][0], loss.detach())
         # DistributedDataParallel takes the mean over ranks, so each holds twice its share.
-        found = torch.cat([first[name][1], second[name][1]]) / 2
-        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-9)
+        mean = torch.cat([first[name][1], second[name][1]]) / 2
+        torch.testing.assert_close(mean, gradient, rtol=1e-5, atol=1e-9)
 
 
 # ---- one logit plane

@@ -37,8 +37,8 @@ def batch(
 def brute_force(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     for truth in range(classes):
-        for found in range(classes):
-            matrix[truth, found] = ((target == truth) & (predicted == found)).sum()
+        for label in range(classes):
+            matrix[truth, label] = ((target == truth) & (predicted == label)).sum()
     return matrix
 
 
@@ -48,9 +48,9 @@ def test_classes_of_is_argmax_in_bytes(classes: int) -> None:
     logits = (logits * 2).round()  # equal maxima are common
     expected = logits.argmax(1)
     for form in (logits, logits.to(memory_format=torch.channels_last), logits.bfloat16()):
-        found = classes_of(form)
-        assert found.dtype == torch.uint8
-        assert torch.equal(found.long(), expected)
+        predicted = classes_of(form)
+        assert predicted.dtype == torch.uint8
+        assert torch.equal(predicted.long(), expected)
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,13 +68,13 @@ def test_confusion_matrix_by_brute_force(
     logits, target = batch(classes=classes, size=(9, 31))
     predicted = logits.argmax(1)
     expected = brute_force(predicted, target, classes) if classes < 20 else None
-    found = confusion_matrix(logits, target, classes)
-    assert found.dtype == torch.int64
+    matrix = confusion_matrix(logits, target, classes)
+    assert matrix.dtype == torch.int64
     if expected is None:
         valid = target != IGNORE
         flat = target[valid].long() * classes + predicted[valid]
         expected = torch.bincount(flat, minlength=classes**2).view(classes, classes)
-    assert torch.equal(found, expected)
+    assert torch.equal(matrix, expected)
     for form in (predicted, predicted.to(torch.uint8), predicted.int()):
         assert torch.equal(confusion_matrix(form, target.long(), classes), expected)
 
@@ -158,29 +158,29 @@ MATRIX = torch.tensor([[6, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0]])
 
 
 def test_scores_worked_by_hand() -> None:
-    found = scores(MATRIX)
-    assert found.iou == (pytest.approx(6 / 13), pytest.approx(3 / 6), None, 0.0)
-    assert found.dice == (pytest.approx(12 / 19), pytest.approx(6 / 9), None, 0.0)
-    assert found.absent == (2,)
-    assert found.miou == pytest.approx((6 / 13 + 3 / 6) / 3)
-    assert found.mean_dice == pytest.approx((12 / 19 + 6 / 9) / 3)
-    assert found.pixel_accuracy == pytest.approx(9 / 16)
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["iou"][2] is None
+    result = scores(MATRIX)
+    assert result.iou == (pytest.approx(6 / 13), pytest.approx(3 / 6), None, 0.0)
+    assert result.dice == (pytest.approx(12 / 19), pytest.approx(6 / 9), None, 0.0)
+    assert result.absent == (2,)
+    assert result.miou == pytest.approx((6 / 13 + 3 / 6) / 3)
+    assert result.mean_dice == pytest.approx((12 / 19 + 6 / 9) / 3)
+    assert result.pixel_accuracy == pytest.approx(9 / 16)
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["iou"][2] is None
 
 
 def test_background_is_left_out_of_means_only() -> None:
-    found = scores(MATRIX, include_background=False)
-    assert found.miou == pytest.approx((3 / 6) / 2)
-    assert found.mean_dice == pytest.approx((6 / 9) / 2)
-    assert found.iou == scores(MATRIX).iou
-    assert found.pixel_accuracy == scores(MATRIX).pixel_accuracy
+    result = scores(MATRIX, include_background=False)
+    assert result.miou == pytest.approx((3 / 6) / 2)
+    assert result.mean_dice == pytest.approx((6 / 9) / 2)
+    assert result.iou == scores(MATRIX).iou
+    assert result.pixel_accuracy == scores(MATRIX).pixel_accuracy
 
 
 def test_nothing_counted_has_no_score() -> None:
-    found = scores(torch.zeros(3, 3, dtype=torch.int64))
-    assert found.miou is None
-    assert found.pixel_accuracy is None
-    assert found.absent == (0, 1, 2)
+    result = scores(torch.zeros(3, 3, dtype=torch.int64))
+    assert result.miou is None
+    assert result.pixel_accuracy is None
+    assert result.absent == (0, 1, 2)
 
 
 def test_counts_beyond_fp32_are_exact() -> None:
@@ -195,11 +195,11 @@ def test_per_image_miou_is_each_images_own() -> None:
     target[2][target[2] == 3] = IGNORE
     matrices = image_matrices(logits, target, 4)
     for background in (True, False):
-        found = per_image_miou(counts_of(matrices), include_background=background)
-        expected = [scores(one, include_background=background).miou for one in matrices]
+        mious = per_image_miou(counts_of(matrices), include_background=background)
+        expected = [scores(matrix, include_background=background).miou for matrix in matrices]
         assert expected[1] is None
-        assert math.isnan(found[1])
-        assert found[[0, 2]].tolist() == pytest.approx([expected[0], expected[2]])
+        assert math.isnan(mious[1])
+        assert mious[[0, 2]].tolist() == pytest.approx([expected[0], expected[2]])
 
 
 def noisy_counts(noise: float, images: int = 40, seed: int = 0) -> Tensor:
@@ -266,7 +266,7 @@ def photographs(count: int) -> Tensor:
 
 
 def coverage(everything: Tensor, images: int, trials: int) -> tuple[float, float]:
-    """How often 95 % intervals hold the mean IoU of all images, and how often they lie below it."""
+    """Return the shares of 95 % intervals around the mean IoU of all images, and below it."""
     score = per_image_miou(everything.sum(0)).item()
     rng = torch.Generator().manual_seed(0)
     held = below = 0

@@ -53,7 +53,7 @@ def test_groups_hold_every_parameter_once_with_its_rate_and_decay(name: str) -> 
     model = small()
     spec = {"name": name, "weight_decay": 0.25}
     optimizer = build_optimizer(model, spec, lr=0.1, backbone_lr_factor=0.5, decoder_lr_factor=2.0)
-    found = {
+    groups = {
         id(p): (group["lr"], group["base_lr"], group["weight_decay"])
         for group in optimizer.param_groups
         for p in group["params"]
@@ -66,7 +66,7 @@ def test_groups_hold_every_parameter_once_with_its_rate_and_decay(name: str) -> 
         "decoder.weight": (0.2, 0.2, 0.25),
         "decoder.bias": (0.2, 0.2, 0.0),
     }
-    assert {name: found[id(p)] for name, p in model.named_parameters()} == expected
+    assert {name: groups[id(p)] for name, p in model.named_parameters()} == expected
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(expected)
 
 
@@ -123,9 +123,9 @@ def test_a_restored_optimizer_continues_bit_for_bit(name: str) -> None:
     other = copy.deepcopy(model)
     restored = build_optimizer(other, name, lr=0.7)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for one, its in ((model, optimizer), (other, restored)):
+    for trained, its in ((model, optimizer), (other, restored)):
         set_lr(its, 0.5)
-        learn(one, its, seed=1)
+        learn(trained, its, seed=1)
     assert [g["lr"] for g in restored.param_groups] == pytest.approx([0.005, 0.005, 0.05, 0.05])
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -256,8 +256,8 @@ def test_a_restored_ema_continues_bit_for_bit() -> None:
     restored = EMA(small())
     restored.load_state_dict(copy.deepcopy(ema.state_dict()))
     learn(model, optimizer, seed=1)
-    for one in (ema, restored):
-        one.update(model)
+    for average in (ema, restored):
+        average.update(model)
     assert restored.updates == 2
     for name, value in ema.model.state_dict().items():
         assert torch.equal(value, restored.model.state_dict()[name]), name

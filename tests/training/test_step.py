@@ -1,4 +1,4 @@
-"""One step: what it changes, and what one that is not finite leaves alone."""
+"""A training step changes weights and buffers; a non-finite step changes nothing."""
 
 import copy
 import json
@@ -126,7 +126,7 @@ def test_an_invalid_label_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_clipping_bounds_the_gradient_and_tells_its_norm_before() -> None:
     model, optimizer = make()
     result = step(model, optimizer, batch(), clip_norm=1e-3)
-    gradients = [one.grad for one in model.parameters() if one.grad is not None]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert float(result.gradient_norm) > 1e-2
     assert float(torch.nn.utils.get_total_norm(gradients)) == pytest.approx(1e-3, rel=1e-3)
 
@@ -150,7 +150,7 @@ def test_bf16_trains_in_full_precision_weights() -> None:
     easy = batch()[0], torch.ones(2, 64, 64, dtype=torch.long)
     losses = [float(step(model, optimizer, easy, amp=torch.bfloat16).loss) for _ in range(10)]
     assert losses[-1] < losses[0] / 2
-    assert {one.dtype for one in model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_precision() -> None:
@@ -169,7 +169,7 @@ def test_steps_on_cuda_follow_those_on_the_cpu(amp: torch.dtype | None) -> None:
         model = make()[0].to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(model, "adamw", lr=0.01)
         scaler = torch.amp.GradScaler(device, enabled=amp is torch.float16 and device == "cuda")
-        images, masks = (one.to(device) for one in batch())
+        images, masks = (tensor.to(device) for tensor in batch())
         options = {"amp": amp if device == "cuda" else None, "scaler": scaler}
         results.append([
             float(step(model, optimizer, (images, masks), **options).loss) for _ in range(8)
@@ -198,9 +198,9 @@ def test_bad_steps_are_logged_with_their_images_and_end_the_run(tiny: list[str])
     settings = ["--set", "optim.lr=1e30", "--set", "train.max_bad_steps=2"]
     with pytest.raises(SegkitError, match=r"2 steps in a row.*batch_01.*optim\.lr"):
         train.main([*tiny, *settings])
-    bad = [one for one in Run(Path("run")).events() if one["event"] == "non-finite"]
+    bad = [event for event in Run(Path("run")).events() if event["event"] == "non-finite"]
     assert len(bad) == 2
-    assert all(name.startswith("batch_01/") for one in bad for name in one["images"])
+    assert all(name.startswith("batch_01/") for event in bad for name in event["images"])
 
 
 def test_deterministic_runs_are_equal_to_the_bit(tiny: list[str]) -> None:
@@ -228,7 +228,7 @@ def test_a_run_says_which_losses_are_computed_on_each_part(
 
     monkeypatch.setattr(train, "train_step", spy)
     settings = ["accumulate=2", "accumulate_exact=true", "epochs=1", "batch_size=4"]
-    words = [word for one in settings for word in ("--set", f"train.{one}")]
+    words = [word for setting in settings for word in ("--set", f"train.{setting}")]
     train.main([*tiny, *words, "--set", 'loss.terms=["dice","lovasz"]'])
     assert "train.accumulate=2: lovasz: the mean over the parts" in capsys.readouterr().out
     assert len({seed for step in seeds for seed in step}) == 2 * len(seeds) > 0

@@ -118,7 +118,7 @@ def test_tensorboard_goes_on_where_it_was(tmp_path: Path) -> None:
     assert {"loss", "loss/dice", "lr", "miou", "iou/ground"} <= set(tags["scalars"])
     assert "iou/can" not in tags["scalars"]
     loss = read.Scalars("loss")
-    assert [one.step for one in loss] == list(range(1, 9))
+    assert [scalar.step for scalar in loss] == list(range(1, 9))
     assert loss[3].value == 0.25
     assert tags["images"] == ["a.jpg"]
     assert {"config/text_summary", "classes/text_summary"} <= set(tags["tensors"])
@@ -128,14 +128,14 @@ def test_tensorboard_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def records(folder: Path) -> list[list[Any]]:
-    """What each offline file of Weights & Biases holds, in the order of their names.
+    """Return the content of each offline file of Weights & Biases, in the order of their names.
 
     A file is 7 bytes, then LevelDB's log: blocks of 32 KiB of chunks, each with its checksum,
     length and kind (https://github.com/google/leveldb/blob/main/doc/log_format.md).
     """
     from wandb.proto import wandb_internal_pb2
 
-    found = []
+    records = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         data, at, whole, lines = path.read_bytes(), 7, b"", []
         while at + 7 <= len(data):
@@ -148,8 +148,8 @@ def records(folder: Path) -> list[list[Any]]:
             if kind in (1, 4):  # whole, or the last chunk
                 lines.append(wandb_internal_pb2.Record.FromString(whole))
                 whole = b""
-        found.append(lines)
-    return found
+        records.append(lines)
+    return records
 
 
 def test_wandb_goes_on_with_the_same_run(tmp_path: Path) -> None:
@@ -168,14 +168,14 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path) -> None:
         time.sleep(0.1)
     ids, steps = set(), []
     for lines in files:
-        [about] = [one.run for one in lines if one.HasField("run")][:1]
+        [about] = [record.run for record in lines if record.HasField("run")][:1]
         ids.add(about.run_id)
         assert about.project == "tests"
         assert about.run_group == "run"
         assert "model" in {item.key for item in about.config.update}
         rows = [
             {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
-            for items in (one.history.item for one in lines if one.HasField("history"))
+            for items in (record.history.item for record in lines if record.HasField("history"))
         ]
         steps.append([row["_step"] for row in rows])
         assert rows[0]["loss"] == 1 / steps[-1][0]
