@@ -65,7 +65,7 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Return the seconds of each side in each round.
 
-    The order is reversed in every round, so that other work of the machine affects all sides equally.
+    The order is reversed in every round, so that other work of the machine affects both sides.
     For work of one thread, ``time.process_time`` as the clock leaves out waiting for a core (see
     :func:`clock_for`). Work that a side leaves to a GPU is waited for.
     """
