@@ -186,7 +186,7 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
     )  # fmt: skip
     started = time.perf_counter() - state.seconds
     clock = Clock()
-    shapes: list[torch.Size] = []
+    first_step, shapes = state.step + 1, list[torch.Size]()
     log.restart(state.step)
     net.train()
     while state.step < order.steps and not job.stop.signal:
@@ -203,6 +203,8 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
             )  # fmt: skip
         state.advance(result.finite)
         clock.start()
+        if state.step == first_step and distributed.is_main():
+            job.background.start(partial(job.host.reserve, state.state_dict()))
 
         # ---- log
         epoch, step_of_epoch = divmod(state.step, order.steps_per_epoch)

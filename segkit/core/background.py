@@ -75,8 +75,8 @@ class HostCopy:
         Returns:
             A function that waits for the copy and returns it.
         """
+        self.reserve(state)
         on_cuda = [tensor for tensor in _tensors(state) if tensor.is_cuda]
-        self._reserve(sum(map(_space, on_cuda)))
         start = 0
 
         def copied(tensor: Tensor) -> Tensor:
@@ -100,7 +100,9 @@ class HostCopy:
 
         return result
 
-    def _reserve(self, size: int) -> None:
+    def reserve(self, state: Mapping[str, Any]) -> None:
+        """Allocate the memory for a state; pinning a gigabyte takes some tenths of a second."""
+        size = sum(_space(tensor) for tensor in _tensors(state) if tensor.is_cuda)
         if self._pinned.numel() < size:
             del self._pinned
             self._pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
