@@ -458,7 +458,7 @@ class Criterion(nn.Module):
         target: Tensor,
         step: WholeStep | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, and each term on ``out`` and loss of another output, unweighted.
+        """Return the loss, and its unweighted values: each term on ``out``, each other output.
 
         Args:
             outputs: Logits, or outputs of the decoder.

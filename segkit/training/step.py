@@ -119,11 +119,14 @@ def _update(
     scaler: torch.amp.GradScaler | None,
     clip_norm: float | None,
 ) -> tuple[Tensor, bool]:
-    """Step the optimizer if the gradient is finite; return its norm before clipping, and whether.
+    """Step the optimizer if the gradient is finite.
 
-    A fused optimizer decides on the device, as with a GradScaler: it reads the attribute
-    ``found_inf``. So the only value that the CPU waits for is copied before the optimizer's work is
-    queued, and a GPU is busy with that work while the CPU queues the next.
+    A fused optimizer decides on the device: it reads the attribute ``found_inf``, which a
+    GradScaler sets too. So the only value that the CPU waits for is copied before the optimizer's
+    work is queued, and a GPU does that work while the CPU queues the next step.
+
+    Returns:
+        The norm of the gradient before clipping, and True if it was finite.
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
