@@ -192,9 +192,21 @@ def test_what_cannot_be_saved_is_one_sentence(tmp_path: Path) -> None:
         segkit.save(Bright(), tmp_path / "a.pt", classes=["bag"])
     with pytest.raises(segkit.CheckpointError, match=r"classes: 2 names do not fit the model"):
         segkit.save(small_model(), tmp_path / "a.pt", classes=["can", "bag"])
-    with pytest.raises(segkit.ConfigError, match=r"data\.mean: expected a list of 3"):
+    with pytest.raises(segkit.CheckpointError, match=r"mean: expected 3 numbers, .* got 1"):
         segkit.save(small_model(), tmp_path / "a.pt", classes=CLASSES, mean=[0.5])
     assert not list(tmp_path.iterdir())
+
+
+def test_models_of_other_channels_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = segkit.create_model("fcn", "resnet18_half", num_classes=2, in_channels=4)
+    mean, std = [0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]
+    segkit.save(model, tmp_path / "a.pt", classes=["ground", "bag"], mean=mean, std=std)
+    image = torch.randint(0, 256, (4, 40, 50), dtype=torch.uint8)
+    expected = segkit.Predictor(model, mean=mean, std=std)(image).probabilities
+    predictor = segkit.load(tmp_path / "a.pt", device="cpu", overrides=["train.amp=off"])
+    torch.testing.assert_close(predictor(image).probabilities, expected, atol=1e-4, rtol=0)
+    with pytest.raises(segkit.CheckpointError, match=r"std: expected 4 numbers, .* got 3"):
+        segkit.save(model, tmp_path / "b.pt", classes=["ground", "bag"], mean=mean)
 
 
 def test_settings_of_a_file_can_be_replaced() -> None:

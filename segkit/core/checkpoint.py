@@ -369,6 +369,8 @@ _SHAPES: dict[str, tuple[str, Any]] = {
     "init": ("a digest", str),
     "score": ("a number", (float, None)),
     "iou": ("a list of numbers", [(float, None)]),
+    "mean": ("a list of numbers", [float]),
+    "std": ("a list of numbers", [float]),
     "top": ("a list of scores and epochs", [[float, float]]),
     "seconds": ("a number", float),
     "pseudo_round": ("a number", (int, None)),

@@ -31,20 +31,26 @@ def save(
         model: From :func:`segkit.create_model` or :func:`segkit.build_model`.
         path: The file, which is replaced.
         classes: Class names, one per plane of logits; for a single plane that of the foreground.
-        mean: Means of R, G and B that the model was trained with, in 0..1.
-        std: Standard deviations of R, G and B, in 0..1.
+        mean: Mean of each channel of the images that the model was trained with, in 0..1.
+        std: Standard deviation of each channel, in 0..1.
 
     Raises:
         CheckpointError: The model has no record of its backbone and decoder, or has another number
-            of classes.
+            of classes or channels.
     """
     if not isinstance(model, Segmenter) or model.config is None:
         raise CheckpointError(
             f"model: {type(model).__name__} does not record its backbone and decoder; expected a "
             "model of segkit.create_model; save the state_dict() of others with torch.save"
         )
-    raw = {"model": model.config, "data": {"mean": list(mean), "std": list(std)}}
-    cfg, weights = config.parse(raw, "model"), model.state_dict()
+    channels: Any = model.backbone.in_channels
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise CheckpointError(
+                f"{name}: expected {channels} numbers, one per channel of the model's images, "
+                f"got {len(values)}"
+            )
+    cfg, weights = config.parse({"model": model.config}, "model"), model.state_dict()
     with torch.device("meta"):
         expected = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=len(classes))
     try:
@@ -53,8 +59,9 @@ def save(
         raise CheckpointError(
             f"classes: {len(classes)} names do not fit the model: {error}"
         ) from error
-    state = {"config": config.to_dict(cfg), "classes": list(classes), "model": weights}
-    checkpoint.save(state, Path(path))
+    statistics = {"mean": [*map(float, mean)], "std": [*map(float, std)]}
+    entries = {"config": config.to_dict(cfg), "classes": list(classes), **statistics}
+    checkpoint.save({**entries, "model": weights}, Path(path))
 
 
 def load(
@@ -89,9 +96,11 @@ def load(
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)
     amp = precision(cfg.train.amp, torch.device(device))
+    statistics = {key: entries[key] for key in ("mean", "std") if key in entries}
     return build_predictor(
         for_prediction(model, amp) if fuse else model, cfg, device,
         classes=entries["classes"], views=views, coefficients=coefficients, graphs=cfg.infer.graphs,
+        **statistics,
     )  # fmt: skip
 
 
@@ -99,16 +108,15 @@ def build_predictor(
     model: nn.Module, cfg: Config, device: str | torch.device, **options: Any
 ) -> Predictor:
     """Return a predictor with the settings of a configuration; ``options`` as in Predictor."""
-    return Predictor(
-        model,
-        mean=cfg.data.mean,
-        std=cfg.data.std,
-        size=cfg.infer.size,
-        merge=cfg.infer.merge,
-        tile=cfg.infer.tile,
-        overlap=cfg.infer.overlap,
-        pad=cfg.infer.pad,
-        amp=precision(cfg.train.amp, torch.device(device)),
-        channels_last=cfg.train.channels_last,
-        **options,
-    )
+    settings: dict[str, Any] = {
+        "mean": cfg.data.mean,
+        "std": cfg.data.std,
+        "size": cfg.infer.size,
+        "merge": cfg.infer.merge,
+        "tile": cfg.infer.tile,
+        "overlap": cfg.infer.overlap,
+        "pad": cfg.infer.pad,
+        "amp": precision(cfg.train.amp, torch.device(device)),
+        "channels_last": cfg.train.channels_last,
+    }
+    return Predictor(model, **settings | options)

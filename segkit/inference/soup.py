@@ -211,7 +211,7 @@ def as_checkpoint(soup: Soup) -> dict[str, Any]:
     """
     states = [checkpoint.entries(Path(file), _NEEDS) for file in soup.members]
     trained_on = sorted({image for state in states for image in state.get("trained_on", ())})
-    kept = ("config", "classes", "init", "fold", "epoch", "step")
+    kept = ("config", "classes", "mean", "std", "init", "fold", "epoch", "step")
     return {
         **{key: states[0][key] for key in kept if key in states[0]},
         "model": soup.weights,

@@ -385,6 +385,13 @@ def test_a_soup_is_a_checkpoint_and_an_ingredient(tmp_path: Path) -> None:
     assert again.weights["weight"].item() == 6.25
 
 
+def test_a_soup_keeps_the_statistics_of_images_with_other_channels(tmp_path: Path) -> None:
+    state, statistics = {"weight": torch.zeros(1)}, {"mean": [0.1] * 4, "std": [0.2] * 4}
+    paths = [_save(tmp_path / f"{name}.pt", state, **statistics) for name in "ab"]
+    made = soup.as_checkpoint(soup.uniform(paths))
+    assert (made["mean"], made["std"]) == ([0.1] * 4, [0.2] * 4)
+
+
 class _TwoNorms(nn.Sequential):
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
