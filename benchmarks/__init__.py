@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from segkit.training.step import precision
+from segkit.training.step import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def version_of(package: str) -> str | None:
 
 def bf16(device: str = "cpu") -> torch.dtype | None:
     """Return ``torch.bfloat16``, or None, with a sentence on stderr, if it would be emulated."""
-    if precision("auto", torch.device(device)) is torch.bfloat16:
+    if autocast_dtype("auto", torch.device(device)) is torch.bfloat16:
         return torch.bfloat16
     print(f"{device} has no bf16 arithmetic; its rows are left out", file=sys.stderr)
     return None

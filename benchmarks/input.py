@@ -30,7 +30,7 @@ from segkit.augment import Pipeline
 from segkit.core.backend import cudnn_autotuning
 from segkit.data import CachedSource, CocoSource, Source
 from segkit.data.loader import TrainImages, TrainOrder, train_batches
-from segkit.training.step import precision
+from segkit.training.step import autocast_dtype
 
 SIZE, IMAGES, BATCH = 512, 16, 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -147,7 +147,7 @@ def fed_steps(
     rounds: int = 2,
 ) -> Iterator[Figure]:
     """Yield the rates of steps and of the loader alone, for each device that can augment."""
-    amp = precision("auto", torch.device(device))
+    amp = autocast_dtype("auto", torch.device(device))
     step = our_step(CASES[case], size, amp, device, images=batch, recompute="off")
     with tempfile.TemporaryDirectory() as root, cudnn_autotuning(True):
         source = CachedSource(write_set(Path(root)), Path(root, "cache"), limit=1e9)

@@ -116,7 +116,7 @@ def costs(names: Sequence[str], size: int, num_classes: int) -> Iterator[Cost]:
                 yield cost(model, f"{name}, checkpointing", size)
 
 
-def _build(settings: config.Model, num_classes: int, **options: object) -> nn.Module:
+def _build(settings: config.ModelConfig, num_classes: int, **options: object) -> nn.Module:
     backbone = {**settings.backbone, **options}
     return build_model(backbone, settings.decoder, num_classes=num_classes)
 

@@ -44,7 +44,7 @@ from segkit.core.config import Component
 from segkit.models.segmenter import build_model
 from segkit.training.losses import build_loss
 from segkit.training.optim import build_optimizer
-from segkit.training.step import recomputes, train_step
+from segkit.training.step import should_recompute, train_step
 
 BATCH, CLASSES = 2, 11
 SMP = "segmentation-models-pytorch"
@@ -191,7 +191,7 @@ def our_step(
     criterion.to(device)
     optimizer = build_optimizer(model, "adamw", lr=1e-4)
     scaler = torch.amp.GradScaler(device, enabled=False)
-    saving = recomputes(recompute, torch.device(device))
+    saving = should_recompute(recompute, torch.device(device))
     given = batch(size, device, images)
 
     def step(pixels: Tensor = given[0], masks: Tensor = given[1]) -> object:

@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
         data, folds = prepare(args, cfg, run, device, say)
         if cfg.model.weights is None:
             say("model.weights is null: the model starts from random weights")
-        before = run.optional("summary.json", {})
+        before = run.read_or_default("summary.json", {})
         summary = {}
         with (
             run.recording(),
@@ -247,7 +247,7 @@ def begin_training(job: Job, fold: Fold) -> tuple[TrainState, Criterion, bool]:
     Returns:
         The training's state, its loss, and whether the state was loaded.
     """
-    cfg, saved = job.cfg, job.run.last(fold.number) if job.resume else None
+    cfg, saved = job.cfg, job.run.load_last_state(fold.number) if job.resume else None
     state, criterion = build_training(
         cfg, len(job.data.source.classes), job.device,
         weights=cfg.model.weights if saved is None else None, initialize=saved is None,

@@ -188,10 +188,10 @@ def test_without_bf16_arithmetic_its_rows_are_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = step.model_arguments("").parse_args(["--amp"])
-    monkeypatch.setattr(benchmarks, "precision", lambda amp, device: torch.bfloat16)
+    monkeypatch.setattr(benchmarks, "autocast_dtype", lambda amp, device: torch.bfloat16)
     assert bf16() is torch.bfloat16
     assert step.chosen(options)["names"] == list(step.ON_CPU)
-    monkeypatch.setattr(benchmarks, "precision", lambda amp, device: None)
+    monkeypatch.setattr(benchmarks, "autocast_dtype", lambda amp, device: None)
     assert bf16() is None
     assert "cpu has no bf16 arithmetic" in capsys.readouterr().err
     assert step.chosen(options)["names"] == []

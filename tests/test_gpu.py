@@ -39,7 +39,7 @@ from segkit.training.evaluate import evaluate
 from segkit.training.losses import LOSSES, build_loss
 from segkit.training.metrics import confusion_matrix
 from segkit.training.optim import build_optimizer
-from segkit.training.step import precision, train_step
+from segkit.training.step import autocast_dtype, train_step
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device(os.environ.get("SEGKIT_TEST_DEVICE", "cuda"))
@@ -105,7 +105,7 @@ class Steps:
             cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=CLASSES
         ).to(DEVICE)
         self.optimizer = build_optimizer(self.model, cfg.optim.optimizer, lr=1e-4)
-        self.amp = precision(amp, DEVICE)
+        self.amp = autocast_dtype(amp, DEVICE)
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=amp == "fp16")
         height, width = crop_size(cfg)
         rng = torch.Generator().manual_seed(0)

@@ -222,7 +222,7 @@ def test_fifty_kills_change_no_bit_of_the_weights(folder: Path) -> None:
         if (run / "config.json").exists():
             Run.open(run).read("config.json")
             list(Run(run).events())
-            state = Run(run).last(0)
+            state = Run(run).load_last_state(0)
             step = -1 if state is None else state["step"]
             saved.add(step)
         assert step >= before  # what was saved is never lost
@@ -289,7 +289,7 @@ def test_a_run_goes_on_with_other_ranks_and_workers(folder: Path, alone: Path) -
         time.sleep(0.05)
     first.kill()
     first.join()
-    state = Run(run).last(0)
+    state = Run(run).load_last_state(0)
     assert state is not None
     assert 0 < state["step"] < 20
     words = [*arguments("runs/grown", {**SMOOTH, "data.workers": 2}), "--resume"]

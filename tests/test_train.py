@@ -463,7 +463,7 @@ def test_a_finished_run_goes_on_with_more_epochs(
     after = run.read("summary.json")
     assert after["fold1"] == before["fold1"]
     assert after["fold0"]["steps"] == 6
-    assert len(run.last(0)["top"]) == 3
+    assert len(run.load_last_state(0)["top"]) == 3
     best = checkpoint.load(run.fold(0) / "best.pt")
     assert best["score"] == after["fold0"]["miou"] >= before["fold0"]["miou"]
     assert run.read("config.json")["train"]["epochs"] == 3

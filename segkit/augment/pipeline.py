@@ -17,7 +17,7 @@ from segkit.augment.filters import FILTERS
 from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, Resize
 from segkit.augment.mix import MIX, Others
 from segkit.augment.warp import warp
-from segkit.core.config import Config, Data, build
+from segkit.core.config import Config, DataConfig, build
 from segkit.core.errors import ConfigError, DataError
 from segkit.core.labels import Size
 
@@ -107,8 +107,8 @@ class Pipeline:
         operations: Sequence[Mapping[str, Any] | str],
         *,
         size: Size | None = None,
-        mean: Sequence[float] = Data.mean,
-        std: Sequence[float] = Data.std,
+        mean: Sequence[float] = DataConfig.mean,
+        std: Sequence[float] = DataConfig.std,
         path: str = "operations",
     ) -> None:
         self.size = size

@@ -19,7 +19,7 @@ from segkit.augment.pipeline import Pipeline, generator
 from segkit.commands import console
 from segkit.core import config
 from segkit.core.errors import ConfigError, DataError
-from segkit.core.files import replacing
+from segkit.core.files import atomic_write
 from segkit.data import Source, open_source
 from segkit.inference.origin import refuse_foreign
 from segkit.inference.outputs import overlay
@@ -92,6 +92,6 @@ def main(argv: list[str]) -> None:
     about = PngInfo()
     about.add_text("Software", "segkit")
     sheet = contact_sheet(cfg, source, images=args.images)
-    with replacing(args.out) as draft:
+    with atomic_write(args.out) as draft:
         sheet.save(draft, "PNG", pnginfo=about)
     print(args.out)

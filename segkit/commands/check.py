@@ -17,7 +17,7 @@ from segkit.data.source import Fault, Source, unreadable
 PARTS = ("train", "val", "test", "test_labels")
 
 
-def faults(data: config.Data) -> Iterator[Fault]:
+def faults(data: config.DataConfig) -> Iterator[Fault]:
     """Yield every fault of the data that a configuration names, part by part.
 
     Every image and mask is read. A part that cannot be opened at all is one fault.

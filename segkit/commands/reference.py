@@ -55,7 +55,7 @@ class Setting(NamedTuple):
         return {"name": self.name, "type": self.type, "help": self.help, **default}
 
 
-class Kind(NamedTuple):
+class ComponentKind(NamedTuple):
     """Components of one kind: their registry, their key, and the arguments that segkit passes."""
 
     registry: Mapping[str, Callable[..., Any]]
@@ -64,14 +64,16 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "backbones": Kind(BACKBONES, "model.backbone"),
-    "decoders": Kind(DECODERS, "model.decoder", given=("channels", "strides", "num_classes")),
-    "losses": Kind(LOSSES, "loss.terms"),
-    "augmentations": Kind(OPERATIONS, "augment.train"),
-    "optimizers": Kind(OPTIMIZERS, "optim.optimizer", given=("groups", "lr")),
-    "schedules": Kind(SCHEDULES, "optim.schedule", given=("step", "total", "warmup")),
-    "sources": Kind(SOURCES, "data.train"),
-    "trackers": Kind(TRACKERS, "track.trackers", given=("run", "fold", "step")),
+    "backbones": ComponentKind(BACKBONES, "model.backbone"),
+    "decoders": ComponentKind(
+        DECODERS, "model.decoder", given=("channels", "strides", "num_classes")
+    ),
+    "losses": ComponentKind(LOSSES, "loss.terms"),
+    "augmentations": ComponentKind(OPERATIONS, "augment.train"),
+    "optimizers": ComponentKind(OPTIMIZERS, "optim.optimizer", given=("groups", "lr")),
+    "schedules": ComponentKind(SCHEDULES, "optim.schedule", given=("step", "total", "warmup")),
+    "sources": ComponentKind(SOURCES, "data.train"),
+    "trackers": ComponentKind(TRACKERS, "track.trackers", given=("run", "fold", "step")),
 }
 
 KEYS = {kind: group.key for kind, group in KINDS.items()} | {
@@ -116,7 +118,7 @@ def _setting(field: dataclasses.Field) -> Setting:
     make = field.default_factory
     default = make() if callable(make) else field.default
     low, high = (field.metadata[end] for end in ("low", "high"))
-    kind = config.spell(field.type)
+    kind = config.type_description(field.type)
     if high is not None:
         kind += f", {low:.10g} to {high:.10g}"
     elif low is not None:
@@ -144,7 +146,7 @@ def arguments(target: Callable[..., Any], given: Sequence[str] = ()) -> list[Set
     return [
         Setting(
             name,
-            config.spell(hints[name]),
+            config.type_description(hints[name]),
             None if parameter.default is parameter.empty else json.dumps(parameter.default),
             texts.get(name, ""),
         )

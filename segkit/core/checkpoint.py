@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.core.errors import CheckpointError, quoted, reason
-from segkit.core.files import fits, regular, replacing
+from segkit.core.files import atomic_write, matches_schema, require_regular_file
 
 FORMAT = 1
 
@@ -53,7 +53,7 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
         path: Destination.
         keep_previous: Keep an existing file as ``*.previous.pt``, for :func:`load_latest`.
     """
-    with replacing(path, durable=True) as draft:
+    with atomic_write(path, durable=True) as draft:
         with draft.open("wb") as file, _HashedFile(file) as hashed:
             try:
                 torch.save({"format": FORMAT, **state}, hashed)  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def load(
     if verify:
         digest(path)
     with _readable(path):
-        regular(path)
+        require_regular_file(path)
         refuse_compressed(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -202,7 +202,7 @@ def load_latest(path: Path, *, needs: Sequence[str] = ()) -> dict[str, Any] | No
 
 def link(path: Path, name: Path) -> None:
     """Give a checkpoint a second name: a hard link, or a copy where links are not supported."""
-    with replacing(name, durable=True) as draft:
+    with atomic_write(name, durable=True) as draft:
         draft.unlink(missing_ok=True)
         try:
             os.link(path, draft)
@@ -391,7 +391,7 @@ def _check_entries(state: Mapping[str, Any], path: Path) -> None:
     """Raise a CheckpointError for an entry of the wrong type."""
     for name, (kind, shape) in _SHAPES.items():
         value = state.get(name)
-        fitting = name not in state or fits(value, shape)
+        fitting = name not in state or matches_schema(value, shape)
         if name in ("config", "soup"):
             fitting = fitting and _is_json(value)
         if not fitting or (isinstance(value, int) and value < 0):
@@ -402,7 +402,7 @@ def _check_entries(state: Mapping[str, Any], path: Path) -> None:
 
 def stored_digest(path: Path) -> str | None:
     """Return the SHA-256 that :func:`save` stored at the end of a file, or ``None``."""
-    with regular(path).open("rb") as file:
+    with require_regular_file(path).open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL))
         end = file.read()

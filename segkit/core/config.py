@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from segkit.core.errors import ConfigError, closest, quoted, reason, shorten
-from segkit.core.files import regular
+from segkit.core.files import require_regular_file
 
 Component = Mapping[str, Any]
 """Class or function of a registry: ``{"name": ..., other arguments}``, or the name alone."""
@@ -31,7 +31,7 @@ def _setting(default: Any, help: str, low: float | None = None, high: float | No
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataConfig:
     """Images and labels, and their division into folds."""
 
     train: Component | None = _setting(None, "labelled images: coco, masks or demo")
@@ -52,11 +52,13 @@ class Data:
     )
     workers: int = _setting(2, "data-loader workers per rank", 0, 256)
     cache: str = _setting("cache", "folder for decoded training images and masks")
-    cache_gb: float = _setting(4.0, "its maximum size in GB, 4 bytes per pixel; 0: no cache", 0)
+    cache_gb: float = _setting(
+        4.0, "maximum size of data.cache in GB, 4 bytes per pixel; 0: no cache", 0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     """Backbone, decoder and initial weights."""
 
     backbone: Component = _setting({"name": "resnet50"}, "a name, or a name with arguments")
@@ -68,7 +70,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augment:
+class AugmentConfig:
     """Augmentation of training images, in this order."""
 
     train: tuple[Component, ...] = _setting((), "operations: name, probability 'p', arguments")
@@ -81,7 +83,7 @@ class Augment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
+class LossConfig:
     """Weighted sum of losses of the output and the auxiliary outputs."""
 
     terms: tuple[Component, ...] = _setting(
@@ -93,7 +95,7 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
+class OptimConfig:
     """Optimizer and learning rate."""
 
     optimizer: Component = _setting({"name": "adamw", "weight_decay": 0.01}, "adamw or sgd")
@@ -105,7 +107,7 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class TrainConfig:
     """Training loop."""
 
     epochs: int = _setting(100, "passes over the training images", 1)
@@ -143,7 +145,7 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Infer:
+class InferConfig:
     """Prediction, in evaluations and in infer.py."""
 
     size: int | None = _setting(None, "longer side of images for the model; null: as is", 1, 65536)
@@ -178,7 +180,7 @@ class Infer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Track:
+class TrackConfig:
     """Trackers of a run, in addition to its log and page."""
 
     trackers: tuple[Component, ...] = _setting((), "any of csv, tensorboard, wandb")
@@ -190,14 +192,14 @@ class Config:
     """All settings of a run."""
 
     note: str = _setting("", "free text")
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    augment: Augment = field(default_factory=Augment)
-    loss: Loss = field(default_factory=Loss)
-    optim: Optim = field(default_factory=Optim)
-    train: Train = field(default_factory=Train)
-    infer: Infer = field(default_factory=Infer)
-    track: Track = field(default_factory=Track)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
 
 def load(name: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -245,12 +247,12 @@ def _search(name: str | Path, *paths: Path) -> Path | None:
     return next(files, None)
 
 
-def _read_merged(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_merged(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a configuration and its base, whose values it replaces.
 
     Args:
         path: The file.
-        above: The files that build on it.
+        children: The files that build on it.
     """
     raw = _read_json(path)
     base = raw.pop("base", None)
@@ -259,20 +261,20 @@ def _read_merged(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: expected a string, got {_kind(base)}")
-    files = (*above, path)
+    files = (*children, path)
     chain = " → ".join(map(str, files))
-    below = _search(base, path.parent / base, path.parent / f"{base}.json")
-    if below is None:
+    base_path = _search(base, path.parent / base, path.parent / f"{base}.json")
+    if base_path is None:
         raise ConfigError(
             f"{path}: base: no configuration file {quoted(base)} ({chain})"
             f"{closest(Path(base).stem, shipped())}"
         )
-    if any(below.samefile(file) for file in files):
+    if any(base_path.samefile(file) for file in files):
         raise ConfigError(
-            f"{path}: base: {quoted(base)} is a cycle, {chain} → {below}; "
+            f"{path}: base: {quoted(base)} is a cycle, {chain} → {base_path}; "
             "expected a configuration that does not build on this one"
         )
-    return merge(_read_merged(below, files), raw)
+    return merge(_read_merged(base_path, files), raw)
 
 
 def merge(base: Any, values: Any) -> Any:
@@ -294,7 +296,7 @@ def merge(base: Any, values: Any) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        text = regular(path).read_text(encoding="utf-8")
+        text = require_regular_file(path).read_text(encoding="utf-8")
         raw = _parse_json(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
@@ -400,7 +402,8 @@ def bind(
             )
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
-            raise ConfigError(f"{path}.{key}: is missing; '{name}' expects {spell(types[key])}")
+            expected = type_description(types[key])
+            raise ConfigError(f"{path}.{key}: is missing; '{name}' expects {expected}")
     converted = {
         key: _convert(value, types.get(key, Any), f"{path}.{key}")
         for key, value in arguments.items()
@@ -484,7 +487,11 @@ def _check_range(value: Any, low: float | None, high: float | None, path: str) -
 
 
 _ACCEPTED: dict[Any, Any] = {
-    **{bool: bool, int: int, float: (int, float), str: str, types.NoneType: types.NoneType},
+    bool: bool,
+    int: int,
+    float: (int, float),
+    str: str,
+    types.NoneType: types.NoneType,
     **dict.fromkeys((tuple, list, Sequence), (list, tuple)),
     **dict.fromkeys((Mapping, dict), (Mapping, str)),
 }
@@ -508,7 +515,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     accepting = next((option for option in options if _fits(value, option)), None)
     if accepting is None:
         near = closest(value, map(str, inner)) if kind is Literal and isinstance(value, str) else ""
-        raise ConfigError(f"{path}: expected {spell(hint)}, got {_kind(value)}{near}")
+        raise ConfigError(f"{path}: expected {type_description(hint)}, got {_kind(value)}{near}")
     if accepting is not hint:
         return _convert(value, accepting, path)
     if kind is float:
@@ -519,7 +526,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if kind is not tuple or inner[1:] == (Ellipsis,):
             inner = (inner[0] if inner else Any,) * len(value)
         elif len(value) != len(inner):
-            raise ConfigError(f"{path}: expected {spell(hint)}, got {len(value)} values")
+            raise ConfigError(f"{path}: expected {type_description(hint)}, got {len(value)} values")
         items = enumerate(zip(value, inner, strict=True))
         return tuple(_convert(item, each, f"{path}[{i}]") for i, (item, each) in items)
     if isinstance(value, str) and kind in (Mapping, dict):
@@ -538,22 +545,28 @@ def _finite(value: float, path: str) -> float:
 
 
 _WORDS: dict[Any, str] = {
-    **{int: "an integer", float: "a number", bool: "true or false", str: "a string"},
-    **{types.NoneType: "null", Any: "a value", Mapping: "an object", dict: "an object"},
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    types.NoneType: "null",
+    Any: "a value",
+    Mapping: "an object",
+    dict: "an object",
 }
 
 
-def spell(hint: Any) -> str:
+def type_description(hint: Any) -> str:
     """Return an annotation in plain words, for messages."""
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (Union, types.UnionType):
-        return " or ".join(map(spell, inner))
+        return " or ".join(map(type_description, inner))
     if kind is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if kind is tuple and inner[1:] != (Ellipsis,):
-        return f"a list of {len(inner)} ({', '.join(map(spell, inner))})"
+        return f"a list of {len(inner)} ({', '.join(map(type_description, inner))})"
     if kind in (tuple, list, Sequence):
-        return f"a list ({spell(inner[0])} each)" if inner else "a list"
+        return f"a list ({type_description(inner[0])} each)" if inner else "a list"
     return _WORDS.get(kind, str(hint))
 
 

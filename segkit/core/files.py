@@ -26,7 +26,7 @@ _KINDS = {
 }
 
 
-def regular(path: Path | str) -> Path:
+def require_regular_file(path: Path | str) -> Path:
     """Return ``path``; raise an OSError if it is not a regular file.
 
     segkit calls this before it opens any file that it did not just write: opening or reading a
@@ -42,7 +42,7 @@ def regular(path: Path | str) -> Path:
 
 
 @contextmanager
-def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path, which is renamed to ``path`` if the block ends without an error.
 
     Args:
@@ -53,7 +53,7 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid4().hex if shared else ''}writing")
     try:
-        with naming(path):
+        with set_error_filename(path):
             yield draft
             if durable:
                 flush(draft)
@@ -65,7 +65,7 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def set_error_filename(path: Path) -> Iterator[None]:
     """Set the file name of an OSError that has none, such as that of a full disk, to ``path``."""
     try:
         yield
@@ -76,13 +76,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a UTF-8 file atomically; ``durable`` as in :func:`replacing`."""
-    with replacing(path, durable=durable) as draft:
+    """Write a UTF-8 file atomically; ``durable`` as in :func:`atomic_write`."""
+    with atomic_write(path, durable=durable) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Write a JSON file atomically; ``durable`` as in :func:`replacing`."""
+    """Write a JSON file atomically; ``durable`` as in :func:`atomic_write`."""
     write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)
 
 
@@ -114,7 +114,7 @@ def lock(path: Path, timeout: float | None = None) -> TextIO:
         BlockingIOError: Another process holds the lock; ``strerror`` names it.
     """
     if os.path.lexists(path):
-        regular(path)
+        require_regular_file(path)
     file = path.open("a+", encoding="utf-8", errors="replace")
     deadline = time.monotonic() + (LOCK_TIMEOUT if timeout is None else timeout)
     while not _try_lock(file, path):
@@ -151,7 +151,7 @@ def is_locked(path: Path) -> bool:
     """Return True if another process holds the :func:`lock`; the holder must not call this."""
     if fcntl is None or not os.path.lexists(path):
         return False
-    with regular(path).open("rb") as file:
+    with require_regular_file(path).open("rb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
@@ -159,7 +159,7 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def fits(value: Any, shape: Any) -> bool:
+def matches_schema(value: Any, shape: Any) -> bool:
     """Return True if a JSON value has a given shape.
 
     Args:
@@ -172,16 +172,18 @@ def fits(value: Any, shape: Any) -> bool:
     if shape is Any or shape is None:
         return shape is Any or value is None
     if isinstance(shape, tuple):
-        return any(fits(value, option) for option in shape)
+        return any(matches_schema(value, option) for option in shape)
     if isinstance(shape, list | dict) and not isinstance(value, type(shape)):
         return False
     if isinstance(shape, list):
         shapes = shape * len(value) if len(shape) == 1 else shape
-        return len(value) == len(shapes) and all(map(fits, value, shapes))
+        return len(value) == len(shapes) and all(map(matches_schema, value, shapes))
     if isinstance(shape, dict) and str in shape:
-        return all(isinstance(key, str) and fits(value[key], shape[str]) for key in value)
+        return all(isinstance(key, str) and matches_schema(value[key], shape[str]) for key in value)
     if isinstance(shape, dict):
-        return all(key in value and fits(value[key], inner) for key, inner in shape.items())
+        return all(
+            key in value and matches_schema(value[key], inner) for key, inner in shape.items()
+        )
     if isinstance(value, bool):
         return shape is bool
     return isinstance(value, (int, float) if shape is float else shape)

@@ -29,7 +29,15 @@ from segkit.core.errors import (
     shorten,
     summary,
 )
-from segkit.core.files import fits, is_locked, lock, naming, regular, write_json, write_text
+from segkit.core.files import (
+    is_locked,
+    lock,
+    matches_schema,
+    require_regular_file,
+    set_error_filename,
+    write_json,
+    write_text,
+)
 
 RUNS = Path("runs")
 
@@ -48,11 +56,18 @@ LOST_MACHINE = 180.0
 
 _CLASSES = {"classes": [str], "category_ids": ({str: int}, None)}
 _PICTURE = {
-    **{"name": str, "miou": float, "iou": {str: float}, "worst": bool, "size": [int, int]},
-    **{"photograph": str, "truth": str, "predicted": str, "errors": str},
+    "name": str,
+    "miou": float,
+    "iou": {str: float},
+    "worst": bool,
+    "size": [int, int],
+    "photograph": str,
+    "truth": str,
+    "predicted": str,
+    "errors": str,
 }
 
-SHAPES: dict[str, Any] = {
+SCHEMAS: dict[str, Any] = {
     "config.json": {str: Any},
     "environment.json": {str: Any},
     "classes.json": _CLASSES,
@@ -64,7 +79,7 @@ SHAPES: dict[str, Any] = {
     "status.json": {"state": str, "sentence": str},
     "wandb.json": {"id": str},
 }
-"""Required shape of a run's JSON files; see :func:`segkit.core.files.fits`."""
+"""Required shape of a run's JSON files; see :func:`segkit.core.files.matches_schema`."""
 
 EVENT = {"event": str, "time": float}
 """Required shape of every line of ``log.jsonl``."""
@@ -76,8 +91,11 @@ EVENTS: dict[str, Any] = {
     "resume": _STEP,
     "step": {**_STEP, "epoch": int, "images_per_s": float},
     "evaluate": {
-        **{**_STEP, "epoch": int, "miou": float},
-        **{"interval": [float, float], "iou": [(float, None)]},
+        **_STEP,
+        "epoch": int,
+        "miou": float,
+        "interval": [float, float],
+        "iou": [(float, None)],
     },
     "non-finite": {**_STEP, "images": [str]},
     "fault": {"file": str, "sentence": str},
@@ -208,7 +226,7 @@ class Run:
         job = _job()
         if job is None or not self.exists or (self.folder / "summary.json").exists():
             return False
-        return self.optional("environment.json", {}).get("job") == job
+        return self.read_or_default("environment.json", {}).get("job") == job
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -231,7 +249,7 @@ class Run:
             self._record("done")
 
     def _record(self, state: str, sentence: str = "") -> None:
-        known = self.optional("status.json", {}) if state == "failed" else {}
+        known = self.read_or_default("status.json", {}) if state == "failed" else {}
         if known.get("state") != "failed":  # the first rank that failed knows the cause
             self.write("status.json", {"state": state, "sentence": sentence})
 
@@ -244,13 +262,13 @@ class Run:
         if is_locked(self.folder / "lock"):
             return "running", ""
         ended = "done" if (self.folder / "summary.json").exists() else "stopped"
-        status = self.optional("status.json", {"state": ended, "sentence": ""})
+        status = self.read_or_default("status.json", {"state": ended, "sentence": ""})
         return "stopped" if status["state"] == "running" else status["state"], status["sentence"]
 
     def resumable(self) -> bool:
         """Return True if the run has a saved state, or did not fail."""
         saved = any(self.folder.glob("fold*/last.pt"))
-        status = self.optional("status.json", {})
+        status = self.read_or_default("status.json", {})
         return saved or status.get("state") != "failed"
 
     def fold(self, number: int) -> Path:
@@ -266,16 +284,16 @@ class Run:
         """Read a JSON file of the run.
 
         Raises:
-            SegkitError: It is missing, unreadable or damaged, or differs from :data:`SHAPES`.
+            SegkitError: It is missing, unreadable or damaged, or differs from :data:`SCHEMAS`.
         """
         path = self.folder / name
         try:
-            value = json.loads(regular(path).read_text(encoding="utf-8"))
+            value = json.loads(require_regular_file(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise SegkitError(f"{path}: cannot be read ({reason(error)})") from error
         except (ValueError, RecursionError) as error:
             raise SegkitError(f"{path}: is damaged, it is not valid JSON ({error})") from error
-        if not fits(value, SHAPES.get(path.name, Any)):
+        if not matches_schema(value, SCHEMAS.get(path.name, Any)):
             raise self._damaged(name)
         return value
 
@@ -290,7 +308,7 @@ class Run:
         except ValueError as error:
             raise self._damaged("classes.json") from error
 
-    def optional(self, name: str, default: Any) -> Any:
+    def read_or_default(self, name: str, default: Any) -> Any:
         """Read an optional JSON file; ``default`` if missing, or with a warning if damaged."""
         if not os.path.lexists(self.folder / name):
             return default
@@ -308,7 +326,7 @@ class Run:
         """Append an event to ``log.jsonl`` and call the listeners."""
         event = {"time": round(time.time(), 3), **event}
         path = self.folder / "log.jsonl"
-        with naming(path), path.open("a", encoding="utf-8") as file:
+        with set_error_filename(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
         for listener in self.listeners:
             listener(event)
@@ -318,7 +336,7 @@ class Run:
         lines = self._lines()
         if lines and not lines[-1].endswith(b"\n"):
             path = self.folder / "log.jsonl"
-            with naming(path):
+            with set_error_filename(path):
                 os.truncate(path, sum(map(len, lines[:-1])))
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -330,7 +348,7 @@ class Run:
         invalid = []
         for number, line in enumerate(self._lines(), 1):
             event = _parse(line)
-            if event and fits(event, EVENT | EVENTS.get(str(event.get("event")), {})):
+            if event and matches_schema(event, EVENT | EVENTS.get(str(event.get("event")), {})):
                 yield event
             elif line.endswith(b"\n"):
                 invalid.append(number)
@@ -345,7 +363,7 @@ class Run:
         path = self.folder / "log.jsonl"
         if not os.path.lexists(path):
             return []
-        with naming(path), regular(path).open("rb") as file:
+        with set_error_filename(path), require_regular_file(path).open("rb") as file:
             return file.readlines()
 
     def epochs_begun(self) -> int:
@@ -355,7 +373,7 @@ class Run:
         for event in self.events():
             if event["event"] in ("start", "resume"):
                 length = event.get("steps_per_epoch")
-                lengths[event["fold"]] = length if fits(length, int) else 0
+                lengths[event["fold"]] = length if matches_schema(length, int) else 0
             elif event["event"] == "step":
                 length = lengths.get(event["fold"])
                 begun = max(begun, math.ceil(event["step"] / length) if length else event["epoch"])
@@ -363,7 +381,7 @@ class Run:
 
     def reopen(self, fold: int) -> None:
         """Remove a fold from ``summary.json``, because its training continues."""
-        folds = self.optional("summary.json", {})
+        folds = self.read_or_default("summary.json", {})
         if folds.pop(f"fold{fold}", None) is None:
             return
         if folds:
@@ -377,11 +395,11 @@ class Run:
         kept = [
             json.dumps(event) + "\n"
             for event in events
-            if not fits(event, _STEP) or event["fold"] != fold or event["step"] <= step
+            if not matches_schema(event, _STEP) or event["fold"] != fold or event["step"] <= step
         ]
         write_text(self.folder / "log.jsonl", "".join(kept), durable=True)
 
-    def last(self, fold: int) -> dict[str, Any] | None:
+    def load_last_state(self, fold: int) -> dict[str, Any] | None:
         """Load the state to resume ``fold`` from; ``None`` if none was saved."""
         return load_latest(self.fold(fold) / "last.pt", needs=RESUME)
 
@@ -442,7 +460,7 @@ def _holds_others(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     if "lock" not in names:  # "lock" is created first
         return bool(names)
-    known = {*SHAPES, "folds.json", "lock"}
+    known = {*SCHEMAS, "folds.json", "lock"}
     return any(name not in known and not name.endswith(".json.writing") for name in names)
 
 

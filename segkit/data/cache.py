@@ -12,7 +12,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from segkit.core.files import regular, replacing
+from segkit.core.files import atomic_write, require_regular_file
 from segkit.data.loader import digests
 from segkit.data.memo import on_threads
 from segkit.data.source import Source
@@ -109,14 +109,14 @@ class CachedSource:
         parts = [torch.tensor(image.shape[1:], dtype=torch.int32), image.permute(1, 2, 0)]
         parts += [self._source.mask(i)] if self.labelled else []
         path = self._folder / self._keys[i]
-        with replacing(path, shared=True) as draft, draft.open("wb") as file:
+        with atomic_write(path, shared=True) as draft, draft.open("wb") as file:
             for part in parts:
                 part.contiguous().numpy().tofile(file)
 
     def _read_size(self, i: int) -> tuple[int, int] | None:
         """Return height and width of an image in the cache, or ``None`` if it is not there."""
         try:
-            with regular(self._folder / self._keys[i]).open("rb") as file:
+            with require_regular_file(self._folder / self._keys[i]).open("rb") as file:
                 height, width = np.fromfile(file, np.int32, 2).tolist()
         except FileNotFoundError:
             return None
@@ -124,7 +124,7 @@ class CachedSource:
 
     def _map(self, i: int, start: int, length: int) -> Tensor:
         # Copy-on-write: writing to the tensor does not change the cache.
-        file = regular(self._folder / self._keys[i])
+        file = require_regular_file(self._folder / self._keys[i])
         return torch.from_numpy(np.memmap(file, np.uint8, mode="c", offset=start, shape=length))
 
 

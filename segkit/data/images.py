@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from segkit.core.errors import DataError
-from segkit.core.files import regular
+from segkit.core.files import require_regular_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Formats to decode, by Pillow's names. None of them starts another program, as EPS does."""
@@ -73,7 +73,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
 def open_image(path: Path | str) -> Iterator[Image.Image]:
     """Open a file with Pillow and check its header; errors in the block become a DataError."""
     try:
-        with Image.open(regular(path), formats=FORMATS) as image:
+        with Image.open(require_regular_file(path), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(

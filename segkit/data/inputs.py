@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from segkit.core.errors import DataError, reason
-from segkit.core.files import regular
+from segkit.core.files import require_regular_file
 
 MAX_BYTES = 1 << 31
 """Maximum size of a text or JSON file (the largest of COCO has 0.45 GB, of LVIS 1.1 GB)."""
@@ -69,7 +69,7 @@ def read_text(path: Path | str) -> str:
     """
     path = Path(path)
     try:
-        size = regular(path).stat().st_size
+        size = require_regular_file(path).stat().st_size
         if size > MAX_BYTES:
             raise DataError(f"{path} has {size:,} bytes; expected at most {MAX_BYTES:,}: divide it")
         return path.read_text(encoding="utf-8-sig")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from segkit.core.distributed import Progress, broadcast, is_main
 from segkit.core.errors import reason
-from segkit.core.files import regular, replacing
+from segkit.core.files import atomic_write, require_regular_file
 
 MAX_ENTRIES = 1_000_000
 """Maximum number of files, and of keys with numbers, to save; the oldest are dropped first."""
@@ -90,7 +90,7 @@ class Memo:
     def _load(self, path: Path) -> None:
         """Merge the entries of a memo file; entries of any other form are ignored."""
         try:
-            if regular(path).stat().st_size > MAX_BYTES:
+            if require_regular_file(path).stat().st_size > MAX_BYTES:
                 return
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -108,7 +108,7 @@ class Memo:
     def _save(self, path: Path) -> None:
         tables = {"files": _newest(self._files), "numbers": _newest(self._numbers)}
         try:
-            with replacing(path, shared=True) as draft:
+            with atomic_write(path, shared=True) as draft:
                 draft.write_text(json.dumps({"format": _FORMAT, **tables}), encoding="utf-8")
         except OSError as error:
             if self._warned:
@@ -128,7 +128,7 @@ MEMO = Memo()
 def read_digest(path: Path, before: bytes = b"") -> str:
     """Return the SHA-256 of ``before`` and a file's bytes, without a memo."""
     digest = hashlib.sha256(before)
-    with regular(path).open("rb") as file:
+    with require_regular_file(path).open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

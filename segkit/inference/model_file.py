@@ -14,7 +14,7 @@ from segkit.inference.predictor import Predictor
 from segkit.inference.tta import Views
 from segkit.models.kernels.fuse_relu import for_prediction
 from segkit.models.segmenter import Segmenter, build_model, load_model
-from segkit.training.step import precision
+from segkit.training.step import autocast_dtype
 
 
 def save(
@@ -95,7 +95,7 @@ def load(
     cfg = config.override(trained, overrides)
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)
-    amp = precision(cfg.train.amp, torch.device(device))
+    amp = autocast_dtype(cfg.train.amp, torch.device(device))
     statistics = {key: entries[key] for key in ("mean", "std") if key in entries}
     return build_predictor(
         for_prediction(model, amp) if fuse else model, cfg, device,
@@ -116,7 +116,7 @@ def build_predictor(
         "tile": cfg.infer.tile,
         "overlap": cfg.infer.overlap,
         "pad": cfg.infer.pad,
-        "amp": precision(cfg.train.amp, torch.device(device)),
+        "amp": autocast_dtype(cfg.train.amp, torch.device(device)),
         "channels_last": cfg.train.channels_last,
     }
     return Predictor(model, **settings | options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.core.errors import DataError, SegkitError
-from segkit.core.files import regular, write_json
+from segkit.core.files import require_regular_file, write_json
 from segkit.data.inputs import check_name, inside
 
 NAME = "origin.json"
@@ -76,7 +76,7 @@ def update_origin(folder: Path, origin: Mapping[str, Any], files: Sequence[str])
 
 def refuse_foreign(path: Path, mark: bytes) -> None:
     """Raise an error if the file exists without the mark of files that segkit writes."""
-    if os.path.lexists(path) and mark not in regular(path).read_bytes():
+    if os.path.lexists(path) and mark not in require_regular_file(path).read_bytes():
         raise SegkitError(
             f"{path}: exists already and segkit did not write it; move it or name another file"
         )
@@ -86,7 +86,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's ``origin.json``; ``files`` in it is a list of paths."""
     path = folder / NAME
     try:
-        content = json.loads(regular(path).read_text(encoding="utf-8"))
+        content = json.loads(require_regular_file(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or not _are_names(content.get("files")):

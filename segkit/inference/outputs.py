@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from segkit.core.files import replacing
+from segkit.core.files import atomic_write
 from segkit.core.labels import IGNORE
 from segkit.data.inputs import inside
 
@@ -89,7 +89,7 @@ def result_names(names: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[TextIO]:
-    with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         yield file
 
 
@@ -105,7 +105,7 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
     path = inside(folder, f"{name}.png")
     image = Image.fromarray(_pixels(mask))
     image.putpalette(color_table(colors).tobytes())  # changes the mode to palette
-    with replacing(path) as draft:
+    with atomic_write(path) as draft:
         image.save(draft, format="PNG")
     return path
 
@@ -119,7 +119,7 @@ def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
         probabilities: (C, H, W); ``numpy.load(path, mmap_mode="r")`` reads only parts of them.
     """
     path = inside(folder, f"{name}.npy")
-    with replacing(path) as draft, draft.open("wb") as file:
+    with atomic_write(path) as draft, draft.open("wb") as file:
         np.save(file, probabilities.to(torch.float16).cpu().numpy())
     return path
 
@@ -221,7 +221,7 @@ def _with_legend(
 
 def save_jpeg(image: Image.Image, folder: Path, name: str) -> None:
     """Save a picture of an image's results; ``.jpg`` is added to the name."""
-    with replacing(inside(folder, f"{name}.jpg")) as draft:
+    with atomic_write(inside(folder, f"{name}.jpg")) as draft:
         image.save(draft, format="JPEG", quality=90)
 
 

@@ -30,8 +30,8 @@ class Segmenter(nn.Module):
         backbone: Maps an image to a list of feature maps, shallow to deep. Its optional method
             ``output_module(level)`` returns the module that is used only for this feature map.
         decoder: Maps feature maps to a dict of logits: ``out``, and ``aux*`` in training. Its
-            optional attribute ``reads`` lists the feature maps it uses; ``align_corners`` says how
-            its logits are resized.
+            optional attribute ``used_levels`` lists the feature maps it uses; ``align_corners``
+            says how its logits are resized.
         freeze_batch_norm: Do not change the backbone's BatchNorm, neither statistics nor weights.
 
     Shape:
@@ -83,11 +83,11 @@ class Segmenter(nn.Module):
         They are frozen, as distributed training would wait for their gradients.
         """
         backbone: Any = self.backbone
-        reads: Sequence[int] | None = getattr(self.decoder, "reads", None)
-        if reads is None or not hasattr(backbone, "output_module"):
+        used_levels: Sequence[int] | None = getattr(self.decoder, "used_levels", None)
+        if used_levels is None or not hasattr(backbone, "output_module"):
             return []
         maps = range(len(backbone.channels))
-        used = {maps[level] for level in reads}
+        used = {maps[level] for level in used_levels}
         return [backbone.output_module(level) for level in maps if level not in used]
 
     def _frozen(self) -> list[nn.Module]:

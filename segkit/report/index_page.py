@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from segkit.core.files import fits
+from segkit.core.files import matches_schema
 from segkit.report import html
 from segkit.report.html import cell, escape, number
 from segkit.report.log import RunLog
@@ -34,7 +34,9 @@ def _runs(logs: Sequence[RunLog]) -> str:
     rows = []
     for log in logs:
         link = escape(f"{quote(log.run.folder.name)}/report.html")
-        terms = [t["name"] for t in log.setting("loss.terms", []) if fits(t, {"name": str})]
+        terms = [
+            t["name"] for t in log.setting("loss.terms", []) if matches_schema(t, {"name": str})
+        ]
         names = [log.setting(f"model.{part}.name", "–") for part in ("decoder", "backbone")]
         state = "<br>".join(escape(text) for text in log.run.state() if text)
         started = min((f.start["time"] for f in log.folds.values() if f.start), default=0.0)

@@ -6,7 +6,7 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
-from segkit.core.files import fits
+from segkit.core.files import matches_schema
 from segkit.core.run import EVENTS, Run
 from segkit.training.metrics import FEW_IMAGES
 
@@ -35,7 +35,7 @@ class Fold:
 
     def curve(self, key: str) -> dict[str, Any]:
         """Return a curve for a chart: ``key`` of the events by step."""
-        events = [e for e in [*self.steps, *self.evaluations] if fits(e.get(key), float)]
+        events = [e for e in [*self.steps, *self.evaluations] if matches_schema(e.get(key), float)]
         points = [(e["step"], float(f"{e[key]:.5g}")) for e in events]
         x, y = ([point[axis] for point in points if math.isfinite(point[1])] for axis in (0, 1))
         return {"name": f"fold {self.number}", "x": x, "y": y}
@@ -56,10 +56,10 @@ class RunLog:
         self.name = run.folder.resolve().name
         events = list(run.events())
         self.settings = dict(flatten(run.read("config.json")))
-        self.summary: dict[str, Any] = run.optional("summary.json", {})
+        self.summary: dict[str, Any] = run.read_or_default("summary.json", {})
         count = next((len(e["iou"]) for e in events if e["event"] == "evaluate"), 0)
         numbered = {"classes": [f"class {c}" for c in range(count)]}
-        self.classes: list[str] = run.optional("classes.json", numbered)["classes"]
+        self.classes: list[str] = run.read_or_default("classes.json", numbered)["classes"]
         logged: dict[int, list[Event]] = {}
         for event in events:
             if "fold" in EVENTS.get(event["event"], {}):
@@ -71,11 +71,11 @@ class RunLog:
     def setting(self, path: str, default: Any) -> Any:
         """Return a setting, or ``default`` if it is missing or of another type."""
         value = self.settings.get(path)
-        return value if fits(value, type(default)) else default
+        return value if matches_schema(value, type(default)) else default
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """Return each fold's ``evaluation.json``; those of other classes are left out."""
-        files = {n: self.run.optional(f"fold{n}/evaluation.json", None) for n in self.folds}
+        files = {n: self.run.read_or_default(f"fold{n}/evaluation.json", None) for n in self.folds}
         size, keys = len(self.classes), {str(c) for c in range(len(self.classes))}
         return {
             n: content
@@ -87,15 +87,15 @@ class RunLog:
 
     def shares(self) -> list[dict[str, Any]]:
         """Return the class shares of each part; those of other classes are left out."""
-        parts, count = self.run.optional("shares.json", []), len(self.classes)
+        parts, count = self.run.read_or_default("shares.json", []), len(self.classes)
         return [p for p in parts if len(p["with_class"]) == len(p["of_pixels"]) == count]
 
     @cached_property
     def combined(self) -> tuple[list[str], list[dict[str, Any]]]:
         """Latest results of ``infer``: the image sets that every row has a score on, and rows."""
-        rows = self.run.optional("infer/scores.json", [])
+        rows = self.run.read_or_default("infer/scores.json", [])
         titles = ("selection", "test") if rows else ()
-        return [t for t in titles if all(fits(row.get(t), SCORE) for row in rows)], rows
+        return [t for t in titles if all(matches_schema(row.get(t), SCORE) for row in rows)], rows
 
     @cached_property
     def score(self) -> tuple[float, float, float] | None:

@@ -37,7 +37,7 @@ def run_page(log: RunLog) -> str:
         "Folds": _shares(log.classes, log.shares()),
         "Notes": _notes(log.notes),
         "Settings": _settings("Configuration, resolved", log.settings)
-        + _settings("Environment", log.run.optional("environment.json", {})),
+        + _settings("Environment", log.run.read_or_default("environment.json", {})),
     }
     return html.document(log.name, sections, header=_header(log))
 

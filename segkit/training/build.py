@@ -16,7 +16,7 @@ from segkit.models.segmenter import build_model
 from segkit.training.losses import Criterion, build_loss
 from segkit.training.optim import EMA, build_optimizer
 from segkit.training.state import TrainState
-from segkit.training.step import precision, recomputes
+from segkit.training.step import autocast_dtype, should_recompute
 
 
 def build_training(
@@ -56,7 +56,7 @@ def build_training(
     optimizer = build_optimizer(
         model, cfg.optim.optimizer, lr=cfg.optim.lr, backbone_lr_factor=cfg.optim.backbone_lr_factor
     )
-    fp16 = precision(cfg.train.amp, device) is torch.float16
+    fp16 = autocast_dtype(cfg.train.amp, device) is torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema is not None else None
     return TrainState(model, optimizer, scaler, ema), criterion
@@ -65,9 +65,9 @@ def build_training(
 def step_options(cfg: Config, device: torch.device) -> dict[str, Any]:
     """Return the arguments of :func:`segkit.training.step.train_step` set by the configuration."""
     return {
-        "amp": precision(cfg.train.amp, device),
+        "amp": autocast_dtype(cfg.train.amp, device),
         "clip_norm": cfg.optim.clip_norm,
-        "recompute": recomputes(cfg.train.recompute, device),
+        "recompute": should_recompute(cfg.train.recompute, device),
         "exact": cfg.train.accumulate_exact,
     }
 

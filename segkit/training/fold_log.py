@@ -58,7 +58,7 @@ class FoldLog:
         self.run.log(
             event="step", fold=self.fold, epoch=epoch, step=step,
             loss=round(float(result.loss), 6),
-            parts={name: round(float(part), 6) for name, part in result.parts.items()},
+            parts={name: round(float(part), 6) for name, part in result.terms.items()},
             lr=lr, gradient_norm=float(result.gradient_norm), images_per_s=round(rate, 2),
         )  # fmt: skip
 

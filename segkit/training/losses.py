@@ -6,7 +6,7 @@ gradient are those of the global batch. OHEM, Lovász and MS-SSIM are not functi
 computed on each rank's own batch.
 
 A batch may be processed in several parts (``train.accumulate``). The loss of the step is then the
-mean of the parts' losses, each normalized by the :class:`WholeStep`: see
+mean of the parts' losses, each normalized by the :class:`StepTotals`: see
 :attr:`Loss.accumulation`.
 """
 
@@ -23,13 +23,12 @@ from torch.autograd.function import once_differentiable
 from segkit.core.config import Component, build
 from segkit.core.distributed import sum_over_ranks
 from segkit.core.errors import ConfigError
-from segkit.core.labels import IGNORE
+from segkit.core.labels import IGNORE, check_labels
 from segkit.training.pixels import (
     Pixels,
     SigmoidFocalSums,
-    WholeStep,
+    StepTotals,
     at_least_fp32,
-    check_labels,
     no_autocast,
 )
 
@@ -381,7 +380,7 @@ class Presence(nn.Module):
         super().__init__()
         self.background = background
 
-    def forward(self, logits: Tensor, target: Tensor, step: WholeStep | None = None) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, step: StepTotals | None = None) -> Tensor:
         with no_autocast(logits):
             logits = logits.to(at_least_fp32(logits))
             seen = logits.new_zeros(len(target), IGNORE + 1)
@@ -441,7 +440,7 @@ class Criterion(nn.Module):
         check_labels(target, max(2, logits.shape[1]))
 
     @torch.no_grad()
-    def collect(self, outputs: Mapping[str, Tensor], target: Tensor, step: WholeStep) -> None:
+    def collect(self, outputs: Mapping[str, Tensor], target: Tensor, step: StepTotals) -> None:
         """Add a part's sums to those of its step; called before the parts are scored."""
         for name, logits in outputs.items():
             if logits.dim() == 4:
@@ -456,7 +455,7 @@ class Criterion(nn.Module):
         self,
         outputs: Tensor | Mapping[str, Tensor],
         target: Tensor,
-        step: WholeStep | None = None,
+        step: StepTotals | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and its unweighted values: each term on ``out``, each other output.
 
@@ -495,7 +494,7 @@ class Criterion(nn.Module):
             return pixels.guarded(loss), values
 
     def _pixels(
-        self, output: str, logits: Tensor, target: Tensor, step: WholeStep | None
+        self, output: str, logits: Tensor, target: Tensor, step: StepTotals | None
     ) -> Pixels:
         return Pixels(
             logits,

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from segkit.core.distributed import sum_over_ranks, world_size
-from segkit.core.errors import DataError
-from segkit.core.labels import IGNORE
+from segkit.core.labels import IGNORE, check_labels
 
 
-class WholeStep:
+class StepTotals:
     """Quantities of a whole step that its parts share: pixel counts, and collected sums.
 
     Args:
@@ -70,7 +69,7 @@ class Pixels:
         target: Tensor,
         *,
         across_ranks: bool = False,
-        step: WholeStep | None = None,
+        step: StepTotals | None = None,
         output: str = "out",
         smoothed: bool = False,
     ) -> None:
@@ -388,26 +387,6 @@ def _sum_classes(x: Tensor, weight: Tensor) -> Tensor:
         with no_autocast(x):  # backward may run under autocast
             return torch.stack([w @ image for image, w in zip(x, weight, strict=True)])
     return (x * weight[:, :, None]).sum(1)
-
-
-def check_labels(target: Tensor, num_classes: int) -> None:
-    """Raise an error if a target has a value that is neither a class nor ``IGNORE``.
-
-    On a GPU this waits for the device. So the losses call it on the CPU only; elsewhere they are
-    infinite for such a target, and :func:`segkit.train_step` calls it if the gradient is not
-    finite.
-
-    Raises:
-        DataError: The message has the value.
-    """
-    invalid = (target >= num_classes) & (target != IGNORE)
-    if target.dtype.is_signed:
-        invalid |= target < 0
-    if invalid.any():
-        raise DataError(
-            f"target holds {int(target[invalid][0])}; expected a class, 0 to {num_classes - 1}, or "
-            f"{IGNORE} for ignored pixels"
-        )
 
 
 def _count(target: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def check_data(run: Run, data: TrainData) -> dict[str, Any]:
     record = data_record(parts)
     if not run.exists or not (run.folder / "classes.json").exists():
         return {"data.json": record}
-    known = run.optional("data.json", None)
+    known = run.read_or_default("data.json", None)
     before = known if known and known["format"] == record["format"] else {"images": {}}
     if changes := data_changes({**before, **run.read("classes.json")}, record):
         raise DataError(

@@ -14,10 +14,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from segkit.core.distributed import all_reduce, world_size
 from segkit.models.kernels.recompute import recompute_activations
 from segkit.training.losses import Criterion
-from segkit.training.pixels import WholeStep
+from segkit.training.pixels import StepTotals
 
-Part = tuple[Tensor, Tensor]
-"""Images and masks."""
+MicroBatch = tuple[Tensor, Tensor]
+"""Images and masks: a part of a batch that is computed at once."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Step:
 
     Args:
         loss: Loss of the step's batch, over all ranks.
-        parts: The loss of each term, by name.
+        terms: The loss of each term, by name.
         gradient_norm: Norm of the gradient before clipping.
         finite: True if the gradient was finite and the weights were updated.
     """
 
     loss: Tensor
-    parts: dict[str, Tensor]
+    terms: dict[str, Tensor]
     gradient_norm: Tensor
     finite: bool
 
@@ -41,7 +41,7 @@ def train_step(
     model: nn.Module,
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
-    batch: Part | Sequence[Part],
+    batch: MicroBatch | Sequence[MicroBatch],
     *,
     amp: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
@@ -73,33 +73,35 @@ def train_step(
     Raises:
         DataError: The masks have an invalid label.
     """
-    parts = cast(list[Part], [batch] if isinstance(batch[0], Tensor) else list(batch))
-    saving = recompute_activations if recompute else nullcontext
+    micro_batches = cast(list[MicroBatch], [batch] if isinstance(batch[0], Tensor) else list(batch))
+    recompute_context = recompute_activations if recompute else nullcontext
     statistics = _Statistics(model)
     optimizer.zero_grad(set_to_none=True)
-    whole = WholeStep([masks for _, masks in parts]) if len(parts) > 1 else None
+    totals = None
+    if len(micro_batches) > 1:
+        totals = StepTotals([masks for _, masks in micro_batches])
 
     def forward(number: int) -> Any:
         if seeds is not None:
             torch.manual_seed(seeds[number])
-        images = parts[number][0]
-        with saving(), torch.autocast(images.device.type, amp, enabled=amp is not None):
+        images = micro_batches[number][0]
+        with recompute_context(), torch.autocast(images.device.type, amp, enabled=amp is not None):
             return model(images)
 
     without_sync = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
-    if whole is not None and exact and criterion.accumulated("two_pass"):
-        seeds = seeds or torch.randint(2**62, (len(parts),)).tolist()
+    if totals is not None and exact and criterion.accumulated("two_pass"):
+        seeds = seeds or torch.randint(2**62, (len(micro_batches),)).tolist()
         # Not under no_grad: attention could choose another kernel, with different dropout masks.
-        for number, (_, masks) in enumerate(parts):
+        for number, (_, masks) in enumerate(micro_batches):
             with without_sync():
-                criterion.collect(forward(number), masks, whole)
+                criterion.collect(forward(number), masks, totals)
         statistics.restore()
     values: list[Tensor] = []
-    for number, (_, masks) in enumerate(parts):
-        with without_sync() if number < len(parts) - 1 else nullcontext():
+    for number, (_, masks) in enumerate(micro_batches):
+        with without_sync() if number < len(micro_batches) - 1 else nullcontext():
             outputs = forward(number)
-            loss, terms = criterion.with_terms(outputs, masks, whole)
-            scaled = loss / len(parts)
+            loss, terms = criterion.with_terms(outputs, masks, totals)
+            scaled = loss / len(micro_batches)
             (scaled if scaler is None else scaler.scale(scaled)).backward()
         values.append(torch.stack([loss.detach(), *terms.values()]))
     value = torch.stack(values).mean(0)
@@ -108,7 +110,7 @@ def train_step(
     norm, finite = _update(model, optimizer, scaler, clip_norm)
     if not finite:
         statistics.restore()
-        for _, masks in parts:
+        for _, masks in micro_batches:
             criterion.check_labels(outputs, masks)
     return Step(value[0], dict(zip(terms, value[1:], strict=True)), norm, finite)
 
@@ -121,12 +123,11 @@ def _update(
 ) -> tuple[Tensor, bool]:
     """Step the optimizer if the gradient is finite.
 
+    Return (gradient norm before clipping, True if it is finite).
+
     A fused optimizer decides on the device: it reads the attribute ``found_inf``, which a
     GradScaler sets too. So the only value that the CPU waits for is copied before the optimizer's
     work is queued, and a GPU does that work while the CPU queues the next step.
-
-    Returns:
-        The norm of the gradient before clipping, and True if it was finite.
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
@@ -167,10 +168,7 @@ def _copy_to_cpu(x: Tensor) -> Callable[[], bool]:
 
 
 class _Statistics:
-    """The running statistics of a model's norms as they are now, to restore them later.
-
-    Those of a device and type are saved as one tensor: a network has hundreds.
-    """
+    """Snapshot of BatchNorm buffers, concatenated per device and dtype to save kernel launches."""
 
     def __init__(self, model: nn.Module) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -182,14 +180,14 @@ class _Statistics:
         self.saved = [(x, torch.cat([buffer.view(-1) for buffer in x])) for x in groups.values()]
 
     def restore(self) -> None:
-        """Set the statistics to what they were."""
+        """Set the buffers to the saved values."""
         for buffers, saved in self.saved:
             parts = saved.split([buffer.numel() for buffer in buffers])
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
 
 
-def precision(amp: str, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype of ``train.amp`` on ``device``: bf16, fp16, or ``None`` for full precision.
 
     ``auto`` is bf16 where the hardware supports it, else fp16 on CUDA, else full precision.
@@ -212,7 +210,7 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if fast else None
 
 
-def recomputes(setting: str, device: torch.device) -> bool:
+def should_recompute(setting: str, device: torch.device) -> bool:
     """Return whether ``train.recompute`` turns recomputation on for ``device``.
 
     ``auto`` is on for the CPU, where it costs almost nothing, and off for a GPU, where it costs

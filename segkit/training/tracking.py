@@ -16,7 +16,7 @@ from PIL import Image
 
 from segkit.core.config import Component, bind
 from segkit.core.errors import ConfigError, SegkitError
-from segkit.core.files import naming, regular, write_text
+from segkit.core.files import require_regular_file, set_error_filename, write_text
 from segkit.core.run import Run
 
 Event = Mapping[str, Any]
@@ -62,8 +62,8 @@ class CSVTracker:
                 self._remove_rows_after(step, self._folder / name)
 
     def _remove_rows_after(self, step: int, path: Path) -> None:
-        with naming(path):
-            text = regular(path).read_text(encoding="utf-8", errors="replace")
+        with set_error_filename(path):
+            text = require_regular_file(path).read_text(encoding="utf-8", errors="replace")
         text = text.replace("\0", "")  # a power failure may leave NULs or incomplete rows
         kept = io.StringIO(newline="")
         if text.strip():

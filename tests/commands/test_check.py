@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from segkit.commands.check import faults, main
-from segkit.core.config import Data, parse
+from segkit.core.config import DataConfig, parse
 from segkit.core.errors import ConfigError, DataError
 
 SIZE = 16
@@ -51,7 +51,7 @@ def record(key: int, **changes: Any) -> dict[str, Any]:
     return {**sound, **changes}
 
 
-def plant(folder: Path) -> tuple[Data, set[tuple[str, int | None]]]:
+def plant(folder: Path) -> tuple[DataConfig, set[tuple[str, int | None]]]:
     """Write a COCO set with 40 faults; return them as (file, annotation)."""
     folder.mkdir()
     picture = Image.new("RGB", (SIZE, SIZE))
@@ -164,7 +164,7 @@ def test_a_misspelt_argument_is_the_configurations_fault() -> None:
 
 def test_nothing_to_check_is_no_success() -> None:
     with pytest.raises(ConfigError, match="names no images"):
-        list(faults(Data()))
+        list(faults(DataConfig()))
 
 
 def test_demo_set_has_no_faults(tmp_path: Path) -> None:

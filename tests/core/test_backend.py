@@ -27,7 +27,7 @@ from segkit.models.layers import average_pool
 from segkit.models.segmenter import build_model
 from segkit.training.losses import LOSSES, build_loss
 from segkit.training.optim import build_optimizer
-from segkit.training.step import precision
+from segkit.training.step import autocast_dtype
 
 CONFIGS = [
     pytest.param(path.stem, marks=() if path.stem in ("demo", "swin") else pytest.mark.slow)
@@ -328,11 +328,11 @@ def test_autotuning_in_training_steps_whose_shapes_repeat(
 
 def test_automatic_precision_is_the_same_on_torch_2_9(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    newer = precision("auto", cpu)
+    newer = autocast_dtype("auto", cpu)
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         for name, key in (("amx_tile", "amx_bf16"), ("avx512_bf16", "avx512_bf16")):
             supported = bool(capabilities.get(key))
             monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda yes=supported: yes)
         monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert precision("auto", cpu) is newer
+    assert autocast_dtype("auto", cpu) is newer

@@ -12,7 +12,7 @@ from segkit.commands import console
 from segkit.core import config
 from segkit.core.config import parse
 from segkit.core.errors import SegkitError, closest
-from segkit.core.files import replacing
+from segkit.core.files import atomic_write
 from segkit.core.run import Run
 from segkit.data.photos import PhotoSource
 from segkit.inference.results import Results
@@ -52,7 +52,7 @@ def test_an_error_without_a_number_has_its_reason_and_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def main(_: list[str]) -> None:
-        with replacing(tmp_path / "image"):
+        with atomic_write(tmp_path / "image"):
             raise OSError("72 requested and 0 written")  # of NumPy on a full disk
 
     said: list[Any] = []

@@ -12,7 +12,7 @@ from PIL import Image
 
 from segkit.core import checkpoint, config
 from segkit.core.errors import DataError, SegkitError
-from segkit.core.files import regular
+from segkit.core.files import require_regular_file
 from segkit.core.run import Run
 from segkit.data.coco import CocoSource
 from segkit.data.images import image_size, read_image
@@ -94,13 +94,13 @@ def test_a_file_that_is_not_regular_is_refused_without_waiting(
 def test_regular_names_the_kind_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    assert regular(str(tmp_path / "link")) == tmp_path / "link"
+    assert require_regular_file(str(tmp_path / "link")) == tmp_path / "link"
     with pytest.raises(OSError, match="it is a device; expected a regular file: '/dev/null'"):
-        regular("/dev/null")
+        require_regular_file("/dev/null")
     with pytest.raises(IsADirectoryError):
-        regular(tmp_path)
+        require_regular_file(tmp_path)
     with pytest.raises(FileNotFoundError):
-        regular(tmp_path / "none")
+        require_regular_file(tmp_path / "none")
 
 
 def test_a_link_to_itself_in_the_data_is_named(tmp_path: Path) -> None:

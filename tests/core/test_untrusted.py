@@ -368,7 +368,7 @@ def test_an_older_state_is_used_where_the_newest_lacks_entries(run: Path, tmp_pa
     del (state := checkpoint.load(path))["step"]
     checkpoint.save(state, path)
     with pytest.warns(UserWarning, match=r"has no 'step'.*going on from last\.previous\.pt"):
-        assert Run(tmp_path / "run").last(0) is not None
+        assert Run(tmp_path / "run").load_last_state(0) is not None
 
 
 # ---- anything at all

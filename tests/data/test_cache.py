@@ -198,7 +198,7 @@ def test_a_kill_half_way_leaves_whole_files(folder: Path) -> None:
         "def make(self, i):\n"
         "    global count; count += 1\n"
         "    if count < 3: return mask(self, i)\n"
-        "    with cache.replacing(self._folder / self._keys[i], shared=True) as draft:\n"
+        "    with cache.atomic_write(self._folder / self._keys[i], shared=True) as draft:\n"
         "        draft.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
         "cache.CachedSource._make = make; os.cpu_count = lambda: 1\n"
         f"cached(Path({str(folder)!r}))\n"

@@ -346,7 +346,7 @@ def test_batch_norm_with_a_computed_bias_is_left_alone(again: list[Tensor]) -> N
 
 def test_the_setting() -> None:
     settings = [("auto", "cpu"), ("auto", "cuda"), ("on", "cuda"), ("off", "cpu")]
-    chosen = [step.recomputes(setting, torch.device(device)) for setting, device in settings]
+    chosen = [step.should_recompute(setting, torch.device(device)) for setting, device in settings]
     assert chosen == [True, False, True, False]
 
 

@@ -93,7 +93,7 @@ def results(name: str, parts: int, **options: Any) -> tuple[Tensor, Tensor, dict
     model = Network()
     net = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     done = step(net, criterion_of(name), parts_of_rank(parts), **options)
-    return gradients(model), done.loss, done.parts
+    return gradients(model), done.loss, done.terms
 
 
 def assert_equal(ours: Any, whole: Any) -> None:
@@ -127,7 +127,7 @@ def test_without_a_second_pass_what_masks_tell_is_exact(parts: int) -> None:
 @pytest.mark.parametrize("name", ALONE)
 def test_losses_that_share_nothing_are_the_mean_over_parts(name: str) -> None:
     done = step(Network(), build_loss([name], num_classes=3), parts_of_rank(4), exact=True)
-    torch.testing.assert_close(done.parts[name], mean_of_four(name))
+    torch.testing.assert_close(done.terms[name], mean_of_four(name))
 
 
 def mean_of_four(name: str) -> Tensor:
@@ -147,12 +147,12 @@ def of_rank() -> Any:
         DistributedDataParallel(model), criterion_of("dice"), parts_of_rank(2),
         seeds=seeds, exact=True,
     )  # fmt: skip
-    shared["dropout"] = gradients(model), done.loss, done.parts
+    shared["dropout"] = gradients(model), done.loss, done.terms
     alone = step(
         DistributedDataParallel(Network()), build_loss(["lovasz"], num_classes=3), parts_of_rank(2)
     )
-    assert alone.parts.keys() == {"lovasz", "aux", "aux_presence"}
-    return float(alone.parts["lovasz"]), [
+    assert alone.terms.keys() == {"lovasz", "aux", "aux_presence"}
+    return float(alone.terms["lovasz"]), [
         (name, gradient.numpy(), float(loss), {key: float(part) for key, part in terms.items()})
         for name, (gradient, loss, terms) in shared.items()
     ]
@@ -164,7 +164,7 @@ def test_two_parts_on_two_ranks_are_the_whole_batch() -> None:
     seeds = train.dropout_seeds(config.override(config.Config(), ["train.accumulate=4"]), 3)
     done = step(model, criterion_of("dice"), parts_of_rank(4), seeds=seeds, exact=True)
     expected = {name: results(name, 1) for name in SHARED}
-    expected["dropout"] = gradients(model), done.loss, done.parts
+    expected["dropout"] = gradients(model), done.loss, done.terms
     for lovasz, steps in run_ranks(of_rank, 2):
         assert lovasz == pytest.approx(float(mean_of_four("lovasz")), rel=1e-12)
         for name, gradient, loss, terms in steps:

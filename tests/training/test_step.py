@@ -17,7 +17,7 @@ from segkit.core.run import Run
 from segkit.models.segmenter import build_model, load_model
 from segkit.training.losses import build_loss
 from segkit.training.optim import build_optimizer
-from segkit.training.step import precision, train_step
+from segkit.training.step import autocast_dtype, train_step
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -156,8 +156,8 @@ def test_bf16_trains_in_full_precision_weights() -> None:
 def test_precision() -> None:
     cpu = torch.device("cpu")
     names = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    assert {name: precision(name, cpu) for name in names} == names
-    assert precision("auto", cpu) in (None, torch.bfloat16)
+    assert {name: autocast_dtype(name, cpu) for name in names} == names
+    assert autocast_dtype("auto", cpu) in (None, torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -209,7 +209,7 @@ def test_deterministic_runs_are_equal_to_the_bit(tiny: list[str]) -> None:
         for run in ("run", "again"):
             train.main([*tiny[:-1], run, "--set", "train.deterministic=true"])
             assert torch.are_deterministic_algorithms_enabled()
-            states.append(Run(Path(run)).last(0))
+            states.append(Run(Path(run)).load_last_state(0))
     finally:
         torch.use_deterministic_algorithms(False)
     assert states[0] is not None

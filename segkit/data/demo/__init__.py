@@ -11,7 +11,7 @@ from PIL import Image
 
 from segkit.core.distributed import Progress
 from segkit.core.errors import DataError
-from segkit.core.files import regular
+from segkit.core.files import require_regular_file
 from segkit.data.coco import CocoSource
 from segkit.data.demo.scene import LITTER, draw_scene, polygon_area
 
@@ -95,7 +95,7 @@ def _exists(folder: Path, settings: dict[str, int]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        existing = json.loads(regular(folder / "demo.json").read_text())
+        existing = json.loads(require_regular_file(folder / "demo.json").read_text())
     except (OSError, ValueError):
         raise DataError(f"{folder} is in use and holds no demo set; name a new folder") from None
     if existing != settings:

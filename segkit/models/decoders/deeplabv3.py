@@ -40,7 +40,7 @@ class DeepLabV3(nn.Module):
     ) -> None:
         super().__init__()
         *_, shallower, deepest = channels
-        self.reads = (-2, -1) if aux else (-1,)
+        self.used_levels = (-2, -1) if aux else (-1,)
         self.rates = rates
         self.aspp = ASPP(deepest, width=width, rates=rates, dropout=dropout)
         self.classifier = fcn_head(width, width, num_classes, dropout=0.0)

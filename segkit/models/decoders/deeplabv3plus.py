@@ -58,7 +58,7 @@ class DeepLabV3Plus(nn.Module):
         smp = layout == "smp"
         self.low_level = level_at(4, strides)
         self.align_corners = align_corners
-        self.reads = (self.low_level, *((-2, -1) if aux else (-1,)))
+        self.used_levels = (self.low_level, *((-2, -1) if aux else (-1,)))
         self.rates = rates
         self.aspp = ASPP(
             channels[-1],

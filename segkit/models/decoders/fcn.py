@@ -45,7 +45,7 @@ class FCN(nn.Module):
     ) -> None:
         super().__init__()
         *_, shallower, deepest = channels
-        self.reads = (-2, -1) if aux else (-1,)
+        self.used_levels = (-2, -1) if aux else (-1,)
         hidden = width or deepest // 4
         concatenate = layout == "mmsegmentation"
         self.convs = (

@@ -40,7 +40,7 @@ class PSPNet(nn.Module):
     ) -> None:
         super().__init__()
         *_, shallower, deepest = channels
-        self.reads = (-2, -1) if aux_width else (-1,)
+        self.used_levels = (-2, -1) if aux_width else (-1,)
         bin_width = deepest // len(bins)
         self.bins = bins
         self.pool = PyramidPooling(deepest, width=bin_width, outputs=width, bins=bins)

@@ -53,7 +53,7 @@ class STLNet(nn.Module):
         super().__init__()
         check_bounds(1, 1024, levels=levels, region_levels=region_levels, scales=scales)
         self.low_level = level_at(4, strides)
-        self.reads = (self.low_level, self.low_level + 1, *((-2, -1) if aux_width else (-1,)))
+        self.used_levels = (self.low_level, self.low_level + 1, *((-2, -1) if aux_width else (-1,)))
         low = channels[self.low_level] + channels[self.low_level + 1]
         self.texture = Texture(
             low, width=width, levels=levels, region_levels=region_levels, scales=scales

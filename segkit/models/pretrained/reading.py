@@ -11,7 +11,7 @@ from torch import Tensor
 
 from segkit.core import checkpoint
 from segkit.core.errors import CheckpointError, quoted, reason
-from segkit.core.files import regular
+from segkit.core.files import require_regular_file
 from segkit.models.pretrained.safetensors import read_safetensors
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -69,7 +69,9 @@ def _load(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old storage types, which torch converts
-            state = torch.load(regular(path), map_location="cpu", weights_only=True, mmap=archive)
+            state = torch.load(
+                require_regular_file(path), map_location="cpu", weights_only=True, mmap=archive
+            )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: is not a file of weights alone (a state dict saved by torch): it is damaged, "

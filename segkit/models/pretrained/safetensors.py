@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from segkit.core.errors import CheckpointError, quoted, shorten
-from segkit.core.files import regular
+from segkit.core.files import require_regular_file
 
 _LONGEST_HEADER = 1 << 23
 """In bytes, for about 50,000 tensors. The format allows 100 MB, which need gigabytes of memory."""
@@ -36,7 +36,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: If the header is invalid.
         OSError: If the file cannot be opened.
     """
-    size = regular(path).stat().st_size
+    size = require_regular_file(path).stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
