@@ -331,22 +331,25 @@ def test_predictions_are_those_of_the_cpu(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", sorted(DECODERS))
 def test_replayed_predictions_are_those_of_ordinary_calls(name: str) -> None:
+    """Up to roundings: within a graph, cuDNN and cuBLAS may choose other bf16 kernels."""
     model = build_model("swin_t" if name == "upernet" else "resnet18", name, num_classes=5)
     model.to(DEVICE, memory_format=torch.channels_last)
     amp = None if ON_CPU else torch.bfloat16
-    plain, graphed = (
-        Predictor(model, channels_last=True, amp=amp, graphs=graphs) for graphs in (False, True)
+    exact, plain, graphed = (
+        Predictor(model, channels_last=True, **options).probabilities
+        for options in ({}, {"amp": amp}, {"amp": amp, "graphs": True})
     )
     images = [photograph(), photograph(130, 100)]
     for _ in range(2):
         for number in (0, 1, 0, 1, 0, 0, 1):
-            expected = plain.probabilities(images[number])
-            assert torch.equal(graphed.probabilities(images[number]), expected)
+            expected = exact(images[number])
+            errors = [float((f(images[number]) - expected).norm()) for f in (plain, graphed)]
+            assert errors[1] < 1.5 * errors[0] + 1e-4 * float(expected.norm())
         if not ON_CPU:
-            assert len(graphed._forward._graphs) == 2
+            assert len(graphed.__self__._forward._graphs) == 2
         with torch.no_grad():  # a replay reads the weights of the moment
             for parameter in model.parameters():
-                parameter.mul_(1.01)
+                parameter.mul_(1.2)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "se_resnet50", "efficientnet_b0"])
