@@ -1,6 +1,8 @@
 """A run folder as training writes it, made in less than a second."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,14 @@ from segkit.training.metrics import bootstrap_interval, scores
 
 NASTY = "<img src=x onerror=\"fail()\"> & 'can'"
 CLASSES = ("background", NASTY, "bag", "paper")
+
+
+def begin_run(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> Run:
+    """Create a run folder, or with ``resume`` continue in it."""
+    run = Run(folder)
+    run.check(config, resume=resume)
+    run.begin(config)
+    return run
 
 
 class Drawn:
@@ -63,7 +73,7 @@ def made_run(
     """A run with curves, evaluations, pictures and scores; ``settings`` as ``--set`` takes them."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
     cfg = config.override(config.Config(note="<i>a note</i>"), overrides)
-    run = Run.create(folder, config.to_dict(cfg))
+    run = begin_run(folder, config.to_dict(cfg))
     run.write("classes.json", {"classes": CLASSES, "category_ids": None})
     parts = [f"fold {n}" for n in range(folds)]
     run.write(

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import load_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
 from segkit.core.errors import CheckpointError
 from segkit.models.backbones import BACKBONES
-from segkit.models.pretrained import Report, load_file, load_state
+from segkit.models.pretrained import Report, load_file
 from segkit.models.segmenter import Segmenter, build_model
 
 pytestmark = pytest.mark.parity

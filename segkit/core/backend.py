@@ -1,10 +1,11 @@
-"""PyTorch's deterministic algorithms, cuDNN's autotuning, and detection of an export."""
+"""PyTorch's deterministic algorithms, cuDNN's autotuning, detection of an export or a CPU."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 def set_deterministic(enabled: bool) -> None:
@@ -31,6 +32,11 @@ def cudnn_autotuning(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Return True if a tensor is in the memory of the CPU."""
+    return x.device.type == "cpu"
 
 
 def is_exporting() -> bool:

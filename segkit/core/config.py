@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from segkit.core.errors import ConfigError, closest, quoted, reason, shorten
-from segkit.core.files import require_regular_file
+from segkit.core.errors import ConfigError, closest, first_line, quoted, reason, shorten
+from segkit.core.files import matches_schema, require_regular_file, unique_keys
 
 Component = Mapping[str, Any]
 """Class or function of a registry: ``{"name": ..., other arguments}``, or the name alone."""
@@ -312,15 +312,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _parse_json(text: str) -> Any:
     """Parse JSON; repeated keys, NaN and infinity are errors."""
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    repeated = {key for key in keys if keys.count(key) > 1}
-    if repeated:
-        raise ValueError(f"the key {quoted(min(repeated))} is duplicated in one object")
-    return dict(pairs)
+    return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
 
 
 def _refuse_constant(word: str) -> None:
@@ -428,7 +420,7 @@ def build(
         if not make.keywords:
             raise
         given_here = (f"{key}={shorten(str(value))}" for key, value in make.keywords.items())
-        why = str(error).strip().partition("\n")[0]
+        why = first_line(error)
         raise ConfigError(f"{path}: cannot be made with {', '.join(given_here)} ({why})") from error
 
 
@@ -486,16 +478,11 @@ def _check_range(value: Any, low: float | None, high: float | None, path: str) -
                 raise ConfigError(f"{path}: expected at most {high:g}, got {number:g}")
 
 
-_ACCEPTED: dict[Any, Any] = {
-    bool: bool,
-    int: int,
-    float: (int, float),
-    str: str,
-    types.NoneType: types.NoneType,
+_CONTAINERS: dict[Any, Any] = {
     **dict.fromkeys((tuple, list, Sequence), (list, tuple)),
     **dict.fromkeys((Mapping, dict), (Mapping, str)),
 }
-"""Python types of the JSON values that an annotation accepts; a string can be a component."""
+"""Python types of the JSON values that a container accepts; a string can be a component."""
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -503,9 +490,7 @@ def _fits(value: Any, hint: Any) -> bool:
     kind = typing.get_origin(hint) or hint
     if kind is Literal:
         return any(value == word and type(value) is type(word) for word in typing.get_args(hint))
-    if kind is Any:
-        return True
-    return isinstance(value, _ACCEPTED[kind]) and (kind is bool or not isinstance(value, bool))
+    return matches_schema(value, _CONTAINERS.get(kind, kind))
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:

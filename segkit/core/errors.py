@@ -90,9 +90,14 @@ def reason(error: OSError) -> str:
     return error.strerror or " ".join(map(str, error.args)) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; empty if it has none."""
+    return str(error).strip().partition("\n")[0]
+
+
 def summary(error: BaseException) -> str:
     """Return the type and the first line of an error."""
-    first = str(error).strip().split("\n")[0][:LONGEST]
+    first = first_line(error)[:LONGEST]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 

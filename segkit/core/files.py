@@ -7,11 +7,14 @@ import platform
 import stat
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
+
+from segkit.core.errors import quoted
 
 try:
     import fcntl
@@ -157,6 +160,15 @@ def is_locked(path: Path) -> bool:
         except OSError as error:
             return error.errno in (errno.EACCES, errno.EAGAIN)
     return False
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, unless a key is duplicated; an ``object_pairs_hook`` of json.loads."""
+    counts = Counter(key for key, _ in pairs)
+    if len(counts) < len(pairs):
+        repeated = min(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"the key {quoted(repeated)} is duplicated in one object")
+    return dict(pairs)
 
 
 def matches_schema(value: Any, shape: Any) -> bool:

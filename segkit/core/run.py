@@ -112,7 +112,8 @@ class Run:
     checkpoints; the process that trains locks ``lock``.
 
     Args:
-        folder: Path of the folder. The constructor creates nothing; see :meth:`create`.
+        folder: Path of the folder. The constructor creates nothing; :meth:`check` and
+            :meth:`begin` do.
 
     Attributes:
         listeners: Functions that are called with every event after it was written.
@@ -122,14 +123,6 @@ class Run:
         self.folder = folder
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._lock: TextIO | None = None
-
-    @classmethod
-    def create(cls, folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> "Run":
-        """Create a run folder, or with ``resume`` continue in it (:meth:`check`, :meth:`begin`)."""
-        run = cls(folder)
-        run.check(config, resume=resume)
-        run.begin(config)
-        return run
 
     @classmethod
     def open(cls, folder: str | Path | None) -> "Run":

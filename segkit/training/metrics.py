@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segkit.core.backend import on_cpu
 from segkit.core.labels import IGNORE
 
 FEW_IMAGES = 30
@@ -31,7 +32,7 @@ def classes_of(logits: Tensor) -> Tensor:
         raise ValueError(f"expected at most {IGNORE} classes, got {logits.shape[1]}")
     if logits.shape[1] == 1:
         return _largest(logits).to(torch.uint8)
-    if not _on_cpu(logits):
+    if not on_cpu(logits):
         return _largest(logits).to(torch.uint8)
     # On the CPU, comparing planes is many times faster than argmax over an axis that is not the
     # last in memory.
@@ -73,13 +74,13 @@ def pixel_counts(
     classes = max(2, num_classes)
     logits = predicted if predicted.dim() == 4 else None
     if logits is not None:
-        predicted = classes_of(logits) if _on_cpu(logits) else _largest(logits)
+        predicted = classes_of(logits) if on_cpu(logits) else _largest(logits)
     if predicted.shape != target.shape:
         raise ValueError(
             f"expected predictions and target of the same size, "
             f"got {tuple(predicted.shape)} and {tuple(target.shape)}"
         )
-    if _on_cpu(target):
+    if on_cpu(target):
         counts = _pixel_counts_cpu(predicted, target, classes)
         return counts if per_image else counts.sum(0, keepdim=True)
     rows, columns, images = classes + 2, classes + 1, len(target) if per_image else 1
@@ -144,19 +145,14 @@ def matrices_of(counts: Tensor) -> Tensor:
     return counts[:, 1:-1, :-1]
 
 
-def image_matrices(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Return the confusion matrix of each image, (B, C, C) int64; rows are the truth.
+def confusion_matrix(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Return the confusion matrix of all images together, (C, C) int64; rows are the truth.
 
     Arguments as in :func:`pixel_counts`.
 
     Raises:
         ValueError: The target or the prediction holds a value that is no class index.
     """
-    return matrices_of(pixel_counts(predicted, target, num_classes))
-
-
-def confusion_matrix(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Return the sum of :func:`image_matrices`, (C, C) int64; rows are the truth."""
     return matrices_of(pixel_counts(predicted, target, num_classes, per_image=False))[0]
 
 
@@ -285,10 +281,6 @@ def paired_difference(
 def _largest(logits: Tensor) -> Tensor:
     """Return :func:`classes_of` as int64."""
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
-
-
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
 
 
 def _as_bytes(x: Tensor, what: str) -> Tensor:

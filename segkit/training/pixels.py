@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from segkit.core.backend import on_cpu
 from segkit.core.distributed import sum_over_ranks, world_size
 from segkit.core.labels import IGNORE, check_labels
 
@@ -85,7 +86,7 @@ class Pixels:
         self.step = step
         self.output = output
         self.smoothed = smoothed
-        if _on_cpu(target):
+        if on_cpu(target):
             check_labels(target, self.logits.shape[1])
 
     @cached_property
@@ -102,14 +103,14 @@ class Pixels:
 
     def guarded(self, loss: Tensor) -> Tensor:
         """Return ``loss``; off the CPU infinite, as is its gradient, if a label is invalid."""
-        if _on_cpu(self.target):
+        if on_cpu(self.target):
             return loss
         return loss / (self.valid != (self.target == IGNORE)).all()
 
     @cached_property
     def _in_pieces(self) -> bool:
         """True on the CPU, and for large batches: :class:`_SoftmaxSums` keeps no large tensor."""
-        return _on_cpu(self.logits) or self.logits.numel() > _LARGE_PIECE
+        return on_cpu(self.logits) or self.logits.numel() > _LARGE_PIECE
 
     @cached_property
     def _softmax_sums(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,7 +352,7 @@ def _wrong(x: Tensor, true: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     """Return ``sigmoid`` and ``softplus`` of the logits, with the true class's logit negated."""
     x = x.to(dtype, copy=True)
     x.scatter_(1, true, -x.gather(1, true))
-    if not _on_cpu(x):
+    if not on_cpu(x):
         return x.sigmoid(), F.softplus(x)
     # Exact within 1e-7, and five times as fast as torch's own on the CPU.
     softplus = x.abs().sigmoid_().log_().neg_().add_(x.relu())
@@ -365,7 +366,7 @@ _LARGE_PIECE = 1 << 26  # elsewhere: 256 MiB of fp32, so that a batch takes few 
 def _pieces(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Yield the pieces of (B, C, pixels) that are computed together: images, or parts of one."""
     images, channels, pixels = x.shape
-    size = _PIECE if _on_cpu(x) else _LARGE_PIECE
+    size = _PIECE if on_cpu(x) else _LARGE_PIECE
     together = max(1, size // max(1, channels * pixels))
     step = max(1, size // channels)
     for b in range(0, images, together):
@@ -375,7 +376,7 @@ def _pieces(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 
 def _sum_pixels(x: Tensor, weight: Tensor) -> Tensor:
     """Sum x * weight over the pixels: (B, C, N) and (B, N) to (B, C)."""
-    if _on_cpu(x):
+    if on_cpu(x):
         return torch.stack([image @ w for image, w in zip(x, weight, strict=True)])
     # A product of matrices has as many blocks as results here, and may round to TF32.
     return (x * weight[:, None]).sum(2)
@@ -383,7 +384,7 @@ def _sum_pixels(x: Tensor, weight: Tensor) -> Tensor:
 
 def _sum_classes(x: Tensor, weight: Tensor) -> Tensor:
     """Sum x * weight over the classes: (B, C, N) and (B, C) to (B, N)."""
-    if _on_cpu(x):
+    if on_cpu(x):
         with no_autocast(x):  # backward may run under autocast
             return torch.stack([w @ image for image, w in zip(x, weight, strict=True)])
     return (x * weight[:, :, None]).sum(1)
@@ -394,10 +395,6 @@ def _count(target: Tensor) -> Tensor:
     rows = torch.zeros(*target.shape[:2], IGNORE + 1, device=target.device)
     ones = torch.ones(target.shape, device=target.device)
     return rows.scatter_add_(2, target.long(), ones).sum(1)
-
-
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
 
 
 def at_least_fp32(x: Tensor) -> torch.dtype:

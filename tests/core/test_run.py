@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import made_run
+from made_run import begin_run, made_run
 
 from segkit import train
 from segkit.commands.report import main as report
@@ -66,12 +66,12 @@ def test_other_files_with_names_of_a_run_s_files_are_not_overwritten() -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
         with pytest.raises(SegkitError, match="is not empty and holds no run"):
-            Run.create(path.parent, {})
+            begin_run(path.parent, {})
         assert path.read_text() == "mine"
         path.unlink()
     Path("mine/lock").touch()  # a kill at the start left both
     Path("mine/environment.json").write_text("{}")
-    Run.create(Path("mine"), {})
+    begin_run(Path("mine"), {})
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def damages(content: bytes) -> list[bytes]:
 
 def resume(run: Run, config: dict[str, Any]) -> None:
     """Read and write the files of a run as a resumed training does."""
-    Run.create(run.folder, config, resume=True)
+    begin_run(run.folder, config, resume=True)
     run.log(event="fault", file="a", sentence="a is empty")
     run.rewind(0, 10)
     CSVTracker(run=run, fold=0, step=10)
@@ -147,11 +147,11 @@ def test_a_damaged_file_is_a_sentence_or_repaired(made: Path, name: str) -> None
 
 
 def test_events_after_a_cut_line_are_kept(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", {})
+    run = begin_run(tmp_path / "run", {})
     run.log(event="pseudo", round=1)
     with (run.folder / "log.jsonl").open("a") as file:
         file.write('{"time": 1.5, "event": "st')
-    resumed = Run.create(tmp_path / "run", {}, resume=True)
+    resumed = begin_run(tmp_path / "run", {}, resume=True)
     resumed.log(event="fault", file="a.jpg", sentence="a.jpg is empty")
     assert [event["event"] for event in resumed.events()] == ["pseudo", "fault"]
 
@@ -159,7 +159,7 @@ def test_events_after_a_cut_line_are_kept(tmp_path: Path) -> None:
 def test_damaged_lines_give_a_warning_and_other_versions_events_are_kept(
     tmp_path: Path,
 ) -> None:
-    run = Run.create(tmp_path / "run", {})
+    run = begin_run(tmp_path / "run", {})
     run.log(event="start", fold=0, step=0)  # without parameters
     with (run.folder / "log.jsonl").open("a") as file:
         file.write("\0\0\0\n")
@@ -172,16 +172,16 @@ def test_damaged_lines_give_a_warning_and_other_versions_events_are_kept(
 
 
 def test_a_list_as_config_is_no_run(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", {})
+    run = begin_run(tmp_path / "run", {})
     (run.folder / "config.json").write_text("[]")
     with pytest.raises(SegkitError, match=r"config\.json: is damaged"):
-        Run.create(run.folder, {}, resume=True)
+        begin_run(run.folder, {}, resume=True)
 
 
 def test_a_run_resumes_with_settings_that_do_not_change_the_weights(tmp_path: Path) -> None:
     before = to_dict(Config())
     del before["infer"]["graphs"]  # of a version that did not have it
-    run = Run.create(tmp_path / "run", before)
+    run = begin_run(tmp_path / "run", before)
     after = override(Config(), ["note=b", "data.workers=3", "infer.graphs=false"])
     run.check(to_dict(after), resume=True)
     with pytest.raises(ArgumentError, match=r"holds a run already; .* pass resume=True"):
@@ -195,7 +195,7 @@ def test_only_one_process_continues_a_run_until_it_ends(
 ) -> None:
     code = (  # the child stands for data-loader workers, which outlive a killed process
         "import os, time; from pathlib import Path; from segkit.core.run import Run; "
-        "run = Run.create(Path('run'), {}); child = os.fork(); "
+        "run = Run(Path('run')); run.begin({}); child = os.fork(); "
         "print(child, flush=True) if child else None; time.sleep(60)"
     )
     monkeypatch.chdir(tmp_path)
@@ -221,13 +221,13 @@ def test_only_one_process_continues_a_run_until_it_ends(
 def test_missing_file_locks_give_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "fcntl", None)
     with pytest.warns(UserWarning, match="file locks do not work here"):
-        Run.create(tmp_path / "run", {})
+        begin_run(tmp_path / "run", {})
 
 
 def test_a_run_killed_while_it_was_created_is_created_again(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", {})
+    run = begin_run(tmp_path / "run", {})
     (run.folder / "config.json").unlink()
-    Run.create(tmp_path / "run", {"note": "another"})
+    begin_run(tmp_path / "run", {"note": "another"})
     assert run.read("config.json") == {"note": "another"}
 
 
@@ -242,7 +242,7 @@ def test_without_a_name_the_newest_run_with_a_model_is_opened() -> None:
 
 
 def test_the_status_has_the_cause_though_another_rank_notices_it_first(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", {})
+    run = begin_run(tmp_path / "run", {})
 
     def fail(error: Exception) -> None:
         with suppress(Exception), run.recording():
@@ -264,7 +264,7 @@ def test_a_run_keeps_how_it_ended(tmp_path: Path) -> None:
                 raise error
         return run.state()
 
-    run = Run.create(tmp_path / "run", {})
+    run = begin_run(tmp_path / "run", {})
     assert run.state() == ("stopped", "")
     assert end(SegkitError("the loss was not finite")) == ("failed", "the loss was not finite")
     assert not run.resumable()
@@ -301,7 +301,7 @@ def test_only_the_same_torchrun_goes_on_by_itself(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --rdzv-id
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    run = Run.create(tmp_path / "run", {})
+    run = begin_run(tmp_path / "run", {})
     assert run.interrupted_here()
     monkeypatch.setattr(os, "getppid", lambda: 1)  # started by another one
     assert not run.interrupted_here()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign import load_state as load_foreign
 from torch import Tensor, nn
 
 from segkit import train
@@ -23,7 +24,6 @@ from segkit.core.errors import CheckpointError, SegkitError
 from segkit.core.run import Run
 from segkit.inference import soup
 from segkit.inference.candidates import best_first
-from segkit.models.pretrained import load_state as load_foreign
 from segkit.models.pretrained.reading import read_file
 from segkit.models.segmenter import Segmenter, build_model, load_model
 from segkit.training.optim import EMA, build_optimizer

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import load_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
@@ -28,7 +29,7 @@ from segkit.models.backbones.hrnet import HRNet
 from segkit.models.backbones.swin import Swin
 from segkit.models.backbones.torchvision import convnext, deep_stem, half_resnet18, resnet
 from segkit.models.decoders import DECODERS
-from segkit.models.pretrained import Report, load_file, load_state
+from segkit.models.pretrained import Report, load_file
 from segkit.models.pretrained.loading import windows
 from segkit.models.pretrained.reading import read_file
 from segkit.models.pretrained.recognition import recognize
@@ -118,7 +119,7 @@ def test_safetensors_by_hand(tmp_path: Path) -> None:
         (b"{", b"", "its header is not JSON"),
         (b"[" * 100_000, b"", "its header is not JSON"),
         (b"[]", b"", "not a JSON object"),
-        (b'{"a": 1, "a": 2}', b"", "it has a name twice"),
+        (b'{"a": 1, "a": 2}', b"", "the key 'a' is duplicated in one object"),
         ({"a": 1}, b"", "'a' lacks its dtype"),
         ({"a": entry("F4", [1], 0, 1)}, b"1", "'a' has dtype 'F4'; expected one of: F64"),
         ({"a": entry("U8", [-1], 0, 1)}, b"1", "are not whole numbers"),

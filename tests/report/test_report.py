@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_run import CLASSES, NASTY, Drawn, evaluated, made_run
+from made_run import CLASSES, NASTY, Drawn, begin_run, evaluated, made_run
 
 from segkit.commands.report import main
 from segkit.core.errors import SegkitError
-from segkit.core.run import Run
 from segkit.data.photos import PhotoSource
 from segkit.inference.outputs import SAFE
 from segkit.report import class_table, score_table, write_run_page
@@ -135,7 +134,7 @@ def test_foreign_files_are_not_overwritten(name: str, tmp_path: Path) -> None:
 
 
 def test_scores_of_folds_are_averaged(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", {"track": {}})
+    run = begin_run(tmp_path / "run", {"track": {}})
     for fold, (miou, low, high) in enumerate(((0.5, 0.4, 0.6), (0.7, 0.6, 0.8))):
         for step, less in ((1, 0.1), (2, 0.0), (3, 0.2)):
             run.log(

@@ -11,7 +11,7 @@ from segkit.data.loader import EvalBatches
 from segkit.inference.predictor import Predictor
 from segkit.training import evaluate as module
 from segkit.training.evaluate import Evaluation, evaluate
-from segkit.training.metrics import image_matrices
+from segkit.training.metrics import matrices_of, pixel_counts
 
 SIZES = [(40, 50), (64, 33), (40, 50), (37, 50), (64, 64), (40, 49), (64, 64), (40, 50), (33, 64)]
 CPU = torch.device("cpu")
@@ -61,7 +61,9 @@ def expected(pad: int | None) -> Tensor:
     """Confusion matrices of the images predicted one at a time."""
     source, predict = Mixed(), predictor(pad)
     images = ((predict.mask(source.image(i)), source.mask(i)) for i in range(9))
-    return torch.cat([image_matrices(mask[None], true[None], 3) for mask, true in images])
+    return torch.cat(
+        [matrices_of(pixel_counts(mask[None], true[None], 3)) for mask, true in images]
+    )
 
 
 @pytest.mark.parametrize("pad", [None, 20, 32, 64])

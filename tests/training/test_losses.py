@@ -328,7 +328,7 @@ def test_batches_of_a_gpu_have_the_loss_of_pieces(
     logits, target = batch(images=3)
     expected = make()(logits, target)
     (gradient,) = torch.autograd.grad(expected, logits)
-    monkeypatch.setattr(segkit.training.pixels, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(segkit.training.pixels, "on_cpu", lambda x: False)
     monkeypatch.setattr(segkit.training.pixels, "_LARGE_PIECE", images * logits[0].numel())
     x = logits.detach().contiguous(memory_format=layout).requires_grad_()
     loss = make()(x, target)
@@ -345,7 +345,7 @@ def test_an_invalid_label_is_named(make, target_dtype, monkeypatch: pytest.Monke
     with pytest.raises(DataError, match=sentence):
         make()(logits, target)
     # A GPU would wait for the check, so there the loss and its gradient are not finite.
-    monkeypatch.setattr(segkit.training.pixels, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(segkit.training.pixels, "on_cpu", lambda x: False)
     loss = make()(logits, target)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert not loss.isfinite()

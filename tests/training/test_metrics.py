@@ -15,7 +15,6 @@ from segkit.training.metrics import (
     classes_of,
     confusion_matrix,
     counts_of,
-    image_matrices,
     matrices_of,
     paired_difference,
     per_image_miou,
@@ -55,7 +54,7 @@ def test_classes_of_is_argmax_in_bytes(classes: int) -> None:
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute on the CPU in the way that is chosen elsewhere."""
-    monkeypatch.setattr(segkit.training.metrics, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(segkit.training.metrics, "on_cpu", lambda x: False)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -90,7 +89,7 @@ def test_a_logit_plane_is_binary_with_threshold_zero(monkeypatch: pytest.MonkeyP
 
 def test_counts_of_several_batches_are_checked_together(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target = batch()
-    expected = image_matrices(logits, target, 4)
+    expected = matrices_of(pixel_counts(logits, target, 4))
     as_on_a_gpu(monkeypatch)
     good = pixel_counts(logits, target, 4)
     assert good[:, 0].sum() == (target == IGNORE).sum()
@@ -107,10 +106,10 @@ def test_counts_of_several_batches_are_checked_together(monkeypatch: pytest.Monk
 def test_shards_sum_to_the_whole() -> None:
     logits, target = batch()
     whole = confusion_matrix(logits, target, 4)
-    assert torch.equal(image_matrices(logits, target, 4).sum(0), whole)
+    assert torch.equal(matrices_of(pixel_counts(logits, target, 4)).sum(0), whole)
     parts = [confusion_matrix(logits[i : i + 1], target[i : i + 1], 4) for i in range(3)]
     assert torch.equal(sum(parts), whole)
-    counts = counts_of(image_matrices(logits, target, 4))
+    counts = counts_of(matrices_of(pixel_counts(logits, target, 4)))
     assert counts.shape == (3, 4, 3)
     assert torch.equal(counts.sum(0), counts_of(whole))
     assert whole.sum() == (target != IGNORE).sum()
@@ -120,7 +119,7 @@ def test_counts_are_right_true_and_predicted() -> None:
     predicted = torch.tensor([[[0, 1, 1, 2]]])
     target = torch.tensor([[[0, 1, 2, IGNORE]]])
     expected = torch.tensor([[[1, 1, 1], [1, 1, 2], [0, 1, 0]]])
-    assert torch.equal(counts_of(image_matrices(predicted, target, 3)), expected)
+    assert torch.equal(counts_of(matrices_of(pixel_counts(predicted, target, 3))), expected)
 
 
 @pytest.mark.parametrize("value", [4, 200, 254])
@@ -193,7 +192,7 @@ def test_per_image_miou_is_each_images_own() -> None:
     logits, target = batch()
     target[1] = IGNORE
     target[2][target[2] == 3] = IGNORE
-    matrices = image_matrices(logits, target, 4)
+    matrices = matrices_of(pixel_counts(logits, target, 4))
     for background in (True, False):
         mious = per_image_miou(counts_of(matrices), include_background=background)
         expected = [scores(matrix, include_background=background).miou for matrix in matrices]
@@ -209,7 +208,9 @@ def noisy_counts(noise: float, images: int = 40, seed: int = 0) -> Tensor:
     wrong = torch.rand(target.shape, generator=rng) < noise * torch.rand(
         images, 1, 1, generator=rng
     )
-    return counts_of(image_matrices(torch.where(wrong, (target + 1) % 3, target), target, 3))
+    return counts_of(
+        matrices_of(pixel_counts(torch.where(wrong, (target + 1) % 3, target), target, 3))
+    )
 
 
 def test_bootstrap_interval_holds_the_score_and_depends_on_its_seed() -> None:

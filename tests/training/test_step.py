@@ -117,7 +117,7 @@ def test_an_invalid_label_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         step(model, optimizer, (images, masks))
     before = copy.deepcopy(model.state_dict())
     # A GPU does not wait for a check: the loss is infinite, and the step finds out why.
-    monkeypatch.setattr(segkit.training.pixels, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(segkit.training.pixels, "on_cpu", lambda x: False)
     with pytest.raises(DataError, match="target holds 17; expected a class, 0 to 2, or 255"):
         step(model, optimizer, (images, masks))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

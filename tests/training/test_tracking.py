@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_run import begin_run
 from PIL import Image
 
 from segkit.core import config
@@ -20,7 +21,7 @@ CLASSES = ["ground", "can"]
 
 
 def a_run(folder: Path) -> Run:
-    run = Run.create(folder, config.to_dict(config.Config()))
+    run = begin_run(folder, config.to_dict(config.Config()))
     run.write("classes.json", {"classes": CLASSES, "category_ids": None})
     run.fold(0).mkdir()
     return run

@@ -81,22 +81,7 @@ def load_file(model: nn.Module, path: str | Path, *, source: str = "") -> Report
         CheckpointError: If the file cannot be read, is not recognized, or has another backbone.
     """
     path, source = Path(path), source or str(path)
-    return _load(model, identify(read_file(path), path, source=source), source=source)
-
-
-def load_state(model: nn.Module, state: State, *, source: str) -> Report:
-    """Load weights that are already in memory, as :func:`load_file` does.
-
-    Args:
-        model: A :class:`segkit.models.segmenter.Segmenter`.
-        state: Names to tensors.
-        source: Where they come from, for errors and the report.
-    """
-    checkpoint.refuse_forged(state, Path(source))
-    return _load(model, recognize(state, source=source), source=source)
-
-
-def _load(model: nn.Module, weights: Weights, *, source: str) -> Report:
+    weights = identify(read_file(path), path, source=source)
     entries, report = fit(model, weights, source=source)
     model.load_state_dict(entries, strict=False)
     return report

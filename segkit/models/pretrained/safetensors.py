@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from segkit.core.errors import CheckpointError, quoted, shorten
-from segkit.core.files import require_regular_file
+from segkit.core.files import require_regular_file, unique_keys
 
 _LONGEST_HEADER = 1 << 23
 """In bytes, for about 50,000 tensors. The format allows 100 MB, which need gigabytes of memory."""
@@ -19,10 +19,18 @@ _MOST_AXES = 64
 """Maximum number of axes of a tensor in PyTorch."""
 
 _TYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -48,7 +56,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
@@ -101,12 +109,6 @@ def _is_sizes(values: Any) -> bool:
 def _view(data: Tensor, dtype: torch.dtype) -> Tensor:
     """Return bytes as numbers; bytes that are not aligned are copied first."""
     return (data.clone() if data.storage_offset() % dtype.itemsize else data).view(dtype)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(header := dict(pairs)) < len(pairs):
-        raise ValueError("it has a name twice")
-    return header
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
