@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from segkit.commands import console, reference
@@ -27,16 +26,18 @@ from segkit.core.run import Run
 from segkit.data import open_source
 from segkit.data.photos import PhotoSource
 from segkit.data.source import Source, background_of, positions
+from segkit.inference import soup
 from segkit.inference.candidate_predictor import CandidatePredictor
 from segkit.inference.candidates import (
     SOUPS,
     VOTES,
     Candidate,
+    comparison_candidates,
     final_candidate,
-    rival_candidates,
 )
 from segkit.inference.origin import mark_folders
 from segkit.inference.outputs import PALETTES
+from segkit.inference.prediction import classes_of
 from segkit.inference.pseudo import Confidence, confident, write_pseudo_labels
 from segkit.inference.results import Results
 from segkit.inference.run_soups import RunSoups
@@ -85,26 +86,26 @@ def main(argv: Sequence[str]) -> None:
         if args.pseudo:
             write_pseudo(args, predictor, final, photos)
 
-        # ---- scores of the final candidate and its rivals, if there are labels
+        # ---- scores of the final candidate and of those compared with it, if there are labels
         truth = open_truth(args, cfg, photos)
         if truth is not None:
             names, true_mask = truth.source.names, truth.source.mask
-            masks = ((i, results.mask(names[i]), true_mask(i)) for i in truth.share())
+            masks = ((i, results.mask(names[i]), true_mask(i)) for i in truth.rank_indices())
             scorer.record(final, truth, scorer.count(masks, truth))
-        columns = [images for images in (common_selection(runs), truth) if images is not None]
-        candidates = [final] if columns else []
-        if columns and (args.compare or (truth is not None and not args.brief)):
+        eval_sets = [images for images in (common_selection(runs), truth) if images is not None]
+        candidates = [final] if eval_sets else []
+        if eval_sets and (args.compare or (truth is not None and not args.brief)):
             few = dict.fromkeys(["uniform", "greedy", args.soup or "greedy"])
-            rivals = rival_candidates(
+            compared = comparison_candidates(
                 runs,
                 final,
                 kinds=SOUPS if args.compare else few,
                 votes=votes,
-                everything=args.compare,
+                views_for_all=args.compare,
                 soup_of=soups.soup,
             )
-            candidates = [*rivals, final]
-        rows = [scorer.row(candidate, final, columns) for candidate in candidates]
+            candidates = [*compared, final]
+        rows = [scorer.row(candidate, final, eval_sets) for candidate in candidates]
 
         # ---- scores.json, the page, the table
         if distributed.is_main():
@@ -112,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
             if out.resolve() == (runs[0].folder / "infer").resolve():
                 write_run_page(runs[0].run)  # the page shows only these results
             if rows:
-                say(table(rows, columns))
+                say(table(rows, eval_sets))
             say(f"written: {out}")
             left_out += [fault.sentence for fault in photos.source.faults]
             left_out += (photos.left_out or {}).values()
@@ -159,7 +160,7 @@ def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images 
 def write_results(
     predictor: CandidatePredictor, candidate: Candidate, photos: Images, out: Path
 ) -> tuple[Results, Images]:
-    """Predict and write the images that have no result yet, each rank its share.
+    """Predict and write the images that have no result yet, each rank its own.
 
     Returns:
         The results, and the images that could be read.
@@ -180,10 +181,10 @@ def write_results(
     missing = replace(photos, indices=results.start(origin, others=[SCORES]))
     soft = "soft" in infer.outputs
     predicted = predictor.predict(candidate, missing, soft=soft)
-    total = len(missing.share())
+    total = len(missing.rank_indices())
     shown = distributed.Progress(predicted, "predict", total=total, unit="image", delay=0)
     for index, prediction, _ in shown:
-        mask = prediction.max(0).indices.to(torch.uint8) if soft else prediction
+        mask = classes_of(prediction) if soft else prediction
         results.write(index, mask, prediction if soft else None)
     if photos.left_out is not None:
         parts = distributed.gather(photos.left_out)
@@ -218,7 +219,7 @@ def write_pseudo(
         "candidate": candidate.name,
         "models": [predictor.digest(path) for path in candidate.paths],
         "thresholds": thresholds,
-        "trained_on": sorted({image for state in states for image in state["trained_on"]}),
+        "trained_on": sorted(soup.trained_on(states)),
     }
     labels = Results(folder, source, indices=images.indices, classes=classes, outputs=())
     links = {index: f"images/{source.names[index]}" for index in images.indices}
@@ -276,23 +277,23 @@ def find_thresholds(
     return count.thresholds(each)
 
 
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[Images]) -> str:
+def table(rows: Sequence[dict[str, Any]], eval_sets: Sequence[Images]) -> str:
     """Return the candidates' mean IoU with 95 % intervals as a table of 80 columns.
 
     A sign says whether a line is significantly better or worse than the last one on the same images
     (paired bootstrap: difficult images affect both).
     """
-    titles = [f"{images.title} ({len(images.indices)} images)  " for images in columns]
+    titles = [f"{images.title} ({len(images.indices)} images)  " for images in eval_sets]
     lines = ["mean IoU".ljust(28) + "".join(title.rjust(26) for title in titles)]
     for row in rows:
         cells = []
-        for images in columns:
+        for images in eval_sets:
             score = row[images.title]
             low, high = score["interval"]
             cells.append(f"{score['miou']:.3f} [{low:.3f}, {high:.3f}] {_sign(score)}".rjust(26))
         lines.append(_fit(row["name"], 28).ljust(28) + "".join(cells))
     notes = ["> better, < worse, = not significantly different from the last (paired bootstrap)"]
-    for images in columns:
+    for images in eval_sets:
         if len(images.indices) < FEW_IMAGES:
             count = len(images.indices)
             notes.append(f"few {images.title} images ({count}): its intervals are rough")

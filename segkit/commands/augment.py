@@ -21,7 +21,7 @@ from segkit.core import config
 from segkit.core.errors import ConfigError, DataError
 from segkit.core.files import atomic_write
 from segkit.data import Source, open_source
-from segkit.inference.origin import refuse_foreign
+from segkit.inference.origin import check_written_by_segkit
 from segkit.inference.outputs import overlay
 
 _CELL, _MARGIN, _CAPTION = 192, 6, 18
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError("data.train: is missing; expected the labelled images to show")
     if args.images < 1:
         parser.error("--images: expected at least 1")
-    refuse_foreign(args.out, b"Software\0segkit")
+    check_written_by_segkit(args.out, b"Software\0segkit")
     source = open_source(cfg, "train", cached=False)
     if not len(source):
         raise DataError("data.train: holds no image; expected at least one to show")

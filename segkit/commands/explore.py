@@ -14,7 +14,7 @@ from segkit.core import config
 from segkit.core.errors import ConfigError, DataError
 from segkit.core.files import write_text
 from segkit.data import open_source
-from segkit.inference.origin import refuse_foreign
+from segkit.inference.origin import check_written_by_segkit
 from segkit.report.data_page import data_page
 from segkit.report.html import MARK
 from segkit.report.survey import Part, find_problems
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse_args(argv)
     cfg = config.load(args.cfg, args.set)
-    refuse_foreign(args.out, MARK.encode())
+    check_written_by_segkit(args.out, MARK.encode())
     parts = open_parts(cfg)
     findings = find_problems(cfg, parts)
     write_text(args.out, data_page(cfg, parts, findings, title=Path(args.cfg).stem))

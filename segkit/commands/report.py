@@ -14,7 +14,7 @@ from segkit.commands import console
 from segkit.core.errors import SegkitError
 from segkit.core.files import write_text
 from segkit.core.run import Run
-from segkit.inference.origin import refuse_foreign
+from segkit.inference.origin import check_written_by_segkit
 from segkit.report.html import MARK
 from segkit.report.index_page import index_page
 from segkit.report.log import RunLog
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         pages = {folder / "index.html": partial(index_page, logs, title=title)}
     pages |= {log.run.folder / "report.html": partial(run_page, log) for log in logs}
     for path in pages:
-        refuse_foreign(path, MARK.encode())
+        check_written_by_segkit(path, MARK.encode())
     for path, page in pages.items():
         write_text(path, page())
     print(next(iter(pages)))

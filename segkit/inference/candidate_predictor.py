@@ -27,8 +27,8 @@ class CandidatePredictor:
     """Predicts images with any candidate of some runs.
 
     Args:
-        runs: The images that all of them held out fit view coefficients; the first one's
-            configuration sets the batch size and the workers.
+        runs: Trained runs; view coefficients are fitted on their common selection set. The first
+            run's configuration sets the batch size and the workers.
         device: This rank's.
         folder: Folder of temporary files, for votes too large for memory.
         allow_leak: Fit view coefficients even on images that a checkpoint trained on.
@@ -45,14 +45,14 @@ class CandidatePredictor:
         self.runs, self.device, self.folder = runs, device, folder
         self._allow_leak = allow_leak
         folder.mkdir(parents=True, exist_ok=True)
-        # To verify a file is to read all of it; to fit coefficients, to predict once per view.
+        # Cached: verifying reads the whole file; fitting predicts once per view.
         self._digests: dict[Path, str] = {}
         self._view_coefficients: dict[tuple[Path, tuple[View, ...]], tuple[float, ...]] = {}
 
     def predict(
         self, candidate: Candidate, images: Images, *, soft: bool = False, labels: bool = False
     ) -> Predictions:
-        """Yield masks of this rank's share of the images, or probabilities with ``soft``.
+        """Yield masks of this rank's images, or probabilities with ``soft``.
 
         Raises:
             ArgumentError: Probabilities of a hard vote are asked for.
@@ -69,14 +69,14 @@ class CandidatePredictor:
             )
         (vote,) = self.votes(candidate, images, [candidate.vote])
         result = vote.probabilities if soft and isinstance(vote, SoftVote) else vote.result
-        for place, index in enumerate(images.share()):
+        for position, index in enumerate(images.rank_indices()):
             if index not in (images.left_out or ()):
-                yield index, result(place), images.source.mask(index) if labels else None
+                yield index, result(position), images.source.mask(index) if labels else None
 
     def votes(
         self, candidate: Candidate, images: Images, kinds: Collection[str]
     ) -> list[HardVote | SoftVote]:
-        """Return the checkpoints' votes on this rank's share, of several kinds in one pass.
+        """Return the checkpoints' votes on this rank's images, of several kinds in one pass.
 
         Raises:
             SegkitError: The checkpoints have different classes.
@@ -92,7 +92,7 @@ class CandidatePredictor:
                     "train with data.selection above 0",
                     vote=["soft", "hard"],
                 )
-        mine, folder = images.share(), self.folder
+        mine, folder = images.rank_indices(), self.folder
         shapes, classes = [images.source.size(index) for index in mine], len(states[0]["classes"])
         iou = torch.tensor([[value or 0.0 for value in state.get("iou", ())] for state in states])
         makers: dict[str, Callable[[], HardVote | SoftVote]] = {
@@ -101,7 +101,7 @@ class CandidatePredictor:
             "weighted": lambda: SoftVote(shapes, classes, coefficients=iou, folder=folder),
         }
         votes = [makers[kind]() for kind in kinds]
-        place = {index: number for number, index in enumerate(mine)}
+        positions = {index: number for number, index in enumerate(mine)}
         batches = self._batches(images, labels=False)
         for voter, path in enumerate(candidate.paths):
             predictor = self._predictor(candidate, path)
@@ -109,11 +109,11 @@ class CandidatePredictor:
                 for top, scores in predictor.probability_bands(batch.images):
                     for index, band in zip(batch.indices, scores, strict=True):
                         for vote in votes:
-                            vote.add(place[index], band, voter=voter, top=top)
+                            vote.add(positions[index], band, voter=voter, top=top)
         return votes
 
     def origin(self, candidate: Candidate) -> dict[str, Any]:
-        """Return all that a candidate's predictions depend on; JSON can hold it."""
+        """Return all that a candidate's predictions depend on, JSON-serializable."""
         models = []
         for path in candidate.paths:
             trained = config.parse(checkpoint.entries(path)["config"], str(path))
@@ -126,7 +126,7 @@ class CandidatePredictor:
             "device": self.device.type,
             "models": models,
             "views": [str(view) for view in candidate.views],
-            "vote": candidate.key.vote,
+            "vote": candidate.cache_key.vote,
         }
 
     def digest(self, path: Path) -> str:
@@ -173,12 +173,13 @@ class CandidatePredictor:
     def predictions(
         self, predict: Callable[[Tensor], Tensor], images: Images, *, labels: bool
     ) -> Predictions:
-        """Yield ``predict`` of this rank's share of the images, and true masks with ``labels``."""
+        """Yield ``predict`` of this rank's images, and true masks with ``labels``."""
         for batch in self._batches(images, labels=labels):
             masks = batch.masks if batch.masks is not None else [None] * len(batch.indices)
             yield from zip(batch.indices, predict(batch.images), masks, strict=True)
 
     def _batches(self, images: Images, *, labels: bool) -> EvalBatches:
+        # Not padded: the predictor pads each view; before flips, padding would move to other sides.
         cfg = self.runs[0].config
         return EvalBatches(
             images.source,

@@ -1,4 +1,4 @@
-"""Candidates: the ways to predict with trained runs, as folds, soups, votes and views."""
+"""A candidate: checkpoints, views and vote used together to predict."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +36,8 @@ class Candidate:
     vote: str = "soft"
 
     @property
-    def key(self) -> "Candidate":
-        """Everything that decides the predictions: no name, and no vote of a single checkpoint."""
+    def cache_key(self) -> "Candidate":
+        """Cache key: without the name, and without the vote if there is one checkpoint."""
         return replace(self, name="", vote=self.vote if len(self.paths) > 1 else "")
 
 
@@ -64,13 +64,13 @@ def final_candidate(
     return Candidate(name, best_first(paths), views, bool(views) and fitted, vote)
 
 
-def rival_candidates(
+def comparison_candidates(
     runs: Sequence[TrainedRun],
     final: Candidate,
     *,
     kinds: Collection[str],
     votes: Sequence[str],
-    everything: bool,
+    views_for_all: bool,
     soup_of: SoupOf,
 ) -> list[Candidate]:
     """Return other candidates of the same runs: folds, soups, votes, and these with views.
@@ -79,7 +79,7 @@ def rival_candidates(
         runs: Trained runs.
         final: The candidate to compare with, whose views are used; it is not in the result.
         kinds, votes: Kinds of soups and votes.
-        everything: Use views with every candidate, not only with soups and votes.
+        views_for_all: Use views with every candidate, not only with soups and votes.
         soup_of: Makes soups.
     """
     alone, mixed, voters = [], [], []
@@ -96,19 +96,19 @@ def rival_candidates(
         mixed += [
             Candidate(f"{vote} vote", paths, vote=vote) for vote in possible_votes(paths, votes)
         ]
-    shown = [*alone, *mixed] if everything else mixed or alone
+    shown = [*alone, *mixed] if views_for_all else mixed or alone
     viewed = [
         replace(candidate, name=candidate.name + VIEWED, views=final.views)
         for candidate in shown
-        if final.views and (everything or not candidate.name.endswith("uniform soup"))
+        if final.views and (views_for_all or not candidate.name.endswith("uniform soup"))
     ]
-    return [rival for rival in (*alone, *mixed, *viewed) if rival.key != final.key]
+    return [each for each in (*alone, *mixed, *viewed) if each.cache_key != final.cache_key]
 
 
 def possible_votes(paths: Sequence[Path], votes: Sequence[str]) -> list[str]:
     """Return the kinds of vote that these checkpoints can take part in.
 
-    A single kind was asked for by name; it is returned, and an error later if it is impossible.
+    A single kind is returned unchecked; predicting raises if it is impossible.
     """
     if len(votes) == 1:
         return list(votes)

@@ -74,7 +74,7 @@ def update_origin(folder: Path, origin: Mapping[str, Any], files: Sequence[str])
     write_json(folder / NAME, {**origin, "files": list(dict.fromkeys([*listed, *files]))})
 
 
-def refuse_foreign(path: Path, mark: bytes) -> None:
+def check_written_by_segkit(path: Path, mark: bytes) -> None:
     """Raise an error if the file exists without the mark of files that segkit writes."""
     if os.path.lexists(path) and mark not in require_regular_file(path).read_bytes():
         raise SegkitError(

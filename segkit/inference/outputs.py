@@ -51,7 +51,7 @@ deficiencies as simulated by Machado et al. 2009 (https://doi.org/10.1109/TVCG.2
 
 PALETTES = {"contest": CONTEST, "safe": SAFE}
 IGNORED: Color = (224, 224, 224)
-_GAP = 4  # pixels between the panels of a sheet
+_GAP = 4  # pixels between the panels of a comparison image
 
 
 def color_table(colors: Sequence[Color]) -> np.ndarray:
@@ -153,9 +153,9 @@ def overlay(
     for top in range(0, len(values), 256):  # in bands: float copies of a whole image are too large
         rows = slice(top, top + 256)
         band, shown = values[rows], pixels[rows].astype(np.float32)
-        share = np.where(edges[rows], np.float32(1), np.float32(opacity))
-        share[(band == IGNORE) | (band == (-1 if background is None else background))] = 0
-        blended[rows] = (shown + (table[band] - shown) * share[..., None]).round()
+        alpha = np.where(edges[rows], np.float32(1), np.float32(opacity))
+        alpha[(band == IGNORE) | (band == (-1 if background is None else background))] = 0
+        blended[rows] = (shown + (table[band] - shown) * alpha[..., None]).round()
     result = Image.fromarray(blended)
     return _with_legend(result, values, classes, colors) if legend else result
 
@@ -163,7 +163,7 @@ def overlay(
 ERROR: Color = (255, 45, 85)
 
 
-def sheet(
+def comparison_image(
     image: Tensor,
     mask: Tensor,
     truth: Tensor | None = None,
@@ -186,8 +186,8 @@ def sheet(
         panels.append(draw(wrong.to(torch.uint8), colors=(ERROR, ERROR)))
     width, height = panels[0].size
     result = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height), "white")
-    for place, panel in enumerate(panels):
-        result.paste(panel, (place * (width + _GAP), 0))
+    for position, panel in enumerate(panels):
+        result.paste(panel, (position * (width + _GAP), 0))
     return result
 
 
@@ -211,8 +211,8 @@ def _with_legend(
     result = Image.new("RGB", (max(image.width, 160), image.height + row * len(present)), "white")
     result.paste(image)
     draw = ImageDraw.Draw(result)
-    for place, c in enumerate(present):
-        top = image.height + row * place
+    for position, c in enumerate(present):
+        top = image.height + row * position
         draw.rectangle((3, top + 3, 13, top + 13), fill=colors[c % len(colors)], outline="black")
         text = f"{classes[c]} {100 * counts[c] / values.size:.1f} %"
         draw.text((18, top + 1), text, fill="black", font=font)
@@ -282,7 +282,7 @@ def write_coco(
 
 
 def encode_rle(region: Tensor) -> dict[str, Any]:
-    """Return the compressed RLE of a mask (H, W) of zeros and ones; JSON can hold it."""
+    """Return the compressed RLE of a mask (H, W) of zeros and ones, JSON-serializable."""
     encoded = coco_mask.encode(np.asfortranarray(_pixels(region)))
     return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from segkit.core.backend import cudnn_autotuning
 from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
-from segkit.inference.prediction import Photo, Prediction, as_tensor
-from segkit.inference.tiling import STRIDE, joined, resized_rows, tiles
+from segkit.inference.prediction import Photo, Prediction, as_tensor, classes_of
+from segkit.inference.tiling import STRIDE, concat_bands, resized_rows, tiles
 from segkit.inference.tta import Merge, Views, merge_views, parse_views
 from segkit.models.kernels.graphs import Graphs
 from segkit.models.segmenter import Segmenter
@@ -89,9 +89,9 @@ class Predictor:
         first = next(model.parameters(), torch.empty(0))
         self.device = first.device
         # (image / 255 - mean) / std as one multiplication and one addition.
-        spread = torch.tensor(std, device=self.device).view(-1, 1, 1)
-        self._scale = 1 / (255 * spread)
-        self._shift = -torch.tensor(mean, device=self.device).view(-1, 1, 1) / spread
+        std_column = torch.tensor(std, device=self.device).view(-1, 1, 1)
+        self._scale = 1 / (255 * std_column)
+        self._shift = -torch.tensor(mean, device=self.device).view(-1, 1, 1) / std_column
 
     @property
     def model(self) -> nn.Module:
@@ -127,7 +127,7 @@ class Predictor:
         scores = self.probabilities(image)
         binary = scores.shape[-3] == 2 and len(self.classes) == 1
         classes = ("background", *self.classes) if binary else self.classes
-        mask = scores.max(-3).indices.to(torch.uint8)
+        mask = classes_of(scores)
         return Prediction(image.cpu(), mask.cpu(), scores.cpu(), classes)
 
     @torch.inference_mode()
@@ -137,7 +137,7 @@ class Predictor:
         Shape:
             image: (3, H, W) or (B, 3, H, W), uint8 -> (C, H, W) or (B, C, H, W), float32
         """
-        return joined(self.probability_bands(image), image.shape[-2])
+        return concat_bands(self.probability_bands(image), image.shape[-2])
 
     @torch.inference_mode()
     def mask(self, image: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Predictor:
         Shape:
             image: (3, H, W) or (B, 3, H, W), uint8 -> (H, W) or (B, H, W), uint8
         """
-        return joined(self.bands(image), image.shape[-2])
+        return concat_bands(self.bands(image), image.shape[-2])
 
     @torch.inference_mode()
     def bands(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -156,8 +156,7 @@ class Predictor:
             The first row of the band, and its classes, uint8, (h, W) or (B, h, W).
         """
         for top, scores in self.probability_bands(image):
-            # Over an axis that is not the last in memory, max is four times as fast as argmax.
-            classes = scores.max(-3).indices.to(torch.uint8)
+            classes = classes_of(scores)
             del scores  # frees the memory before the next band is computed
             yield top, classes
 
@@ -181,7 +180,7 @@ class Predictor:
             return
         # The CPU resizes uint8 directly, without a float copy of the photograph.
         image = F.interpolate(image.cpu(), shape, mode="bilinear", antialias=True)
-        scores = joined(self._tiled(image), image.shape[-2])
+        scores = concat_bands(self._tiled(image), image.shape[-2])
         rows = max(1, 2**24 // (width * scores.shape[1]))
         for top in range(0, height, rows):
             yield top, resized_rows(scores, top, min(top + rows, height), height, width)
@@ -192,7 +191,7 @@ class Predictor:
         across = tiles(width, self.tile, self.overlap)
         down = tiles(height, self.tile, self.overlap)
         later_tops = [top for top, _, _ in down[1:]] + [height]
-        carried: Tensor | None = None
+        overlap_rows: Tensor | None = None
         for (top, bottom, down_window), next_top in zip(down, later_tops, strict=True):
             band: Tensor | None = None
             for left, right, across_window in across:
@@ -203,13 +202,13 @@ class Predictor:
                 part *= (down_window[:, None] * across_window).to(part)
                 if band is None:
                     band = part.new_zeros(*part.shape[:2], bottom - top, width)
-                    if carried is not None:
-                        band[:, :, : carried.shape[2]] = carried
+                    if overlap_rows is not None:
+                        band[:, :, : overlap_rows.shape[2]] = overlap_rows
                 band[..., left:right] += part
             assert band is not None
-            done = next_top - top
-            carried = band[:, :, done:].clone()
-            yield top, band[:, :, :done]
+            finished_rows = next_top - top
+            overlap_rows = band[:, :, finished_rows:].clone()
+            yield top, band[:, :, :finished_rows]
 
     def _probabilities(self, image: Tensor) -> Tensor:
         image = torch.addcmul(

@@ -27,9 +27,9 @@ class Confidence:
         """Count the pixels of one image, (C, H, W)."""
         num_classes, steps = self.counts.shape
         confidence, classes = probabilities.max(0)
-        doubt = (1 - confidence).clamp_min(2.0**-self._BITS)
-        place = classes * steps + (-doubt.log2() * self._STEPS).long()
-        counts = torch.bincount(place.flatten(), minlength=num_classes * steps)
+        error_probability = (1 - confidence).clamp_min(2.0**-self._BITS)
+        bins = classes * steps + (-error_probability.log2() * self._STEPS).long()
+        counts = torch.bincount(bins.flatten(), minlength=num_classes * steps)
         self.counts += counts.cpu().view(num_classes, steps)
 
     def thresholds(self, quantile: float | Sequence[float]) -> list[float]:
@@ -45,11 +45,11 @@ class Confidence:
         Returns:
             One threshold per class; 1 for a class that was never predicted.
         """
-        shares = torch.as_tensor(quantile, dtype=torch.float64).expand(len(self.counts))
-        if not ((shares >= 0) & (shares <= 1)).all():
+        quantiles = torch.as_tensor(quantile, dtype=torch.float64).expand(len(self.counts))
+        if not ((quantiles >= 0) & (quantiles <= 1)).all():
             raise ValueError(f"quantile: expected numbers from 0 to 1, got {quantile}")
         below = self.counts.cumsum(1) - self.counts
-        wanted = (self.counts.sum(1) * shares)[:, None]
+        wanted = (self.counts.sum(1) * quantiles)[:, None]
         # The highest non-empty step with at most the wanted share of pixels below it.
         allowed = (below <= wanted) & (self.counts > 0)
         steps = torch.arange(self.counts.shape[1]).where(allowed, -1).amax(1).double()

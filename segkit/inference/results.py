@@ -1,4 +1,4 @@
-"""Result folder of an inference: written image by image, resumed, and gathered into files."""
+"""Result folder of an inference: written image by image, resumed, and combined into files."""
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,17 +17,17 @@ from segkit.inference.origin import update_origin
 from segkit.inference.outputs import (
     SAFE,
     Color,
+    comparison_image,
     overlay,
     result_names,
     save_jpeg,
-    sheet,
     write_coco,
     write_mask,
     write_soft,
     write_submission,
 )
 
-GATHERED = {"csv": "submission.csv", "coco": "coco.json"}
+COMBINED_FILES = {"csv": "submission.csv", "coco": "coco.json"}
 SUFFIXES = {"overlays": ".jpg", "sheets": ".jpg", "soft": ".npy", "masks": ".png"}
 
 
@@ -79,8 +79,8 @@ class Results:
                 images.update(f"{self.source.names[index]}\0{digest}\n".encode())
             kinds = [kind for kind in SUFFIXES if kind == "masks" or kind in self.outputs]
             files = {index: [self._path(kind, index) for kind in kinds] for index in self.indices}
-            gathered = [name for kind, name in GATHERED.items() if kind in self.outputs]
-            listed = [*(path for paths in files.values() for path in paths), *gathered, *others]
+            combined = [name for kind, name in COMBINED_FILES.items() if kind in self.outputs]
+            listed = [*(path for paths in files.values() for path in paths), *combined, *others]
             update_origin(self.folder, {**origin, "images": images.hexdigest()}, listed)
             missing = [
                 index
@@ -100,7 +100,7 @@ class Results:
             save_jpeg(picture, self.folder / "overlays", name)
         if "sheets" in self.outputs:
             truth = self.source.mask(index) if self.source.labelled else None
-            picture = sheet(self.source.image(index), mask, truth, **look)
+            picture = comparison_image(self.source.image(index), mask, truth, **look)
             save_jpeg(picture, self.folder / "sheets", name)
         write_mask(self.folder / "masks", name, mask, colors=self.colors)
 
@@ -122,11 +122,11 @@ class Results:
                 yield name, self.mask(name)
 
         if "csv" in self.outputs:
-            write_submission(self.folder / GATHERED["csv"], masks())
+            write_submission(self.folder / COMBINED_FILES["csv"], masks())
         if "coco" in self.outputs:
             ids = getattr(source, "image_ids", range(len(source)))
             write_coco(
-                self.folder / GATHERED["coco"],
+                self.folder / COMBINED_FILES["coco"],
                 masks(),
                 image_ids=dict(zip(source.names, ids, strict=True)),
                 category_ids=category_ids or None,

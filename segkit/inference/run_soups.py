@@ -35,7 +35,7 @@ class RunSoups:
         self._barriers: dict[Path, list[dict[str, Any]]] = {}
 
     def soup(self, run: TrainedRun, kind: str) -> Path:
-        """Return the checkpoint of a run's soup; that of a single fold is its own.
+        """Return the checkpoint of a run's soup. With one fold, return that fold's checkpoint.
 
         A soup that is in the folder already, of the same ingredients and settings, is kept.
 
@@ -84,35 +84,37 @@ class RunSoups:
         result: Candidate,
     ) -> dict[str, Any]:
         """Return a soup's checkpoint, and record its evaluation for ``result``."""
-        trial = _Trial(self._scorer, run, paths[0], selection)
+        evaluator = _MixtureEvaluator(self._scorer, run, paths[0], selection)
         barriers: list[dict[str, Any]] = []
-        own: list[float] = []
+        ingredient_scores: list[float] = []
         if selection is not None:
             alone = [Candidate("", (path,)) for path in paths]
-            own = [mean_iou(self._scorer.evaluation(each, selection)) for each in alone]
+            evaluations = [self._scorer.evaluation(each, selection) for each in alone]
+            ingredient_scores = [mean_iou(evaluation) for evaluation in evaluations]
             if run.folder not in self._barriers:
-                heights = soup.check_barriers(paths, trial.score, scores=own)
-                self._barriers[run.folder] = heights
+                self._barriers[run.folder] = soup.check_barriers(
+                    paths, evaluator.score, scores=ingredient_scores
+                )
             barriers = self._barriers[run.folder]
         if kind == "uniform":
             mixed = soup.uniform(paths)
         else:
             search = soup.greedy if kind == "greedy" else soup.learned
-            mixed = search(paths, trial.score, scores=own)
+            mixed = search(paths, evaluator.score, scores=ingredient_scores)
         if len(mixed.members) > 1:
-            trial.load(mixed.weights)
-            mixed = replace(mixed, weights=trial.model.state_dict())
+            evaluator.load(mixed.weights)
+            mixed = replace(mixed, weights=evaluator.model.state_dict())
         state = soup.as_checkpoint(replace(mixed, recipe={**mixed.recipe, "barriers": barriers}))
         if selection is not None:
-            trial.model.load_state_dict(mixed.weights)
-            counted = trial.evaluate()
+            evaluator.model.load_state_dict(mixed.weights)
+            counted = evaluator.evaluate()
             state |= {"score": mean_iou(counted), "iou": list(scores(counted.matrix).iou)}
             self._scorer.record(result, selection, counted)
         return state
 
 
-class _Trial:
-    """A model that is given the weights of one mixture after another, to score them."""
+class _MixtureEvaluator:
+    """Evaluates mixtures by loading their weights into one model."""
 
     def __init__(
         self, scorer: Scorer, run: TrainedRun, path: Path, selection: Images | None

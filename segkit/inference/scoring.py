@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from segkit.core import checkpoint
+from segkit.inference import soup
 from segkit.inference.candidate_predictor import CandidatePredictor, Predictions
 from segkit.inference.candidates import Candidate, possible_votes
 from segkit.inference.trained_run import Images
@@ -28,7 +29,7 @@ class Scorer:
 
     def evaluation(self, candidate: Candidate, images: Images) -> Evaluation:
         """Return the counts of a candidate on labelled images."""
-        key = candidate.key, tuple(images.digests())
+        key = candidate.cache_key, tuple(images.digests())
         if key in self._evaluations:
             return self._evaluations[key]
         title = f"{candidate.name}, {images.title}"
@@ -40,8 +41,8 @@ class Scorer:
             kinds = dict.fromkeys([candidate.vote, *possible])
             votes = self.predictor.votes(candidate, images, kinds)
             for kind, vote in zip(kinds, votes, strict=True):
-                shared, mask = enumerate(images.share()), images.source.mask
-                masks = ((index, vote.result(at), mask(index)) for at, index in shared)
+                ranked, mask = enumerate(images.rank_indices()), images.source.mask
+                masks = ((index, vote.result(i), mask(index)) for i, index in ranked)
                 counted = self.count(masks, images, title)
                 self.record(replace(candidate, vote=kind), images, counted)
         return self._evaluations[key]
@@ -54,13 +55,13 @@ class Scorer:
         return count(masks, images.source, images.indices, device=device, description=description)
 
     def record(self, candidate: Candidate, images: Images, evaluation: Evaluation) -> None:
-        """Keep a candidate's evaluation that was made elsewhere."""
-        self._evaluations[candidate.key, tuple(images.digests())] = evaluation
+        """Store an evaluation computed by the caller."""
+        self._evaluations[candidate.cache_key, tuple(images.digests())] = evaluation
 
     def row(
-        self, candidate: Candidate, final: Candidate, columns: Sequence[Images]
+        self, candidate: Candidate, final: Candidate, eval_sets: Sequence[Images]
     ) -> dict[str, Any]:
-        """Return a candidate's row of ``scores.json``, with the final candidate's advantage."""
+        """Return a row of ``scores.json``, with its difference to the final candidate."""
         row: dict[str, Any] = {"name": candidate.name, "views": [str(v) for v in candidate.views]}
         if candidate.fitted:
             row["view_weights"] = [
@@ -68,19 +69,19 @@ class Scorer:
             ]
         states = [checkpoint.entries(path) for path in candidate.paths]
         row["soups"] = [state["soup"] for state in states if "soup" in state]
-        trained_on = {image for state in states for image in state.get("trained_on", ())}
-        for images in columns:
-            own = self.evaluation(candidate, images)
+        trained_on = soup.trained_on(states)
+        for images in eval_sets:
+            evaluation = self.evaluation(candidate, images)
             row[images.title] = {
-                "miou": scores(own.matrix).miou,
-                "interval": bootstrap_interval(own.counts),
-                "per_class": scores(own.matrix).iou,
+                "miou": scores(evaluation.matrix).miou,
+                "interval": bootstrap_interval(evaluation.counts),
+                "per_class": scores(evaluation.matrix).iou,
                 "images": len(images.indices),
                 "trained_on": len(trained_on.intersection(images.digests())),
             }
             if candidate is not final:
                 last = self.evaluation(final, images)
-                difference, *interval = paired_difference(own.counts, last.counts)
+                difference, *interval = paired_difference(evaluation.counts, last.counts)
                 row[images.title]["final_minus_this"] = {
                     "difference": difference,
                     "interval": interval,

@@ -30,8 +30,8 @@ Ingredient: TypeAlias = str | Path | Mapping[str, Tensor]
 """A state dict, or a file of one: a checkpoint, a ``.pth`` or a ``.safetensors`` of any program."""
 
 Score = Callable[[State], float]
-"""Returns the score of weights on the selection set; higher is better. A model with BatchNorm calls
-:func:`reestimate_batchnorm` first."""
+"""Returns the score of weights on the selection set; higher is better. For models with BatchNorm,
+this function must call :func:`reestimate_batchnorm` before it evaluates."""
 
 _NEEDS = ("classes", "model")
 """Entries of an ingredient."""
@@ -48,7 +48,7 @@ class Soup:
     Args:
         weights: A state dict.
         recipe: The kind, every ingredient's file, SHA-256, own score and coefficient (``weight``),
-            the score after each step and whether it was kept; JSON can hold it.
+            the score after each step and whether it was kept; JSON-serializable.
     """
 
     weights: State
@@ -123,7 +123,7 @@ def learned(
         before = mixture.best
         for index in mixture.order:
             if mixture.coefficients[index] < 1:
-                any(mixture.add(index, share, score) for share in shares)  # the first that is kept
+                any(mixture.add(index, alpha, score) for alpha in shares)  # the first that is kept
         if mixture.best == before:
             break
     return mixture.soup()
@@ -143,7 +143,7 @@ def check_barriers(
         score: Scores a midpoint.
 
     Returns:
-        ``files`` and ``barrier`` of each pair; JSON can hold it.
+        ``files`` and ``barrier`` of each pair; JSON-serializable.
     """
     names = [_name(ingredient, number) for number, ingredient in enumerate(ingredients)]
     best = max(range(len(ingredients)), key=lambda index: _nan_last(scores[index]))
@@ -204,19 +204,23 @@ def check_selection(
     return len(leaked)
 
 
+def trained_on(states: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Return the digests of all images that any of these checkpoints trained on."""
+    return {image for state in states for image in state.get("trained_on", ())}
+
+
 def as_checkpoint(soup: Soup) -> dict[str, Any]:
     """Return the entries of the checkpoint of a soup of checkpoints.
 
     Its ``trained_on`` has every image that any member trained on.
     """
     states = [checkpoint.entries(Path(file), _NEEDS) for file in soup.members]
-    trained_on = sorted({image for state in states for image in state.get("trained_on", ())})
     kept = ("config", "classes", "mean", "std", "init", "fold", "epoch", "step")
     return {
         **{key: states[0][key] for key in kept if key in states[0]},
         "model": soup.weights,
         "score": soup.recipe["score"],
-        "trained_on": trained_on,
+        "trained_on": sorted(trained_on(states)),
         "soup": soup.recipe,
     }
 
@@ -294,6 +298,9 @@ class _Mixture:
         self.sha256 = [_digest(ingredient) for ingredient in ingredients]
         self.scores: list[float | None] = [None] * len(ingredients)
         self.best: float | None = None
+        self.order: list[int] = []
+        self.weights: State = {}
+        self.coefficients = [0.0] * len(ingredients)
         self.steps: list[dict[str, Any]] = []
         states = [_entries(ingredient) for ingredient in ingredients]
         for name, state in zip(self.names[1:], states[1:], strict=True):
@@ -323,27 +330,27 @@ class _Mixture:
         self.coefficients = [float(index == self.order[0]) for index in range(len(ranked))]
         return self.order
 
-    def add(self, index: int, share: float, score: Score, *, if_equal: bool = False) -> bool:
+    def add(self, index: int, alpha: float, score: Score, *, if_equal: bool = False) -> bool:
         """Mix an ingredient in if that raises the score; return whether it did."""
         assert self.best is not None
         candidate = _weights(self.ingredients[index])
-        _interpolate(self.weights, candidate, share, into=candidate)
+        _interpolate(self.weights, candidate, alpha, into=candidate)
         value = score(candidate)
         kept = value > self.best or (if_equal and value == self.best)
-        step = {"file": self.names[index], "share": share, "score": value, "kept": kept}
+        step = {"file": self.names[index], "share": alpha, "score": value, "kept": kept}
         self.steps.append(step)
         if kept:
             self.weights, self.best = candidate, value
-            self.coefficients = [value * (1 - share) for value in self.coefficients]
-            self.coefficients[index] += share
+            self.coefficients = [value * (1 - alpha) for value in self.coefficients]
+            self.coefficients[index] += alpha
         return kept
 
     def soup(self) -> Soup:
         """Return the soup, its tensors in the types of the first ingredient."""
         columns = zip(self.names, self.sha256, self.scores, self.coefficients, strict=True)
         ingredients = [
-            {"file": name, "sha256": digest, "score": own, "weight": coefficient}
-            for name, digest, own, coefficient in columns
+            {"file": name, "sha256": digest, "score": score, "weight": coefficient}
+            for name, digest, score, coefficient in columns
         ]
         recipe = {
             "kind": self.kind,
@@ -387,7 +394,10 @@ def _digest(ingredient: Ingredient) -> str:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Return whether segkit wrote it; what is no file counts, as its error is then a clear one."""
+    """Return whether segkit wrote the file.
+
+    Also True for a missing file, so that loading reports the error.
+    """
     return not path.is_file() or checkpoint.stored_digest(path) is not None
 
 
@@ -416,7 +426,7 @@ def _nan_last(score: float) -> float:
 
 
 def _weights(ingredient: Ingredient) -> State:
-    """Return weights that may be written to, averaged ones if there are, in float32 or better.
+    """Return writable weights (EMA if present); half precision becomes float32.
 
     Files are mapped privately: writing to the weights does not change the file.
     """
@@ -432,14 +442,14 @@ _PIECE = 2**18
 """Values mixed at a time, so that temporary tensors are small."""
 
 
-def _interpolate(soup: State, other: State, share: float, *, into: State) -> None:
-    """Write ``(1 - share) * soup + share * other`` into one of the two."""
+def _interpolate(soup: State, other: State, alpha: float, *, into: State) -> None:
+    """Write ``(1 - alpha) * soup + alpha * other`` into one of the two."""
     for key, mine in soup.items():
         if mine.is_floating_point():
             rows = max(1, _PIECE // max(1, math.prod(mine.shape[1:])))
             parts = (torch.atleast_1d(x).split(rows) for x in (mine, other[key], into[key]))
-            for own, another, result in zip(*parts, strict=True):
+            for ours, theirs, result in zip(*parts, strict=True):
                 # In this form equal values stay equal to the bit, even the sign of a zero.
-                torch.sub(own, own - another, alpha=share, out=result)
+                torch.sub(ours, ours - theirs, alpha=alpha, out=result)
         else:
             into[key] = mine

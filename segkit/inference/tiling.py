@@ -27,10 +27,10 @@ def tiles(length: int, tile: int | None, overlap: float) -> list[Tile]:
     windows, total = [], torch.zeros(length, dtype=torch.float64)
     for start in starts:
         stop = min(start + tile, length)
-        place = torch.arange(start, stop, dtype=torch.float64) + 0.5
+        position = torch.arange(start, stop, dtype=torch.float64) + 0.5
         # No window falls at the image's own edges, where no other tile covers the pixels.
-        before = place - start if start > 0 else torch.full_like(place, math.inf)
-        after = stop - place if stop < length else torch.full_like(place, math.inf)
+        before = position - start if start > 0 else torch.full_like(position, math.inf)
+        after = stop - position if stop < length else torch.full_like(position, math.inf)
         depth = (torch.minimum(before, after) - unused) / max(1, shared - 2 * unused)
         window = torch.sin(depth.clamp(0, 1) * (math.pi / 2)) ** 2
         total[start:stop] += window
@@ -41,16 +41,16 @@ def tiles(length: int, tile: int | None, overlap: float) -> list[Tile]:
 def resized_rows(scores: Tensor, top: int, bottom: int, height: int, width: int) -> Tensor:
     """Return rows ``top`` to ``bottom`` of ``scores`` resized (bilinear) to (height, width)."""
     rows = scores.shape[2]
-    place = (torch.arange(top, bottom, device=scores.device) + 0.5) * (rows / height) - 0.5
-    place = place.clamp(0, rows - 1)
-    above = place.floor().long()
+    position = (torch.arange(top, bottom, device=scores.device) + 0.5) * (rows / height) - 0.5
+    position = position.clamp(0, rows - 1)
+    above = position.floor().long()
     below = (above + 1).clamp(max=rows - 1)
-    share = (place - above).view(-1, 1)
-    band = torch.lerp(scores[:, :, above], scores[:, :, below], share)
+    fraction = (position - above).view(-1, 1)
+    band = torch.lerp(scores[:, :, above], scores[:, :, below], fraction)
     return F.interpolate(band, (bottom - top, width), mode="bilinear", align_corners=False)
 
 
-def joined(bands: Iterable[tuple[int, Tensor]], height: int) -> Tensor:
+def concat_bands(bands: Iterable[tuple[int, Tensor]], height: int) -> Tensor:
     """Return bands as one preallocated tensor; concatenation would need twice the memory."""
     whole: Tensor | None = None
     for top, band in bands:

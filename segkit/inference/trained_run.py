@@ -22,14 +22,14 @@ from segkit.data.source import Source, positions
 
 @dataclass(frozen=True)
 class Images:
-    """Some images of a source, and the column of the table for their scores.
+    """Subset of a source, with the title of its score column.
 
     Args:
         title: Title of the column.
         source: Where the images are read from.
         indices: Their indices in the source.
-        left_out: Takes a sentence for each image that cannot be read, by its index; without it
-            the first such image is an error.
+        left_out: Output dict, index -> reason for skipping an unreadable image; without it, the
+            first such image raises an error.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Images:
     indices: list[int]
     left_out: dict[int, str] | None = None
 
-    def share(self) -> list[int]:
+    def rank_indices(self) -> list[int]:
         """Return the indices of this rank's images."""
         return self.indices[distributed.rank() :: distributed.world_size()]
 
@@ -61,8 +61,8 @@ class TrainedRun:
     @cached_property
     def config(self) -> Config:
         """The run's configuration with the overrides."""
-        own = config.parse(self.run.read("config.json"), str(self.folder))
-        return config.override(own, self.overrides)
+        saved = config.parse(self.run.read("config.json"), str(self.folder))
+        return config.override(saved, self.overrides)
 
     def source(self, part: str) -> Source:
         """Return a part of the run's data, such as ``"train"``; each is opened once."""
@@ -111,8 +111,8 @@ def common_selection(runs: Sequence[TrainedRun]) -> Images | None:
     common = set(first.digests())
     for images in others:
         common.intersection_update(images.digests() if images else ())
-    own = zip(first.indices, first.digests(), strict=True)
-    indices = [index for index, digest in own if digest in common]
+    digests_of = zip(first.indices, first.digests(), strict=True)
+    indices = [index for index, digest in digests_of if digest in common]
     return replace(first, indices=indices) if indices else None
 
 

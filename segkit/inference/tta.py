@@ -75,12 +75,12 @@ class View:
 
     def __mul__(self, then: "View") -> "View":
         # A flip after a rotation reverses the rotation's direction.
-        sense = -1 if then.mirrored else 1
+        sign = -1 if then.mirrored else 1
         return View(
             mirrored=self.mirrored != then.mirrored,
-            quarter_turns=(sense * self.quarter_turns + then.quarter_turns) % 4,
+            quarter_turns=(sign * self.quarter_turns + then.quarter_turns) % 4,
             scale=self.scale * then.scale,
-            angle=sense * self.angle + then.angle,
+            angle=sign * self.angle + then.angle,
         )
 
     def __str__(self) -> str:
@@ -192,16 +192,16 @@ def merge_views(
         ConfigError: The coefficients do not fit the views or the merge.
     """
     views = parse_views(views) or (View(),)
-    shares = _shares(coefficients, len(views), merge)
+    normalized = _normalized(coefficients, len(views), merge)
     merged: Tensor | None = None
-    for view, share in zip(views, shares, strict=True):
+    for view, coefficient in zip(views, normalized, strict=True):
         part = view.invert(logits_of(view.apply(image)).float(), _size(image))
         if merge in ("mean", "max"):
             part = part.softmax(1)
         if merge == "max":
             merged = part if merged is None else torch.maximum(merged, part, out=merged)
         else:
-            merged = part * share if merged is None else merged.add_(part, alpha=share)
+            merged = part * coefficient if merged is None else merged.add_(part, alpha=coefficient)
     assert merged is not None
     if merge == "max":
         return merged / merged.sum(1, keepdim=True)
@@ -242,12 +242,12 @@ def fit_coefficients(probabilities: Tensor, *, steps: int = 100) -> list[float]:
     probabilities = probabilities.double().clamp_min(1e-12)
     coefficients = torch.full_like(probabilities[:, :1], 1 / len(probabilities))
     for _ in range(steps):
-        shares = coefficients * probabilities
-        coefficients = (shares / shares.sum(0)).mean(1, keepdim=True)
+        joint = coefficients * probabilities
+        coefficients = (joint / joint.sum(0)).mean(1, keepdim=True)
     return coefficients[:, 0].tolist()
 
 
-def _shares(coefficients: Sequence[float] | None, count: int, merge: Merge) -> list[float]:
+def _normalized(coefficients: Sequence[float] | None, count: int, merge: Merge) -> list[float]:
     if coefficients is None:
         return [1 / count] * count
     if merge == "max":

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segkit.inference.prediction import classes_of
+
 Shape = tuple[int, ...]
 
 IN_MEMORY = 2**28
@@ -23,13 +25,13 @@ class Vote:
     Args:
         shapes: (H, W) of every image.
         num_classes: Number of classes, at most 255.
-        coefficients: Of the votes: (voters, C), such as each model's validation IoU of each class
-            (NaN counts as 0), or (voters,); default: 1.
+        coefficients: Coefficients of the votes, (voters, C), such as each model's validation IoU of
+            each class (NaN counts as 0), or (voters,); default: 1.
         max_bytes: Votes are kept in memory up to this size, and in a file above it.
         folder: Folder of such files; they are unnamed and disappear with the process.
 
     Raises:
-        ValueError: A prediction does not fit, a voter votes twice on some rows, or the result of an
+        ValueError: A prediction does not fit, a voter repeats or skips rows, or the result of an
             image without votes is asked for.
     """
 
@@ -45,11 +47,13 @@ class Vote:
         self.shapes, self.num_classes = tuple(shapes), num_classes
         self._max_bytes, self._folder = max_bytes, folder
         self._given = None if coefficients is None else coefficients.double().nan_to_num(0.0)
-        self._rows: list[dict[int, int]] = [{} for _ in shapes]  # counted, by voter
-        self._stored: dict[int, _Arrays] = {}
+        self._rows: list[dict[int, int]] = [{} for _ in shapes]  # rows received so far, by voter
+        self._stored: dict[int, _MemmapArrays] = {}
 
-    def _count(self, image: int, voter: int, top: int, prediction: Tensor, *planes: int) -> slice:
-        """Return the rows that a prediction is of, after checking that it fits."""
+    def _register_rows(
+        self, image: int, voter: int, top: int, prediction: Tensor, *planes: int
+    ) -> slice:
+        """Check that a prediction continues a voter's rows; return the slice of its rows."""
         height, width = self.shapes[image]
         rows = prediction.shape[-2]
         if tuple(prediction.shape) != (*planes, rows, width) or top + rows > height:
@@ -57,13 +61,16 @@ class Vote:
                 f"image {image}: expected shape {(*planes, height - top, width)}, "
                 f"got {tuple(prediction.shape)}"
             )
-        if top != self._rows[image].get(voter, 0):
-            raise ValueError(f"voter {voter} has voted on image {image} already")
+        expected = self._rows[image].get(voter, 0)
+        if top != expected:
+            raise ValueError(
+                f"image {image}, voter {voter}: expected rows from {expected}, got top={top}"
+            )
         self._rows[image][voter] = top + rows
         return slice(top, top + rows)
 
-    def _ranked(self, image: int) -> list[int]:
-        """Return the voters of an image, the best first."""
+    def _complete_voters(self, image: int) -> list[int]:
+        """Return the voters that have voted on all rows of an image, the best first."""
         height, _ = self.shapes[image]
         voters = [voter for voter, rows in self._rows[image].items() if rows == height]
         if not voters:
@@ -76,9 +83,9 @@ class Vote:
             return torch.ones(self.num_classes, dtype=torch.float64)
         return self._given[voter].expand(self.num_classes)
 
-    def _arrays(self, planes: int, dtype: type[np.generic]) -> "_Arrays":
+    def _arrays(self, planes: int, dtype: type[np.generic]) -> "_MemmapArrays":
         shapes = [(planes, *shape) for shape in self.shapes]
-        return _Arrays(shapes, np.dtype(dtype), self._max_bytes, self._folder)
+        return _MemmapArrays(shapes, np.dtype(dtype), self._max_bytes, self._folder)
 
 
 class HardVote(Vote):
@@ -104,14 +111,14 @@ class HardVote(Vote):
                 f"image {image}: prediction holds class {int(mask.max())}, "
                 f"but there are {self.num_classes} classes"
             )
-        rows = self._count(image, voter, top, mask)
+        rows = self._register_rows(image, voter, top, mask)
         if voter not in self._stored:
             self._stored[voter] = self._arrays(1, np.uint8)
         self._stored[voter][image][0, rows] = mask.to(torch.uint8).cpu().numpy()
 
     def result(self, image: int) -> Tensor:
         """Return the class with most votes at every pixel."""
-        voters = self._ranked(image)
+        voters = self._complete_voters(image)
         coefficients = [self._coefficients(voter) for voter in voters]
         winner = torch.empty(self.shapes[image], dtype=torch.uint8)
         for rows in _bands(self.shapes[image], self.num_classes):
@@ -145,31 +152,31 @@ class SoftVote(Vote):
 
     def add(self, image: int, probabilities: Tensor, *, voter: int, top: int = 0) -> None:
         """Add a voter's probabilities of an image, or of its next rows, which begin at ``top``."""
-        rows = self._count(image, voter, top, probabilities, self.num_classes)
+        rows = self._register_rows(image, voter, top, probabilities, self.num_classes)
         sums = torch.from_numpy(self._sums[image])[:, rows]
         sums += probabilities.float().cpu() * self._coefficients(voter).float().view(-1, 1, 1)
 
     def probabilities(self, image: int) -> Tensor:
         """Return the weighted mean of the probabilities, (C, H, W), float32, with a sum of one."""
-        self._ranked(image)
+        self._complete_voters(image)
         sums = torch.tensor(self._sums[image])
         return sums / sums.sum(0, keepdim=True)
 
     def result(self, image: int) -> Tensor:
         """Return the class with the largest sum; the lowest index among equal sums."""
-        self._ranked(image)
+        self._complete_voters(image)
         winner = torch.empty(self.shapes[image], dtype=torch.uint8)
         for rows in _bands(self.shapes[image], self.num_classes):
             sums = torch.tensor(self._sums[image][:, rows])
-            winner[rows] = sums.max(0).indices.to(torch.uint8)
+            winner[rows] = classes_of(sums)
         return winner
 
     @cached_property
-    def _sums(self) -> "_Arrays":
+    def _sums(self) -> "_MemmapArrays":
         return self._arrays(self.num_classes, np.float32)
 
 
-class _Arrays:
+class _MemmapArrays:
     """Arrays of given shapes in one block, initialized with zeros.
 
     The block is kept in memory, or above ``max_bytes`` in a file. An array is mapped from the file

@@ -16,7 +16,7 @@ from segkit.core import distributed
 from segkit.core.files import write_json
 from segkit.core.run import Run
 from segkit.data.source import IGNORE, Source, background
-from segkit.inference.outputs import ERROR, PALETTES, Color, color_table, outlines, sheet
+from segkit.inference.outputs import ERROR, PALETTES, Color, color_table, comparison_image, outlines
 from segkit.report.html import data_uri
 from segkit.training.evaluate import Evaluation
 from segkit.training.metrics import per_image_miou
@@ -104,7 +104,9 @@ class Gallery:
         """Return photograph, truth, prediction and errors side by side."""
         image = torch.from_numpy(np.array(picture.image)).permute(2, 0, 1)
         truth, predicted = torch.from_numpy(picture.truth), torch.from_numpy(picture.predicted)
-        return sheet(image, predicted, truth, colors=colors, background=background(self._source))
+        return comparison_image(
+            image, predicted, truth, colors=colors, background=background(self._source)
+        )
 
     def to_json(self, picture: Picture, colors: Sequence[Color]) -> dict[str, Any]:
         """Return a picture as JSON values; images are ``data:`` addresses."""

@@ -122,7 +122,7 @@ def test_a_sheet_shows_photograph_truth_prediction_and_errors() -> None:
     truth[4, 5] = 255
     mask[1:4, 2:5] = 1
     mask[4, 5] = 1
-    shown = np.array(outputs.sheet(image, mask, truth))
+    shown = np.array(outputs.comparison_image(image, mask, truth))
     assert shown.shape == (5, 4 * 6 + 3 * 4, 3)
     photograph, true, predicted, errors = (shown[:, at : at + 6] for at in (0, 10, 20, 30))
     assert (photograph == 100).all()
@@ -131,7 +131,7 @@ def test_a_sheet_shows_photograph_truth_prediction_and_errors() -> None:
     wrong = (truth != mask).numpy()
     wrong[4, 5] = False
     assert ((errors != 100).any(-1) == wrong).all()
-    assert outputs.sheet(image, mask).size == (6 * 2 + 4, 5)
+    assert outputs.comparison_image(image, mask).size == (6 * 2 + 4, 5)
 
 
 def test_legend_lists_what_is_there() -> None:
