@@ -448,7 +448,8 @@ def check_bounds(low: float, high: float, **arguments: float | Sequence[float]) 
     for name, value in arguments.items():
         for number in value if isinstance(value, Sequence) else (value,):
             if not low <= number <= high:
-                raise ConfigError(f"{name}: expected {low:g} to {high:g}, got {number}")
+                expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+                raise ConfigError(f"{name}: expected {expected}, got {number}")
 
 
 def _convert_dataclass(raw: Any, cls: Any, path: str) -> Any:

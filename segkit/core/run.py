@@ -42,9 +42,15 @@ from segkit.core.files import (
 RUNS = Path("runs")
 
 CHANGEABLE = {
-    *("note", "data.workers", "data.cache", "data.cache_gb"),
-    *("train.save_every", "train.log_every", "train.timeout"),
-    *("infer.batch_size", "infer.graphs"),
+    "note",
+    "data.workers",
+    "data.cache",
+    "data.cache_gb",
+    "train.save_every",
+    "train.log_every",
+    "train.timeout",
+    "infer.batch_size",
+    "infer.graphs",
 }
 """Settings that a resumed run may change: the trained weights do not depend on them."""
 

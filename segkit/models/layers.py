@@ -216,6 +216,19 @@ def fcn_head(inputs: int, width: int, num_classes: int, *, dropout: float = 0.1)
     return nn.Sequential(*block, nn.Dropout(dropout), Classifier(width, num_classes))
 
 
+def with_aux(
+    logits: Tensor, head: nn.Module | None, features: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Return a decoder's outputs: its logits and, in training, those of an auxiliary head.
+
+    The head scores the second deepest feature map.
+    """
+    outputs = {"out": logits}
+    if head is not None and head.training:
+        outputs["aux"] = head(features[-2])
+    return outputs
+
+
 class Classifier(nn.Conv2d):
     """The convolution that computes logits. Xavier initialization lets narrow decoders train."""
 

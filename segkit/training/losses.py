@@ -5,8 +5,8 @@ terms of a :class:`Criterion` share them, and they are summed over the ranks, so
 gradient are those of the global batch. OHEM, Lovász and MS-SSIM are not functions of sums; they are
 computed on each rank's own batch.
 
-A batch may be processed in several parts (``train.accumulate``). The loss of the step is then the
-mean of the parts' losses, each normalized by the :class:`StepTotals`: see
+A batch may be processed in several micro-batches (``train.accumulate``). The loss of the step is
+then the mean of their losses, each normalized by the :class:`StepTotals`: see
 :attr:`Loss.accumulation`.
 """
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from segkit.core.config import Component, build
+from segkit.core.config import Component, build, check_bounds
 from segkit.core.distributed import sum_over_ranks
 from segkit.core.errors import ConfigError
 from segkit.core.labels import IGNORE, check_labels
@@ -37,9 +37,9 @@ class Loss(nn.Module):
     """A loss of :class:`Pixels`; callable on its own, or a term of a :class:`Criterion`.
 
     Attributes:
-        accumulation: Relation of the mean of the parts' losses to the loss of the whole step:
+        accumulation: Relation of the mean of the micro-batches' losses to the loss of the step:
             ``"exact"``: they are equal; ``"two_pass"``: they are equal if a first pass over the
-            parts collects :attr:`Pixels.sums`; ``"mean"``: each part has a loss of its own.
+            micro-batches collects :attr:`Pixels.sums`; ``"mean"``: each has a loss of its own.
         smoothed: True if the loss reads :attr:`Pixels.log_area`.
 
     Shape:
@@ -79,7 +79,7 @@ class CrossEntropy(Loss):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_share("label_smoothing", label_smoothing)
+        check_bounds(0, 1, label_smoothing=label_smoothing)
         self.register_buffer("class_weights", _weights(class_weights), persistent=False)
         self.label_smoothing = label_smoothing
         self.smoothed = label_smoothing > 0
@@ -112,7 +112,7 @@ class Focal(Loss):
 
     def __init__(self, *, gamma: float = 2.0, alpha: tuple[float, ...] | None = None) -> None:
         super().__init__()
-        _check_not_negative("gamma", gamma)
+        check_bounds(0, math.inf, gamma=gamma)
         self.register_buffer("alpha", _weights(alpha), persistent=False)
         self.gamma = gamma
 
@@ -135,9 +135,9 @@ class SigmoidFocal(Loss):
 
     def __init__(self, *, gamma: float = 2.0, alpha: float | None = None) -> None:
         super().__init__()
-        _check_not_negative("gamma", gamma)
+        check_bounds(0, math.inf, gamma=gamma)
         if alpha is not None:
-            _check_share("alpha", alpha)
+            check_bounds(0, 1, alpha=alpha)
         self.gamma = gamma
         self.alpha = alpha
 
@@ -174,8 +174,7 @@ class Tversky(Loss):
         classes: Literal["present", "all"] = "present",
     ) -> None:
         super().__init__()
-        for name, value in (("alpha", alpha), ("beta", beta), ("smooth", smooth)):
-            _check_not_negative(name, value)
+        check_bounds(0, math.inf, alpha=alpha, beta=beta, smooth=smooth)
         self.alpha = alpha
         self.beta = beta
         self.smooth = smooth
@@ -265,8 +264,8 @@ class OHEMCrossEntropy(Loss):
 
     def __init__(self, *, threshold: float = 0.7, min_kept: int = 100_000) -> None:
         super().__init__()
-        _check_share("threshold", threshold)
-        _check_not_negative("min_kept", min_kept)
+        check_bounds(0, 1, threshold=threshold)
+        check_bounds(0, math.inf, min_kept=min_kept)
         self.threshold = threshold
         self.min_kept = min_kept
 
@@ -380,7 +379,7 @@ class Presence(nn.Module):
         super().__init__()
         self.background = background
 
-    def forward(self, logits: Tensor, target: Tensor, step: StepTotals | None = None) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, totals: StepTotals | None = None) -> Tensor:
         with no_autocast(logits):
             logits = logits.to(at_least_fp32(logits))
             seen = logits.new_zeros(len(target), IGNORE + 1)
@@ -391,9 +390,9 @@ class Presence(nn.Module):
             losses = F.binary_cross_entropy_with_logits(logits[:, first:], truth, reduction="none")
             known = seen[:, :IGNORE].any(1, keepdim=True).expand_as(losses)
             count = known.sum()
-            if step is not None:
-                images = step.count[:, :IGNORE].any(1).sum()
-                count = images * losses.shape[1] / step.parts
+            if totals is not None:
+                images = totals.count[:, :IGNORE].any(1).sum()
+                count = images * losses.shape[1] / totals.micro_batches
             sums = torch.stack([(losses * known).sum(), count.to(losses)])
             total, count = sum_over_ranks(sums) if self.training else sums
             return total / torch.where(count > 0, count, 1)
@@ -440,13 +439,13 @@ class Criterion(nn.Module):
         check_labels(target, max(2, logits.shape[1]))
 
     @torch.no_grad()
-    def collect(self, outputs: Mapping[str, Tensor], target: Tensor, step: StepTotals) -> None:
-        """Add a part's sums to those of its step; called before the parts are scored."""
+    def collect(self, outputs: Mapping[str, Tensor], target: Tensor, totals: StepTotals) -> None:
+        """Add a micro-batch's sums to those of its step; called before any is scored."""
         for name, logits in outputs.items():
             if logits.dim() == 4:
                 with no_autocast(logits):
                     sums = Pixels(logits, target, across_ranks=self.training).sums
-                step.sums[name] = step.sums.get(name, 0) + sums
+                totals.sums[name] = totals.sums.get(name, 0) + sums
 
     def forward(self, outputs: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
         return self.with_terms(outputs, target)[0]
@@ -455,15 +454,15 @@ class Criterion(nn.Module):
         self,
         outputs: Tensor | Mapping[str, Tensor],
         target: Tensor,
-        step: StepTotals | None = None,
+        totals: StepTotals | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and its unweighted values: each term on ``out``, each other output.
 
         Args:
             outputs: Logits, or outputs of the decoder.
             target: Class indices.
-            step: The step that this batch is a part of; None if it is the whole step. The mean over
-                the parts is the loss of the step.
+            totals: Totals of the step that has this batch as a micro-batch; None if it is all of
+                the step. The mean over the micro-batches is the loss of the step.
 
         Raises:
             ConfigError: The decoder's outputs do not fit the configured terms or weights.
@@ -478,29 +477,29 @@ class Criterion(nn.Module):
             )
         others = [name for name in outputs if name != "out"]
         with no_autocast(outputs["out"]):
-            pixels = self._pixels("out", outputs["out"], target, step)
+            pixels = self._pixels("out", outputs["out"], target, totals)
             terms = self._terms(pixels)
             values = {name: value.detach() for name, value in terms.items()}
             loss = self._weighted_sum(terms)
             for name, weight in zip(others, self._aux_weights(len(others)), strict=True):
                 logits = outputs[name]
                 if logits.dim() == 2:
-                    terms = {"presence": self.losses["presence"](logits, target, step)}
+                    terms = {"presence": self.losses["presence"](logits, target, totals)}
                 else:
-                    terms = self._terms(self._pixels(name, logits, target, step))
+                    terms = self._terms(self._pixels(name, logits, target, totals))
                 value = self._weighted_sum(terms)
                 values[name] = value.detach()
                 loss = loss + weight * value
             return pixels.guarded(loss), values
 
     def _pixels(
-        self, output: str, logits: Tensor, target: Tensor, step: StepTotals | None
+        self, output: str, logits: Tensor, target: Tensor, totals: StepTotals | None
     ) -> Pixels:
         return Pixels(
             logits,
             target,
             across_ranks=self.training,
-            step=step,
+            totals=totals,
             output=output,
             smoothed=any(getattr(loss, "smoothed", False) for loss in self.losses.values()),
         )
@@ -660,13 +659,3 @@ def _weights(values: tuple[float, ...] | None) -> Tensor | None:
     if not values or min(values) < 0 or sum(values) == 0:
         raise ConfigError("expected weights of at least 0, not all 0, one per class")
     return torch.tensor(values)
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{name}: expected a number in 0..1, got {value}")
-
-
-def _check_not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise ConfigError(f"{name}: expected a number of at least 0, got {value}")

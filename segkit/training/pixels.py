@@ -21,15 +21,15 @@ from segkit.core.labels import IGNORE, check_labels
 
 
 class StepTotals:
-    """Quantities of a whole step that its parts share: pixel counts, and collected sums.
+    """Quantities of a whole step that its micro-batches share: pixel counts, and collected sums.
 
     Args:
-        targets: Targets of all parts of this rank.
+        targets: Targets of all micro-batches of this rank.
 
     Attributes:
-        parts: Number of parts.
-        count: (images, 256), pixels of each target value in the images of all parts.
-        sums: :attr:`Pixels.sums` of each output over all parts and ranks, from
+        micro_batches: Number of micro-batches.
+        count: (images, 256), pixels of each target value in all images of the step.
+        sums: :attr:`Pixels.sums` of each output over all micro-batches and ranks, from
             :meth:`Criterion.collect`.
 
     Shape:
@@ -37,7 +37,7 @@ class StepTotals:
     """
 
     def __init__(self, targets: Sequence[Tensor]) -> None:
-        self.parts = len(targets)
+        self.micro_batches = len(targets)
         self.count = torch.cat([_count(target) for target in targets])
         self.sums: dict[str, Tensor] = {}
 
@@ -51,7 +51,8 @@ class Pixels:
         logits: Any floating type; everything below is at least fp32.
         target: Class indices; ``IGNORE`` for ignored pixels.
         across_ranks: Make :meth:`total` sum over the ranks of a distributed run.
-        step: The step that these pixels are a part of; None if they are the whole step.
+        totals: Totals of the step that has these pixels as a micro-batch; None if they are all of
+            the step.
         output: Name of the decoder's output.
         smoothed: Also compute :attr:`log_area`.
 
@@ -70,7 +71,7 @@ class Pixels:
         target: Tensor,
         *,
         across_ranks: bool = False,
-        step: StepTotals | None = None,
+        totals: StepTotals | None = None,
         output: str = "out",
         smoothed: bool = False,
     ) -> None:
@@ -83,7 +84,7 @@ class Pixels:
         self.logits = torch.cat([torch.zeros_like(logits), logits], 1) if self.binary else logits
         self.target = target
         self.across_ranks = across_ranks
-        self.step = step
+        self.totals = totals
         self.output = output
         self.smoothed = smoothed
         if on_cpu(target):
@@ -167,24 +168,24 @@ class Pixels:
     def sums(self) -> Tensor:
         """(3, 1, C): intersection, area and count of the batch, or of the step if collected."""
         sums = torch.stack([self.intersection, self.area, self.count]).sum(1, keepdim=True)
-        if self.step is None or self.output not in self.step.sums:
+        if self.totals is None or self.output not in self.totals.sums:
             return self.total(sums)
-        # The value of the step with the gradient of this part; the factor undoes the average of
-        # gradients over parts and ranks.
-        averaged = self.step.parts * (world_size() if self.across_ranks else 1)
-        return self.step.sums[self.output] + averaged * (sums - sums.detach())
+        # The value of the step with the gradient of this micro-batch; the factor undoes the average
+        # of gradients over micro-batches and ranks.
+        averaged = self.totals.micro_batches * (world_size() if self.across_ranks else 1)
+        return self.totals.sums[self.output] + averaged * (sums - sums.detach())
 
     @property
     def step_count(self) -> Tensor:
         """(images, C): :attr:`count` of all images of the step."""
-        if self.step is None:
+        if self.totals is None:
             return self.count
-        return self.step.count[:, : self.logits.shape[1]].to(at_least_fp32(self.logits))
+        return self.totals.count[:, : self.logits.shape[1]].to(at_least_fp32(self.logits))
 
     @property
     def step_valid(self) -> Tensor:
         """(): valid pixels of the step."""
-        return self.valid.sum() if self.step is None else self.step.count[:, :IGNORE].sum()
+        return self.valid.sum() if self.totals is None else self.totals.count[:, :IGNORE].sum()
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -214,11 +215,14 @@ class Pixels:
         return total / count.clamp_min(1)
 
     def step_mean(self, total: Tensor, step_count: Tensor) -> Tensor:
-        """Return ``total`` divided by the average count of the step's parts, over the ranks.
+        """Return ``total`` divided by the average count of the step's micro-batches, over the
+        ranks.
 
-        The mean of this value over the parts is the mean over the whole step.
+        The mean of this value over the micro-batches is the mean over the whole step.
         """
-        return self.mean(total, step_count if self.step is None else step_count / self.step.parts)
+        if self.totals is not None:
+            step_count = step_count / self.totals.micro_batches
+        return self.mean(total, step_count)
 
 
 class _SoftmaxSums(torch.autograd.Function):

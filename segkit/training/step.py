@@ -50,7 +50,7 @@ def train_step(
     seeds: Sequence[int] | None = None,
     exact: bool = False,
 ) -> Step:
-    """Run forward, loss and backward over the parts of a batch, then one optimizer step.
+    """Run forward, loss and backward over the micro-batches, then one optimizer step.
 
     If the gradient is not finite, weights, optimizer and BatchNorm statistics stay unchanged.
     The gradient is that of all ranks, so they all make the same decision.
@@ -59,16 +59,16 @@ def train_step(
         model: Plain or DistributedDataParallel; in training mode.
         criterion: The loss, from :func:`segkit.build_loss`.
         optimizer: Optimizer of the model's parameters.
-        batch: (images, masks) on the model's device, or a sequence of such parts of a batch, whose
-            gradients are averaged; :attr:`Loss.accumulation` tells which losses equal those of the
-            whole batch.
+        batch: (images, masks) on the model's device, or a sequence of such micro-batches,
+            whose gradients are averaged; :attr:`Loss.accumulation` tells which losses equal those
+            of the whole batch.
         amp: Precision of autocast; ``None`` turns autocast off.
         scaler: Gradient scaler, for fp16.
         clip_norm: Largest norm of the gradient; ``None`` for no clipping.
         recompute: Recompute outputs of norms and activations in backward, to save memory.
-        seeds: Dropout seed of each part; default: torch's own generator.
-        exact: Run the forward pass twice if a loss needs sums over all parts (such as Dice), so
-            that it equals the loss of the whole batch.
+        seeds: Dropout seed of each micro-batch; default: torch's own generator.
+        exact: Run the forward pass twice if a loss needs sums over all micro-batches (such as
+            Dice), so that it equals the loss of the whole batch.
 
     Raises:
         DataError: The masks have an invalid label.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from segkit.models.layers import ASPP, fcn_head
+from segkit.models.layers import ASPP, fcn_head, with_aux
 
 
 class DeepLabV3(nn.Module):
@@ -47,7 +47,4 @@ class DeepLabV3(nn.Module):
         self.aux = fcn_head(shallower, shallower // 4, num_classes) if aux else None
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
-        outputs = {"out": self.classifier(self.aspp(features[-1]))}
-        if self.training and self.aux is not None:
-            outputs["aux"] = self.aux(features[-2])
-        return outputs
+        return with_aux(self.classifier(self.aspp(features[-1])), self.aux, features)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from segkit.models.layers import ASPP, Classifier, ConvNormAct, fcn_head, level_at, resize
+from segkit.models.layers import ASPP, Classifier, ConvNormAct, fcn_head, level_at, resize, with_aux
 
 
 class DeepLabV3Plus(nn.Module):
@@ -81,7 +81,4 @@ class DeepLabV3Plus(nn.Module):
         low = self.low(features[self.low_level])
         high = self.smooth(self.aspp(features[-1]))
         high = resize(high, low.shape[-2:], align_corners=self.align_corners)
-        outputs = {"out": self.classifier(self.fuse(torch.cat([high, low], 1)))}
-        if self.training and self.aux is not None:
-            outputs["aux"] = self.aux(features[-2])
-        return outputs
+        return with_aux(self.classifier(self.fuse(torch.cat([high, low], 1))), self.aux, features)

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from segkit.models.layers import ConvNormAct, fcn_head
+from segkit.models.layers import ConvNormAct, fcn_head, with_aux
 
 
 class FCN(nn.Module):
@@ -65,7 +65,4 @@ class FCN(nn.Module):
         x = features[-1]
         if self.convs is not None:
             x = torch.cat([x, self.convs(x)], 1)
-        outputs = {"out": self.classifier(x)}
-        if self.training and self.aux_classifier is not None:
-            outputs["aux"] = self.aux_classifier(features[-2])
-        return outputs
+        return with_aux(self.classifier(x), self.aux_classifier, features)

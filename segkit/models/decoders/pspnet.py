@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from segkit.models.layers import Classifier, PyramidPooling, fcn_head
+from segkit.models.layers import Classifier, PyramidPooling, fcn_head, with_aux
 
 
 class PSPNet(nn.Module):
@@ -49,7 +49,4 @@ class PSPNet(nn.Module):
         self.aux = fcn_head(shallower, aux_width, num_classes) if aux_width else None
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
-        outputs = {"out": self.classifier(self.dropout(self.pool(features[-1])))}
-        if self.training and self.aux is not None:
-            outputs["aux"] = self.aux(features[-2])
-        return outputs
+        return with_aux(self.classifier(self.dropout(self.pool(features[-1]))), self.aux, features)

@@ -7,7 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkit.core.config import check_bounds
-from segkit.models.layers import ASPP, ConvNormAct, fcn_head, full_precision, level_at, resize
+from segkit.models.layers import (
+    ASPP,
+    ConvNormAct,
+    fcn_head,
+    full_precision,
+    level_at,
+    resize,
+    with_aux,
+)
 
 
 class STLNet(nn.Module):
@@ -67,10 +75,7 @@ class STLNet(nn.Module):
         size = coarse.shape[-2:]
         texture = self.texture(torch.cat([resize(fine, size), coarse], 1))
         context = resize(self.aspp(features[-1]), size)
-        outputs = {"out": self.classifier(torch.cat([*texture, context], 1))}
-        if self.training and self.aux is not None:
-            outputs["aux"] = self.aux(features[-2])
-        return outputs
+        return with_aux(self.classifier(torch.cat([*texture, context], 1)), self.aux, features)
 
 
 class Texture(nn.Module):

@@ -11,6 +11,7 @@ from segkit.models.layers import (
     PyramidPooling,
     fcn_head,
     resize,
+    with_aux,
 )
 
 
@@ -64,7 +65,4 @@ class UPerNet(nn.Module):
             pyramid[i] = pyramid[i] + resize(pyramid[i + 1], pyramid[i].shape[-2:])
         for i, smooth in enumerate(self.smooth):
             pyramid[i] = smooth(pyramid[i])
-        outputs = {"out": self.classifier(self.dropout(self.fuse(pyramid)))}
-        if self.training and self.aux is not None:
-            outputs["aux"] = self.aux(features[-2])
-        return outputs
+        return with_aux(self.classifier(self.dropout(self.fuse(pyramid))), self.aux, features)
