@@ -64,7 +64,7 @@ def make_backbone(spec: dict[str, Any]) -> None:
         model = build_model(spec, "fcn", num_classes=3)
     if not spec["name"].startswith("regnet"):  # has its parameters on the CPU all the same
         with torch.device("meta"):
-            model(torch.ones(2, 3, 64, 64))
+            model(torch.ones(2, spec.get("in_channels", 3), 64, 64))
 
 
 def make_decoder(spec: dict[str, Any]) -> None:

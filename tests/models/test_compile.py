@@ -49,7 +49,7 @@ def test_the_losses_of_a_compiled_model_are_those_of_the_model(decoder: object) 
     step = partial(
         train_step,
         criterion=build_loss(["cross_entropy", "dice"], num_classes=3),
-        batches=[(images, masks)],
+        batch=(images, masks),
         amp=None,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         clip_norm=None,
