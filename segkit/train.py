@@ -417,6 +417,11 @@ def check_components(cfg: Config) -> None:
         if (spec := getattr(cfg.data, part)) is not None:
             config.bind(SOURCES, spec, f"data.{part}")
     build_pipeline(cfg)
+    if (channels := cfg.model.backbone.get("in_channels", 3)) != 3:
+        raise ConfigError(
+            f"model.backbone.in_channels: is {channels}, but photographs are read with 3 channels; "
+            "remove it, or train from Python with segkit.create_model"
+        )
     with torch.device("meta"):
         state, _ = build_training(cfg, None, torch.device("meta"))
     if cfg.model.weights is not None and os.environ.get("LOCAL_RANK", "0") == "0":
