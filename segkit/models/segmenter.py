@@ -27,8 +27,8 @@ class Segmenter(nn.Module):
     """A model that maps images to logits of the same size.
 
     Args:
-        backbone: Maps an image to a list of feature maps, shallow to deep. Its optional method
-            ``output_module(level)`` returns the module that is used only for this feature map.
+        backbone: Maps an image to a list of feature maps, shallow to deep. Its optional
+            attribute ``output_modules`` names, for each map, the module that is used only for it.
         decoder: Maps feature maps to a dict of logits: ``out``, and ``aux*`` in training. Its
             optional attribute ``used_levels`` lists the feature maps it uses; ``align_corners``
             says how its logits are resized.
@@ -84,11 +84,11 @@ class Segmenter(nn.Module):
         """
         backbone: Any = self.backbone
         used_levels: Sequence[int] | None = getattr(self.decoder, "used_levels", None)
-        if used_levels is None or not hasattr(backbone, "output_module"):
+        if used_levels is None or not hasattr(backbone, "output_modules"):
             return []
-        maps = range(len(backbone.channels))
-        used = {maps[level] for level in used_levels}
-        return [backbone.output_module(level) for level in maps if level not in used]
+        names: Sequence[str] = backbone.output_modules
+        used = {names[level] for level in used_levels}
+        return [backbone.get_submodule(name) for name in names if name not in used]
 
     def _frozen(self) -> list[nn.Module]:
         return [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]

@@ -9,7 +9,7 @@ from segkit.core.errors import SegkitError
 from segkit.core.run import Run
 from segkit.data.loader import TrainOrder
 from segkit.training.state import TrainState
-from segkit.training.step import Step
+from segkit.training.step import StepResult
 
 
 class FoldLog:
@@ -48,7 +48,7 @@ class FoldLog:
         """Restart the measurement of the rate."""
         self._since, self._since_step = time.perf_counter(), step
 
-    def step(self, step: int, epoch: int, result: Step, lr: float) -> None:
+    def step(self, step: int, epoch: int, result: StepResult, lr: float) -> None:
         """Log a step's loss and the rate since the last logged step."""
         if not distributed.is_main():
             return

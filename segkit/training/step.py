@@ -21,7 +21,7 @@ MicroBatch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Step:
+class StepResult:
     """Result of a training step; values are tensors, so only reading them waits for the device.
 
     Args:
@@ -49,7 +49,7 @@ def train_step(
     recompute: bool = False,
     seeds: Sequence[int] | None = None,
     exact: bool = False,
-) -> Step:
+) -> StepResult:
     """Run forward, loss and backward over the micro-batches, then one optimizer step.
 
     If the gradient is not finite, weights, optimizer and BatchNorm statistics stay unchanged.
@@ -112,7 +112,7 @@ def train_step(
         statistics.restore()
         for _, masks in micro_batches:
             criterion.check_labels(outputs, masks)
-    return Step(value[0], dict(zip(terms, value[1:], strict=True)), norm, finite)
+    return StepResult(value[0], dict(zip(terms, value[1:], strict=True)), norm, finite)
 
 
 def _update(

@@ -206,7 +206,7 @@ def test_swin_is_torchvisions_with_a_norm_for_each_map(name: str) -> None:
     state = {key: x for key, x in whole.state_dict().items() if key.startswith("features.")}
     missing, unexpected = backbone.load_state_dict(state, strict=False)
     assert not unexpected
-    assert {key.split(".")[0] for key in missing} == set(backbone.output_norms)
+    assert {key.split(".")[0] for key in missing} == set(backbone.output_modules)
     backbone.norm3.load_state_dict(whole.norm.state_dict())
     with torch.no_grad():
         deepest = backbone(image(64, 96))[-1]

@@ -13,7 +13,7 @@ from segkit.core import config, distributed
 from segkit.core.labels import IGNORE
 from segkit.training.build import losses_per_part
 from segkit.training.losses import LOSSES, Criterion, Loss, build_loss
-from segkit.training.step import Step, train_step
+from segkit.training.step import StepResult, train_step
 
 WEIGHTS = [0.2, 1.0, 3.0]
 TERMS: dict[str, Any] = {
@@ -76,7 +76,7 @@ def parts_of_rank(parts: int) -> list[tuple[Tensor, Tensor]]:
 
 def step(
     net: nn.Module, criterion: Criterion, batches: list[tuple[Tensor, Tensor]], **options: Any
-) -> Step:
+) -> StepResult:
     """A step of learning rate 0: what it leaves are the gradients and BatchNorm's statistics."""
     return train_step(
         net, criterion, torch.optim.SGD(net.parameters(), lr=0.0), batches,

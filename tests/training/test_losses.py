@@ -460,7 +460,12 @@ def test_criterion_refuses_what_the_decoder_does_not_give() -> None:
         ([{"name": "dice", "weight": -1.0}], r"loss\.terms\[0\]\.weight: .*-1"),
         ([{"name": "dice", "weight": True}], r"loss\.terms\[0\]\.weight"),
         ([{"name": "dice", "smoth": 1.0}], r"loss\.terms\[0\]\.smoth.*did you mean 'smooth'"),
-        ([{"name": "focal", "gamma": -1.0}], r"loss\.terms\[0\].*gamma"),
+        (
+            [{"name": "focal", "gamma": -1.0}],
+            r"loss\.terms\[0\]: gamma: expected at least 0, got -1",
+        ),
+        ([{"name": "focal", "gamma": math.nan}], "expected a finite number"),
+        ([{"name": "cross_entropy", "label_smoothing": 1.5}], "expected 0 to 1, got 1.5"),
         ([{"name": "ms_ssim", "window": 7}], r"loss\.terms\[0\]\.window"),
         (["dice", {"name": "dice", "smooth": 1.0}], "two terms have the same name"),
         (

@@ -37,6 +37,7 @@ class HRNet(nn.Module):
     """
 
     strides = (4, 8, 16, 32)
+    output_modules = tuple(f"stage4.2.fuse_layers.{branch}" for branch in range(4))
 
     def __init__(
         self,
@@ -96,10 +97,6 @@ class HRNet(nn.Module):
         branches = run(self.stage3, branches, recompute=recompute)
         branches = [*branches, self.transition3[-1](branches[-1])]
         return run(self.stage4, branches, recompute=recompute)
-
-    def output_module(self, level: int) -> nn.Module:
-        """Return the module that is used only for the feature map of ``level``."""
-        return self.get_submodule(f"stage4.2.fuse_layers.{level}")
 
 
 class Exchange(nn.Module):

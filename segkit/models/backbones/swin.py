@@ -40,7 +40,7 @@ class Swin(nn.Module):
     """
 
     strides = (4, 8, 16, 32)
-    output_norms = ("norm0", "norm1", "norm2", "norm3")
+    output_modules = ("norm0", "norm1", "norm2", "norm3")
     """Names of the norms, which a pretrained classifier does not have."""
 
     def __init__(
@@ -79,7 +79,7 @@ class Swin(nn.Module):
             mask = ShiftMask()
             for swin_block in stage:
                 swin_block.attn.shift_mask = mask
-        for name, channels in zip(self.output_norms, self.channels, strict=True):
+        for name, channels in zip(self.output_modules, self.channels, strict=True):
             self.add_module(name, nn.LayerNorm(channels))
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -87,16 +87,12 @@ class Swin(nn.Module):
         x = F.pad(image, (0, right, 0, below))
         # self.features: patch embedding, then stages and patch merging in turn
         features = []
-        for i, name in enumerate(self.output_norms):
+        for i, name in enumerate(self.output_modules):
             x = self.features[2 * i](x)
             x = run(self.features[2 * i + 1], x, recompute=self.checkpointing and self.training)
             normalized = self.get_submodule(name)(x)
             features.append(normalized.permute(0, 3, 1, 2))
         return features
-
-    def output_module(self, level: int) -> nn.Module:
-        """Return the module that is used only for the feature map of ``level``."""
-        return self.get_submodule(self.output_norms[level])
 
 
 class WindowAttention(reference.ShiftedWindowAttention):

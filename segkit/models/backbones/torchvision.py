@@ -238,23 +238,20 @@ class NormalizedStages(Stages):
     ConvNeXt's authors, mmsegmentation and transformers use it for segmentation.
     """
 
-    output_norms = ("norm0", "norm1", "norm2", "norm3")
+    output_modules = ("norm0", "norm1", "norm2", "norm3")
     """Names of the norms, which a pretrained classifier does not have."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        for name, channels in zip(self.output_norms, self.channels, strict=True):
+        for name, channels in zip(self.output_modules, self.channels, strict=True):
             self.add_module(name, LayerNorm2d(channels, eps=1e-6))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         features = super().forward(image)
         return [
-            self.get_submodule(name)(x) for name, x in zip(self.output_norms, features, strict=True)
+            self.get_submodule(name)(x)
+            for name, x in zip(self.output_modules, features, strict=True)
         ]
-
-    def output_module(self, level: int) -> nn.Module:
-        """Return the module that is used only for the feature map of ``level``."""
-        return self.get_submodule(self.output_norms[level])
 
 
 def _divide(network: nn.Module, taps: tuple[int, ...], *, early: bool = False) -> Divided:
