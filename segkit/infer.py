@@ -160,7 +160,7 @@ def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images 
 def write_results(
     predictor: CandidatePredictor, candidate: Candidate, photos: Images, out: Path
 ) -> tuple[Results, Images]:
-    """Predict and write the images that have no result yet, each rank its own.
+    """Predict and write this rank's images that have no result yet.
 
     Returns:
         The results, and the images that could be read.

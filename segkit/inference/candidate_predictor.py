@@ -179,7 +179,8 @@ class CandidatePredictor:
             yield from zip(batch.indices, predict(batch.images), masks, strict=True)
 
     def _batches(self, images: Images, *, labels: bool) -> EvalBatches:
-        # Not padded: the predictor pads each view; before flips, padding would move to other sides.
+        # The predictor pads each view to infer.pad. Padding before a flip would change the result,
+        # so that only validation, which has no views, may pad and combine images of other sizes.
         cfg = self.runs[0].config
         return EvalBatches(
             images.source,

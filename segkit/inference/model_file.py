@@ -14,7 +14,7 @@ from segkit.inference.predictor import Predictor
 from segkit.inference.tta import Views
 from segkit.models.kernels.fuse_relu import for_prediction
 from segkit.models.segmenter import Segmenter, build_model, load_model
-from segkit.training.step import autocast_dtype
+from segkit.training.step import autocast_dtype, move_model
 
 
 def save(
@@ -93,8 +93,7 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model, trained, entries = load_model(Path(path), verify=verify)
     cfg = config.override(trained, overrides)
-    layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
-    model.to(device).to(memory_format=layout)
+    move_model(model, device, channels_last=cfg.train.channels_last)
     amp = autocast_dtype(cfg.train.amp, torch.device(device))
     statistics = {key: entries[key] for key in ("mean", "std") if key in entries}
     return build_predictor(

@@ -89,9 +89,9 @@ class Predictor:
         first = next(model.parameters(), torch.empty(0))
         self.device = first.device
         # (image / 255 - mean) / std as one multiplication and one addition.
-        std_column = torch.tensor(std, device=self.device).view(-1, 1, 1)
-        self._scale = 1 / (255 * std_column)
-        self._shift = -torch.tensor(mean, device=self.device).view(-1, 1, 1) / std_column
+        std_tensor = torch.tensor(std, device=self.device).view(-1, 1, 1)
+        self._scale = 1 / (255 * std_tensor)
+        self._shift = -torch.tensor(mean, device=self.device).view(-1, 1, 1) / std_tensor
 
     @property
     def model(self) -> nn.Module:

@@ -31,7 +31,7 @@ class RunSoups:
     def __init__(self, scorer: Scorer, folder: Path, *, allow_leak: bool = False) -> None:
         self._scorer, self._folder, self._allow_leak = scorer, folder, allow_leak
         folder.mkdir(parents=True, exist_ok=True)
-        # All kinds of soups share them; each is an evaluation of a midpoint.
+        # Shared by all kinds of soups, as each needs an evaluation of a midpoint.
         self._barriers: dict[Path, list[dict[str, Any]]] = {}
 
     def soup(self, run: TrainedRun, kind: str) -> Path:

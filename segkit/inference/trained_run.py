@@ -111,8 +111,8 @@ def common_selection(runs: Sequence[TrainedRun]) -> Images | None:
     common = set(first.digests())
     for images in others:
         common.intersection_update(images.digests() if images else ())
-    digests_of = zip(first.indices, first.digests(), strict=True)
-    indices = [index for index, digest in digests_of if digest in common]
+    pairs = zip(first.indices, first.digests(), strict=True)
+    indices = [index for index, digest in pairs if digest in common]
     return replace(first, indices=indices) if indices else None
 
 

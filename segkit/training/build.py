@@ -16,7 +16,7 @@ from segkit.models.segmenter import build_model
 from segkit.training.losses import Criterion, build_loss
 from segkit.training.optim import EMA, build_optimizer
 from segkit.training.state import TrainState
-from segkit.training.step import autocast_dtype, should_recompute
+from segkit.training.step import autocast_dtype, move_model, should_recompute
 
 
 def build_training(
@@ -46,8 +46,7 @@ def build_training(
         seed=cfg.train.seed,
         initialize=initialize,
     )
-    layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
-    model.to(device).to(memory_format=layout)
+    move_model(model, device, channels_last=cfg.train.channels_last)
     if cfg.train.sync_batch_norm:
         convert_sync_batch_norm(model, device)
     criterion = build_loss(

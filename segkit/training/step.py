@@ -187,6 +187,12 @@ class _Statistics:
                 buffer.copy_(part.view_as(buffer))
 
 
+def move_model(model: nn.Module, device: str | torch.device, *, channels_last: bool) -> None:
+    """Move a model to a device and a memory format."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(device).to(memory_format=layout)
+
+
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype of ``train.amp`` on ``device``: bf16, fp16, or ``None`` for full precision.
 
