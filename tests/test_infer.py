@@ -264,7 +264,7 @@ def test_a_leaking_selection_set_is_refused_or_recorded(home: Path) -> None:
     assert rows["fold1"] == rows["uniform soup"] == 2
 
 
-def test_view_weights_need_the_mean(home: Path) -> None:
+def test_view_coefficients_need_the_mean(home: Path) -> None:
     with pytest.raises(ConfigError, match="mean of probabilities"):
         run("--tta", "--weigh-views", "--set", "infer.merge=max", "--out", "max")
 
