@@ -1,4 +1,4 @@
-"""Files: atomic writing, reading of regular files only, locks, shapes of JSON values."""
+"""Files: atomic writing, reading of regular files only, locks, schemas of JSON values."""
 
 import errno
 import json
@@ -171,31 +171,33 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def matches_schema(value: Any, shape: Any) -> bool:
-    """Return True if a JSON value has a given shape.
+def matches_schema(value: Any, schema: Any) -> bool:
+    """Return True if a JSON value matches a schema.
 
     Args:
         value: Value returned by :func:`json.loads`.
-        shape: A type (an integer is also a ``float``, a bool is not an ``int``); ``None``; ``Any``;
-            a tuple of alternatives; ``[shape]`` for a list of any length, ``[shape, shape, ...]``
-            for a list of that length; ``{str: shape}`` for an object with any names;
-            ``{"key": shape}`` for an object that has at least these keys.
+        schema: A type (an integer is also a ``float``, a bool is not an ``int``); ``None``;
+            ``Any``; a tuple of alternatives; ``[schema]`` for a list of any length,
+            ``[schema, schema, ...]`` for a list of that length; ``{str: schema}`` for an object
+            with any names; ``{"key": schema}`` for an object that has at least these keys.
     """
-    if shape is Any or shape is None:
-        return shape is Any or value is None
-    if isinstance(shape, tuple):
-        return any(matches_schema(value, option) for option in shape)
-    if isinstance(shape, list | dict) and not isinstance(value, type(shape)):
+    if schema is Any or schema is None:
+        return schema is Any or value is None
+    if isinstance(schema, tuple):
+        return any(matches_schema(value, option) for option in schema)
+    if isinstance(schema, list | dict) and not isinstance(value, type(schema)):
         return False
-    if isinstance(shape, list):
-        shapes = shape * len(value) if len(shape) == 1 else shape
-        return len(value) == len(shapes) and all(map(matches_schema, value, shapes))
-    if isinstance(shape, dict) and str in shape:
-        return all(isinstance(key, str) and matches_schema(value[key], shape[str]) for key in value)
-    if isinstance(shape, dict):
+    if isinstance(schema, list):
+        schemas = schema * len(value) if len(schema) == 1 else schema
+        return len(value) == len(schemas) and all(map(matches_schema, value, schemas))
+    if isinstance(schema, dict) and str in schema:
         return all(
-            key in value and matches_schema(value[key], inner) for key, inner in shape.items()
+            isinstance(key, str) and matches_schema(value[key], schema[str]) for key in value
+        )
+    if isinstance(schema, dict):
+        return all(
+            key in value and matches_schema(value[key], inner) for key, inner in schema.items()
         )
     if isinstance(value, bool):
-        return shape is bool
-    return isinstance(value, (int, float) if shape is float else shape)
+        return schema is bool
+    return isinstance(value, (int, float) if schema is float else schema)

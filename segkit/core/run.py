@@ -85,10 +85,10 @@ SCHEMAS: dict[str, Any] = {
     "status.json": {"state": str, "sentence": str},
     "wandb.json": {"id": str},
 }
-"""Required shape of a run's JSON files; see :func:`segkit.core.files.matches_schema`."""
+"""Schema of each of a run's JSON files; see :func:`segkit.core.files.matches_schema`."""
 
 EVENT = {"event": str, "time": float}
-"""Required shape of every line of ``log.jsonl``."""
+"""Schema of every line of ``log.jsonl``."""
 
 _STEP = {"fold": int, "step": int}
 
