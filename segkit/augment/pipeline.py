@@ -1,6 +1,5 @@
 """Augmentation pipeline: draws all random numbers into a plan, then renders the plan."""
 
-import fnmatch
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from segkit.augment.filters import FILTERS
 from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, Resize
 from segkit.augment.mix import MIX, Others
 from segkit.augment.warp import warp
-from segkit.core.config import Config, DataConfig, build
+from segkit.core.config import Config, DataConfig, build, matching
 from segkit.core.errors import ConfigError, DataError
 from segkit.core.labels import Size
 
@@ -30,7 +29,7 @@ Picture = Tensor | np.ndarray | Image.Image
 
 def list_augmentations(filter: str = "") -> list[str]:
     """Return the sorted names of the augmentations that contain ``filter``; ``*`` is a wildcard."""
-    return sorted(fnmatch.filter(OPERATIONS, f"*{filter}*"))
+    return sorted(matching(OPERATIONS, f"*{filter}*"))
 
 
 def generator(seed: int, epoch: int, index: int) -> np.random.Generator:

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -422,6 +423,11 @@ def build(
         given_here = (f"{key}={shorten(str(value))}" for key, value in make.keywords.items())
         why = first_line(error)
         raise ConfigError(f"{path}: cannot be made with {', '.join(given_here)} ({why})") from error
+
+
+def matching(registry: Mapping[str, Any], pattern: str) -> list[str]:
+    """Return the names of a registry that contain or match ``pattern``: ``swin``, ``resnet*``."""
+    return [name for name in registry if pattern in name or fnmatch(name, pattern)]
 
 
 def settable(target: Callable[..., Any], given: Sequence[str] = ()) -> dict[str, inspect.Parameter]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from segkit.core import checkpoint
-from segkit.core.config import Component, Config, build, parse
+from segkit.core.config import Component, Config, build, matching, parse
 from segkit.core.errors import CheckpointError, ConfigError, closest, quoted
 from segkit.models.backbones import BACKBONES
 from segkit.models.decoders import DECODERS
@@ -139,12 +138,12 @@ def create_model(
 
 def list_backbones(filter: str = "") -> list[str]:
     """Return the backbones' names that contain or match ``filter``: ``swin``, ``resnet*``."""
-    return [name for name in BACKBONES if filter in name or fnmatch(name, filter)]
+    return matching(BACKBONES, filter)
 
 
 def list_decoders(filter: str = "") -> list[str]:
     """Return the decoders' names that contain or match ``filter``: ``unet``, ``deeplab*``."""
-    return [name for name in DECODERS if filter in name or fnmatch(name, filter)]
+    return matching(DECODERS, filter)
 
 
 def _check_names(decoder: Any, backbone: Any) -> None:

@@ -12,7 +12,6 @@ then the mean of their losses, each normalized by the :class:`StepTotals`: see
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from segkit.core.config import Component, build, check_bounds
+from segkit.core.config import Component, build, check_bounds, matching
 from segkit.core.distributed import sum_over_ranks
 from segkit.core.errors import ConfigError
 from segkit.core.labels import IGNORE, check_labels
@@ -574,7 +573,7 @@ def build_loss(
 
 def list_losses(filter: str = "") -> list[str]:
     """Return the losses' names that contain or match ``filter``: ``focal``, ``*entropy``."""
-    return [name for name in LOSSES if filter in name or fnmatch(name, filter)]
+    return matching(LOSSES, filter)
 
 
 LOSSES: dict[str, type[nn.Module]] = {
