@@ -1,6 +1,7 @@
 """Convolutional backbones by the names of torchvision, timm, mmsegmentation and their authors."""
 
 import re
+from functools import partial
 
 from torch import Tensor
 
@@ -109,26 +110,25 @@ def find_convnext(state: State) -> Project | None:
         (r"\.(?:gamma|layer_scale_parameter)$", ".layer_scale"),
         HUGGING_FACE_NORM,
     )
+    project = partial(
+        Project,
+        fits=("convnext_",),
+        substitutions=substitutions,
+        ours=r"(features\.[0-7]|norm[0-3])\.",
+        convert=_layer_scale,
+    )
     if has(state, r"stages\.0\.(blocks\.0\.conv_dw|0\.dwconv|0\.depthwise_conv)\."):
-        return Project(
+        return project(
             "ConvNeXt by timm's, mmsegmentation's or its authors' names",
-            ("convnext_",),
-            substitutions,
-            ours=r"(features\.[0-7]|norm[0-3])\.",
             ignored=r"(head|head\.norm|head\.fc|norm)\.\w+$",
-            convert=_layer_scale,
             caveats=(
                 "timm's ConvNeXts of CLIP expect images normalized by CLIP's mean and deviation",
             ),
         )
     if has(state, r"(?:convnext\.)?encoder\.stages\.0\.layers\.0\.dwconv\."):
-        return Project(
+        return project(
             "ConvNeXt by Hugging Face's names",
-            ("convnext_",),
-            substitutions,
-            ours=r"(features\.[0-7]|norm[0-3])\.",
             ignored=r"(convnext\.layernorm|layernorm|classifier)\.\w+$",
-            convert=_layer_scale,
         )
     return None
 

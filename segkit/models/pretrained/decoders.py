@@ -212,6 +212,16 @@ def _two_layers(match: Any) -> str:
     return f"{match[1]}.{int(match[2]) // 2}.{int(match[2]) % 2}."
 
 
+def _aspp(place: str) -> Substitutions:
+    """Return the substitutions of a pyramid with torchvision's names, at ``place`` (a pattern)."""
+    return (
+        (rf"^{place}\.convs\.4\.1\.", "decoder.aspp.average.0."),
+        (rf"^{place}\.convs\.4\.2\.", "decoder.aspp.average.1."),
+        (rf"^{place}\.convs\.", "decoder.aspp.branches."),
+        (rf"^{place}\.project\.", "decoder.aspp.project."),
+    )
+
+
 def find_torchvision(state: State) -> Project | None:
     """Return the decoder of a segmentation model of torchvision."""
     settings = {"backbone.output_stride": 8, "backbone.contract_dilation": True}
@@ -220,10 +230,7 @@ def find_torchvision(state: State) -> Project | None:
             "DeepLabV3 of torchvision",
             ("deeplabv3",),
             (
-                (r"^classifier\.0\.convs\.4\.1\.", "decoder.aspp.average.0."),
-                (r"^classifier\.0\.convs\.4\.2\.", "decoder.aspp.average.1."),
-                (r"^classifier\.0\.convs\.", "decoder.aspp.branches."),
-                (r"^classifier\.0\.project\.", "decoder.aspp.project."),
+                *_aspp(r"classifier\.0"),
                 (r"^classifier\.([12])\.", lambda m: f"decoder.classifier.{int(m[1]) - 1}."),
                 (r"^classifier\.4\.", "decoder.classifier.4."),
                 (r"^aux_classifier\.", "decoder.aux."),
@@ -261,10 +268,7 @@ def find_smp(state: State) -> Project | None:
             "DeepLabV3+ of segmentation_models.pytorch",
             ("deeplabv3plus",),
             (
-                (r"^decoder\.aspp\.0\.convs\.4\.1\.", "decoder.aspp.average.0."),
-                (r"^decoder\.aspp\.0\.convs\.4\.2\.", "decoder.aspp.average.1."),
-                (r"^decoder\.aspp\.0\.convs\.", "decoder.aspp.branches."),
-                (r"^decoder\.aspp\.0\.project\.", "decoder.aspp.project."),
+                *_aspp(r"decoder\.aspp\.0"),
                 (r"^decoder\.aspp\.([12])\.", lambda m: f"decoder.smooth.{int(m[1]) - 1}."),
                 (r"^decoder\.block1\.", "decoder.low."),
                 (r"^decoder\.block2\.", "decoder.fuse."),
