@@ -10,6 +10,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from segkit.models.kernels.fuse import fuse_batch_norm
 from segkit.models.segmenter import build_model
 
+PAIRS = [
+    ("resnet18_half", "upernet"),
+    ("resnet50", "deeplabv3plus"),
+    ("efficientnet_b0", "unetplusplus"),
+    ("mobilenet_v3_small", "unet"),
+    ("se_resnet50", "fcn"),
+    ("hrnet_w18", "ocrnet"),
+    ("regnet_y_400mf", "pspnet"),
+    ("convnext_tiny", "unet3plus"),
+    ("resnet18_half", "stlnet"),
+]
+"""Backbones and decoders that have every kind of convolution with BatchNorm."""
+
 
 def shaken(model: nn.Module) -> nn.Module:
     """Statistics and weights of BatchNorm other than those of a newly initialized layer."""
@@ -33,20 +46,7 @@ def norms(model: nn.Module) -> int:
     return len(called)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "decoder"),
-    [
-        ("resnet18_half", "upernet"),
-        ("resnet50", "deeplabv3plus"),
-        ("efficientnet_b0", "unetplusplus"),
-        ("mobilenet_v3_small", "unet"),
-        ("se_resnet50", "fcn"),
-        ("hrnet_w18", "ocrnet"),
-        ("regnet_y_400mf", "pspnet"),
-        ("convnext_tiny", "unet3plus"),
-        ("resnet18_half", "stlnet"),
-    ],
-)
+@pytest.mark.parametrize(("backbone", "decoder"), PAIRS)
 @torch.no_grad()
 def test_a_fused_model_gives_the_same_logits(backbone: str, decoder: str) -> None:
     model = shaken(build_model(backbone, decoder, num_classes=3))

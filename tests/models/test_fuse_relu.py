@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_fuse import PAIRS as FUSED_PAIRS
 from test_fuse import shaken
 from torch import Tensor, nn
 
@@ -12,15 +13,7 @@ from segkit.models.kernels.fuse_relu import ConvReLU, for_prediction, fuse_relu,
 from segkit.models.segmenter import build_model
 
 PAIRS = [
-    ("resnet18_half", "upernet"),
-    ("resnet50", "deeplabv3plus"),
-    ("efficientnet_b0", "unetplusplus"),
-    ("mobilenet_v3_small", "unet"),
-    ("se_resnet50", "fcn"),
-    ("hrnet_w18", "ocrnet"),
-    ("regnet_y_400mf", "pspnet"),
-    ("convnext_tiny", "unet3plus"),
-    ("resnet18_half", "stlnet"),
+    *FUSED_PAIRS,
     ("swin_v2_t", "upernet"),
     ("unet", "unet3plus"),
     ("resnet50_v1c", "stlnet"),
