@@ -236,8 +236,12 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
     score, best_epoch = state.top[0] if state.top else (None, None)
     seconds = round(time.perf_counter() - started, 1)
     return {
-        **{"miou": score, "epoch": best_epoch, "steps": state.step, "bad_steps": state.bad_steps},
-        **{"seconds": seconds, "shares": clock.shares()},
+        "miou": score,
+        "epoch": best_epoch,
+        "steps": state.step,
+        "bad_steps": state.bad_steps,
+        "seconds": seconds,
+        "shares": clock.shares(),
     }
 
 

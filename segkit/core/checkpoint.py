@@ -359,7 +359,7 @@ def _odd(tensor: Tensor) -> str:
 
 
 _COUNTS = ("fold", "epoch", "step", "bad_in_row", "bad_steps")
-_SHAPES: dict[str, tuple[str, Any]] = {
+_SCHEMAS: dict[str, tuple[str, Any]] = {
     "model": ("a state dict, names to tensors", {str: Tensor}),
     "ema": ("a moving average of weights", ({"model": {str: Tensor}, "updates": int}, None)),
     "config": ("a configuration", {str: Any}),
@@ -376,7 +376,7 @@ _SHAPES: dict[str, tuple[str, Any]] = {
     "pseudo_round": ("a number", (int, None)),
     **dict.fromkeys(_COUNTS, ("a number", int)),
 }
-"""Description and shape of each entry that segkit writes; other entries are ignored."""
+"""Description and schema of each entry that segkit writes; other entries are ignored."""
 
 
 def _is_json(value: Any) -> bool:
@@ -389,9 +389,9 @@ def _is_json(value: Any) -> bool:
 
 def _check_entries(state: Mapping[str, Any], path: Path) -> None:
     """Raise a CheckpointError for an entry of the wrong type."""
-    for name, (kind, shape) in _SHAPES.items():
+    for name, (kind, schema) in _SCHEMAS.items():
         value = state.get(name)
-        fitting = name not in state or matches_schema(value, shape)
+        fitting = name not in state or matches_schema(value, schema)
         if name in ("config", "soup"):
             fitting = fitting and _is_json(value)
         if not fitting or (isinstance(value, int) and value < 0):

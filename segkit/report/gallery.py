@@ -68,7 +68,7 @@ class Gallery:
 
         Shape:
             predicted, truth: (H, W)
-            counts: (C, 3), from :func:`segkit.training.metrics.image_counts`
+            counts: (C, 3), from :func:`segkit.training.metrics.counts_of`
         """
         miou = float(per_image_miou(counts))
         if not self._size or math.isnan(miou):  # NaN: the image has no labelled pixel

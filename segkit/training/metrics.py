@@ -30,9 +30,7 @@ def classes_of(logits: Tensor) -> Tensor:
     """
     if logits.shape[1] > IGNORE:
         raise ValueError(f"expected at most {IGNORE} classes, got {logits.shape[1]}")
-    if logits.shape[1] == 1:
-        return _largest(logits).to(torch.uint8)
-    if not on_cpu(logits):
+    if logits.shape[1] == 1 or not on_cpu(logits):
         return _largest(logits).to(torch.uint8)
     # On the CPU, comparing planes is many times faster than argmax over an axis that is not the
     # last in memory.
