@@ -1,0 +1,43 @@
+"""Label formats of other tools, one file per format, and recognition of them in a folder.
+
+A format is a pair: ``source`` opens its files, and is a source of the configuration's ``data``
+section, such as ``{"name": "labelme", "root": "photos"}``; ``recognize(folder, part)`` returns the
+arguments of ``source`` that read that part of the data set in ``folder``, or ``None`` if the
+folder is not in this format or has no such part. ``part`` is ``"train"``, ``"val"`` or ``"test"``;
+the training part of a folder without divisions is all of it. A recognizer reads names and the
+beginnings of few files, follows no link, writes nothing, and raises no error for a folder of
+another kind.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from segkit.data.source import Source
+
+Part = Literal["train", "val", "test"]
+
+
+class Format(NamedTuple):
+    """A label format: the function that opens it, and the one that recognizes it in a folder."""
+
+    source: Callable[..., Source]
+    recognize: Callable[[Path, Part], dict[str, Any] | None]
+
+
+FORMATS: dict[str, Format] = {}
+"""Formats by the name of their source, the most specific first."""
+
+
+def recognize(folder: Path | str, part: Part = "train") -> dict[str, Any] | None:
+    """Return the component that reads a part of the data set in ``folder``, or ``None``.
+
+    Returns:
+        ``{"name": ..., arguments}`` as in the configuration's ``data`` section, of the first format
+        that recognizes the folder.
+    """
+    for name, label_format in FORMATS.items():
+        arguments = label_format.recognize(Path(folder), part)
+        if arguments is not None:
+            return {"name": name, **arguments}
+    return None
