@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from segkit.augment import Pipeline, Plan, generator
 from segkit.core.distributed import rank, world_size
@@ -226,7 +226,7 @@ def train_batches(
         images,
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=_stack_pairs if images.render else _list_samples,
+        collate_fn=functools.partial(_sendable, _stack_pairs if images.render else _list_samples),
         worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
@@ -284,7 +284,7 @@ class EvalBatches:
             EvalImages(source, labels=labels, skip=left_out is not None),
             batch_sampler=_same_size(self.share, size, batch_size),
             num_workers=workers,
-            collate_fn=functools.partial(_stack_eval, pad=pad or 1),
+            collate_fn=functools.partial(_sendable, functools.partial(_stack_eval, pad=pad or 1)),
             worker_init_fn=_start_worker,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -368,6 +368,29 @@ def _kill_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the kills
     for worker in _workers:
         worker.kill()
+
+
+def _sendable(collate: Callable[[list], Any], samples: list) -> Any:
+    """Return a batch; in a worker, move its tensors to shared memory.
+
+    PyTorch would do so in the thread that sends the batch, where an error, such as a full /dev/shm,
+    loses the batch: the main process would wait for it forever.
+    """
+    batch = collate(samples)
+    if get_worker_info() is None or isinstance(batch, DataError):
+        return batch
+    groups = (batch.images, batch.masks) if isinstance(batch, EvalBatch) else batch
+    try:
+        for group in groups:
+            for tensor in group if isinstance(group, tuple) else (group,):
+                if isinstance(tensor, Tensor):
+                    tensor.share_memory_()
+    except RuntimeError as error:
+        return DataError(
+            f"a batch does not fit in shared memory ({error}); lower data.workers or "
+            "train.batch_size, or give the process more shared memory (/dev/shm)"
+        )
+    return batch
 
 
 def _list_samples(samples: list[Sample | DataError]) -> list[tuple] | DataError:

@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import resource
 import subprocess
 import sys
 import weakref
@@ -154,6 +155,24 @@ def test_batches_that_cannot_be_are_named() -> None:
 def test_a_broken_image_is_one_sentence(workers: int) -> None:
     with pytest.raises(DataError, match=r"^5\.png is broken$"):
         batches(workers=workers, broken=5)
+
+
+class SmallSharedMemory(Noise):
+    """In a worker, shared memory takes only tiny tensors."""
+
+    def image(self, i: int) -> Tensor:
+        if multiprocessing.parent_process() is not None:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        return super().image(i)
+
+
+@pytest.mark.parametrize("render", [True, False])
+def test_too_little_shared_memory_is_one_sentence(render: bool) -> None:
+    with pytest.raises(DataError, match=r"shared memory .*; lower data\.workers"):
+        batches(workers=1, source=SmallSharedMemory(), render=render)
+    with pytest.raises(DataError, match=r"shared memory .*; lower data\.workers"):
+        list(EvalBatches(SmallSharedMemory(), range(3), labels=True, workers=1))
 
 
 def test_a_broken_image_is_in_no_cycle() -> None:
