@@ -5,6 +5,7 @@ from segkit.core import __version__
 from segkit.core.config import Config
 from segkit.core.errors import CheckpointError, ConfigError, DataError, SegkitError
 from segkit.inference import soup
+from segkit.inference.label_errors import label_quality, rank_labels
 from segkit.inference.model_file import load, save
 from segkit.inference.outputs import overlay
 from segkit.inference.prediction import Prediction
@@ -44,6 +45,7 @@ __all__ = [
     "build_optimizer",
     "confusion_matrix",
     "create_model",
+    "label_quality",
     "list_augmentations",
     "list_backbones",
     "list_decoders",
@@ -52,6 +54,7 @@ __all__ = [
     "load_model",
     "overlay",
     "parse_views",
+    "rank_labels",
     "save",
     "scores",
     "soup",

@@ -17,8 +17,13 @@ CROPS, CROP_SIDE = 400, 112  # example objects of all classes together, and thei
 MAX_SHOWN, SHOWN_SIDE = 24, 176  # pictures of a kind of finding, and their longer side
 
 
-def data_page(cfg: Config, parts: Sequence[Part], findings: Findings, *, title: str) -> str:
-    """Return the page of a data set, of which the first part is labelled, and is trained on."""
+def data_page(
+    cfg: Config, parts: Sequence[Part], findings: Findings, *, title: str, contradicted: str = ""
+) -> str:
+    """Return the page of a data set, of which the first part is labelled, and is trained on.
+
+    ``contradicted`` is the section of labels that a run's models contradict, as HTML.
+    """
     train, colors = parts[0], PALETTES[cfg.infer.palette]
     labels = html.class_labels(train.source.classes, colors)
     separated = sum(map(findings.separated, findings.pairs))
@@ -33,6 +38,7 @@ def data_page(cfg: Config, parts: Sequence[Part], findings: Findings, *, title: 
     sections = {
         "Classes": f'<div class="beside">{_classes(train, labels)}{_together(train)}</div>',
         "Examples": _examples(train, labels, colors),
+        "Contradicted labels": contradicted,
         "Suspicious labels": _suspects(train, findings, colors),
         "Near-duplicates": _pairs(parts, findings),
         "Colors": _colors(train.histogram),

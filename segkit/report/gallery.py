@@ -75,7 +75,7 @@ class Gallery:
             return
         low = len(self._worst) < self._size or miou < self._worst[-1].miou
         if low or index in self._evenly:
-            name, masks = self._source.names[index], (_small(truth), _small(predicted))
+            name, masks = self._source.names[index], (small_mask(truth), small_mask(predicted))
             kept = self._spread if index in self._evenly else self._worst
             kept.append(Picture(index, name, miou, counts, *masks))
             self._worst = sorted(self._worst, key=_order)[: self._size]
@@ -144,7 +144,7 @@ def record(
     return ((picture.name, gallery.sheet(picture, colors)) for picture in pictures[:MAX_SHEETS])
 
 
-def _small(mask: Tensor) -> np.ndarray:
+def small_mask(mask: Tensor) -> np.ndarray:
     """Return a mask of at most :data:`SIDE` rows and columns, sampled without interpolation."""
     scale = min(1.0, SIDE / max(mask.shape))
     size = [max(1, round(side * scale)) for side in mask.shape]

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from segkit.core.config import Config
 from segkit.core.distributed import Progress
+from segkit.data.areas import Box, Instance, connected_areas
 from segkit.data.coco import CocoSource, Region, encode
 from segkit.data.folds import make_folds, read_groups
 from segkit.data.source import IGNORE, Source, background
@@ -33,18 +34,6 @@ KINDS = {
     "unlabelled": "Nothing is labelled",
 }
 """Kinds of suspicious labels."""
-
-Box = tuple[int, int, int, int]
-"""Left, top, right and bottom in pixels; right and bottom are exclusive."""
-
-
-class Instance(NamedTuple):
-    """An object; if labels are masks, a connected area of one class."""
-
-    class_index: int
-    area: int
-    box: Box
-    annotation: int | None = None
 
 
 class Suspect(NamedTuple):
@@ -167,37 +156,6 @@ def _duplicated(
         other = f"annotation {second.annotation}, {classes[second.class_index]}"
         reason = f"lies where {other}, does (IoU {overlap[a, b]:.2f})"
         yield Suspect(kind, reason, first.box, first.annotation)
-
-
-def connected_areas(mask: np.ndarray) -> list[Instance]:
-    """Return the 4-connected areas of each class; ignored pixels belong to none."""
-    starts = np.ones(mask.shape, bool)  # of runs: equal values side by side
-    starts[:, 1:] = mask[:, 1:] != mask[:, :-1]
-    run = starts.cumsum().reshape(mask.shape) - 1
-    first = np.flatnonzero(starts)
-    below = mask[1:] == mask[:-1]
-    pairs = np.unique(run[:-1][below] * len(first) + run[1:][below])
-    upper, lower = np.divmod(pairs, len(first))
-    label = np.arange(len(first))  # of each run: in the end, the first run of its area
-    while (label[upper] != label[lower]).any():
-        a, b = label[upper], label[lower]
-        np.minimum.at(label, a, b)
-        np.minimum.at(label, b, a)
-        while (label != label[label]).any():
-            label = label[label]
-    order = np.argsort(label, kind="stable")
-    roots, area_starts = np.unique(label[order], return_index=True)
-
-    def over_areas(function: np.ufunc, values: np.ndarray) -> list[int]:
-        return function.reduceat(values[order], area_starts).tolist()
-
-    row, column = np.divmod(first, mask.shape[1])
-    length = np.diff(first, append=mask.size)
-    low = over_areas(np.minimum, column), over_areas(np.minimum, row)
-    high = over_areas(np.maximum, column + length), over_areas(np.maximum, row + 1)
-    values = mask.ravel()[first[roots]].tolist()
-    areas = zip(values, over_areas(np.add, length), zip(*low, *high, strict=True), strict=True)
-    return [Instance(value, area, box) for value, area, box in areas if value != IGNORE]
 
 
 class Findings(NamedTuple):
