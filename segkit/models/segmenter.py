@@ -20,6 +20,7 @@ from segkit.models.pretrained import Report, load_file
 from segkit.models.pretrained.loading import fit, identify
 from segkit.models.pretrained.published import locate
 from segkit.models.pretrained.reading import read_file
+from segkit.models.queries import QUERY_OUTPUTS
 
 
 class Segmenter(nn.Module):
@@ -28,14 +29,16 @@ class Segmenter(nn.Module):
     Args:
         backbone: Maps an image to a list of feature maps, shallow to deep. Its optional
             attribute ``output_modules`` names, for each map, the module that is used only for it.
-        decoder: Maps feature maps to a dict of logits: ``out``, and ``aux*`` in training. Its
-            optional attribute ``used_levels`` lists the feature maps it uses; ``align_corners``
-            says how its logits are resized.
+        decoder: Maps feature maps to a dict of logits: ``out``, and in training ``aux*`` or, of a
+            mask transformer, :data:`segkit.models.queries.QUERY_OUTPUTS`. Its optional attribute
+            ``used_levels`` lists the feature maps it uses; ``align_corners`` says how its logits
+            are resized.
         freeze_batch_norm: Do not change the backbone's BatchNorm, neither statistics nor weights.
 
     Shape:
         image: (B, C, H, W), normalized
-        logits: (B, num_classes, H, W), or (B, num_classes) for logits of the whole image
+        logits: (B, num_classes, H, W), or (B, num_classes) for logits of the whole image; the
+            outputs of queries keep their size
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Segmenter(nn.Module):
         outputs = self.decoder(self.backbone(image))
         return {
             name: resize(logits, size, align_corners=self.align_corners)
-            if logits.ndim == 4
+            if logits.ndim == 4 and name not in QUERY_OUTPUTS
             else logits
             for name, logits in outputs.items()
         }

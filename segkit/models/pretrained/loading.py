@@ -21,6 +21,7 @@ from segkit.models.pretrained import swin
 from segkit.models.pretrained.names import State
 from segkit.models.pretrained.reading import read_file
 from segkit.models.pretrained.recognition import Weights, recognize, recorded_settings
+from segkit.models.queries import QueryClassifier
 
 AUXILIARY = ("aux", "aux_classifier", "heads", "presence")
 """Modules of decoders that are used in training; a file or a model may be without them."""
@@ -299,7 +300,8 @@ def _fit_decoder(
     if weights.decoder is None:
         return {}, dict.fromkeys(own, weights.reason), weights.reason
     modules = decoder.named_modules()
-    heads = {f"decoder.{name}" for name, module in modules if isinstance(module, Classifier)}
+    classifiers = Classifier, QueryClassifier
+    heads = {f"decoder.{name}" for name, module in modules if isinstance(module, classifiers)}
     entries: dict[str, Tensor] = {}
     left: dict[str, str] = {}
     wrong = [f"'{name}' is more" for name in theirs if name not in own and not _auxiliary(name)]
