@@ -27,6 +27,9 @@ from segkit.data.photos import PhotoSource
 from segkit.inference import soup
 from segkit.inference.predictor import Predictor
 from segkit.inference.results import Results
+from segkit.inference.run_soups import _parts_of
+from segkit.inference.trained_run import TrainedRun
+from segkit.models.segmenter import Segmenter, build_model, create_model
 from segkit.train import main as train
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +87,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 PLAIN = ["fold0", "fold1", "greedy soup", "uniform soup", "learned soup"]
+PLAIN += ["stock soup", "pruned soup", "partwise soup"]
 PLAIN += ["soft vote", "hard vote", "weighted vote"]
 
 
@@ -167,6 +171,74 @@ def test_a_soup_records_its_recipe(home: Path, compared: tuple[list[dict[str, An
     soups = {row["name"]: row["soups"] for row in compared[0]}
     assert soups["fold0"] == []
     assert soups["greedy soup"] == [recipe]
+
+
+def test_all_folds_start_from_the_same_weights_decoder_included(home: Path) -> None:
+    """What docs/combining.md promises, and the anchor of a stock soup."""
+    anchor = TrainedRun(Run.open("a")).initial_weights()
+    for fold in (0, 1):
+        state = checkpoint.load(home / f"runs/a/fold{fold}/best.pt")
+        assert state["init"] == checkpoint.digest_tensors(anchor)
+        moved = [
+            key for key, value in state["model"].items() if not torch.equal(value, anchor[key])
+        ]
+        assert any(key.startswith("decoder.") for key in moved)
+
+
+def test_a_stock_soup_lies_between_the_start_and_the_mean(
+    home: Path, compared: tuple[list[dict[str, Any]], str]
+) -> None:
+    made, mean = (
+        checkpoint.load(home / f"all/{kind}-soup-of-a.pt") for kind in ("stock", "uniform")
+    )
+    anchor = TrainedRun(Run.open("a")).initial_weights()
+    assert made["soup"]["anchor"] == made["init"]
+    assert 0 < made["soup"]["ratio"] < 1
+    for key, value in made["model"].items():
+        if value.is_floating_point() and "running" not in key:
+            low, high = (
+                torch.minimum(anchor[key], mean["model"][key]),
+                torch.maximum(anchor[key], mean["model"][key]),
+            )
+            rounding = 1e-5 * high.abs().max()
+            assert (value >= low - rounding).all()
+            assert (value <= high + rounding).all()
+
+
+def test_a_run_with_another_start_has_no_stock_soup(
+    home: Path, compared: tuple[list[dict[str, Any]], str]
+) -> None:
+    other = home / "runs/seeded"
+    shutil.copytree(home / "runs/a", other)
+    settings = read(other / "config.json")
+    settings["train"]["seed"] = 5
+    (other / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(SegkitError, match=r"fold0.best\.pt: did not start from the weights"):
+        run("--run-dir", "seeded", "--soup", "stock", "--brief", "--out", "seeded")
+
+
+def test_parts_are_the_stages_and_the_decoder(
+    home: Path, compared: tuple[list[dict[str, Any]], str]
+) -> None:
+    state = checkpoint.load(home / "all/partwise-soup-of-a.pt")
+    assert [*state["soup"]["parts"]] == [*(f"stage {i}" for i in range(5)), "decoder"]
+    modules = [f"{module}." for part in _parts_of(load_model_of(state)).values() for module in part]
+    for key in state["model"]:
+        assert sum(key.startswith(module) for module in modules) == 1, key
+
+
+def load_model_of(state: dict[str, Any]) -> Segmenter:
+    model = state["config"]["model"]
+    return build_model(model["backbone"], model["decoder"], num_classes=len(state["classes"]))
+
+
+@pytest.mark.parametrize("backbone", ["swin_t", "hrnet_w18", "mobilenet_v2", "convnext_tiny"])
+def test_every_entry_is_in_one_part(backbone: str) -> None:
+    with torch.device("meta"):
+        model = create_model("fcn", backbone, num_classes=2)
+    modules = [f"{module}." for part in _parts_of(model).values() for module in part]
+    for key in model.state_dict():
+        assert sum(key.startswith(module) for module in modules) == 1, key
 
 
 def test_a_soup_is_made_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,19 @@
 """A candidate: checkpoints, views and vote used together to predict."""
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from segkit.core import checkpoint
+from segkit.core.errors import SegkitError
 from segkit.inference.trained_run import TrainedRun, common_selection
 from segkit.inference.tta import View
 
 VOTES = ("soft", "hard", "weighted")
-SOUPS = ("greedy", "uniform", "learned")
+SOUPS = ("greedy", "uniform", "learned", "stock", "pruned", "partwise")
+WITHOUT_SELECTION = ("uniform", "stock")
+"""Kinds of soup that choose nothing, so that they need no selection set."""
 VIEWED = ", views"
 
 SoupOf = Callable[[TrainedRun, str], Path]
@@ -89,7 +93,7 @@ def comparison_candidates(
         voters += folds
         alone += [Candidate(f"{prefix}{path.parent.name}", (path,)) for path in folds]
         for kind in kinds if len(folds) > 1 else ():
-            if kind == "uniform" or common_selection([run]) is not None:
+            if _can_make(run, kind):
                 mixed.append(Candidate(f"{prefix}{kind} soup", (soup_of(run, kind),)))
     if len(voters) > 1:
         paths = best_first(voters)
@@ -103,6 +107,17 @@ def comparison_candidates(
         if final.views and (views_for_all or not candidate.name.endswith("uniform soup"))
     ]
     return [each for each in (*alone, *mixed, *viewed) if each.cache_key != final.cache_key]
+
+
+def _can_make(run: TrainedRun, kind: str) -> bool:
+    """Return whether a run has what a kind of soup needs; warn if its start is not known."""
+    if kind == "stock":
+        try:
+            run.initial_weights()
+        except SegkitError as error:
+            warnings.warn(f"no stock soup is compared: {error}", stacklevel=3)
+            return False
+    return kind in WITHOUT_SELECTION or common_selection([run]) is not None
 
 
 def possible_votes(paths: Sequence[Path], votes: Sequence[str]) -> list[str]:

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from segkit.core import __version__, checkpoint, config, distributed
 from segkit.core.errors import ArgumentError, CheckpointError
 from segkit.inference import soup
-from segkit.inference.candidates import Candidate
+from segkit.inference.candidates import WITHOUT_SELECTION, Candidate
 from segkit.inference.scoring import Scorer, mean_iou
 from segkit.inference.trained_run import Images, TrainedRun
 from segkit.models.kernels.fuse_relu import for_prediction
@@ -41,7 +43,7 @@ class RunSoups:
 
         Args:
             run: Its best checkpoints are the ingredients.
-            kind: ``"greedy"``, ``"uniform"`` or ``"learned"``.
+            kind: One of :data:`segkit.inference.candidates.SOUPS`.
 
         Raises:
             ArgumentError: The kind needs a selection set and the run has none.
@@ -53,13 +55,13 @@ class RunSoups:
             return paths[0]
         selection, leaked = run.selection(), 0
         if selection is not None:
-            allow_leak = self._allow_leak or kind == "uniform"  # which chooses nothing
+            allow_leak = self._allow_leak or kind in WITHOUT_SELECTION
             leaked = soup.check_selection(paths, selection.digests(), allow_leak=allow_leak)
-        elif kind != "uniform":
+        elif kind not in WITHOUT_SELECTION:
             raise ArgumentError(
                 f"{run.folder}: held no selection set out, which a {kind} soup needs",
                 "train with data.selection above 0",
-                kind=["uniform"],
+                kind=[*WITHOUT_SELECTION],
             )
         path = self._folder / f"{kind}-soup-of-{run.folder.name}.pt"
         digests = [self._scorer.predictor.digest(ingredient) for ingredient in paths]
@@ -98,9 +100,13 @@ class RunSoups:
             barriers = self._barriers[run.folder]
         if kind == "uniform":
             mixed = soup.uniform(paths)
+        elif kind == "stock":
+            mixed = soup.stock(paths, run.initial_weights())
+        elif kind == "partwise":
+            parts = _parts_of(evaluator.model)
+            mixed = soup.partwise(paths, evaluator.counts, parts=parts, scores=ingredient_scores)
         else:
-            search = soup.greedy if kind == "greedy" else soup.learned
-            mixed = search(paths, evaluator.score, scores=ingredient_scores)
+            mixed = getattr(soup, kind)(paths, evaluator.score, scores=ingredient_scores)
         if len(mixed.members) > 1:
             evaluator.load(mixed.weights)
             mixed = replace(mixed, weights=evaluator.model.state_dict())
@@ -134,6 +140,11 @@ class _MixtureEvaluator:
         self.load(weights)
         return mean_iou(self.evaluate())
 
+    def counts(self, weights: soup.State) -> Tensor:
+        """Return the pixel counts of weights on each image of the selection set."""
+        self.load(weights)
+        return self.evaluate().counts
+
     def evaluate(self) -> Evaluation:
         """Return the counts of the model on the selection set."""
         assert self._selection is not None
@@ -142,6 +153,15 @@ class _MixtureEvaluator:
         predictions = self._scorer.predictor.predictions
         masks = predictions(self._predictor.mask, self._selection, labels=True)
         return self._scorer.count(masks, self._selection)
+
+
+def _parts_of(model: nn.Module) -> dict[str, list[str]]:
+    """Return the modules of a model's parts: the stages of its backbone, and its decoder."""
+    stages = getattr(model.get_submodule("backbone"), "stages", None)
+    if stages is None:
+        return {"backbone": ["backbone"], "decoder": ["decoder"]}
+    named = enumerate([f"backbone.{module}" for module in stage] for stage in stages)
+    return {**{f"stage {i}": modules for i, modules in named}, "decoder": ["decoder"]}
 
 
 def _origin_of(path: Path) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from segkit.augment.pipeline import build_pipeline
-from segkit.core import config, distributed
+from segkit.core import checkpoint, config, distributed
 from segkit.core.config import Config
 from segkit.core.errors import SegkitError
 from segkit.core.run import Run
@@ -18,6 +18,7 @@ from segkit.data import open_source
 from segkit.data.folds import Split
 from segkit.data.loader import TrainImages, TrainOrder, digests, train_batches
 from segkit.data.source import Source, positions
+from segkit.models.segmenter import build_model
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,32 @@ class TrainedRun:
         if not paths:
             raise SegkitError(f"{self.folder}: has no best.pt in any fold yet; let it train on")
         return paths
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Return the weights that every fold started from, made again from the configuration.
+
+        All folds start from the same ones: ``train.seed`` and ``model.weights`` determine them. The
+        digest in each checkpoint (``init``) proves it.
+
+        Raises:
+            SegkitError: A fold started from others, or ``model.weights`` is not there any more.
+        """
+        cfg, paths = self.config, self.best_checkpoints()
+        model = build_model(
+            cfg.model.backbone,
+            cfg.model.decoder,
+            num_classes=len(checkpoint.entries(paths[0])["classes"]),
+            weights=cfg.model.weights,
+            seed=cfg.train.seed,
+        )
+        made = checkpoint.digest_tensors(model.state_dict())
+        for path in paths:
+            if checkpoint.entries(path).get("init") != made:
+                raise SegkitError(
+                    f"{path}: did not start from the weights that its configuration makes here, "
+                    "which are the anchor of a stock soup; use another kind of soup"
+                )
+        return model.state_dict()
 
     def selection(self) -> Images | None:
         """Return the run's selection set, or its fixed validation images."""

@@ -5,7 +5,7 @@ import math
 import struct
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segkit.core import checkpoint, distributed
 from segkit.core.errors import CheckpointError
-from segkit.inference import soup
+from segkit.inference import mixture, soup
 
 State = dict[str, Tensor]
 
@@ -160,6 +160,172 @@ def test_learned_stops_when_a_round_changes_nothing(tmp_path: Path) -> None:
     made = soup.learned(paths, _near(5), rounds=50)
     assert made.members == [str(paths[0])]
     assert len(made.recipe["steps"]) == 3
+
+
+def _vectors(*values: list[float]) -> list[State]:
+    return [{"weight": torch.tensor(value, dtype=torch.float64)} for value in values]
+
+
+def test_stock_of_two_by_hand() -> None:
+    """Differences of length 2 and 4 with an angle of 60 degrees: 2/3 of the way to their mean."""
+    root = math.sqrt(3)
+    anchor, *states = _vectors([10, -20], [12, -20], [12, 2 * root - 20])
+    made = soup.stock(states, anchor)
+    expected = [10 + 2 / 3 * 2, -20 + 2 / 3 * root]
+    assert made.weights["weight"].tolist() == pytest.approx(expected)
+    assert made.recipe["ratio"] == pytest.approx(2 / 3)
+    assert made.recipe["anchor"] == checkpoint.digest_tensors(anchor)
+    assert [entry["weight"] for entry in made.recipe["ingredients"]] == [0.5, 0.5]
+
+
+def test_stock_of_three_by_hand() -> None:
+    """Three differences with 60 degrees between any two: 3 * 0.5 / (1 + 2 * 0.5) = 3/4."""
+    anchor, *states = _vectors([0, 0, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1])
+    made = soup.stock(states, anchor)
+    assert made.weights["weight"].tolist() == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_stock_has_a_ratio_for_each_tensor() -> None:
+    anchor = {name: torch.ones(2) for name in ("same", "apart", "opposite", "frozen", "half")}
+    moves = {"same": (1, 1), "apart": (1, 0), "opposite": (1, -1), "frozen": (0, 0), "half": (0, 2)}
+    states: list[State] = [{}, {}]
+    for name, (first, second) in moves.items():
+        states[0][name] = 1 + torch.tensor([float(first), 0.0])
+        states[1][name] = 1 + torch.tensor([float(second), float(name == "apart")])
+    made = soup.stock([{**state, "count": torch.tensor([7])} for state in states],
+                      {**anchor, "count": torch.tensor([0])})  # fmt: skip
+    values = {name: value.tolist() for name, value in made.weights.items()}
+    assert values == {
+        "same": [2, 1],
+        "apart": [1, 1],  # 90 degrees: the anchor
+        "opposite": [1, 1],
+        "frozen": [1, 1],
+        "half": [2, 1],  # a single difference has no angle: the mean
+        "count": [7],
+    }
+
+
+def test_stock_of_equal_models_gives_the_same_bits() -> None:
+    assert _bits(soup.stock([_awkward(0)] * 3, _awkward(0)).weights) == _bits(_awkward(0))
+
+
+def test_stock_reads_the_anchor_from_a_file_and_needs_two(tmp_path: Path) -> None:
+    paths = _points(tmp_path, 2, 4, 0)
+    assert soup.stock(paths[:2], paths[2]).weights["weight"].item() == 3
+    with pytest.raises(CheckpointError, match="at least two checkpoints"):
+        soup.stock(paths[:1], paths[2])
+    with pytest.raises(CheckpointError, match="anchor: is another architecture"):
+        soup.stock(paths[:2], {"weight": torch.zeros(3)})
+
+
+def test_pruned_by_hand(tmp_path: Path) -> None:
+    # All: 8 -> -3. Without 20: 4 -> -1; without 1, too: 5.5 -> -0.5; 4 and 7 alone are worse.
+    paths = _points(tmp_path, 20, 1, 7, 4)
+    made = soup.pruned(paths, _near(5))
+    assert made.weights["weight"].item() == 5.5
+    assert made.members == [str(paths[2]), str(paths[3])]
+    assert made.recipe["score"] == -0.5
+    steps = [
+        (Path(entry["file"]).stem, entry["score"], entry["kept"]) for entry in made.recipe["steps"]
+    ]
+    assert steps[:2] == [("0", -1, True), ("1", -0.5, True)]
+    assert steps[2:] == [("2", -1, False), ("3", -2, False)] * 2
+
+
+def test_pruned_removes_a_diverged_ingredient_without_trace(tmp_path: Path) -> None:
+    paths = _points(tmp_path, 4, math.nan, 6)
+    made = soup.pruned(paths, _near(5))
+    assert made.weights["weight"].item() == 5
+    assert made.recipe["refused"] == [str(paths[1])]
+
+
+def test_pruned_keeps_one_at_least_and_all_that_do_not_hurt(tmp_path: Path) -> None:
+    paths = _points(tmp_path, 1, 2, 3)
+    assert len(soup.pruned(paths, lambda state: 0.5).members) == 3
+    assert soup.pruned(paths, lambda state: float(state["weight"])).members == [str(paths[2])]
+
+
+def _images_counts(right: list[float]) -> Tensor:
+    """Counts of images of 200 pixels, half of them of each class, with this many correct ones."""
+    correct = torch.tensor(right).round().long()
+    half = torch.full_like(correct, 100)
+    return torch.stack([torch.stack([correct, half, half], 1)] * 2, 1)
+
+
+_NOISE = [(-9.0, 8.0, 2.0)[i % 3] for i in range(30)]
+"""The effect of a useless part on each image: it cancels out, except for 1/3 of a pixel."""
+
+
+def _planted(state: State) -> Tensor:
+    """Counts for which a decoder near 1 and a stage near 0 are right; the neck has no effect."""
+    stage, neck, decoder = (float(state[f"{part}.weight"]) for part in ("stage", "neck", "decoder"))
+    return _images_counts([20 + 40 * decoder + 30 * (1 - stage) + neck * x for x in _NOISE])
+
+
+_PARTS = {"stage": ["stage"], "neck": ["neck"], "decoder": ["decoder"]}
+
+
+def _constant(value: float, parts: Iterable[str] = _PARTS) -> State:
+    return {f"{part}.weight": torch.tensor([float(value)]) for part in parts}
+
+
+def test_partwise_mends_one_part_and_leaves_a_useless_one() -> None:
+    made = soup.partwise([_constant(0), _constant(1)], _planted, parts=_PARTS)
+    assert {key: value.item() for key, value in made.weights.items()} == {
+        "stage.weight": 0.5,  # half of the ingredient whose stage is better
+        "neck.weight": 1,
+        "decoder.weight": 1,
+    }
+    assert made.recipe["parts"] == {"stage": [0.5, 0.5], "neck": [0, 1], "decoder": [0, 1]}
+    assert [entry["weight"] for entry in made.recipe["ingredients"]] == [0.5 / 3, 2.5 / 3]
+    trials = {
+        (entry["part"], entry["file"]): entry
+        for entry in made.recipe["steps"]
+        if "part" in entry
+    }  # fmt: skip
+    assert len(trials) == 6
+    assert [key for key, entry in trials.items() if entry["kept"]] == [("stage", "ingredients[0]")]
+
+
+def test_partwise_keeps_no_gain_within_noise() -> None:
+    better = {**_constant(1), "neck.weight": torch.tensor([3.0])}
+    made = soup.partwise([_constant(1), better], _planted, parts=_PARTS, scores=[1.0, 0.0])
+    (trial,) = [
+        entry
+        for entry in made.recipe["steps"]
+        if entry.get("part") == "neck" and entry["file"] == "ingredients[1]"
+    ]
+    alone = float(_miou(_planted(_constant(1))))
+    assert trial["score"] > alone  # better, but on few images
+    assert not trial["kept"]
+    assert made.weights["neck.weight"].item() == 1
+
+
+def _miou(counts: Tensor) -> Tensor:
+    right, true, predicted = counts.sum(0).double().unbind(-1)
+    return (right / (true + predicted - right)).mean()
+
+
+def test_partwise_begins_as_the_greedy_soup_and_ignores_a_diverged_one() -> None:
+    states = [_constant(1), {**_constant(1), "stage.weight": torch.tensor([-1.0])}]
+    diverged = _constant(math.nan)
+
+    def counts(state: State) -> Tensor:
+        known = all(value.isfinite() for value in state.values())
+        return _planted(state) if known else _images_counts([0] * len(_NOISE))
+
+    made = soup.partwise([*states, diverged], counts, parts={"decoder": ["decoder"]})
+    assert made.weights["stage.weight"].item() == -1
+    assert all(value.isfinite() for value in made.weights.values())
+    assert made.recipe["ingredients"][2]["weight"] == 0
+
+
+def test_a_part_is_a_module_and_not_the_start_of_a_name() -> None:
+    parts = ("stage", "stage1", "neck", "decoder")
+    states = [_constant(0, parts), _constant(1, parts)]
+    made = soup.partwise(states, _planted, parts={"stage": ["stage"]})
+    assert made.weights["stage.weight"].item() == 0.5
+    assert made.weights["stage1.weight"].item() == 1
 
 
 def test_barrier_by_hand() -> None:
@@ -505,12 +671,12 @@ def test_the_norm_of_a_soup_is_wrong_until_it_is_reestimated(tmp_path: Path) -> 
     assert model(images).std() > 0.9
 
 
-@pytest.mark.parametrize("kind", ["greedy", "learned"])
+@pytest.mark.parametrize("kind", ["greedy", "learned", "pruned", "partwise", "stock"])
 def test_two_sets_of_weights_at_most(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = _points(tmp_path, 0, 1, 2, 3, 4, 5)
-    read, made, alive = soup._weights, [], []
+    read, made, alive = mixture.read_weights, [], []
 
     def tracked(path: Path) -> State:
         state = read(path)
@@ -518,8 +684,16 @@ def test_two_sets_of_weights_at_most(
         alive.append(sum(reference() is not None for reference in made))
         return state
 
-    monkeypatch.setattr(soup, "_weights", tracked)
-    getattr(soup, kind)(paths, lambda state: float(len(made) % 3), scores=[0.0] * 6)
+    for module in (mixture, soup):
+        monkeypatch.setattr(module, "read_weights", tracked)
+    if kind == "stock":
+        soup.stock(paths[1:], paths[0])
+    elif kind == "partwise":
+        gains = _images_counts([float(len(made) % 3) for _ in range(9)])
+        parts = {"all": ["weight"], "none": ["decoder"]}
+        soup.partwise(paths, lambda state: gains, parts=parts, scores=[0.0] * 6, shares=(0.5, 0.1))
+    else:
+        getattr(soup, kind)(paths, lambda state: float(len(made) % 3), scores=[0.0] * 6)
     assert len(made) >= 6
     assert max(alive) == 2
 

@@ -38,6 +38,11 @@ class HRNet(nn.Module):
 
     strides = (4, 8, 16, 32)
     output_modules = tuple(f"stage4.2.fuse_layers.{branch}" for branch in range(4))
+    stages = (
+        ("conv1", "bn1", "conv2", "bn2"),
+        ("layer1",),
+        *((f"transition{i}", f"stage{i + 1}") for i in (1, 2, 3)),
+    )
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class Swin(nn.Module):
     strides = (4, 8, 16, 32)
     output_modules = ("norm0", "norm1", "norm2", "norm3")
     """Names of the norms, which a pretrained classifier does not have."""
+    stages = tuple((f"features.{2 * i}", f"features.{2 * i + 1}", f"norm{i}") for i in range(4))
 
     def __init__(
         self,
