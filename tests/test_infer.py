@@ -174,7 +174,7 @@ def test_a_soup_records_its_recipe(home: Path, compared: tuple[list[dict[str, An
 
 
 def test_all_folds_start_from_the_same_weights_decoder_included(home: Path) -> None:
-    """What docs/combining.md promises, and the anchor of a stock soup."""
+    """The promise of docs/combining.md; this start is the anchor of a stock soup."""
     anchor = TrainedRun(Run.open("a")).initial_weights()
     for fold in (0, 1):
         state = checkpoint.load(home / f"runs/a/fold{fold}/best.pt")
