@@ -257,6 +257,42 @@ def resize(
     return F.interpolate(x, size=tuple(size), mode=mode, align_corners=corners)
 
 
+def sample_points(x: Tensor, points: Tensor) -> Tensor:
+    """Return maps at points, by bilinear interpolation, and 0 outside.
+
+    Uses indexing instead of ``F.grid_sample`` with deterministic algorithms, as the gradient of the
+    latter on CUDA is not deterministic.
+
+    Args:
+        x: (N, C, h, w)
+        points: (N, P, 2): the column and the row, from 0 to 1 between the outer edges.
+
+    Returns:
+        (N, C, P), computed in at least float32.
+    """
+    with full_precision(x, points) as (wide, at):
+        at = at.to(wide)
+        if torch.are_deterministic_algorithms_enabled():
+            return _by_indexing(wide, at).to(x.dtype)
+        sampled = F.grid_sample(wide, 2 * at[:, :, None] - 1, align_corners=False)
+        return sampled.squeeze(3).to(x.dtype)
+
+
+def _by_indexing(x: Tensor, points: Tensor) -> Tensor:
+    height, width = x.shape[-2:]
+    at = points * points.new_tensor((width, height)) - 0.5
+    first = at.floor()
+    pixels, image = x.flatten(2).mT, torch.arange(len(x), device=x.device)[:, None]
+    result = torch.zeros_like(pixels[:, :1])
+    for corner in (0, 0), (0, 1), (1, 0), (1, 1):
+        column, row = (first + first.new_tensor(corner)).unbind(2)
+        share = (1 - (at - first - first.new_tensor(corner)).abs()).prod(2)
+        share = share * ((column >= 0) & (column < width) & (row >= 0) & (row < height))
+        index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+        result = result + pixels[image, index.long()] * share[..., None]
+    return result.mT
+
+
 def average_pool(x: Tensor, bins: int) -> Tensor:
     """Return the averages of a map over a grid of ``bins`` x ``bins`` parts: (B, C, bins, bins).
 

@@ -23,6 +23,8 @@ from segkit.core.config import Component, build, check_bounds, matching
 from segkit.core.distributed import sum_over_ranks
 from segkit.core.errors import ConfigError
 from segkit.core.labels import IGNORE, check_labels
+from segkit.models.queries import QUERY_OUTPUTS
+from segkit.training.mask_classification import MaskClassification
 from segkit.training.pixels import (
     Pixels,
     SigmoidFocalSums,
@@ -400,8 +402,9 @@ class Presence(nn.Module):
 class Criterion(nn.Module):
     """Weighted sum of losses over the outputs of a decoder.
 
-    Map outputs (4-D) are scored by every map loss, presence outputs (2-D) by :class:`Presence`: the
-    configured term, or one with default arguments.
+    Map outputs (4-D) are scored by every map loss, presence outputs (2-D) by :class:`Presence`, and
+    the queries of mask transformers by :class:`MaskClassification`: the configured term, or one
+    with default arguments.
 
     Args:
         terms: (name, weight, loss) of each term; names are keys of the returned dict.
@@ -417,11 +420,14 @@ class Criterion(nn.Module):
         super().__init__()
         if len({name for name, _, _ in terms}) < len(terms):
             raise ConfigError("loss.terms: two terms have the same name; remove one of them")
-        self.weights = {"presence": 1.0, **{name: weight for name, weight, _ in terms}}
+        self.weights = dict.fromkeys(_OF_OTHER_OUTPUTS, 1.0)
+        self.weights |= {name: weight for name, weight, _ in terms}
         self.losses = nn.ModuleDict({name: loss for name, _, loss in terms})
         self.needs_presence = "presence" in self.losses
-        if not self.needs_presence:
-            self.losses["presence"] = Presence()
+        self.needs_queries = "mask_classification" in self.losses
+        for name, make in _OF_OTHER_OUTPUTS.items():
+            if name not in self.losses:
+                self.losses[name] = make()
         self.aux_weight = aux_weight
 
     def accumulated(self, how: str) -> list[str]:
@@ -441,7 +447,7 @@ class Criterion(nn.Module):
     def collect(self, outputs: Mapping[str, Tensor], target: Tensor, totals: StepTotals) -> None:
         """Add a micro-batch's sums to those of its step; called before any is scored."""
         for name, logits in outputs.items():
-            if logits.dim() == 4:
+            if logits.dim() == 4 and name not in QUERY_OUTPUTS:
                 with no_autocast(logits):
                     sums = Pixels(logits, target, across_ranks=self.training).sums
                 totals.sums[name] = totals.sums.get(name, 0) + sums
@@ -474,10 +480,19 @@ class Criterion(nn.Module):
                 "loss.terms: 'presence' scores a presence output, and this decoder has none; "
                 "remove the term or turn the decoder's presence head on"
             )
-        others = [name for name in outputs if name != "out"]
+        has_queries = outputs.keys() >= set(QUERY_OUTPUTS)
+        if self.training and self.needs_queries and not has_queries:
+            raise ConfigError(
+                "loss.terms: 'mask_classification' scores a decoder's queries, and this decoder "
+                "has none; remove the term or use a decoder such as 'mask2former'"
+            )
+        others = [name for name in outputs if name not in ("out", *QUERY_OUTPUTS)]
         with no_autocast(outputs["out"]):
             pixels = self._pixels("out", outputs["out"], target, totals)
             terms = self._terms(pixels)
+            if has_queries:
+                queries = self.losses["mask_classification"](outputs, target, totals)
+                terms = {"mask_classification": queries, **terms}
             values = {name: value.detach() for name, value in terms.items()}
             loss = self._weighted_sum(terms)
             for name, weight in zip(others, self._aux_weights(len(others)), strict=True):
@@ -587,7 +602,13 @@ LOSSES: dict[str, type[nn.Module]] = {
     "lovasz": Lovasz,
     "ms_ssim": MSSSIM,
     "presence": Presence,
+    "mask_classification": MaskClassification,
 }
+
+_OF_OTHER_OUTPUTS: dict[str, type[nn.Module]] = {
+    name: LOSSES[name] for name in ("presence", "mask_classification")
+}
+"""The losses of outputs that are no map; one with default arguments if none is configured."""
 
 
 class _TverskyIndex(torch.autograd.Function):

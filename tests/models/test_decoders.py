@@ -26,6 +26,7 @@ from segkit.models.layers import (
     PyramidPooling,
     level_at,
     resize,
+    sample_points,
 )
 
 CLASSES = 5
@@ -229,6 +230,28 @@ def test_resize_leaves_what_fits_and_obeys_the_corners() -> None:
     aligned = resize(x, (1, 4), align_corners=True).flatten()
     torch.testing.assert_close(aligned, torch.tensor([0, 1 / 3, 2 / 3, 1]))
     assert resize(x, (1, 3), mode="nearest", align_corners=True).flatten().tolist() == [0, 0, 1]
+
+
+def test_points_of_a_map_by_hand() -> None:
+    x = torch.tensor([[[[0.0, 4.0], [8.0, 12.0]]]])
+    points = torch.tensor([[[0.25, 0.25], [0.5, 0.25], [0.5, 0.5], [0.0, 0.25], [2.0, 0.5]]])
+    # A center, between two and four centers, at the edge half way to the zeros, and outside.
+    assert sample_points(x + 1, points).flatten().tolist() == [1, 3, 7, 0.5, 0]
+
+
+def test_points_are_sampled_alike_with_deterministic_algorithms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, 7, generator=rng, dtype=torch.float64, requires_grad=True)
+    points = 1.4 * torch.rand(2, 40, 2, generator=rng, dtype=torch.float64) - 0.2
+    points.requires_grad_()
+    plain = sample_points(x, points)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    indexed = sample_points(x, points)
+    torch.testing.assert_close(indexed, plain)
+    ours, theirs = (torch.autograd.grad((y**2).sum(), (x, points)) for y in (indexed, plain))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", DECODERS)

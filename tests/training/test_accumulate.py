@@ -17,7 +17,7 @@ from segkit.training.step import StepResult, train_step
 
 WEIGHTS = [0.2, 1.0, 3.0]
 TERMS: dict[str, Any] = {
-    **{name: {"name": name} for name, make in LOSSES.items() if name != "presence"},
+    **{name: {"name": name} for name in LOSSES if name not in ("presence", "mask_classification")},
     "class weights": {"name": "cross_entropy", "class_weights": WEIGHTS, "label_smoothing": 0.1},
     "focal alpha": {"name": "focal", "gamma": 0.5, "alpha": WEIGHTS},
     "sigmoid focal alpha": {"name": "sigmoid_focal", "gamma": 1.5, "alpha": 0.3},

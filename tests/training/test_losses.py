@@ -27,8 +27,9 @@ from segkit.training.losses import (
     build_loss,
 )
 
+OTHER_OUTPUTS = ("presence", "mask_classification")
 MAP_LOSSES = {
-    **{name: make for name, make in LOSSES.items() if make is not Presence},
+    **{name: make for name, make in LOSSES.items() if name not in OTHER_OUTPUTS},
     "smoothed": lambda: CrossEntropy(class_weights=(0.2, 1.0, 3.0), label_smoothing=0.1),
     "focal alpha": lambda: Focal(gamma=0.5, alpha=(0.2, 1.0, 3.0)),
     "sigmoid focal alpha": lambda: SigmoidFocal(gamma=1.5, alpha=0.3),
