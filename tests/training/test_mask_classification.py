@@ -40,13 +40,13 @@ def check_assignment(costs: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (3, 3), (4, 6), (6, 4), (5, 7)])
-@pytest.mark.parametrize("kind", ["random", "ties", "alike"])
+@pytest.mark.parametrize("kind", ["random", "ties", "similar"])
 def test_an_assignment_has_the_least_cost(shape: tuple[int, int], kind: str) -> None:
     for _ in range(10):
         costs = RNG.normal(size=shape)
         if kind == "ties":
             costs = costs.round()
-        if kind == "alike":  # every row prefers the same columns
+        if kind == "similar":  # every row prefers the same columns
             costs = 0.05 * costs + RNG.normal(size=(1, shape[1]))
         check_assignment(costs)
         assert costs[assign(costs)].sum() == pytest.approx(least(costs), abs=1e-12)
@@ -66,7 +66,7 @@ def test_a_large_assignment_is_proved_by_prices() -> None:
     best = RNG.permutation(80)
     costs = RNG.uniform(0.1, 1, (80, 80))
     costs[np.arange(80), best] = 0
-    costs += RNG.normal(size=(80, 1)) + RNG.normal(size=(1, 80))  # changes every total alike
+    costs += RNG.normal(size=(80, 1)) + RNG.normal(size=(1, 80))  # changes every total by the same
     assert (assign(costs)[1] == best).all()
 
 
