@@ -33,6 +33,7 @@ from segkit.data.source import Source
 from segkit.inference.model_file import build_predictor
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
+from segkit.models.pretrained.published import obtain
 from segkit.models.segmenter import check_weights
 from segkit.report import Gallery, class_table, record, score_table, write_run_page
 from segkit.training import tracking
@@ -43,6 +44,7 @@ from segkit.training.build import (
     parallelize,
     step_options,
 )
+from segkit.training.defaults import as_recorded, set_rates, settle
 from segkit.training.evaluate import evaluate
 from segkit.training.fold_log import Clock, FoldLog
 from segkit.training.losses import Criterion
@@ -87,10 +89,8 @@ def main(argv: Sequence[str]) -> None:
     lost = console.end_without_peer
     with distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device:
         say = console.printer(quiet=args.quiet, verbose=args.verbose)
-        run, resume = find_run(args, cfg)
-        data, folds = prepare(args, cfg, run, device, say)
-        if cfg.model.weights is None:
-            say("model.weights is null: the model starts from random weights")
+        cfg, run, resume = find_run(args, cfg)
+        cfg, data, folds = prepare(args, cfg, run, device, say)
         before = run.read_or_default("summary.json", {})
         summary = {}
         with (
@@ -122,24 +122,43 @@ def prepare(
     run: Run,
     device: torch.device,
     say: Callable[[str], None],
-) -> tuple[TrainData, list[Fold]]:
-    """Read the data, check all that can fail before training, and create the run's folder."""
+) -> tuple[Config, TrainData, list[Fold]]:
+    """Read the data, check all that can fail before training, and create the run's folder.
+
+    Returns:
+        The configuration with the settings that were open, the data, and the folds.
+    """
     with MEMO.kept_in(Path(cfg.data.cache)):
         labelled = open_source(cfg, "train")
+        cfg = settled(cfg, labelled, say)
         validation = open_source(cfg, "val") if cfg.data.val else labelled
         split, files = split_data(cfg, labelled, validation, run, say)
         pseudo = open_pseudo(cfg, labelled, validation, split, say)
         data = TrainData(labelled, validation, split, pseudo)
         if distributed.is_main():
             files |= check_data(run, data)
-    folds = plan_folds(cfg, data, chosen_folds(args.folds, len(split.folds)))
+    cfg, folds = plan_folds(cfg, data, chosen_folds(args.folds, len(split.folds)))
     if device.type in CHECKED_FOR_MEMORY and not distributed.broadcast(run.exists):
         with console.memory_advice(MEMORY_TO_BEGIN):
             check_memory(cfg, labelled, folds[0].order.indices, device)
     if distributed.is_main():
         run.begin(config.to_dict(cfg), files)
     distributed.barrier()
-    return data, folds
+    return cfg, data, folds
+
+
+def settled(cfg: Config, source: Source, say: Callable[[str], None]) -> Config:
+    """Return the configuration with the settings that it leaves open, the same on all ranks."""
+    if distributed.is_main():
+        if cfg.model.weights is None:
+            say(
+                "model.weights is null: the model starts from random weights; pretrained ones "
+                "(imagenet, or a file) usually score higher"
+            )
+        cfg, sentences = settle(cfg, source)
+        for sentence in sentences:
+            say(sentence)
+    return distributed.broadcast(cfg)
 
 
 @dataclass(frozen=True)
@@ -173,7 +192,9 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
         seed=cfg.train.seed, render=cfg.augment.device == "cpu",
     )  # fmt: skip
     batches = train_batches(images, order, workers=cfg.data.workers, device=device)
-    schedule = build_schedule(cfg.optim.schedule, total=order.steps, warmup=cfg.optim.warmup_steps)
+    schedule = build_schedule(
+        cfg.optim.schedule, total=order.steps, warmup=cfg.optim.warmup_steps or 0
+    )
     options = step_options(cfg, device)
     net = parallelize(state.model, cfg, device)
     # Graphs would hold memory that steps need.
@@ -208,7 +229,7 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
 
         # ---- log
         epoch, step_of_epoch = divmod(state.step, order.steps_per_epoch)
-        lr = cfg.optim.lr * factor
+        lr = (cfg.optim.lr or 0.0) * factor
         progress.update(cfg.train.batch_size, partial(note, state.step, order, result.loss, lr))
         if not result.finite:
             names = [source.names[index] for _, index in order.batch(state.step - 1)]
@@ -427,18 +448,22 @@ def check_components(cfg: Config) -> None:
             "remove it, or train from Python with segkit.create_model"
         )
     with torch.device("meta"):
-        state, _ = build_training(cfg, None, torch.device("meta"))
-    if cfg.model.weights is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-        check_weights(state.model, cfg.model.backbone, cfg.model.weights)
-    build_schedule(cfg.optim.schedule, total=100, warmup=min(99, cfg.optim.warmup_steps))
+        state, _ = build_training(set_rates(cfg), None, torch.device("meta"))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        if cfg.model.weights == "auto":
+            obtain(cfg.model.backbone["name"])  # downloads once per machine
+        elif cfg.model.weights is not None:
+            check_weights(state.model, cfg.model.backbone, cfg.model.weights)
+    build_schedule(cfg.optim.schedule, total=100, warmup=min(99, cfg.optim.warmup_steps or 0))
     parse_views(cfg.infer.tta)
     tracking.check(cfg.track.trackers)
 
 
-def find_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
-    """Return the run, whose folder may not exist yet, and whether to resume it.
+def find_run(args: argparse.Namespace, cfg: Config) -> tuple[Config, Run, bool]:
+    """Return the configuration, the run, whose folder may not exist yet, and whether to resume it.
 
-    With several ranks, only rank 0's run holds the lock of the folder.
+    A setting that the configuration leaves open is that of the resumed run. With several ranks,
+    only rank 0's run holds the lock of the folder.
     """
     run, resume = None, False
     if distributed.is_main():
@@ -449,10 +474,12 @@ def find_run(args: argparse.Namespace, cfg: Config) -> tuple[Run, bool]:
         if not args.run_dir and not interrupted:
             candidates = [run for run in candidates if args.resume and run.resumable()]
         run = candidates[0] if candidates else Run(new_folder(name))
+        if resume and run.exists:
+            cfg = as_recorded(cfg, run.read("config.json"))
         with console.naming_options(resume="--resume"):
             run.check(config.to_dict(cfg), resume=resume)
-    folder, resume = distributed.broadcast((run and run.folder, resume))
-    return run or Run(folder), resume
+    cfg, folder, resume = distributed.broadcast((cfg, run and run.folder, resume))
+    return cfg, run or Run(folder), resume
 
 
 def log_data(job: Job) -> None:

@@ -192,7 +192,11 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     parts = {part: {**demo, "part": part} for part in ("train", "test", "test_labels")}
     cfg = {
         "data": {**parts, "folds": 2, "selection": 0.2, "workers": 0},
-        "model": {"backbone": "resnet18_half", "decoder": {"name": "upernet", "width": 8}},
+        "model": {
+            "weights": None,
+            "backbone": "resnet18_half",
+            "decoder": {"name": "upernet", "width": 8},
+        },
         "augment": {"train": ["hflip", {"name": "crop", "size": [64, 64]}]},
         "optim": {"lr": 0.002},
         "train": {"epochs": 2, "batch_size": 4, "save_every": 1, "log_every": 1},

@@ -40,6 +40,7 @@ CONFIG: dict[str, Any] = {
         "workers": 0,
     },
     "model": {
+        "weights": None,
         "backbone": "resnet18_half",
         "decoder": {"name": "fcn", "width": 8, "aux": False},
     },

@@ -49,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "workers": 0,
         },
         "model": {
+            "weights": None,
             "backbone": "resnet18",
             "decoder": {"name": "upernet", "width": 8, "aux_width": 8},
         },

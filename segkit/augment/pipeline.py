@@ -259,7 +259,7 @@ def build_pipeline(config: Config) -> Pipeline:
     """Build the augmentation of training images from a configuration."""
     data, augment = config.data, config.augment
     return Pipeline(
-        augment.train, size=augment.size, mean=data.mean, std=data.std, path="augment.train"
+        augment.train or (), size=augment.size, mean=data.mean, std=data.std, path="augment.train"
     )
 
 

@@ -23,6 +23,7 @@ from segkit.core.files import atomic_write
 from segkit.data import Source, open_source
 from segkit.inference.origin import check_written_by_segkit
 from segkit.inference.outputs import overlay
+from segkit.training.defaults import set_augmentation
 
 _CELL, _MARGIN, _CAPTION = 192, 6, 18
 
@@ -36,10 +37,10 @@ def contact_sheet(cfg: config.Config, source: Source, *, images: int) -> Image.I
         images: Number of columns.
     """
     chosen = np.linspace(0, len(source) - 1, min(images, len(source))).astype(int).tolist()
-    alone = [{**spec, "p": 1} for spec in cfg.augment.train]
+    alone = [{**spec, "p": 1} for spec in cfg.augment.train or ()]
     rows: list[tuple[str, list, tuple[int, int] | None]] = [("as it is", [], None)]
     rows += [(str(spec.get("name")), [spec], None) for spec in alone]
-    rows.append(("all of augment.train", list(cfg.augment.train), cfg.augment.size))
+    rows.append(("all of augment.train", list(cfg.augment.train or ()), cfg.augment.size))
     height = _CAPTION + _CELL + _MARGIN
     size = (_MARGIN + len(chosen) * (_CELL + _MARGIN), len(rows) * height)
     sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
     source = open_source(cfg, "train", cached=False)
     if not len(source):
         raise DataError("data.train: holds no image; expected at least one to show")
+    cfg = set_augmentation(cfg, source)
     about = PngInfo()
     about.add_text("Software", "segkit")
     sheet = contact_sheet(cfg, source, images=args.images)

@@ -62,10 +62,12 @@ class DataConfig:
 class ModelConfig:
     """Backbone, decoder and initial weights."""
 
-    backbone: Component = _setting({"name": "resnet50"}, "a name, or a name with arguments")
-    decoder: Component = _setting({"name": "upernet"}, "a name, or a name with arguments")
+    backbone: Component = _setting({"name": "resnet34"}, "a name, or a name with arguments")
+    decoder: Component = _setting({"name": "unet"}, "a name, or a name with arguments")
     weights: str | None = _setting(
-        None, "'imagenet', the name of torchvision weights, or a checkpoint file"
+        "auto",
+        "'imagenet', the name of torchvision weights, or a checkpoint file; null: random; auto: "
+        "imagenet if torchvision's weights are in torch's cache or can be downloaded, else null",
     )
     freeze_batch_norm: bool = _setting(False, "freeze BatchNorm of the backbone")
 
@@ -74,7 +76,11 @@ class ModelConfig:
 class AugmentConfig:
     """Augmentation of training images, in this order."""
 
-    train: tuple[Component, ...] = _setting((), "operations: name, probability 'p', arguments")
+    train: tuple[Component, ...] | None = _setting(
+        None,
+        "operations: name, probability 'p', arguments; null: small changes of scale, a crop not "
+        "larger than most images, mirroring, and colors",
+    )
     size: tuple[int, int] | None = _setting(
         None, "height and width of training images after augmentation", 1, 65536
     )
@@ -100,10 +106,18 @@ class OptimConfig:
     """Optimizer and learning rate."""
 
     optimizer: Component = _setting({"name": "adamw", "weight_decay": 0.01}, "adamw or sgd")
-    lr: float = _setting(6e-5, "peak learning rate", 0)
-    backbone_lr_factor: float = _setting(1.0, "factor on lr for the backbone", 0)
+    lr: float | None = _setting(
+        None, "peak learning rate; null: by the optimizer, the weights and the norms", 0
+    )
+    backbone_lr_factor: float | None = _setting(
+        None,
+        "factor on lr for the backbone; null: 0.1 for AdamW and pretrained weights, else 1",
+        0,
+    )
     schedule: Component = _setting({"name": "cosine"}, "cosine, poly, constant or cosine_restarts")
-    warmup_steps: int = _setting(0, "number of steps of linear warm-up", 0)
+    warmup_steps: int | None = _setting(
+        None, "number of steps of linear warm-up; null: a twentieth of the steps, at most 500", 0
+    )
     clip_norm: float | None = _setting(None, "maximum norm of the gradient", 0)
 
 
@@ -111,7 +125,7 @@ class OptimConfig:
 class TrainConfig:
     """Training loop."""
 
-    epochs: int = _setting(100, "passes over the training images", 1)
+    epochs: int = _setting(50, "passes over the training images", 1)
     batch_size: int = _setting(8, "images per optimizer step, over all ranks", 1)
     accumulate: int = _setting(
         1,

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segkit.core import distributed
 from segkit.core.config import Config
+from segkit.core.errors import ConfigError
 from segkit.data.loader import TrainOrder
 from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
 from segkit.models.segmenter import build_model
@@ -52,6 +53,8 @@ def build_training(
     criterion = build_loss(
         cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=num_classes
     ).to(device)
+    if cfg.optim.lr is None or cfg.optim.backbone_lr_factor is None:
+        raise ConfigError("optim.lr: is null; expected a number, as defaults.set_rates sets it")
     optimizer = build_optimizer(
         model, cfg.optim.optimizer, lr=cfg.optim.lr, backbone_lr_factor=cfg.optim.backbone_lr_factor
     )

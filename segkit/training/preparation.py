@@ -3,7 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from segkit.data.pseudo_labelled import PseudoLabelled
 from segkit.data.record import data_changes, data_record
 from segkit.data.source import Source, positions
 from segkit.training.build import build_training, parallelize, step_options, train_order
+from segkit.training.defaults import warmup_steps
 from segkit.training.optim import build_schedule
 from segkit.training.step import train_step
 
@@ -109,28 +110,35 @@ def open_pseudo(
     return joined
 
 
-def plan_folds(cfg: Config, data: TrainData, numbers: Sequence[int]) -> list[Fold]:
-    """Return the folds to train; warn if the warm-up is longer than the training.
+def plan_folds(cfg: Config, data: TrainData, numbers: Sequence[int]) -> tuple[Config, list[Fold]]:
+    """Return the configuration with its warm-up, and the folds to train.
+
+    A warm-up that is set and is longer than the training has a warning.
 
     Raises:
         ConfigError: The schedule is invalid, or a fold has less images than a batch.
         DataError: An image of a fold is missing.
     """
-    folds, warmup = [], cfg.optim.warmup_steps
+    folds = []
     for number in numbers:
         training = positions(data.labelled, data.split.training(number))
         order = train_order(cfg, training, data.pseudo.extra if data.pseudo else ())
-        build_schedule(cfg.optim.schedule, total=order.steps, warmup=warmup)
         validation = positions(data.validation, data.split.folds[number])
         folds.append(Fold(number, validation, order))
     steps = min(fold.order.steps for fold in folds)
-    if warmup >= steps and distributed.is_main():
+    warmup = cfg.optim.warmup_steps
+    if warmup is None:
+        warmup = warmup_steps(steps)
+        cfg = replace(cfg, optim=replace(cfg.optim, warmup_steps=warmup))
+    for fold in folds:
+        build_schedule(cfg.optim.schedule, total=fold.order.steps, warmup=warmup)
+    if warmup and warmup >= steps and distributed.is_main():
         warnings.warn(
             f"optim.warmup_steps: is {warmup}, but there are {steps} steps, so the learning "
             "rate never reaches optim.lr; lower it, or train longer",
             stacklevel=2,
         )
-    return folds
+    return cfg, folds
 
 
 def check_data(run: Run, data: TrainData) -> dict[str, Any]:

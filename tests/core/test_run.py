@@ -284,7 +284,7 @@ def test_resume_picks_no_run_that_failed_before_it_saved(monkeypatch: pytest.Mon
     arguments = train.parse_arguments(["--cfg", "one", "--resume"])
 
     def picked() -> Path:
-        return train.find_run(arguments, Config())[0].folder
+        return train.find_run(arguments, Config())[1].folder
 
     first = add_run("one-20260101-000000", 1)
     second = add_run("one-20260101-000001", 2)

@@ -293,7 +293,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo = {"name": "demo", "root": str(folder / "demo"), "train": 12, "test": 1, "size": 32}
     config = {
         "data": {"train": demo, "folds": 2, "workers": 0, "cache": str(folder / "cache")},
-        "model": {"backbone": BACKBONE, "decoder": DECODER},
+        "model": {"weights": None, "backbone": BACKBONE, "decoder": DECODER},
         "train": {"epochs": 1, "batch_size": 4, "ema": 0.9},
     }
     (folder / "tiny.json").write_text(json.dumps(config))

@@ -126,6 +126,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = {
         "data": {"train": demo, "folds": 2, "selection": 0.2, "workers": 0},
         "model": {
+            "weights": None,
             "backbone": "resnet18_half",
             "decoder": {"name": "upernet", "width": 8, "aux_width": None},
         },

@@ -185,6 +185,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     config = {
         "data": {"train": demo, "folds": 2, "workers": 0},
         "model": {
+            "weights": None,
             "backbone": "resnet18_half",
             "decoder": {"name": "fcn", "width": 8, "aux": False},
         },

@@ -1,0 +1,148 @@
+"""Settings that a configuration leaves open, set from the data, the model and the weights.
+
+They are ``null`` in a new configuration (``model.weights``: ``"auto"``). A run's ``config.json``
+has their values, which a resumed run uses again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from segkit.core.config import Config, parse, to_dict
+from segkit.data.source import Source
+from segkit.models.pretrained.published import obtain
+from segkit.models.segmenter import build_model
+
+OPEN: dict[str, dict[str, Any]] = {
+    "model": {"weights": "auto"},
+    "augment": {"train": None},
+    "optim": {"lr": None, "backbone_lr_factor": None, "warmup_steps": None},
+}
+"""Settings that can be left open, and the value that says so."""
+
+MULTIPLE = 32
+"""Sides of crops are multiples of the largest stride of most backbones."""
+
+LARGEST_CROP = 512
+MAX_WARMUP = 500
+
+ADAMW_LR, ADAMW_LR_WITHOUT_BATCH_NORM, SGD_LR = 1e-3, 3e-4, 1e-2
+PRETRAINED_FACTOR = 0.1
+
+
+def crop_size(sizes: Sequence[tuple[int, int]], largest: int = LARGEST_CROP) -> tuple[int, int]:
+    """Return height and width of a crop that nine of ten images contain.
+
+    Args:
+        sizes: Height and width of each image.
+        largest: Largest side of the crop.
+    """
+    return tuple(_side(sorted(sides), largest) for sides in zip(*sizes, strict=True))  # type: ignore[return-value]
+
+
+def _side(sides: Sequence[int], largest: int) -> int:
+    side = min(sides[len(sides) // 10], largest)
+    return side if side < MULTIPLE else side // MULTIPLE * MULTIPLE
+
+
+def learning_rate(optimizer: str, *, pretrained: bool, batch_norm: bool) -> tuple[float, float]:
+    """Return the peak learning rate and the factor for the backbone.
+
+    SGD with 0.01 is what DeepLab and mmsegmentation fine-tune with. AdamW has a tenth of it, and
+    less for networks without BatchNorm, which diverge earlier; a pretrained backbone has a tenth of
+    the decoder's rate.
+
+    Args:
+        optimizer: Name of the optimizer.
+        pretrained: The backbone starts from pretrained weights.
+        batch_norm: The backbone has BatchNorm.
+    """
+    if optimizer == "sgd":
+        return SGD_LR, 1.0
+    if pretrained:
+        return ADAMW_LR, PRETRAINED_FACTOR
+    return ADAMW_LR if batch_norm else ADAMW_LR_WITHOUT_BATCH_NORM, 1.0
+
+
+def warmup_steps(steps: int) -> int:
+    """Return the length of the warm-up of a training of ``steps`` steps: fewer than these."""
+    return min(MAX_WARMUP, steps // 20)
+
+
+def augmentation(crop: tuple[int, int]) -> tuple[Mapping[str, Any], ...]:
+    """Return light augmentation that is right for most photographs."""
+    return (
+        {"name": "scale", "range": [0.8, 1.25]},
+        {"name": "crop", "size": list(crop)},
+        {"name": "hflip"},
+        {"name": "photometric", "p": 0.5},
+    )
+
+
+def describe(operations: Sequence[Mapping[str, Any]]) -> str:
+    """Return the names of operations, and the sizes of crops, such as ``crop 64 x 96``."""
+    sizes = (" {} x {}".format(*spec["size"]) if "size" in spec else "" for spec in operations)
+    return ", ".join(f"{spec['name']}{size}" for spec, size in zip(operations, sizes, strict=True))
+
+
+def set_rates(cfg: Config) -> Config:
+    """Return the configuration with its learning rates; weights are ``"auto"`` or known."""
+    if None not in (cfg.optim.lr, cfg.optim.backbone_lr_factor):
+        return cfg
+    with torch.device("meta"):
+        model = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=2)
+    norms = any(isinstance(module, _BatchNorm) for module in model.backbone.modules())
+    name, pretrained = cfg.optim.optimizer["name"], cfg.model.weights not in (None, "auto")
+    lr, factor = learning_rate(name, pretrained=pretrained, batch_norm=norms)
+    optim = cfg.optim
+    lr = lr if optim.lr is None else optim.lr
+    factor = factor if optim.backbone_lr_factor is None else optim.backbone_lr_factor
+    return replace(cfg, optim=replace(optim, lr=lr, backbone_lr_factor=factor))
+
+
+def set_augmentation(cfg: Config, source: Source) -> Config:
+    """Return the configuration with its augmentation, for the sizes of the source's images."""
+    if cfg.augment.train is not None:
+        return cfg
+    crop = cfg.augment.size or crop_size([source.size(i) for i in range(len(source))])
+    return replace(cfg, augment=replace(cfg.augment, train=augmentation(crop)))
+
+
+def settle(cfg: Config, source: Source) -> tuple[Config, list[str]]:
+    """Set all settings that are open, except the warm-up, which depends on the folds.
+
+    Args:
+        cfg: The configuration.
+        source: The images to train on.
+
+    Returns:
+        The configuration, and a sentence for each choice.
+    """
+    said = []
+    if cfg.model.weights == "auto":
+        weights, sentence = obtain(cfg.model.backbone["name"])
+        cfg = replace(cfg, model=replace(cfg.model, weights=weights))
+        said.append(f"model.weights: {sentence}")
+    before, cfg = cfg, set_augmentation(set_rates(cfg), source)
+    if before.optim != cfg.optim:
+        start = "pretrained" if cfg.model.weights else "random"
+        said.append(
+            f"optim.lr: {cfg.optim.lr:g}, times {cfg.optim.backbone_lr_factor:g} for the backbone "
+            f"({cfg.optim.optimizer['name']}, {start} weights)"
+        )
+    if before.augment != cfg.augment:
+        said.append(f"augment.train: {describe(cfg.augment.train or ())}")
+    return cfg, said
+
+
+def as_recorded(cfg: Config, recorded: Mapping[str, Any]) -> Config:
+    """Return the configuration with the values of a run's ``config.json`` where it is open."""
+    raw = to_dict(cfg)
+    for section, settings in OPEN.items():
+        for key, value in settings.items():
+            if raw[section][key] == value and key in recorded.get(section, {}):
+                raw[section][key] = recorded[section][key]
+    return parse(raw)
