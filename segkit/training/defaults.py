@@ -142,7 +142,8 @@ def as_recorded(cfg: Config, recorded: Mapping[str, Any]) -> Config:
     """Return the configuration with the values of a run's ``config.json`` where it is open."""
     raw = to_dict(cfg)
     for section, settings in OPEN.items():
+        known = recorded.get(section)
         for key, value in settings.items():
-            if raw[section][key] == value and key in recorded.get(section, {}):
-                raw[section][key] = recorded[section][key]
-    return parse(raw)
+            if raw[section][key] == value and isinstance(known, Mapping) and key in known:
+                raw[section][key] = known[key]
+    return parse(raw, "config.json of the run")

@@ -145,7 +145,7 @@ def test_a_folder_is_not_a_configuration(tmp_path: Path) -> None:
         ("trian.epochs=3", ["'trian'", "'train'"]),
         ("train.epoch=3", ["train.epoch", "'epochs'"]),
         ("train.epochs=many", ["train.epochs", "an integer", "many"]),
-        ("train.epochs.x=3", ["train.epochs", "holds 100"]),
+        ("train.epochs.x=3", ["train.epochs", "holds 50"]),
         ("loss.terms.1.weight=3", ["loss.terms", "1 items"]),
         ("loss.terms.x.weight=3", ["loss.terms", "'x'"]),
     ],
