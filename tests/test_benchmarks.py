@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import benchmarks
-from benchmarks import alternate, bf16, gpu, input, ratio_of, step, take_turns, version_of
+from benchmarks import alternate, bf16, claims, gpu, input, ratio_of, step, take_turns, version_of
 from benchmarks.models import NAMES, cost, kept_for_backward
 from segkit.core import config
 
@@ -204,3 +204,35 @@ def test_steps_fed_by_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = [*input.fed_steps("cpu", 32, case="small", batch=2, workers=0, steps=1, rounds=2)]
     assert [figure.name.rsplit("=")[-1] for figure in figures] == ["cpu", "model"]
     assert all(figure.ours > 0 and figure.limit > 0 for figure in figures)
+
+
+def test_the_interval_of_a_claim_is_students_t() -> None:
+    low, high = claims.interval([0.01, 0.02, 0.03])  # mean 0.02, deviation 0.01, t(2) = 4.303
+    assert (low, high) == pytest.approx((0.02 - 0.04303 / 3**0.5, 0.02 + 0.04303 / 3**0.5))
+    assert claims.evidence(claims.CLAIMS[0], [(0.5, 0.4), (0.6, 0.5)]).verdict == "within noise"
+    assert claims.evidence(claims.CLAIMS[0], [(0.5, 0.4), (0.61, 0.5)]).verdict == "holds"
+    assert claims.evidence(claims.CLAIMS[0], [(0.4, 0.5), (0.5, 0.61)]).verdict == "contradicted"
+
+
+def test_the_best_fold_is_chosen_on_the_selection_set() -> None:
+    rows = [
+        {"name": "fold0", "views": [], "test": {"miou": 0.5}, "selection": {"miou": 0.6}},
+        {"name": "fold1", "views": [], "test": {"miou": 0.4}, "selection": {"miou": 0.7}},
+        {"name": "fold1, views", "views": ["hflip"], "test": {"miou": 0.9}},
+    ]
+    assert claims.score(rows, "best fold") == 0.4
+    assert claims.score(rows, "fold1, views") == 0.9
+    assert claims.score(rows, "greedy soup") is None
+
+
+def test_finished_trainings_are_not_repeated(tmp_path: Path) -> None:
+    trainings = claims.Trainings("demo", (), tmp_path, threads=1)
+    for training, miou in (("base", 0.5), ("dice", 0.4)):
+        folder = trainings.folder(training, 0) / "infer"
+        folder.mkdir(parents=True)
+        row = {"name": "fold0", "views": [], "test": {"miou": miou}}
+        (folder / "scores.json").write_text(json.dumps([row]))
+    (claim,) = [claim for claim in claims.CLAIMS if claim.sentence == "CE + Dice over Dice"]
+    (result,) = claims.measure([claim], trainings, seeds=1, jobs=2, minutes=1)
+    assert result.effect == pytest.approx(0.1)
+    assert result.verdict == "within noise"  # one seed shows nothing

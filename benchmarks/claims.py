@@ -1,0 +1,334 @@
+"""Claims of the field, measured on photographs: pairs of trainings or combinations over seeds.
+
+    python -m benchmarks.claims --cfg trashbags --weights FILE [--seeds 5] [--jobs 2] [--json]
+    python -m benchmarks.claims --cfg trashbags --only loss,views --set train.epochs=6
+
+Each claim compares two ways to train or to combine, by their mean IoU on the labelled test images.
+Both sides of a pair share a seed (weights, folds, order, augmentation); the 95 % interval is
+Student's t over the seeds. The test images are the same for all seeds, so the interval holds for
+other trainings, not for other photographs.
+
+Runs are kept in ``--cache``, one folder for each training and seed: a second call trains only what
+is missing, and goes on where a stopped one was. ``--minutes`` ends the call early; what is finished
+by then is in the table. ``--jobs`` trainings run side by side.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from segkit.core import config
+
+LOSSES = {
+    "cross_entropy": ["cross_entropy"],
+    "dice": ["dice"],
+    "focal": ["focal"],
+    "focal_dice": ["focal", "dice"],
+}
+
+TRAININGS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    **{name: (f"loss.terms={json.dumps(terms)}",) for name, terms in LOSSES.items()},
+    "random_weights": ("model.weights=null", "optim.backbone_lr_factor=1"),
+    "equal_rates": ("optim.backbone_lr_factor=1",),
+    "copy_paste": (),
+    "pseudo": (),
+}
+"""Settings of each training, on top of the configuration and :data:`COMMON`; see also
+:meth:`Trainings.make`."""
+
+COMMON = ("data.selection=0.15", "optim.backbone_lr_factor=0.1", "data.workers=0")
+
+FOLDS = {"base": "0,1"}
+"""Folds that a training has; the others have fold 0 alone."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Args:
+        training: A name of :data:`TRAININGS`.
+        candidate: A row of its ``scores.json``, or ``best fold``: the fold with the highest score
+            on the selection set.
+    """
+
+    training: str
+    candidate: str = "fold0"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, that ``better`` has a higher mean IoU than ``worse``.
+
+    Args:
+        topic: Selects it with ``--only``.
+        sentence: Its wording.
+        better: The side that should win.
+        worse: The other side.
+    """
+
+    topic: str
+    sentence: str
+    better: Side
+    worse: Side
+
+
+BASE = Side("base")
+BEST = Side("base", "best fold")
+VOTE = Side("base", "soft vote")
+
+CLAIMS = (
+    *(
+        Claim("loss", f"CE + Dice over {name}", BASE, Side(training))
+        for name, training in {
+            "CE": "cross_entropy",
+            "Dice": "dice",
+            "focal + Dice": "focal_dice",
+        }.items()
+    ),
+    Claim("loss", "focal + Dice over focal", Side("focal_dice"), Side("focal")),
+    Claim("views", "views over none, one model", Side("base", "fold0, views"), BASE),
+    Claim("views", "views over none, vote", Side("base", "soft vote, views"), VOTE),
+    *(
+        Claim("soups", f"{kind} soup over the best fold", Side("base", f"{kind} soup"), BEST)
+        for kind in ("uniform", "greedy", "learned")
+    ),
+    Claim("votes", "vote of folds over the best fold", VOTE, BEST),
+    Claim("votes", "vote of folds over their greedy soup", VOTE, Side("base", "greedy soup")),
+    Claim("rates", "backbone at 0.1 of the rate over equal rates", BASE, Side("equal_rates")),
+    Claim("weights", "ImageNet weights over random ones", BASE, Side("random_weights")),
+    Claim("mixing", "copy-paste over none", Side("copy_paste"), BASE),
+    Claim("pseudo", "pseudo labels of the test images over none", Side("pseudo"), BASE),
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A claim's result.
+
+    Args:
+        claim: Its wording.
+        effect: Mean difference of the mean IoU on the test images.
+        low, high: 95 % interval of the effect over seeds; NaN with one seed.
+        differences: Of each seed.
+        better, worse: Mean IoU of each side, averaged over the seeds.
+        verdict: ``holds``, ``contradicted``, or ``within noise``.
+    """
+
+    claim: str
+    effect: float
+    low: float
+    high: float
+    differences: tuple[float, ...]
+    better: float
+    worse: float
+    verdict: str
+
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+"""0.975 quantile of Student's t distribution with 1, 2, ... degrees of freedom."""
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of paired differences; NaN for fewer than two."""
+    count = len(differences)
+    if count < 2:
+        return math.nan, math.nan
+    quantile = STUDENT[min(count - 1, len(STUDENT)) - 1]
+    half = quantile * statistics.stdev(differences) / math.sqrt(count)
+    mean = statistics.fmean(differences)
+    return mean - half, mean + half
+
+
+def evidence(claim: Claim, pairs: Sequence[tuple[float, float]]) -> Evidence:
+    """Return the result of a claim from the (better, worse) scores of each seed."""
+    differences = tuple(better - worse for better, worse in pairs)
+    low, high = interval(differences)
+    verdict = "holds" if low > 0 else "contradicted" if high < 0 else "within noise"
+    return Evidence(
+        claim=claim.sentence,
+        effect=statistics.fmean(differences),
+        low=low,
+        high=high,
+        differences=differences,
+        better=statistics.fmean(better for better, _ in pairs),
+        worse=statistics.fmean(worse for _, worse in pairs),
+        verdict=verdict,
+    )
+
+
+def score(rows: Sequence[Mapping[str, Any]], candidate: str) -> float | None:
+    """Return the test mean IoU of a candidate of ``scores.json``, ``None`` if it is not there."""
+    if candidate == "best fold":
+        folds = [row for row in rows if str(row["name"]).startswith("fold") and not row["views"]]
+        if not all("selection" in row for row in folds):
+            return None
+        candidate = max(folds, key=lambda row: row["selection"]["miou"])["name"]
+    for row in rows:
+        if row["name"] == candidate or (candidate == "fold0" and row["name"] == "best checkpoint"):
+            return float(row["test"]["miou"])
+    return None
+
+
+class Trainings:
+    """Trained and scored runs, in a folder that later calls go on with.
+
+    Args:
+        name: A configuration.
+        settings: ``section.key=value`` that all trainings share.
+        cache: Folder of the runs.
+        threads: CPU threads of each process.
+    """
+
+    def __init__(self, name: str, settings: Sequence[str], cache: Path, threads: int) -> None:
+        self.name, self.settings, self.cache = name, tuple(settings), cache
+        self._environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
+
+    def folder(self, training: str, seed: int) -> Path:
+        """Return the folder of a run."""
+        return self.cache / f"{self.name}-{training}-{seed}"
+
+    def rows(self, training: str, seed: int) -> list[dict[str, Any]] | None:
+        """Return the scores of a finished run, else ``None``."""
+        path = self.folder(training, seed) / "infer" / "scores.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def make(self, training: str, seed: int) -> None:
+        """Train and score a run, unless that is done."""
+        if self.rows(training, seed) is not None:
+            return
+        folder = self.folder(training, seed)
+        settings = [*COMMON, *self.settings, f"train.seed={seed}", *self._own(training, seed)]
+        train = ["train.py", "--cfg", self.name, "--run-dir", str(folder), "--resume", "--quiet"]
+        train += ["--folds", FOLDS.get(training, "0")]
+        self._run(train + [word for setting in settings for word in ("--set", setting)])
+        compared = ["--soup", "--tta", "--compare"] if training == "base" else ["--brief"]
+        self._run(["infer.py", "--run-dir", str(folder), "--quiet", *compared])
+
+    def _own(self, training: str, seed: int) -> tuple[str, ...]:
+        """Return the settings of one training."""
+        if training == "copy_paste":
+            operations = list(config.load(self.name).augment.train)
+            return (f"augment.train={json.dumps(['copy_paste', *operations])}",)
+        if training == "pseudo":
+            return (f"data.pseudo={json.dumps(self._pseudo_labels(seed))}",)
+        return TRAININGS[training]
+
+    def _pseudo_labels(self, seed: int) -> dict[str, str]:
+        """Label the test images by the vote of the base run's folds; return a data source."""
+        self.make("base", seed)
+        base = self.folder("base", seed)
+        folder = base.with_name(f"{base.name}-pseudo")
+        scratch = base.with_name(f"{base.name}-predicted")
+        if not (folder / "pseudo.json").is_file():
+            self._run(
+                ["infer.py", "--run-dir", str(base), "--brief", "--quiet", "--tta",
+                 "--out", str(scratch), "--pseudo", str(folder)]
+            )  # fmt: skip
+        background = json.loads((base / "classes.json").read_text())["classes"][0]
+        return {
+            "name": "coco",
+            "annotations": str(folder / "pseudo.json"),
+            "images": str(folder / "images"),
+            "background": background,
+        }
+
+    def _run(self, command: Sequence[str]) -> None:
+        done = subprocess.run(
+            [sys.executable, *command], env=self._environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise RuntimeError(f"{' '.join(command)}: {last}")
+
+
+def measure(
+    claims: Sequence[Claim], trainings: Trainings, seeds: int, jobs: int, minutes: float
+) -> Iterator[Evidence]:
+    """Train what is missing, then yield the evidence of each claim with a finished pair."""
+    needed = dict.fromkeys(
+        (side.training, seed)
+        for seed in range(seeds)
+        for claim in claims
+        for side in (claim.worse, claim.better)
+    )
+    order = sorted(needed, key=lambda pair: (pair[1], pair[0] == "pseudo"))
+    end = time.monotonic() + 60 * minutes
+    failures: list[str] = []
+
+    def make(pair: tuple[str, int]) -> None:
+        if time.monotonic() > end:
+            return
+        try:
+            trainings.make(*pair)
+            print(f"{pair[0]}, seed {pair[1]}: done", file=sys.stderr, flush=True)
+        except RuntimeError as error:
+            failures.append(str(error))
+            print(error, file=sys.stderr, flush=True)
+
+    for group in ([pair for pair in order if pair[0] != "pseudo"],
+                  [pair for pair in order if pair[0] == "pseudo"]):  # fmt: skip
+        with ThreadPoolExecutor(jobs) as pool:  # each waits for a process
+            list(pool.map(make, group))
+    for claim in claims:
+        pairs = []
+        for seed in range(seeds):
+            rows = [trainings.rows(side.training, seed) for side in (claim.better, claim.worse)]
+            if rows[0] is None or rows[1] is None:
+                continue
+            both = score(rows[0], claim.better.candidate), score(rows[1], claim.worse.candidate)
+            if both[0] is not None and both[1] is not None:
+                pairs.append((both[0], both[1]))
+        if pairs:
+            yield evidence(claim, pairs)
+    if failures:
+        raise SystemExit(f"{len(failures)} trainings failed; the first: {failures[0]}")
+
+
+def main() -> None:
+    """Print a Markdown row for each claim, and progress to stderr."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cfg", default="trashbags", help="configuration with labelled test data")
+    parser.add_argument("--weights", type=Path, help="file of pretrained weights")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", help="topics, separated by commas")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--cache", type=Path, default=Path("runs/claims"))
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin none after these")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per claim")
+    options = parser.parse_args()
+    topics = options.only.split(",") if options.only else {claim.topic for claim in CLAIMS}
+    claims = [claim for claim in CLAIMS if claim.topic in topics]
+    settings = [*options.set, *([f"model.weights={options.weights}"] if options.weights else [])]
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    trainings = Trainings(options.cfg, settings, options.cache, threads)
+    if not options.json:
+        print("| claim | effect on mean IoU, 95 % interval | seeds | mean IoU | verdict |")
+        print("| --- | --- | --- | --- | --- |")
+    for row in measure(claims, trainings, options.seeds, options.jobs, options.minutes):
+        if options.json:
+            print(json.dumps(asdict(row)), flush=True)
+        else:
+            print(
+                f"| {row.claim} | {row.effect:+.4f} [{row.low:+.4f}, {row.high:+.4f}] "
+                f"| {len(row.differences)} | {row.better:.3f}, {row.worse:.3f} | {row.verdict} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
