@@ -209,7 +209,7 @@ def test_steps_fed_by_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_interval_of_a_claim_is_students_t() -> None:
     low, high = claims.interval([0.01, 0.02, 0.03])  # mean 0.02, deviation 0.01, t(2) = 4.303
     assert (low, high) == pytest.approx((0.02 - 0.04303 / 3**0.5, 0.02 + 0.04303 / 3**0.5))
-    assert claims.evidence(claims.CLAIMS[0], [(0.5, 0.4), (0.6, 0.5)]).verdict == "within noise"
+    assert claims.evidence(claims.CLAIMS[0], [(0.5, 0.4), (0.8, 0.5)]).verdict == "within noise"
     assert claims.evidence(claims.CLAIMS[0], [(0.5, 0.4), (0.61, 0.5)]).verdict == "holds"
     assert claims.evidence(claims.CLAIMS[0], [(0.4, 0.5), (0.5, 0.61)]).verdict == "contradicted"
 
