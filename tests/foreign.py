@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from segkit.core import checkpoint
+from segkit.core import untrusted
 from segkit.models.pretrained import Report
 from segkit.models.pretrained.loading import fit
 from segkit.models.pretrained.recognition import recognize
@@ -12,7 +12,7 @@ from segkit.models.pretrained.recognition import recognize
 
 def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str) -> Report:
     """Load weights in memory as ``load_file`` loads those of a file named ``source``."""
-    checkpoint.refuse_forged(state, Path(source))
+    untrusted.refuse_forged(state, Path(source))
     entries, report = fit(model, recognize(state, source=source), source=source)
     model.load_state_dict(entries, strict=False)
     return report

@@ -18,7 +18,7 @@ from foreign import load_state as load_foreign
 from torch import Tensor, nn
 
 from segkit import train
-from segkit.core import checkpoint
+from segkit.core import checkpoint, untrusted
 from segkit.core.config import Config, override, to_dict
 from segkit.core.errors import CheckpointError, SegkitError
 from segkit.core.run import Run
@@ -80,7 +80,7 @@ def holds_itself() -> Any:
 
 def deep() -> Any:
     state: Any = {}
-    for _ in range(checkpoint.DEPTH + 1):
+    for _ in range(untrusted.DEPTH + 1):
         state = {"model": state}
     return state
 
@@ -104,7 +104,7 @@ def test_lists_and_dicts_without_end(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checkpoint, "VALUES", 100_000)
+    monkeypatch.setattr(untrusted, "VALUES", 100_000)
     words = "it is not a checkpoint"
     refused(read, saved({"model": {}, "config": make(), "classes": []}, tmp_path), words)
     if read is read_file:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from segkit.core import checkpoint
+from segkit.core import untrusted
 from segkit.core.errors import CheckpointError, quoted
 from segkit.models.backbones import BACKBONES
 from segkit.models.backbones.inputs import MOST_CHANNELS, adapt_rgb, first_convolution
@@ -126,7 +126,7 @@ def fit(model: nn.Module, weights: Weights, *, source: str) -> tuple[dict[str, T
             raise CheckpointError(
                 f"{source}: {quoted(names[name])} has type {tensor.dtype}, expected floating point"
             )
-        if not checkpoint.is_finite(tensor):
+        if not untrusted.is_finite(tensor):
             raise CheckpointError(
                 f"{source}: {quoted(names[name])} holds NaN or infinity; use another file"
             )

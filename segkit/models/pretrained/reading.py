@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segkit.core import checkpoint
+from segkit.core import checkpoint, untrusted
 from segkit.core.errors import CheckpointError, quoted, reason
 from segkit.core.files import require_regular_file
 from segkit.models.pretrained.safetensors import read_safetensors
@@ -64,8 +64,8 @@ def read_file(path: Path, *, keep_prefixes: bool = False) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
-    checkpoint.refuse_compressed(path)
-    archive = checkpoint.is_archive(path)  # files from before 2020 are not, and cannot be mapped
+    untrusted.refuse_compressed(path)
+    archive = untrusted.is_archive(path)  # files from before 2020 are not, and cannot be mapped
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old storage types, which torch converts
@@ -84,5 +84,5 @@ def _load(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: is not a file of weights (a state dict saved by torch)"
         ) from error
-    checkpoint.refuse_forged(state, path)
+    untrusted.refuse_forged(state, path)
     return state
