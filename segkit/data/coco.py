@@ -1,7 +1,7 @@
 """Source of COCO instance annotations, painted as class-index masks."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
 
@@ -10,14 +10,20 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from segkit.core.errors import DataError, quoted
+from segkit.core.errors import ConfigError, DataError, closest, quoted
 from segkit.core.labels import IGNORE
+from segkit.data.dialects import Table, standardize
 from segkit.data.images import MAX_PIXELS, read_image
 from segkit.data.inputs import check_name, inside, read_json
+from segkit.data.objects import contradiction, drop_pieces, ignored_box
 from segkit.data.source import Fault, OnError, check_classes, usable
 
 MAX_OUTLINE = 1 << 22
 """Maximum outline length of an object in pixels; pycocotools needs about 100 bytes per pixel."""
+
+Crowd = Literal["ignore", "paint", "skip"]
+
+_TABLES = ("images", "annotations", "categories")
 
 Shape = list[np.ndarray] | dict[str, Any]
 """A list of polygons, each (2 × points,) float64 of x, y in pixels, or a compressed RLE."""
@@ -57,11 +63,15 @@ class CocoSource:
         images: Folder that the file names are relative to; default: the JSON file's folder.
         crowd: Paint crowd regions as :data:`IGNORE`, as their class, or not at all.
         background: Name of class 0.
-        on_error: ``"skip"`` reads every image once, and leaves out faulty images and faulty
-            annotations of valid images; ``faults`` lists them.
+        rename: New name of a category by its name: two of the same name are one class, the
+            background's name is the background, and ``null`` ignores the category's pixels.
+        on_error: ``"skip"`` reads every image once, and leaves out faulty images; a faulty
+            annotation of a valid image is ignored in its box, or in the whole image if it has
+            none; ``faults`` lists them.
 
     Attributes:
-        category_ids: Class index by category id.
+        category_ids: Class index by category id, :data:`IGNORE` for an ignored one.
+        notes: Sentences about what is read in another way than it is written.
         image_ids: The file's image ids, in the order of ``names``.
         info: The file's ``info`` object.
 
@@ -74,23 +84,75 @@ class CocoSource:
         *,
         annotations: str,
         images: str | None = None,
-        crowd: Literal["ignore", "paint", "skip"] = "ignore",
+        crowd: Crowd = "ignore",
         background: str = "background",
+        rename: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
     ) -> None:
-        content = read_json(annotations)
-        self._file = annotations
-        self._root = Path(annotations).parent if images is None else Path(images)
-        self._crowd = crowd
+        root = Path(annotations).parent if images is None else Path(images)
+        self._open(
+            read_json(annotations), annotations, root, crowd, background, rename or {}, on_error
+        )
+
+    @classmethod
+    def from_content(
+        cls,
+        content: dict[str, Any],
+        *,
+        file: str,
+        root: Path,
+        notes: Sequence[str] = (),
+        crowd: Crowd = "ignore",
+        background: str = "background",
+        rename: Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
+    ) -> "CocoSource":
+        """Return a source of the content of a COCO file, for example converted from another format.
+
+        Args:
+            content: ``images``, ``annotations`` and ``categories`` as in a COCO file.
+            file: Name of the content's origin in messages.
+            root: Folder that the file names are relative to.
+            notes: First items of the source's ``notes``.
+            crowd: As for a file, and so are ``background``, ``rename`` and ``on_error``.
+        """
+        source = cls.__new__(cls)
+        source._open(content, file, root, crowd, background, rename or {}, on_error)
+        source.notes = (*notes, *source.notes)
+        return source
+
+    def _open(
+        self,
+        content: dict[str, Any],
+        file: str,
+        root: Path,
+        crowd: Crowd,
+        background: str,
+        rename: Mapping[str, Any],
+        on_error: OnError,
+    ) -> None:
+        self._file, self._root, self._crowd = file, root, crowd
         self.info = content["info"] if isinstance(content.get("info"), dict) else {}
+        if "images" not in content:
+            raise DataError(f"{file} has no 'images'; expected a COCO instance file")
         faults: list[Fault] = []
-        entries = _entries(content, "annotations", annotations)
-        self.labelled = bool(entries)
-        self.classes, self.category_ids = self._read_categories(content, background)
-        records = self._read_images(content, faults)
-        regions = self._read_regions(content, records, entries, faults)
+        tables = {key: _entries(content, key, file) for key in _TABLES}
+        self.labelled = bool(tables["annotations"])
+        notes = standardize(tables)
+        self.classes, self.category_ids = self._read_categories(
+            tables["categories"], background, rename
+        )
+        records = self._read_images(tables["images"], faults)
+        self._dropped = 0
+        regions = self._read_regions(tables, records, on_error == "skip", faults)
+        if self._dropped:
+            notes.append(
+                f"{self._dropped} pieces of objects with fewer than 3 points are left out; the "
+                "other pieces of these objects are read"
+            )
+        self.notes = tuple(notes)
         self._keep(records, regions)
-        kept, self.faults = usable(self, faults, on_error, f"{annotations} lists no usable image")
+        kept, self.faults = usable(self, faults, on_error, f"{file} lists no usable image")
         self._keep([records[i] for i in kept], regions)
 
     def __len__(self) -> int:
@@ -143,10 +205,11 @@ class CocoSource:
         self._regions = tuple(tuple(regions[image.id]) for image in images)
 
     def _read_categories(
-        self, content: dict[str, Any], background: str
+        self, table: Table, background: str, rename: Mapping[str, Any]
     ) -> tuple[tuple[str, ...], dict[int, int]]:
+        """Return the classes, and the class index of each category id."""
         names: dict[int, str] = {}
-        for record in _entries(content, "categories", self._file):
+        for record in table:
             key, name = _id(record, "id"), record.get("name")
             if key is None or not isinstance(name, str):
                 raise DataError(
@@ -157,17 +220,23 @@ class CocoSource:
             names[key] = name
         if not names and self.labelled:
             raise DataError(f"{self._file} has annotations but no categories; list them")
-        objects = [key for key in sorted(names) if names[key].casefold() != background.casefold()]
-        classes = check_classes([background, *(names[key] for key in objects)], self._file)
-        return classes, {key: objects.index(key) + 1 if key in objects else 0 for key in names}
+        renamed = _rename(names, rename, self._file)
+        objects = [renamed[key] for key in sorted(names)]
+        named = [name for name in objects if name and name.casefold() != background.casefold()]
+        if rename:
+            named = list(dict.fromkeys(named))
+        classes = check_classes([background, *named], self._file)
+        index = {name: position for position, name in enumerate(classes)}
+        return classes, {
+            key: IGNORE if renamed[key] is None else index.get(renamed[key] or "", 0)
+            for key in names
+        }
 
-    def _read_images(self, content: dict[str, Any], faults: list[Fault]) -> list[ImageRecord]:
-        if "images" not in content:
-            raise DataError(f"{self._file} has no 'images'; expected a COCO instance file")
+    def _read_images(self, table: Table, faults: list[Fault]) -> list[ImageRecord]:
         images: list[ImageRecord] = []
         ids: set[int] = set()
         names: set[str] = set()
-        for record in _entries(content, "images", self._file):
+        for record in table:
             try:
                 image = _image_record(record)
                 if image.id in ids:
@@ -186,17 +255,17 @@ class CocoSource:
 
     def _read_regions(
         self,
-        content: dict[str, Any],
+        tables: Mapping[str, Table],
         images: Sequence[ImageRecord],
-        entries: Sequence[dict[str, Any]],
+        skip: bool,
         faults: list[Fault],
     ) -> dict[int, list[Region]]:
         """Return the regions of each image in painting order, by image id."""
         valid = {image.id: image for image in images}
-        listed = {_id(record, "id") for record in content["images"]}
+        listed = {_id(record, "id") for record in tables["images"]}
         regions: dict[int, list[Region]] = {key: [] for key in valid}
         seen: set[int] = set()
-        for record in entries:
+        for record in tables["annotations"]:
             key, image_id = _id(record, "id"), _id(record, "image_id")
             image = None if image_id is None else valid.get(image_id)
             if image is None and image_id is not None and image_id in listed:
@@ -208,14 +277,39 @@ class CocoSource:
                 if image is None:
                     given = _short(record.get("image_id"))
                     raise DataError(f"image {given} is not in the file; correct or remove it")
+                self._dropped += drop_pieces(record)
                 regions[image.id].append(_region(key, record, image.size, self.category_ids))
             except DataError as error:
+                if image is not None and skip:
+                    regions[image.id].append(_ignored_region(record, image.size))
                 of = f" of {image.name}" if image else ""
                 sentence = f"{self._file}: annotation {_short(record.get('id'))}{of}: {error}"
                 faults.append(Fault(sentence, image.name if image else self._file, key))
         for regions_of_image in regions.values():
             regions_of_image.sort(key=lambda region: (-region.area, region.id))
         return regions
+
+
+def _rename(names: Mapping[int, str], rename: Mapping[str, Any], file: str) -> dict[int, Any]:
+    """Return the new name of each category, ``None`` for an ignored one."""
+    for old, new in rename.items():
+        if old not in names.values():
+            raise DataError(
+                f"rename: {quoted(old)} is no category of {file}{closest(old, names.values())}"
+            )
+        if new is not None and not isinstance(new, str):
+            raise ConfigError(
+                f"rename: {quoted(old)} becomes {_short(new)}; expected a name or null"
+            )
+    return {key: rename.get(name, name) for key, name in names.items()}
+
+
+def _ignored_region(record: dict[str, Any], size: tuple[int, int]) -> Region:
+    """Return an ignored region in place of an annotation that cannot be painted."""
+    left, top, right, bottom = ignored_box(record, size)
+    corners = [left, top, right, top, right, bottom, left, bottom]
+    area = (right - left) * (bottom - top)
+    return Region(-1, IGNORE, False, area, [np.array(corners, np.float64)])
 
 
 def _numbers(shape: Shape) -> str:
@@ -283,6 +377,8 @@ def _region(
             raise DataError(f"area is {_short(area)}; expected more than 0, or leave it out")
     else:
         area = coco_mask.area(encode(shape, *size))
+    if (words := contradiction(record, shape, size)) is not None:
+        raise DataError(words)
     return Region(key, category_ids[category], bool(crowd), float(area), shape)
 
 

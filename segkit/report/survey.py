@@ -111,7 +111,9 @@ def read_instances(source: Source, i: int, mask: Tensor) -> tuple[list[Instance]
     (height, width), ground = mask.shape, background(source)
     suspects: list[Suspect] = []
     if isinstance(source, CocoSource):
-        regions = [r for r in source.regions(i) if not r.crowd and r.class_index != ground]
+        regions = [
+            r for r in source.regions(i) if not r.crowd and r.class_index not in (ground, IGNORE)
+        ]
         encoded = [encode(region.shape, height, width) for region in regions]
         instances = []
         for region, rle in zip(regions, encoded, strict=True):

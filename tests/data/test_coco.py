@@ -333,7 +333,7 @@ def test_repeated_annotation_id(tmp_path: Path) -> None:
         (content(annotations=[[]]), r"annotations\[0\] is \[\]; expected an object"),
         (content(annotation(1, [box(0, 0, 2, 2)]), categories=[]), "but no categories"),
         (content(categories=[{"id": 1}]), "needs an integer id and a name"),
-        (content(categories=[{"id": "1", "name": "a"}]), "needs an integer id and a name"),
+        (content(categories=[{"id": "one", "name": "a"}]), "needs an integer id and a name"),
         (content(categories=[{"id": 1, "name": "a"}] * 2), "two categories have id 1"),
         (
             content(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]),
@@ -402,7 +402,7 @@ def test_symbolic_link_out_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_skip_keeps_valid_images_and_lists_the_faults(tmp_path: Path) -> None:
-    """Image 1 keeps one of two annotations; 2 is missing, 3 truncated, 4 valid, 5 unlisted."""
+    """Image 1 keeps an annotation, the rest is ignored; 2 is missing, 3 cut, 4 valid."""
     whole = content(
         annotation(1, [box(0, 0, 2, 2)]),
         annotation(2, [[0, 0, 1]]),
@@ -417,7 +417,7 @@ def test_skip_keeps_valid_images_and_lists_the_faults(tmp_path: Path) -> None:
     opened = CocoSource(annotations=path, on_error="skip")
     assert opened.names == ("a.png", "d.png")
     assert opened.image_ids == (1, 4)
-    assert [opened.mask(i).unique().tolist() for i in range(2)] == [[0, 1], [0, 2]]
+    assert [opened.mask(i).unique().tolist() for i in range(2)] == [[1, 255], [0, 2]]
     assert [(fault.file, fault.annotation) for fault in opened.faults] == [
         ("../e.png", None),
         ("a.png", 2),
