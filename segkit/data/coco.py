@@ -15,7 +15,7 @@ from segkit.core.labels import IGNORE
 from segkit.data.dialects import Table, standardize
 from segkit.data.images import MAX_PIXELS, read_image
 from segkit.data.inputs import check_name, inside, read_json
-from segkit.data.objects import contradiction, drop_pieces, ignored_box
+from segkit.data.objects import contradiction, drop_pieces, ignored_box, is_number
 from segkit.data.source import Fault, OnError, check_classes, usable
 
 MAX_OUTLINE = 1 << 22
@@ -373,7 +373,7 @@ def _region(
         raise DataError(f"segmentation is {_short(segmentation)}; expected polygons or an RLE")
     if "area" in record:
         area = record["area"]
-        if not _is_number(area) or not 0 < area < float("inf"):
+        if not is_number(area) or not 0 < area < float("inf"):
             raise DataError(f"area is {_short(area)}; expected more than 0, or leave it out")
     else:
         area = coco_mask.area(encode(shape, *size))
@@ -495,10 +495,6 @@ def encode(shape: Shape, height: int, width: int) -> dict[str, Any]:
 
 def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _id(record: dict[str, Any], key: str) -> int | None:

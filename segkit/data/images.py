@@ -1,22 +1,32 @@
-"""Decoding of image files to upright RGB pixels."""
+"""Decoding of image files to upright pixels."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
-from segkit.core.errors import DataError
+from segkit.core.errors import DataError, first_line
 from segkit.core.files import require_regular_file
+from segkit.data.samples import SampleRange, load_deep, to_bytes
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+_OPTIONAL = {"AVIF": ("avif", ".avif"), "JPEG2000": ("jpg_2000", ".jp2")}
+"""Formats that not every Pillow decodes, with the name of the feature and the suffix."""
+
+_PRESENT = {name: end for name, (feature, end) in _OPTIONAL.items() if features.check(feature)}
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", *_PRESENT)
 """Formats to decode, by Pillow's names. None of them starts another program, as EPS does."""
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", *_PRESENT.values()),
+)
 
 MAX_PIXELS = 20_000**2
 """Maximum number of pixels to decode, according to the header: 1.1 GiB of RGB."""
@@ -25,34 +35,48 @@ if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit: our error is to co
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 2 * MAX_PIXELS)
 
 _ORIENTATION = 0x0112
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def read_image(path: Path | str) -> Tensor:
+def read_image(path: Path | str, *, range: SampleRange | None = None, channels: int = 3) -> Tensor:
     """Return the first frame of an image file.
 
-    Gray, palette and CMYK are converted. 16-bit samples keep their high byte. Alpha is dropped: a
-    transparent pixel gets the color stored for it, as in torchvision and OpenCV.
+    Gray, palette and CMYK are converted. Alpha is dropped: a transparent pixel gets the color
+    stored for it, as in torchvision and OpenCV. Damaged metadata gives a warning; the pixels are
+    read.
 
     Pillow decodes all formats: torchvision's decoders give the same bytes, but are deprecated.
 
+    Args:
+        path: The file.
+        range: The samples that become 0 and 255, for files of more than 8 bits per sample;
+            ``"measured"``: the least and the largest of each image; default: 0 and 65535.
+        channels: 3 for RGB, 1 for gray; another number: the file's own bands, alpha included.
+
     Shape:
-        result: (3, H, W) uint8, RGB, rotated to the EXIF orientation; channels last in memory
+        result: (channels, H, W) uint8, rotated to the EXIF orientation; channels last in memory
 
     Raises:
-        DataError: The file is missing, damaged, not an image, or larger than :data:`MAX_PIXELS`.
+        DataError: The file is missing, damaged, not an image, larger than :data:`MAX_PIXELS`, has
+            another number of bands, or samples that need a ``range``.
     """
     with open_image(path) as image:
-        return to_tensor(image)
+        orientation = _orientation(image)
+        try:
+            pixels = to_bytes(image, range, channels)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from error
+    return _upright(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Return a Pillow image as :func:`read_image` returns a file.
 
     Raises:
-        ValueError: The image has 32-bit samples.
+        ValueError: The image has 32-bit samples, or 16-bit samples that do not fill 16 bits.
     """
     orientation = _orientation(image)
-    return _upright(torch.from_numpy(_rgb(image)).permute(2, 0, 1), orientation)
+    return _upright(torch.from_numpy(to_bytes(image, None, 3)).permute(2, 0, 1), orientation)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -61,7 +85,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
     Raises:
         DataError: As in :func:`read_image`; damage after the header is not detected.
     """
-    with open_image(path) as image:
+    with open_image(path, load=False) as image:
         width, height, orientation = *image.size, _orientation(image)
         if image.format == "TIFF":  # Pillow before 11 rotates it only when it loads the pixels
             tags: Any = image.getexif()
@@ -70,16 +94,15 @@ def image_size(path: Path | str) -> tuple[int, int]:
 
 
 @contextmanager
-def open_image(path: Path | str) -> Iterator[Image.Image]:
-    """Open a file with Pillow and check its header; errors in the block become a DataError."""
+def open_image(path: Path | str, *, load: bool = True) -> Iterator[Image.Image]:
+    """Open a file with Pillow; errors in the block become a DataError.
+
+    Args:
+        path: The file.
+        load: Decode the pixels; without, only the header is read.
+    """
     try:
-        with Image.open(require_regular_file(path), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(
-                    f"{path} has {width} × {height} pixels; "
-                    f"expected at most {MAX_PIXELS:,}: scale it down or cut it into parts"
-                )
+        with _open(require_regular_file(path), load) as image:
             yield image
     except DataError:
         raise
@@ -94,18 +117,80 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
         raise DataError(f"{path} cannot be decoded ({reason}); replace the file") from error
 
 
+def _open(path: Path, load: bool) -> Image.Image:
+    """Open a file; if that fails for a PNG, open it without its metadata."""
+    try:
+        return _begin(path, path, load)
+    except DataError:
+        raise
+    except Exception:
+        pixels_only = _without_metadata(path)
+        if pixels_only is None:
+            raise
+    image = _begin(pixels_only, path, load)
+    warnings.warn(
+        f"{path}: its metadata is damaged or too large, so only its pixels are read; save the "
+        "image again to remove it",
+        stacklevel=5,
+    )
+    return image
+
+
+def _begin(file: Path | BytesIO, path: Path, load: bool) -> Image.Image:
+    image = Image.open(file, formats=FORMATS)
+    try:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise DataError(
+                f"{path} has {width} × {height} pixels; "
+                f"expected at most {MAX_PIXELS:,}: scale it down or cut it into parts"
+            )
+        if load:
+            load_deep(image, file)
+    except BaseException:
+        image.close()
+        raise
+    return image
+
+
+def _without_metadata(path: Path) -> BytesIO | None:
+    """Return a PNG's chunks that matter for its pixels, or ``None`` for other files.
+
+    Pillow refuses a file for a text chunk that is long or has a wrong checksum.
+    """
+    content = path.read_bytes()
+    if not content.startswith(_PNG):
+        return None
+    parts, at = [_PNG], len(_PNG)
+    while at + 12 <= len(content):
+        length = int.from_bytes(content[at : at + 4], "big")
+        if content[at + 4 : at + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            parts.append(content[at : at + 12 + length])
+        at += 12 + length
+    return BytesIO(b"".join(parts))
+
+
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8, if it is stored before the pixels, else 1."""
     if image.format == "TIFF" or "exif" not in image.info:
         return 1  # Pillow rotates TIFF files itself
     exif = Image.Exif()
-    exif.load(image.info["exif"])
-    orientation = exif.get(_ORIENTATION)
+    try:
+        exif.load(image.info["exif"])
+        orientation = exif.get(_ORIENTATION)
+    except Exception as error:  # of any type, as for pixels
+        name = getattr(image, "filename", "") or "the image"
+        warnings.warn(
+            f"{name}: its EXIF data is damaged ({first_line(error)}), so it is not rotated; look "
+            "at the image, and save it again",
+            stacklevel=4,
+        )
+        return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _upright(pixels: Tensor, orientation: int) -> Tensor:
-    """Return ``pixels`` (3, H, W) in the upright position, given the EXIF orientation 1 to 8."""
+    """Return ``pixels`` (C, H, W) in the upright position, given the EXIF orientation 1 to 8."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 2)
     if orientation in (3, 4, 7, 8):
@@ -113,15 +198,3 @@ def _upright(pixels: Tensor, orientation: int) -> Tensor:
     if orientation in (2, 3, 6, 7):
         pixels = pixels.flip(2)
     return pixels
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    """Convert an image of any Pillow mode to (H, W, 3) uint8."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        gray = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise ValueError("32-bit samples have no common range: convert it to 8 bits")
-    if "transparency" in image.info:
-        image = image.convert("RGBA")  # converting directly to RGB gives a warning
-    return np.array(image.convert("RGB"))

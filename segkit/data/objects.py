@@ -1,7 +1,7 @@
 """Objects of a COCO file that cannot be painted, or whose area or box contradicts their shape."""
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -69,25 +69,32 @@ def contradiction(
             "its polygon lies within the first pixel; its points are probably shares of the image: "
             "multiply x by the width and y by the height"
         )
-    box, area, found = _box(record.get("bbox")), record.get("area"), []
-    corners = record.get("bbox") if box else None
-    if box and max(_overlap(box, extent), _overlap(tuple(corners or ()), extent)) < LEAST_OVERLAP:
-        found.append(f"bbox reaches from {box[0]:g}, {box[1]:g} to {box[2]:g}, {box[3]:g}")
-    largest = max(AREA_FACTOR * painted, 1.5 * _area(extent)) + AREA_SLACK
-    if is_number(area) and not painted / AREA_FACTOR - AREA_SLACK <= area <= largest:
-        found.append(f"area is {area:g}")
-    if not found:
+    box, area = _box(record.get("bbox")), record.get("area")
+    wrong = []
+    if box is not None:
+        corners = tuple(record["bbox"])
+        if max(_overlap(box, extent), _overlap(corners, extent)) < LEAST_OVERLAP:
+            wrong.append("bbox reaches from {:g}, {:g} to {:g}, {:g}".format(*box))
+    if is_number(area):
+        largest = max(AREA_FACTOR * painted, 1.5 * _area(extent)) + AREA_SLACK
+        if not painted / AREA_FACTOR - AREA_SLACK <= area <= largest:
+            wrong.append(f"area is {area:g}")
+    if not wrong:
         return None
-    percent = tuple(v * side / 100 for v, side in zip(extent, (width, height) * 2, strict=True))
-    by_area = is_number(area) and 0.7 < area / max(1e-9, painted * width * height / 1e4) < 1.4
-    is_percent = max(extent) <= 100 and ((box and _overlap(box, percent) > 0.5) or by_area)
+    scaled = tuple(v * side / 100 for v, side in zip(extent, (width, height) * 2, strict=True))
+    agrees = box is None or _overlap(box, scaled) > 2 * LEAST_OVERLAP
+    if (
+        is_number(area)
+        and not 0.7 * area < _area(scaled) * painted / max(1e-9, _area(extent)) < 1.4 * area
+    ):
+        agrees = False
     cause = (
         "its points are probably percent of the image"
-        if is_percent
-        else ("the polygon was probably drawn on an image of another size, or on another image")
+        if agrees and max(extent) <= 100
+        else "the polygon was probably drawn on an image of another size, or on another image"
     )
     return (
-        f"{' and '.join(found)}, but its shape covers {painted:,.0f} pixels from {extent[0]:g}, "
+        f"{' and '.join(wrong)}, but its shape covers {painted:,.0f} pixels from {extent[0]:g}, "
         f"{extent[1]:g} to {extent[2]:g}, {extent[3]:g}; {cause}: correct the one that is wrong, "
         "or remove area and bbox if the shape is right"
     )
@@ -129,6 +136,6 @@ def _box(values: Any) -> Box | None:
     return left, top, left + width, top + height
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Return True for an integer or a float, but not for a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -150,8 +150,164 @@ def test_16_bit_keeps_the_high_byte(tmp_path: Path) -> None:
 
 def test_32_bit_samples_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((4, 5), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match=r"a\.tif cannot be decoded .*32-bit"):
+    with pytest.raises(DataError, match=r"a\.tif: samples of 32 bits .* \"range\""):
         read_image(tmp_path / "a.tif")
+
+
+def deep_gray(folder: Path, suffix: str, samples: np.ndarray) -> Path:
+    path = folder / f"deep.{suffix}"
+    if suffix == "pgm":
+        height, width = samples.shape
+        path.write_bytes(b"P5\n%d %d\n65535\n" % (width, height) + samples.astype(">u2").tobytes())
+    else:
+        Image.fromarray(samples).save(path)
+    return path
+
+
+def deep_colors(folder: Path, suffix: str, samples: np.ndarray) -> Path:
+    """Write colors of 16 bits, which Pillow cannot write."""
+    path = folder / f"colors.{suffix}"
+    height, width, bands = samples.shape
+    rows = [row.astype(">u2").tobytes() for row in samples]
+    if suffix == "png":
+        color = {2: 4, 3: 2, 4: 6}[bands]
+        lines = b"".join(b"\0" + row for row in rows)
+        return png(path, width=width, height=height, depth=16, color=color, samples=lines)
+    order = ">" if suffix == "big.tif" else "<"
+    data = samples.astype(f"{order}u2").tobytes()
+    tags = [
+        (256, 3, width), (257, 3, height), (258, 3, 16), (259, 3, 1), (262, 3, 2), (273, 4, 8),
+        (277, 3, bands), (278, 3, height), (279, 4, len(data)),
+    ]  # fmt: skip
+    entries = b""
+    for tag, kind, value in tags:
+        if tag == 258:  # one depth per band, behind the directory
+            at = 8 + len(data) + 2 + 12 * len(tags) + 4
+            entries += struct.pack(f"{order}HHII", tag, 3, bands, at)
+        elif kind == 3:
+            entries += struct.pack(f"{order}HHIHH", tag, kind, 1, value, 0)
+        else:
+            entries += struct.pack(f"{order}HHII", tag, kind, 1, value)
+    head = (b"MM\0*" if order == ">" else b"II*\0") + struct.pack(f"{order}I", 8 + len(data))
+    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    depths = struct.pack(f"{order}{bands}H", *[16] * bands)
+    path.write_bytes(head + data + directory + depths)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+@pytest.mark.parametrize(("factor", "most"), [(1, 255), (16, 4095), (64, 16383)])
+def test_samples_that_do_not_fill_16_bits_need_a_range(
+    tmp_path: Path, suffix: str, factor: int, most: int
+) -> None:
+    samples = np.tile(np.arange(256) * factor, (3, 1)).astype(np.uint16)
+    path = deep_gray(tmp_path, suffix, samples)
+    with pytest.raises(DataError, match=rf'reach {255 * factor} only.*"range": \[0, {most}\]'):
+        read_image(path)
+    expected = np.rint(np.arange(256) * factor * 255 / most)
+    for channels in (1, 3):
+        pixels = read_image(path, range=(0, most), channels=channels)
+        assert pixels.shape == (channels, 3, 256)
+        assert np.abs(pixels[-1, 1].numpy() - expected).max() <= 1
+    assert read_image(path, range="measured")[0, 0].tolist() == [*range(256)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "big.tif"])
+def test_colors_of_16_bits_keep_both_bytes(tmp_path: Path, suffix: str) -> None:
+    """Pillow decodes the high bytes only, which are 0 to 15 for a camera of 12 bits."""
+    samples = np.random.default_rng(0).integers(0, 4096, (5, 7, 3)).astype(np.uint16)
+    samples[0, 0] = 4095
+    path = deep_colors(tmp_path, suffix, samples)
+    with pytest.raises(DataError, match=r'reach 4095 only.*"range": \[0, 4095\]'):
+        read_image(path)
+    pixels = read_image(path, range=(0, 4095)).permute(1, 2, 0).numpy()
+    assert np.abs(pixels - samples * (255 / 4095)).max() <= 0.501
+    full = deep_colors(tmp_path, suffix, samples * 16)
+    assert np.array_equal(read_image(full).permute(1, 2, 0).numpy(), samples * 16 >> 8)
+
+
+@pytest.mark.parametrize("bands", [2, 4])
+def test_alpha_of_16_bits_is_dropped_or_a_band(tmp_path: Path, bands: int) -> None:
+    samples = np.random.default_rng(0).integers(0, 65536, (5, 7, bands)).astype(np.uint16)
+    path = deep_colors(tmp_path, "png", samples)
+    colors = samples[..., [0, 0, 0]] if bands == 2 else samples[..., :3]
+    assert np.array_equal(read_image(path).permute(1, 2, 0).numpy(), colors >> 8)
+    if bands == 4:
+        assert np.array_equal(read_image(path, channels=4).permute(1, 2, 0).numpy(), samples >> 8)
+
+
+def test_a_range_scales_floats_and_leaves_bytes(tmp_path: Path) -> None:
+    values = np.array([[0.0, 0.25, 0.5], [1.0, 2.0, np.nan]], np.float32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif", range=(0, 1))[0].tolist() == [[0, 64, 128], [255, 255, 0]]
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    assert np.array_equal(
+        read_image(tmp_path / "a.png", range=(0, 4095)).permute(1, 2, 0).numpy(), picture()
+    )
+
+
+def test_bands_are_those_of_the_file(tmp_path: Path) -> None:
+    bands = np.random.default_rng(0).integers(0, 256, (4, 5, 4), np.uint8)
+    Image.fromarray(bands).save(tmp_path / "a.png")
+    assert np.array_equal(
+        read_image(tmp_path / "a.png", channels=4).permute(1, 2, 0).numpy(), bands
+    )
+    frames = [Image.fromarray(bands[..., i]) for i in range(4)]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    assert np.array_equal(
+        read_image(tmp_path / "a.tif", channels=4).permute(1, 2, 0).numpy(), bands
+    )
+    with pytest.raises(DataError, match=r"a\.tif: it has 4 frames, but the source has channels=2"):
+        read_image(tmp_path / "a.tif", channels=2)
+    with pytest.raises(DataError, match=r"a\.png: it has 4 bands, but the source has channels=5"):
+        read_image(tmp_path / "a.png", channels=5)
+
+
+def test_damaged_metadata_is_no_reason_to_refuse_a_photograph(tmp_path: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "a.jpg", quality=95)
+    jpeg = (tmp_path / "a.jpg").read_bytes()
+    bad = b"Exif\0\0" + b"\xde\xad\xbe\xef" * 6
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+
+    def chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
+        crc = zlib.crc32(kind + data) if crc is None else crc
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+    head, tail = 33, len(whole) - 12  # behind the header, and before the end
+    long_text = b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b" " * (3 << 20))
+    files = {
+        "exif.jpg": jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(bad) + 2) + bad + jpeg[2:],
+        "text.png": whole[:head] + chunk(b"iTXt", long_text) + whole[head:],
+        "zip.png": whole[:head] + chunk(b"zTXt", b"a\0\0" + long_text[22:]) + whole[head:],
+        "checksum.png": whole[:head] + chunk(b"tEXt", b"a\0bc", 0) + whole[head:],
+        "profile.png": whole[:head] + chunk(b"iCCP", b"a\0\0bc", 7) + whole[head:],
+        "exif.png": whole[:head] + chunk(b"eXIf", b"\xde\xad" * 9) + whole[head:],
+        "end.png": whole[:tail] + chunk(b"iTXt", long_text) + whole[tail:],
+    }
+    expected = {"jpg": read(tmp_path / "a.jpg"), "png": picture()}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert image_size(tmp_path / name) == (HEIGHT, WIDTH), name
+            assert np.array_equal(read(tmp_path / name), expected[name[-3:]]), name
+        if name != "profile.png":  # Pillow skips such a profile itself
+            assert any(str(tmp_path / name) in str(warning.message) for warning in caught), name
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "pgm", "pbm", "pnm", "JPG", "avif", "jp2"])
+def test_whatever_pillow_reads_is_listed(tmp_path: Path, suffix: str) -> None:
+    end = f".{suffix.lower()}"
+    if end in (".avif", ".jp2") and end not in images.SUFFIXES:
+        pytest.skip("this Pillow does not decode it")
+    assert end in images.SUFFIXES
+    kinds = {".jfif": "JPEG", ".jpe": "JPEG", ".jpg": "JPEG"}
+    gray = suffix in ("pgm", "pbm", "pnm")
+    image = Image.fromarray(picture()[..., 0] if gray else picture())
+    image = image.convert("1") if suffix == "pbm" else image
+    image.save(tmp_path / f"a.{suffix}", format=kinds.get(end))
+    assert read_image(tmp_path / f"a.{suffix}").shape == (3, HEIGHT, WIDTH)
 
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
