@@ -27,6 +27,7 @@ from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.core.run import Run, new_folder, runs
 from segkit.data import SOURCES, open_source
+from segkit.data.doubts import describe
 from segkit.data.loader import EvalBatches, TrainImages, TrainOrder, digests, train_batches
 from segkit.data.memo import MEMO
 from segkit.data.source import Source
@@ -483,8 +484,11 @@ def find_run(args: argparse.Namespace, cfg: Config) -> tuple[Config, Run, bool]:
 
 
 def log_data(job: Job) -> None:
-    """Report and log what is special about the data: images left out, and pseudo labels."""
+    """Report what is read; report and log images left out, and pseudo labels."""
     pseudo = job.data.pseudo
+    job.say(f"data.train: {describe(job.data.labelled)}")
+    if job.data.validation is not job.data.labelled:
+        job.say(f"data.val: {describe(job.data.validation)}")
     report_faults((job.data.source, job.data.validation), job.run, job.say)
     if pseudo is not None and distributed.is_main():
         job.run.log(event="pseudo", round=pseudo.round, images=len(pseudo.extra))

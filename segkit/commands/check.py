@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -11,16 +12,21 @@ from segkit.commands import console
 from segkit.core import config
 from segkit.core.errors import ConfigError, DataError
 from segkit.data import SOURCES
-from segkit.data.folds import read_groups
+from segkit.data.doubts import describe, label_doubts, seen
+from segkit.data.folds import class_pixels, read_groups
 from segkit.data.source import Fault, Source, unreadable
 
 PARTS = ("train", "val", "test", "test_labels")
 
 
-def faults(data: config.DataConfig) -> Iterator[Fault]:
+def faults(data: config.DataConfig, sources: dict[str, Source] | None = None) -> Iterator[Fault]:
     """Yield every fault of the data that a configuration names, part by part.
 
     Every image and mask is read. A part that cannot be opened at all is one fault.
+
+    Args:
+        data: The section of the configuration.
+        sources: Filled with the sources that could be opened, without faulty images.
 
     Raises:
         ConfigError: There is no part, or a part has no source or invalid arguments.
@@ -42,6 +48,8 @@ def faults(data: config.DataConfig) -> Iterator[Fault]:
         except DataError as error:
             yield Fault(f"{where}: {error}", file=where)
             continue
+        if sources is not None:
+            sources[where] = source
         for fault in source_faults:
             yield Fault(f"{where}: {fault.sentence}", fault.file, fault.annotation)
         if source.labelled and classes not in (None, source.classes):
@@ -64,16 +72,40 @@ def _inspect(make: functools.partial[Any]) -> tuple[Source, Collection[Fault]]:
 
 
 def main(argv: list[str]) -> None:
-    """Print every fault; raise a DataError if there is any."""
+    """Print every fault and what training would see; raise a DataError if there is any fault."""
     parser = console.parser("check", __doc__)
     console.add_config_options(parser)
     parser.add_argument("--json", action="store_true", help="print each fault as a JSON object")
     args = parser.parse_args(argv)
     count = 0
-    for fault in faults(config.load(args.cfg, args.set).data):
+    sources: dict[str, Source] = {}
+    for fault in faults(config.load(args.cfg, args.set).data, sources):
         print(json.dumps(asdict(fault)) if args.json else fault.sentence, flush=True)
         count += 1
+    begin = "" if count else "no faults found"
+    for line in _labels(sources, begin, as_json=args.json):
+        print(line, flush=True)
     if count:
         raise DataError(f"faults found: {count}; correct them, or set on_error to 'skip'")
-    if not args.json:
-        print("no faults found")
+
+
+def _labels(sources: dict[str, Source], begin: str, *, as_json: bool) -> Iterator[str]:
+    """Yield what is read from each part, doubts about its labels, and what training would see.
+
+    Args:
+        sources: The sources by the name of their part.
+        begin: Beginning of the last line.
+        as_json: Yield doubts only, as JSON objects.
+    """
+    last = [begin] if begin else []
+    for where, source in sources.items():
+        pixels = class_pixels(source, os.cpu_count() or 1) if source.labelled else None
+        if not as_json:
+            yield f"{where}: {describe(source)}"
+        for sentence in label_doubts(source, pixels) if pixels is not None else ():
+            doubt = {"doubt": sentence, "file": where}
+            yield json.dumps(doubt) if as_json else f"{where}: warning: {sentence}"
+        if where == "data.train" and pixels is not None:
+            last.append(f"training would see {seen(source, pixels)}")
+    if last and not as_json:
+        yield "; ".join(last)

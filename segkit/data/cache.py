@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -51,7 +52,9 @@ class CachedSource:
     ) -> None:
         self.classes, self.names, self.labelled = source.classes, source.names, source.labelled
         self.faults = source.faults
+        self.notes, self.origin = getattr(source, "notes", ()), getattr(source, "origin", None)
         self.category_ids = getattr(source, "category_ids", None)
+        self.channels: int = getattr(source, "channels", 3)
         self._source, self._folder = source, folder
         folder.mkdir(parents=True, exist_ok=True)
         used = _remove_old_drafts(folder)
@@ -63,7 +66,7 @@ class CachedSource:
         room, chosen = limit - used, []
         for i in missing:
             height, width = source.size(i)
-            room -= _HEAD + height * width * (4 if source.labelled else 3)
+            room -= _HEAD + height * width * (self.channels + source.labelled)
             if room < 0:
                 break
             chosen.append(i)
@@ -92,17 +95,25 @@ class CachedSource:
         if kept is None:
             return self._source.image(i)
         height, width = kept
-        return self._map(i, _HEAD, height * width * 3).view(height, width, 3).permute(2, 0, 1)
+        pixels = self._map(i, _HEAD, height * width * self.channels)
+        return pixels.view(height, width, self.channels).permute(2, 0, 1)
 
     def mask(self, i: int) -> Tensor:
         kept = self._kept[i]
         if kept is None or not self.labelled:
             return self._source.mask(i)
         height, width = kept
-        return self._map(i, _HEAD + height * width * 3, height * width).view(height, width)
+        return self._map(i, _HEAD + height * width * self.channels, height * width).view(
+            height, width
+        )
 
     def label_digest(self, i: int) -> str:
         return self._source.label_digest(i)
+
+    def why_empty(self, c: int) -> str:
+        """Return why the class ``c`` has no pixel, if the source knows."""
+        why: Any = getattr(self._source, "why_empty", None)
+        return why(c) if why else "label it, or remove the class"
 
     def _make(self, i: int) -> None:
         image = self._source.image(i)
@@ -134,9 +145,11 @@ def cache_keys(source: Source, images: Sequence[str]) -> list[str]:
     The first two of its 32 hexadecimal digits are a subfolder.
     """
 
+    reading = getattr(source, "reading", "")
+
     def key(i: int) -> str:
         labels = source.label_digest(i) if source.labelled else ""
-        made_of = f"{_FORMAT} {PIL.__version__} {images[i]} {labels}"
+        made_of = f"{_FORMAT} {PIL.__version__} {images[i]} {labels}{reading}"
         digest = hashlib.sha256(made_of.encode()).hexdigest()[:32]
         return f"{digest[:2]}/{digest[2:]}"
 

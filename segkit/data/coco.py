@@ -14,8 +14,9 @@ from segkit.core.errors import ConfigError, DataError, closest, quoted
 from segkit.core.labels import IGNORE
 from segkit.data.dialects import Table, standardize
 from segkit.data.images import MAX_PIXELS, read_image
-from segkit.data.inputs import check_name, inside, read_json
+from segkit.data.inputs import check_name, existing_name, inside, read_json
 from segkit.data.objects import contradiction, drop_pieces, ignored_box, is_number
+from segkit.data.samples import SampleRange, check_reading
 from segkit.data.source import Fault, OnError, check_classes, usable
 
 MAX_OUTLINE = 1 << 22
@@ -65,6 +66,9 @@ class CocoSource:
         background: Name of class 0.
         rename: New name of a category by its name: two of the same name are one class, the
             background's name is the background, and ``null`` ignores the category's pixels.
+        range: Samples that become 0 and 255, for images of more than 8 bits; ``"measured"``: the
+            least and the largest of each image; default: 0 and 65535.
+        channels: 3 for RGB, 1 for gray; another number: the files' own bands.
         on_error: ``"skip"`` reads every image once, and leaves out faulty images; a faulty
             annotation of a valid image is ignored in its box, or in the whole image if it has
             none; ``faults`` lists them.
@@ -87,12 +91,14 @@ class CocoSource:
         crowd: Crowd = "ignore",
         background: str = "background",
         rename: Mapping[str, Any] | None = None,
+        range: SampleRange | None = None,
+        channels: int = 3,
         on_error: OnError = "raise",
     ) -> None:
-        root = Path(annotations).parent if images is None else Path(images)
-        self._open(
-            read_json(annotations), annotations, root, crowd, background, rename or {}, on_error
-        )
+        self._file = annotations
+        self._root = Path(annotations).parent if images is None else Path(images)
+        self._crowd = crowd
+        self._open(read_json(annotations), background, rename or {}, range, channels, on_error)
 
     @classmethod
     def from_content(
@@ -102,9 +108,10 @@ class CocoSource:
         file: str,
         root: Path,
         notes: Sequence[str] = (),
-        crowd: Crowd = "ignore",
         background: str = "background",
         rename: Mapping[str, Any] | None = None,
+        range: SampleRange | None = None,
+        channels: int = 3,
         on_error: OnError = "raise",
     ) -> "CocoSource":
         """Return a source of the content of a COCO file, for example converted from another format.
@@ -114,24 +121,27 @@ class CocoSource:
             file: Name of the content's origin in messages.
             root: Folder that the file names are relative to.
             notes: First items of the source's ``notes``.
-            crowd: As for a file, and so are ``background``, ``rename`` and ``on_error``.
+            background: As for a file, and so are the other arguments.
         """
         source = cls.__new__(cls)
-        source._open(content, file, root, crowd, background, rename or {}, on_error)
+        source._file, source._root, source._crowd = file, root, "ignore"
+        source._open(content, background, rename or {}, range, channels, on_error)
         source.notes = (*notes, *source.notes)
         return source
 
     def _open(
         self,
         content: dict[str, Any],
-        file: str,
-        root: Path,
-        crowd: Crowd,
         background: str,
         rename: Mapping[str, Any],
+        range: SampleRange | None,
+        channels: int,
         on_error: OnError,
     ) -> None:
-        self._file, self._root, self._crowd = file, root, crowd
+        self.reading = check_reading(range, channels)
+        self.channels, self._range = channels, range
+        file = self._file
+        self.origin = Path(file).name
         self.info = content["info"] if isinstance(content.get("info"), dict) else {}
         if "images" not in content:
             raise DataError(f"{file} has no 'images'; expected a COCO instance file")
@@ -166,7 +176,7 @@ class CocoSource:
 
     def image(self, i: int) -> Tensor:
         path = self.path(i)
-        pixels = read_image(path)
+        pixels = read_image(path, range=self._range, channels=self.channels)
         height, width = self.size(i)
         if pixels.shape[1:] != (height, width):
             raise DataError(
@@ -193,6 +203,19 @@ class CocoSource:
         for region in self._regions[i]:
             digest.update(f"{region.class_index} {region.crowd} {_numbers(region.shape)}".encode())
         return digest.hexdigest()
+
+    def why_empty(self, c: int) -> str:
+        """Return why the class ``c`` has no pixel, and what to do."""
+        of_class = [r for regions in self._regions for r in regions if r.class_index == c]
+        crowds = sum(region.crowd for region in of_class)
+        if not of_class:
+            return "no annotation uses it; label it, or remove the category"
+        if crowds and self._crowd != "paint":
+            return (
+                f"{crowds} of {len(of_class)} annotations are crowds (iscrowd 1), which are left "
+                'out; if they are ordinary objects, set "crowd": "paint"'
+            )
+        return f"its {len(of_class)} annotations are covered by others or smaller than a pixel"
 
     def regions(self, i: int) -> tuple[Region, ...]:
         """Return the annotations of image ``i`` in painting order."""
@@ -238,7 +261,7 @@ class CocoSource:
         names: set[str] = set()
         for record in table:
             try:
-                image = _image_record(record)
+                image = _image_record(record, self._root)
                 if image.id in ids:
                     raise DataError(f"two images have id {image.id}; give each its own")
                 if image.name in names:
@@ -330,10 +353,11 @@ def _entries(content: dict[str, Any], key: str, file: str) -> list[dict[str, Any
     return entries
 
 
-def _image_record(record: dict[str, Any]) -> ImageRecord:
+def _image_record(record: dict[str, Any], root: Path) -> ImageRecord:
     key, name = _id(record, "id"), record.get("file_name")
     if key is None or not isinstance(name, str):
         raise DataError(f"the image {_short(record)} needs an integer id and a file_name")
+    name = existing_name(root, name)
     check_name(name)
     height, width = record.get("height"), record.get("width")
     if not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):

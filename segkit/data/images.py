@@ -1,9 +1,11 @@
 """Decoding of image files to upright pixels."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from segkit.data.samples import SampleRange, load_deep, to_bytes
 _OPTIONAL = {"AVIF": ("avif", ".avif"), "JPEG2000": ("jpg_2000", ".jp2")}
 """Formats that not every Pillow decodes, with the name of the feature and the suffix."""
 
-_PRESENT = {name: end for name, (feature, end) in _OPTIONAL.items() if features.check(feature)}
+_PRESENT = {
+    name: end for name, (feature, end) in _OPTIONAL.items() if feature in features.get_supported()
+}
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", *_PRESENT)
 """Formats to decode, by Pillow's names. None of them starts another program, as EPS does."""
@@ -33,6 +37,9 @@ MAX_PIXELS = 20_000**2
 
 if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit: our error is to come first
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 2 * MAX_PIXELS)
+
+MAX_NEIGHBORS = 100_000
+"""Most names of a folder to compare with that of a missing image."""
 
 _ORIENTATION = 0x0112
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -107,7 +114,9 @@ def open_image(path: Path | str, *, load: bool = True) -> Iterator[Image.Image]:
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist; add the image or remove its entry") from None
+        raise DataError(
+            f"{path} does not exist; {_neighbor(Path(path))}add the image or remove its entry"
+        ) from None
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)
         raise DataError(f"{path} is empty or not an image; expected one of {known}") from None
@@ -115,6 +124,17 @@ def open_image(path: Path | str, *, load: bool = True) -> Iterator[Image.Image]:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = reason.splitlines()[0]
         raise DataError(f"{path} cannot be decoded ({reason}); replace the file") from error
+
+
+def _neighbor(path: Path) -> str:
+    """Return a clause that names a file like a missing one but for letter case and suffix."""
+    wanted = path.stem.casefold()
+    try:
+        names = islice(os.listdir(path.parent), MAX_NEIGHBORS)
+    except OSError:
+        return ""
+    near = sorted(name for name in names if Path(name).stem.casefold() == wanted)
+    return f"{near[0]} is there: correct the name; else " if near else ""
 
 
 def _open(path: Path, load: bool) -> Image.Image:

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
+from urllib.parse import unquote
 
 from segkit.core.errors import DataError, reason
 from segkit.core.files import require_regular_file
@@ -32,6 +33,20 @@ def check_name(name: str) -> None:
             f"the file name '{name:.200}' leads out of the data folder; "
             "expected a path relative to it, without '..'"
         )
+
+
+def existing_name(root: Path | str, name: str) -> str:
+    """Return a file's name in the form in which it is in the folder ``root``.
+
+    Tools of Windows write backslashes, and tools of the web percent signs ("my%20photo.jpg"). A
+    name that is there in no form is returned as it is.
+    """
+    if not {"\\", "%"} & {*name}:
+        return name
+    for form in (name, name.replace("\\", "/"), unquote(name), unquote(name).replace("\\", "/")):
+        if NO_TEXT.search(form) or os.path.exists(os.path.join(root, form)):
+            return form
+    return name
 
 
 def inside(root: Path | str, name: str) -> Path:

@@ -1,40 +1,57 @@
-"""Source of a folder of images and a folder of PNG masks with class indices."""
+"""Source of a folder of images and a folder of masks with a class at every pixel."""
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from segkit.core.errors import ConfigError, DataError, quoted, reason
-from segkit.core.labels import IGNORE
-from segkit.data.images import SUFFIXES, image_size, open_image, read_image
+from segkit.core.errors import DataError, quoted, reason
+from segkit.data import pairing
+from segkit.data.images import image_size, read_image
 from segkit.data.inputs import check_name, inside, read_text
+from segkit.data.legend import Color, read_legend
 from segkit.data.memo import MEMO
-from segkit.data.source import Fault, OnError, check_classes, usable
+from segkit.data.samples import SampleRange, check_reading
+from segkit.data.source import Fault, OnError, usable
 
 
 class MaskSource:
-    """Images, each with a PNG mask whose pixel values are class indices (CamVid, Pascal, ADE).
+    """Images, each with a mask whose values or colors are classes (CamVid, Pascal, ADE).
 
-    The mask of ``images/a/b.jpg`` is ``masks/a/b.png``, 8 bits or fewer, gray or palette. Images
-    are in the order of the split list, or sorted by name.
+    The mask of ``images/a/b.jpg`` is ``masks/a/b.png``, in any letter case: a PNG, TIFF, BMP or GIF
+    of gray values, palette or colors. JPEG masks need two values. Images are in the order of the
+    split list, or sorted by name. Hidden files are not used.
 
     Args:
         images: Folder of images, searched recursively.
         masks: Folder of masks; without it, the source is unlabelled.
         split: Text file with one file name per line, with or without the suffix.
-        classes: Class names in the order of their values, or a text file with one per line.
+        classes: Class names in the order of their values, or a text file with one per line. A file
+            with colors ("Tree,128,128,0", "128 128 0 Tree" or "Tree:128,128,0") is also the
+            palette.
         ignore_index: Mask value that means "no class"; it becomes :data:`IGNORE`. If it is the
             index of the last name ("void"), that name is removed from the classes.
-        image_suffixes: Suffixes of image files.
+        values: Class of each mask value, if they are not 0, 1, 2, ...: an index, a name, or
+            ``null`` to ignore it, such as ``{"0": 0, "255": "can"}``. Several values may have one
+            class. A color ("128,0,0" or "#800000") is a value too; ``"*"`` is all others.
+        palette: Color of each class, for masks that are colored.
+        image_suffix: End of image names before the file's suffix, which masks do not have.
+        mask_suffix: End of mask names before the file's suffix, which images do not have.
+        image_suffixes: Suffixes of image files; default: those that Pillow decodes.
+        range: Samples that become 0 and 255, for images of more than 8 bits; ``"measured"``: the
+            least and the largest of each image; default: 0 and 65535.
+        channels: 3 for RGB, 1 for gray; another number: the files' own bands.
         on_error: ``"skip"`` reads every image once, and leaves out faulty images; ``faults`` lists
             them.
 
+    Attributes:
+        notes: Sentences about files that are passed over.
+
     Raises:
+        ConfigError: An argument is invalid.
         DataError: There are no images, class names are invalid, or there is a fault and
             ``on_error`` is ``"raise"``. ``mask`` raises it for a value that is not a class.
     """
@@ -47,31 +64,41 @@ class MaskSource:
         split: str | None = None,
         classes: str | tuple[str, ...],
         ignore_index: int | None = None,
-        image_suffixes: tuple[str, ...] = SUFFIXES,
+        values: Mapping[str, Any] | None = None,
+        palette: tuple[Color, ...] | None = None,
+        image_suffix: str = "",
+        mask_suffix: str = "",
+        image_suffixes: tuple[str, ...] | None = None,
+        range: SampleRange | None = None,
+        channels: int = 3,
         on_error: OnError = "raise",
     ) -> None:
+        self.reading = check_reading(range, channels)
         self._images = Path(images)
         self._masks = None if masks is None else Path(masks)
         self.labelled = masks is not None
-        listed = _read_classes(classes)
-        if ignore_index is not None and not 0 <= ignore_index <= 255:
-            raise ConfigError(f"ignore_index: expected 0 to 255, got {ignore_index}")
-        self.classes = listed[:-1] if ignore_index == len(listed) - 1 else listed
-        self._declared = np.arange(256) < len(self.classes)
-        self._table = np.arange(256).astype(np.uint8)
-        if ignore_index is not None:
-            self._declared[ignore_index] = True
-            self._table[ignore_index] = IGNORE
+        self.channels, self._range = channels, range
+        self._image_suffix, self._mask_suffix = image_suffix, mask_suffix
+        self._legend = read_legend(classes, values, palette, ignore_index)
+        self.classes, self.origin = self._legend.classes, f"masks in {masks}" if masks else images
         for folder in (self._images, self._masks):
             if folder is not None and not folder.is_dir():
                 raise DataError(f"{folder} is not a folder; expected the folder of images or masks")
         faults: list[Fault] = []
-        names = _search(self._images, image_suffixes)
+        names, others = pairing.search(self._images, image_suffixes, image_suffix)
+        together = self._masks is not None and self._masks.samefile(self._images)
+        if together and mask_suffix:
+            names = [name for name in names if not pairing.stem(name).endswith(mask_suffix)]
+            others = [name for name in others if not pairing.stem(name).endswith(mask_suffix)]
+        self.notes = (pairing.left_out(others, images),) if others and not together else ()
+        unused = self._find_masks(names, together)
         if split is not None:
-            names = _choose(names, split, faults)
-        self.names = tuple(self._valid(names, faults))
-        nothing = f"{images} holds no usable image ({', '.join(image_suffixes)})"
-        kept, self.faults = usable(self, faults, on_error, nothing)
+            names, unused = _choose(names, split, image_suffix, faults), []
+        self.names = tuple(self._valid(names, unused if names else [], faults))
+        wanted = f" ({', '.join(image_suffixes)})" if image_suffixes else ""
+        kept, self.faults = usable(
+            self, faults, on_error, f"{images} holds no usable image{wanted}"
+        )
         self.names = tuple(self.names[i] for i in kept)
 
     def __len__(self) -> int:
@@ -84,20 +111,11 @@ class MaskSource:
         return image_size(self.path(i))
 
     def image(self, i: int) -> Tensor:
-        return read_image(self.path(i))
+        return read_image(self.path(i), range=self._range, channels=self.channels)
 
     def mask(self, i: int) -> Tensor:
-        if self._masks is None:
-            raise DataError(f"{self._images} has no masks; expected a folder of them in 'masks'")
-        path = inside(self._masks, _mask_name(self.names[i]))
-        values = _read_indices(path)
-        wrong = np.flatnonzero(np.bincount(values.ravel(), minlength=256) * ~self._declared)
-        if len(wrong):
-            raise DataError(
-                f"{path} has the values {', '.join(map(str, wrong))}; expected 0 to "
-                f"{len(self.classes) - 1} for the classes, or one declared as ignore_index"
-            )
-        mask = self._table[values]
+        path = self._mask_path(i)
+        mask = self._legend.decode(path)
         height, width = self.size(i)
         if mask.shape != (height, width):
             raise DataError(
@@ -107,70 +125,98 @@ class MaskSource:
         return torch.from_numpy(mask)
 
     def label_digest(self, i: int) -> str:
-        meaning = f"{self.classes} {self._table.tolist()}".encode()
         if self._masks is None:
-            return hashlib.sha256(meaning).hexdigest()
-        path = inside(self._masks, _mask_name(self.names[i]))
+            return hashlib.sha256(self._legend.meaning).hexdigest()
+        path = self._mask_path(i)
         try:
-            return MEMO.digest(path, before=meaning)
+            return MEMO.digest(path, before=self._legend.meaning)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({reason(error)})") from error
 
-    def _valid(self, names: Iterable[str], faults: list[Fault]) -> Iterator[str]:
-        """Yield the names that are valid and have their own mask; add the others to ``faults``."""
+    def why_empty(self, c: int) -> str:
+        """Return why the class ``c`` has no pixel, and what to do."""
+        return self._legend.why_empty(c)
+
+    def _mask_path(self, i: int) -> Path:
+        if self._masks is None:
+            raise DataError(f"{self._images} has no masks; expected a folder of them in 'masks'")
+        return inside(self._masks, self._mask_names[self._key(self.names[i])])
+
+    def _key(self, name: str) -> str:
+        return pairing.key(name, self._image_suffix)
+
+    def _find_masks(self, images: list[str], together: bool) -> list[str]:
+        """Set the masks by the keys of their images; return those without an image.
+
+        Args:
+            images: All images of the folder.
+            together: Images and masks are in one folder.
+        """
+        self._mask_names: dict[str, str] = {}
+        if self._masks is None:
+            return []
+        files, _ = pairing.search(self._masks, pairing.MASK_SUFFIXES, self._mask_suffix)
+        files = sorted({*files}.difference(images)) if together else files
+        keys = map(self._key, images)
+        self._mask_names, unused = pairing.pair(keys, files, self._mask_suffix)
+        return [] if together else unused
+
+    def _valid(
+        self, names: Sequence[str], unused: Iterable[str], faults: list[Fault]
+    ) -> Iterator[str]:
+        """Yield the names that are valid and have their own mask; add the others to ``faults``.
+
+        Masks of ``unused``, which have no image, are added after them.
+        """
         owners: dict[str, str] = {}
+        suggestions: pairing.Suggestions | None = None
         for name in names:
+            key = self._key(name)
             try:
                 check_name(name)
-                stem = str(PurePosixPath(name).with_suffix(""))
-                if stem in owners:
+                if key in owners:
                     raise DataError(
-                        f"{self._images}: {quoted(owners[stem])} and {quoted(name)} differ in "
-                        "their suffix only, so they share one mask; rename or remove one"
+                        f"{self._images}: {quoted(owners[key])} and {quoted(name)} differ in their "
+                        "suffix only, so they share one mask; rename or remove one, or set "
+                        "image_suffixes to that of the images"
                     )
-                owners[stem] = name
-                mask = None if self._masks is None else self._masks / _mask_name(name)
-                if mask is not None and not mask.is_file():
+                owners[key] = name
+                if self._masks is not None and key not in self._mask_names:
+                    suggestions = suggestions or pairing.Suggestions(self._masks)
+                    advice = (
+                        f"add the mask of {quoted(name)}, or leave the image out by a split list"
+                    )
+                    if self._masks.samefile(self._images):
+                        advice = "set image_suffixes or mask_suffix to tell images and masks apart"
                     raise DataError(
-                        f"{mask} does not exist; add the mask of {quoted(name)}, or leave the "
-                        "image out by a split list"
+                        f"{self._masks / key}{self._mask_suffix}.png does not exist; "
+                        f"{suggestions.near(name)}{advice}"
                     )
             except DataError as error:
                 faults.append(Fault(str(error), file=name))
             else:
                 yield name
+        for mask in unused:
+            if suggestions is None or mask not in suggestions.named:
+                sentence = (
+                    f"{Path(self._masks or '', mask)} has no image in {self._images}; add the "
+                    "image, or remove the mask"
+                )
+                faults.append(Fault(sentence, file=mask))
 
 
-def _read_classes(classes: str | tuple[str, ...]) -> tuple[str, ...]:
-    if not isinstance(classes, str):
-        return check_classes(classes, "classes")
-    # empty lines are not skipped: that would change the values of the classes below
-    lines = [line.strip() for line in read_text(classes).rstrip().splitlines()]
-    return check_classes(lines, classes)
-
-
-def _search(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the images below ``folder``, sorted, as relative paths with forward slashes."""
-    wanted = tuple(suffix.lower() for suffix in suffixes)
-    return sorted(
-        Path(parent, file).relative_to(folder).as_posix()
-        for parent, _, files in os.walk(folder)
-        for file in files
-        if file.lower().endswith(wanted)
-    )
-
-
-def _choose(names: Iterable[str], split: str, faults: list[Fault]) -> list[str]:
+def _choose(names: Iterable[str], split: str, image_suffix: str, faults: list[Fault]) -> list[str]:
     """Return the images listed in a split file, in its order."""
     known: dict[str, str] = {}
     for name in names:
-        known.setdefault(str(PurePosixPath(name).with_suffix("")), name)
+        known.setdefault(pairing.key(name, image_suffix), name)
+        known.setdefault(pairing.stem(name), name)
         known[name] = name
     chosen: dict[str, None] = {}
     for number, line in enumerate(read_text(split).splitlines(), start=1):
         if not line.strip():
             continue
-        named = known.get(line.strip())
+        named = known.get(line.strip()) or known.get(line.strip().replace("\\", "/"))
         if named is None:
             sentence = f"{quoted(line.strip())} has no image; add the image or remove the line"
         elif named in chosen:
@@ -180,27 +226,3 @@ def _choose(names: Iterable[str], split: str, faults: list[Fault]) -> list[str]:
             continue
         faults.append(Fault(f"{split}, line {number}: {sentence}", file=named or line.strip()))
     return list(chosen)
-
-
-def _mask_name(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(".png"))
-
-
-def _read_indices(path: Path) -> np.ndarray:
-    """Return the stored pixel values of a PNG, (H, W) uint8; no palette is applied."""
-    with open_image(path) as image:
-        if image.format != "PNG" or image.mode not in ("1", "L", "P"):
-            raise DataError(
-                f"{path} is a {image.format} file of mode {image.mode}; expected a PNG of class "
-                "indices, palette or gray, with 8 bits or fewer"
-            )
-        depth = 8 if image.mode == "P" else _depth(path)
-        values = np.array(image.convert("L") if image.mode == "1" else image)
-    # Pillow scales gray values of fewer bits to 0..255
-    return values if depth == 8 else values // (255 // (2**depth - 1))
-
-
-def _depth(path: Path) -> int:
-    """Return the bits per sample from a PNG's header."""
-    with path.open("rb") as file:
-        return file.read(25)[-1]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from segkit.core.errors import DataError
 from segkit.data.images import SUFFIXES, image_size, read_image
+from segkit.data.pairing import left_out, search
+from segkit.data.samples import SampleRange, check_reading
 from segkit.data.source import Fault
 
 
@@ -19,10 +21,13 @@ class PhotoSource:
     Args:
         paths: Image files and folders, which are searched recursively. Duplicate files are used
             once.
+        range: Samples that become 0 and 255, for images of more than 8 bits, as in MaskSource.
+        channels: 3 for RGB, 1 for gray; another number: the files' own bands.
 
     Attributes:
         names: The path relative to the given folder, or the file name; if names are equal, parent
             folders are added to them until they are unique.
+        notes: Sentences that name files that are passed over.
         faults: Files that cannot be opened as images; they are left out. Damage after a file's
             header is not detected.
 
@@ -33,11 +38,17 @@ class PhotoSource:
     classes: tuple[str, ...] = ()
     labelled = False
 
-    def __init__(self, *, paths: tuple[str, ...]) -> None:
+    def __init__(
+        self, *, paths: tuple[str, ...], range: SampleRange | None = None, channels: int = 3
+    ) -> None:
+        self.reading = check_reading(range, channels)
+        self.channels, self._range = channels, range
         files: dict[Path, int] = {}  # file: number of its last path components in its name
+        notes: list[str] = []
         for path in map(Path, paths):
-            for name, file in _files(path):
+            for name, file in _files(path, notes):
                 files.setdefault(file, len(PurePosixPath(name).parts))
+        self.notes = tuple(notes)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             sizes = list(pool.map(_size, files))
         opened = list(zip(files, _names(files), sizes, strict=True))
@@ -58,7 +69,7 @@ class PhotoSource:
         return self._sizes[i]
 
     def image(self, i: int) -> Tensor:
-        return read_image(self._paths[i])
+        return read_image(self._paths[i], range=self._range, channels=self.channels)
 
     def mask(self, i: int) -> Tensor:
         raise DataError(f"{self._paths[i]} has no label")
@@ -67,20 +78,24 @@ class PhotoSource:
         return ""
 
 
-def _files(path: Path) -> Sequence[tuple[str, Path]]:
-    """Return (name, file) of an image, or of every image in a folder, named relative to it."""
+def _files(path: Path, notes: list[str]) -> Sequence[tuple[str, Path]]:
+    """Return (name, file) of an image, or of every image in a folder, named relative to it.
+
+    Args:
+        path: The image or the folder.
+        notes: A sentence about the folder's other files is added.
+    """
     if path.is_file():
         return [(path.name, path.parent.resolve() / path.name)]
     if not path.is_dir():
         raise DataError(f"{path} does not exist; expected an image or a folder of images")
-    files = sorted(
-        file
-        for file in path.resolve().rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.is_dir()
-    )
-    if not files:
-        raise DataError(f"{path} holds no image; expected {', '.join(sorted(SUFFIXES))}")
-    return [(file.relative_to(path.resolve()).as_posix(), file) for file in files]
+    names, others = search(path)
+    if not names:
+        more = f"; {left_out(others, path)}" if others else ""
+        raise DataError(f"{path} holds no image; expected {', '.join(sorted(SUFFIXES))}{more}")
+    if others:
+        notes.append(left_out(others, path))
+    return [(name, path.resolve() / name) for name in names]
 
 
 def _size(file: Path) -> tuple[int, int] | str:

@@ -9,10 +9,14 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import Image, ImageSequence
 
+from segkit.core.config import check_bounds
 from segkit.core.errors import ConfigError
 
 SampleRange: TypeAlias = tuple[float, float] | Literal["measured"]
 """The samples that become 0 and 255; ``"measured"``: the least and the largest of the image."""
+
+MOST_CHANNELS = 64
+"""Most bands of an image."""
 
 _DEEP = re.compile(r";16([BLN]?)$")
 _OTHER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L", "": "B"}
@@ -20,10 +24,16 @@ _GRAY_ALPHA = "LA;16B"
 _LOW_BYTES = "low bytes"
 
 
-def check_range(range: SampleRange | None) -> None:
-    """Raise a ConfigError if a range of samples is empty or reversed."""
+def check_reading(range: SampleRange | None, channels: int) -> str:
+    """Return a text that differs if files are read differently; empty for the default.
+
+    Raises:
+        ConfigError: The range is empty or reversed, or ``channels`` is not 1 to 64.
+    """
     if isinstance(range, tuple) and not range[0] < range[1]:
         raise ConfigError(f"range: expected the smaller number first, got {list(range)}")
+    check_bounds(1, MOST_CHANNELS, channels=channels)
+    return "" if range is None and channels == 3 else f" {range} {channels}"
 
 
 def load_deep(image: Image.Image, file: Path | BytesIO) -> None:

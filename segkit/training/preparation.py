@@ -14,6 +14,7 @@ from segkit.core.config import Config
 from segkit.core.errors import DataError
 from segkit.core.run import Run
 from segkit.data import open_source
+from segkit.data.doubts import label_doubts, split_doubts
 from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shares, table
 from segkit.data.loader import TrainImages, TrainOrder, digests
 from segkit.data.pseudo_labelled import PseudoLabelled
@@ -77,8 +78,10 @@ def split_data(
         names = labelled.names
         # Reads every mask, so that an invalid class index is found before training starts.
         pixels = class_pixels(labelled, workers=cfg.data.workers)
+        doubts = [f"data.train: {sentence}" for sentence in label_doubts(labelled, pixels)]
         if validation is not labelled:
-            class_pixels(validation, workers=cfg.data.workers)
+            counts = class_pixels(validation, workers=cfg.data.workers)
+            doubts += [f"data.val: {sentence}" for sentence in label_doubts(validation, counts)]
             split = Split(folds=(validation.names,), train=names)
         else:
             groups = read_groups(cfg.data.groups, cfg.data.group_pattern, names)
@@ -87,7 +90,10 @@ def split_data(
                 seed=cfg.train.seed, groups=groups,
             )  # fmt: skip
             say(table(split, names, pixels, labelled.classes))
+            doubts += split_doubts(split, names, pixels, labelled.classes)
             files["shares.json"] = [row._asdict() for row in shares(split, names, pixels)]
+        for sentence in doubts:
+            say(f"warning: {sentence}")
         category_ids = getattr(labelled, "category_ids", None)
         files["folds.json"] = asdict(split)
         files["classes.json"] = {"classes": labelled.classes, "category_ids": category_ids}

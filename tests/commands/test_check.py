@@ -179,8 +179,15 @@ def test_main_prints_each_fault_and_fails(tmp_path: Path, capsys) -> None:
         main(["--cfg", str(config), "--json"])
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["file"] == "2.jpg"
-    main(["--cfg", str(config), "--set", 'data.train.classes=["a", "b", "c"]'])
-    assert capsys.readouterr().out == "no faults found\n"
+    main(["--cfg", str(config), "--set", 'data.train.classes=["background", "b", "c"]'])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"data.train: 3 images, 3 classes from masks in {tmp_path / 'data/masks'}",
+        "data.train: warning: 1 of 3 images have no labelled object, such as 0.jpg: right if there "
+        "is none; else label or remove them",
+        "no faults found; training would see 3 images with background 33.3 %, b 33.3 %, c 33.3 % "
+        "of the labelled pixels; 0 % of all pixels are ignored",
+    ]
 
 
 def test_command_exits_with_1(tmp_path: Path) -> None:
@@ -196,3 +203,34 @@ def test_command_exits_with_1(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "2.png has the values 2" in done.stdout
     assert done.stderr.strip() == "faults found: 1; correct them, or set on_error to 'skip'"
+
+
+def test_contradictions_and_crowds_are_said(tmp_path: Path, capsys) -> None:
+    runs = {"size": [SIZE, SIZE], "counts": [100, 56, 100]}
+    annotations = [
+        record(0, segmentation=runs, area=56, iscrowd=1),
+        record(1, bbox=[13, 13, 2, 2], category_id=2),
+    ]
+    images = [{"id": i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(2)]
+    for image in images:
+        Image.new("RGB", (SIZE, SIZE)).save(tmp_path / str(image["file_name"]))
+    categories = [{"id": 1, "name": "can"}, {"id": 2, "name": "bag"}, {"id": 3, "name": "cup"}]
+    whole = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "some.json").write_text(json.dumps(whole))
+    config = tmp_path / "config.json"
+    train = {"name": "coco", "annotations": str(tmp_path / "some.json")}
+    config.write_text(json.dumps({"data": {"train": train}}))
+    with pytest.raises(DataError, match="faults found: 1"):
+        main(["--cfg", str(config)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "annotation 1 of 1.png: bbox reaches from 13, 13 to 15, 15, but its shape" in lines[0]
+    assert lines[1] == "data.train: 2 images, 4 classes from some.json"
+    assert "'can' is labelled: 1 of 1 annotations are crowds" in lines[2]
+    assert "'bag' is labelled: no annotation uses it" in lines[3]
+    assert "'cup' is labelled: no annotation uses it" in lines[4]
+    assert "every labelled pixel is 'background'" in lines[5]
+    ignored = 100 * (56 + 4) / (2 * SIZE**2)  # the crowd, and the box of the faulty object
+    assert lines[-1] == (
+        "training would see 2 images with background 100 %, can 0 %, bag 0 %, cup 0 % of the "
+        f"labelled pixels; {ignored:.3g} % of all pixels are ignored"
+    )

@@ -113,7 +113,8 @@ def test_masks_in_png_are_cached_and_known_by_their_content(tmp_path: Path) -> N
 def test_a_changed_image_or_annotation_is_read_anew(folder: Path) -> None:
     cached(folder)
     content = json.loads((folder / "set.json").read_text())
-    content["annotations"][2]["segmentation"] = [[0, 0, 40, 0, 40, 29, 0, 29]]
+    changed = {"segmentation": [[0, 0, 40, 0, 40, 29, 0, 29]], "area": 1160, "bbox": [0, 0, 40, 29]}
+    content["annotations"][2] |= changed
     write_labels(folder, content["images"], content["annotations"])
     assert_equal(cached(folder), source(folder))
     assert len(files(folder)) == 6
@@ -226,3 +227,19 @@ def test_the_configuration_switches_it(folder: Path) -> None:
     assert len(files(folder)) == 5
     off = open_source(config.parse({"data": {**data, "cache_gb": 0}}), "train")
     assert isinstance(off, CocoSource)
+
+
+def test_bands_and_ranges_have_entries_of_their_own(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).integers(0, 4096, (*SIZE,)).astype(np.uint16)
+    for part, pixels in (("images", samples), ("masks", (samples > 9).astype(np.uint8))):
+        (tmp_path / part).mkdir()
+        Image.fromarray(pixels).save(tmp_path / part / "a.png")
+    paths = {part: str(tmp_path / part) for part in ("images", "masks")}
+    for channels in (1, 3):
+        for high in (4095, 8191):
+            plain = MaskSource(**paths, classes=("a", "b"), range=(0, high), channels=channels)
+            kept = CachedSource(plain, tmp_path / "cache", limit=1e9)
+            assert kept.channels == channels
+            assert kept.image(0).shape == (channels, *SIZE)
+            assert torch.equal(kept.image(0), plain.image(0))
+            assert torch.equal(kept.mask(0), plain.mask(0))

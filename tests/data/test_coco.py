@@ -514,3 +514,41 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
         except DataError:
             continue
     assert 0 < read < 40_000
+
+
+@pytest.mark.parametrize("written", ["sub\\a b.png", "sub/a%20b.png", "sub%2Fa%20b.png"])
+def test_names_of_windows_and_the_web(tmp_path: Path, written: str) -> None:
+    whole = content(annotation(1, [box(0, 0, 2, 2)]))
+    whole["images"][0]["file_name"] = written
+    path = save(tmp_path, whole)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "sub/a b.png")
+    opened = CocoSource(annotations=path)
+    assert opened.names == ("sub/a b.png",)
+    assert opened.image(0).shape == (3, HEIGHT, WIDTH)
+
+
+def test_percent_signs_of_a_name_that_is_there_stay(tmp_path: Path) -> None:
+    whole = content(annotation(1, [box(0, 0, 2, 2)]))
+    whole["images"][0]["file_name"] = "50%25 \\ %s.png"
+    path = save(tmp_path, whole)
+    (tmp_path / "a.png").rename(tmp_path / "50%25 \\ %s.png")
+    assert CocoSource(annotations=path).image(0).shape == (3, HEIGHT, WIDTH)
+
+
+def test_escaped_names_may_not_leave_the_folder(tmp_path: Path) -> None:
+    whole = content(annotation(1, [box(0, 0, 2, 2)]))
+    whole["images"][0]["file_name"] = "%2e%2e/secret.png"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = save(folder, whole)
+    (folder / "a.png").rename(tmp_path / "secret.png")
+    with pytest.raises(DataError, match="leads out of the data folder"):
+        CocoSource(annotations=path)
+
+
+def test_a_missing_image_is_named_with_the_file_that_is_there(tmp_path: Path) -> None:
+    path = save(tmp_path, content(annotation(1, [box(0, 0, 2, 2)])))
+    (tmp_path / "a.png").rename(tmp_path / "A.PNG")
+    with pytest.raises(DataError, match=r"a\.png does not exist; A\.PNG is there: correct"):
+        CocoSource(annotations=path).image(0)

@@ -118,9 +118,10 @@ def test_255_classes_leave_255_to_ignore(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("rgb", "PNG file of mode RGB; expected a PNG of class indices"),
-        ("16-bit", "PNG file of mode I;16"),
-        ("jpeg", "JPEG file of mode L"),
+        ("rgb", r'is colored; .* "palette": .* or "values": {"128,0,0": 1}'),
+        ("16-bit", "has the values 255, 256, 257; expected 0 to 2"),
+        ("float", "TIFF file of mode F; expected class indices of 16 bits"),
+        ("jpeg", "lossy compression, which changes values; save masks as PNG"),
         ("empty", "is empty or not an image"),
         ("truncated", "cannot be decoded"),
         ("turned", "is 65 wide and 97 high, but its image 97 and 65"),
@@ -132,9 +133,11 @@ def test_masks_of_another_kind_are_refused(tmp_path: Path, kind: str, words: str
     path = tmp_path / "masks/a.png"
     values = indices()
     if kind == "rgb":
-        Image.fromarray(np.repeat(values[..., None], 3, 2)).save(path)
+        Image.fromarray(values[..., None] * np.array([1, 1, 2], np.uint8)).save(path)
     elif kind == "16-bit":
-        Image.fromarray(values.astype(np.uint16)).save(path)
+        Image.fromarray(values.astype(np.uint16) + 255).save(path)
+    elif kind == "float":
+        Image.fromarray(values.astype(np.float32)).save(path, format="TIFF")
     elif kind == "jpeg":
         Image.fromarray(values).save(path, format="JPEG")
     elif kind == "turned":
