@@ -70,6 +70,12 @@ class ModelConfig:
         "imagenet if torchvision's weights are in torch's cache or can be downloaded, else null",
     )
     freeze_batch_norm: bool = _setting(False, "freeze BatchNorm of the backbone")
+    freeze: int | tuple[str, ...] = _setting(
+        0,
+        "what is not trained: the number of first stages of the backbone (the stem is in the "
+        "first), or patterns of parameters' names, such as backbone.layer1.*",
+        0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +119,13 @@ class OptimConfig:
         None,
         "factor on lr for the backbone; null: 0.1 for AdamW and pretrained weights, else 1",
         0,
+    )
+    layer_decay: float = _setting(
+        1.0,
+        "factor on the learning rate from each layer of the backbone to the layer before it; the "
+        "rate of the last layer is lr times both factors",
+        1e-3,
+        1,
     )
     schedule: Component = _setting({"name": "cosine"}, "cosine, poly, constant or cosine_restarts")
     warmup_steps: int | None = _setting(

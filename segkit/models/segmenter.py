@@ -1,5 +1,6 @@
 """The segmentation model: a backbone and a decoder."""
 
+import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from segkit.core import checkpoint
 from segkit.core.config import Component, Config, build, matching, parse
 from segkit.core.errors import CheckpointError, ConfigError, closest, quoted
 from segkit.models.backbones import BACKBONES
+from segkit.models.backbones.depth import first_stages
 from segkit.models.decoders import DECODERS
 from segkit.models.export import export
 from segkit.models.layers import resize
@@ -52,10 +54,12 @@ class Segmenter(nn.Module):
         self.config: dict[str, Any] | None = None  # set by build_model: the section "model"
         self.align_corners: bool = getattr(decoder, "align_corners", False)
         if freeze_batch_norm:
-            for norm in self._frozen():
-                norm.requires_grad_(False)
+            for module in backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.requires_grad_(False)
         for part in self._unused():
             part.requires_grad_(False)
+        self._frozen_names: set[str] = set()
         self.train()
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -70,10 +74,33 @@ class Segmenter(nn.Module):
 
     def train(self, mode: bool = True) -> "Segmenter":
         super().train(mode)
-        if self.freeze_batch_norm:
-            for norm in self._frozen():
-                norm.eval()
+        for norm in self._frozen():
+            norm.eval()
         return self
+
+    def freeze(self, what: int | Sequence[str]) -> None:
+        """Stop the training of parameters, and the statistics of BatchNorm among them.
+
+        Args:
+            what: The number of first stages of the backbone, or patterns of parameters' names, such
+                as ``backbone.layer1.*``.
+
+        Raises:
+            ConfigError: The backbone has fewer stages, or a pattern fits no parameter.
+        """
+        if isinstance(what, int):
+            chosen = {f"backbone.{name}" for name in first_stages(self.backbone, what)}
+        else:
+            names = [name for name, _ in self.named_parameters()]
+            for pattern in what:
+                if not fnmatch.filter(names, pattern):
+                    near = closest(pattern, names)
+                    raise ConfigError(f"no parameter is called {quoted(pattern)}{near}")
+            chosen = {name for name in names if any(fnmatch.fnmatch(name, p) for p in what)}
+        for name in chosen:
+            self.get_parameter(name).requires_grad_(False)
+        self._frozen_names |= chosen
+        self.train(self.training)
 
     def export(self, path: str | Path) -> None:
         """Write a file that runs without this library; see :func:`segkit.models.export.export`."""
@@ -93,7 +120,16 @@ class Segmenter(nn.Module):
         return [backbone.get_submodule(name) for name in names if name not in used]
 
     def _frozen(self) -> list[nn.Module]:
-        return [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
+        """Return each BatchNorm whose statistics do not change in training."""
+        return [
+            module
+            for name, module in self.named_modules()
+            if isinstance(module, _BatchNorm)
+            and (
+                (self.freeze_batch_norm and name.startswith("backbone."))
+                or f"{name}.weight" in self._frozen_names
+            )
+        ]
 
 
 def create_model(
@@ -178,6 +214,7 @@ def build_model(
     num_classes: int,
     weights: str | None = None,
     freeze_batch_norm: bool = False,
+    freeze: int | Sequence[str] = 0,
     seed: int = 0,
     initialize: bool = True,
     where: str = "model.",
@@ -191,6 +228,7 @@ def build_model(
         weights: ``imagenet`` for torchvision's best weights of this backbone, the name of others
             such as ``IMAGENET1K_V1``, or a file.
         freeze_batch_norm: Do not train the backbone's BatchNorm, neither statistics nor weights.
+        freeze: What is not trained; see :meth:`Segmenter.freeze`.
         seed: Seed of the weights that are not loaded. The global random state has no effect on
             them and is not changed.
         initialize: ``False`` leaves most parameters uninitialized, which is fast, for a model whose
@@ -222,10 +260,16 @@ def build_model(
             if parameter.numel() == 0:
                 raise ConfigError(f"{where}{part}: a size is 0, so its '{name}' is empty")
     model = Segmenter(encoder, head, freeze_batch_norm=freeze_batch_norm)
+    if freeze:
+        try:
+            model.freeze(freeze)
+        except ConfigError as error:
+            raise ConfigError(f"{where}freeze: {error}") from error
     model.config = {
         "backbone": backbone,
         "decoder": decoder,
         "freeze_batch_norm": freeze_batch_norm,
+        "freeze": freeze,
     }
     if weights is not None:
         path, source = locate(_name(backbone), weights, argument=f"{where}weights")
@@ -280,6 +324,7 @@ def load_model(path: Path, *, verify: bool = True) -> tuple[Segmenter, Config, d
             config.model.decoder,
             num_classes=len(state["classes"]),
             freeze_batch_norm=config.model.freeze_batch_norm,
+            freeze=config.model.freeze,
             initialize=False,
         )
 

@@ -44,6 +44,7 @@ def build_training(
         num_classes=num_classes or 2,
         weights=weights,
         freeze_batch_norm=cfg.model.freeze_batch_norm,
+        freeze=cfg.model.freeze,
         seed=cfg.train.seed,
         initialize=initialize,
     )
@@ -56,8 +57,9 @@ def build_training(
     if cfg.optim.lr is None or cfg.optim.backbone_lr_factor is None:
         raise ConfigError("optim.lr: is null; expected a number, as defaults.set_rates sets it")
     optimizer = build_optimizer(
-        model, cfg.optim.optimizer, lr=cfg.optim.lr, backbone_lr_factor=cfg.optim.backbone_lr_factor
-    )
+        model, cfg.optim.optimizer, lr=cfg.optim.lr,
+        backbone_lr_factor=cfg.optim.backbone_lr_factor, layer_decay=cfg.optim.layer_decay,
+    )  # fmt: skip
     fp16 = autocast_dtype(cfg.train.amp, device) is torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema is not None else None

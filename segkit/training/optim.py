@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from segkit.core.config import Component, bind, build
 from segkit.core.errors import ConfigError
+from segkit.models.backbones.depth import depths
 
 NO_DECAY = ("relative_position_bias_table", "layer_scale", "logit_scale", "cpb_mlp")
 """Name parts of parameters that have more than one axis but no weight decay.
@@ -80,6 +81,7 @@ def build_optimizer(
     lr: float,
     backbone_lr_factor: float = 1.0,
     decoder_lr_factor: float = 1.0,
+    layer_decay: float = 1.0,
 ) -> Optimizer:
     """Build an optimizer of the parameters that require gradients.
 
@@ -89,22 +91,37 @@ def build_optimizer(
         lr: Peak learning rate; each group stores its own as ``base_lr``.
         backbone_lr_factor: Factor on ``lr`` for the backbone.
         decoder_lr_factor: Factor on ``lr`` for the decoder.
+        layer_decay: Factor on the rate of each layer of the backbone for the layer before it. Of n
+            layers, layer i (from 0) has the factor ``layer_decay ** (n - i)``, and norms of the
+            feature maps 1. Bao et al. 2021, https://arxiv.org/abs/2106.08254
+
+    Raises:
+        ConfigError: All parameters are frozen, or the backbone does not list its stages.
 
     Parameters of at most one axis (biases, norms) and :data:`NO_DECAY` have no weight decay.
     """
     factors = {"backbone": backbone_lr_factor, "decoder": decoder_lr_factor}
-    groups: dict[tuple[str, bool], list[Tensor]] = {}
+    below = _layers_below_decoder(model) if layer_decay != 1 else {}
+    groups: dict[tuple[str, int, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = "backbone" if name.startswith("backbone.") else "decoder"
             decays = parameter.dim() > 1 and not any(part in name for part in NO_DECAY)
-            groups.setdefault((part, decays), []).append(parameter)
+            groups.setdefault((part, below.get(name, 0), decays), []).append(parameter)
+    if not groups:
+        raise ConfigError("model.freeze: no parameter is left to train; freeze less")
     described = []
-    for (part, decays), parameters in sorted(groups.items()):
-        base_lr = lr * factors[part]
+    for (part, layers, decays), parameters in sorted(groups.items()):
+        base_lr = lr * factors[part] * layer_decay**layers
         group = {"params": parameters, "lr": base_lr, "base_lr": base_lr, "part": part}
         described.append(group if decays else {**group, "weight_decay": 0.0})
     return build(OPTIMIZERS, optimizer, "optim.optimizer", groups=described, lr=lr)
+
+
+def _layers_below_decoder(model: nn.Module) -> dict[str, int]:
+    """Return how many layers below the decoder each parameter of the backbone is."""
+    known, count = depths(model.get_submodule("backbone"))
+    return {f"backbone.{name}": count - depth for name, depth in known.items()}
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
