@@ -255,14 +255,15 @@ class Run:
     def state(self) -> tuple[str, str]:
         """Return the state of the run and, if it failed, the error.
 
-        The state is ``running``, ``done``, ``stopped`` (by a signal, or killed) or ``failed``. The
-        process that trains must not call this: it would lose its lock.
+        The state is ``running``, ``done``, ``stopped`` (by a signal, or killed) or ``failed``.
         """
-        if is_locked(self.folder / "lock"):
+        mine = self._lock is not None  # a trial of the lock by its own process would release it
+        if not mine and is_locked(self.folder / "lock"):
             return "running", ""
         ended = "done" if (self.folder / "summary.json").exists() else "stopped"
         status = self.read_or_default("status.json", {"state": ended, "sentence": ""})
-        return "stopped" if status["state"] == "running" else status["state"], status["sentence"]
+        state = "stopped" if status["state"] == "running" and not mine else status["state"]
+        return state, status["sentence"]
 
     def resumable(self) -> bool:
         """Return True if the run has a saved state, or did not fail."""

@@ -47,8 +47,8 @@ class ContradictedImages:
             text = "; ".join(f"{names[a]} predicted as {names[b]}" for a, b in pairs)
             images = zip(PANELS, panels(source, labels, predicted, colors), strict=True)
             pictures = "".join(
-                f'<div><img src="{html.data_uri(image)}" loading="lazy" decoding="async" '
-                f'alt="{panel}" title="{panel}"></div>'
+                f'<div data-layer="{panel}"><img src="{html.data_uri(image)}" loading="lazy" '
+                f'decoding="async" alt="{escape(labels.name)}, {panel}"></div>'
                 for panel, image in images
             )
             figures += (

@@ -14,7 +14,7 @@ from segkit.report.html import cell, escape, percent
 from segkit.report.survey import KINDS, Box, Findings, Part
 
 CROPS, CROP_SIDE = 400, 112  # example objects of all classes together, and their longer side
-MAX_SHOWN, SHOWN_SIDE = 24, 176  # pictures of a kind of finding, and their longer side
+MAX_SHOWN, SHOWN_SIDE = 24, 352  # pictures of a kind of finding, and their longer side
 
 
 def data_page(
@@ -179,7 +179,13 @@ def _colors(histogram: np.ndarray) -> str:
     text = f'"mean": {mean}, "std": {std}'
     return (
         f"<p>For normalization, as entries of <code>data</code>: <code>{text}</code></p>"
-        + html.chart("Percent of the pixels at each level", series, unit="level", kind="area")
+        + html.chart(
+            "Percent of the pixels at each level",
+            series,
+            unit="level",
+            kind="area",
+            value="percent",
+        )
     )
 
 

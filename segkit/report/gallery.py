@@ -21,7 +21,7 @@ from segkit.report.html import data_uri
 from segkit.training.evaluate import Evaluation
 from segkit.training.metrics import per_image_miou
 
-SIDE = 256  # longest side of a picture on the page
+SIDE = 320  # longest side of a picture on the page
 MAX_SHEETS = 6  # pictures of an evaluation that trackers get
 
 _order = attrgetter("miou", "index")

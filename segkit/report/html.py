@@ -57,13 +57,19 @@ def table(
     The first cell of a row is its heading; other cells may be the result of :func:`cell`. In a
     table of the CSS class ``sortable``, a click on a heading sorts the rows.
     """
-    heads, body = "", ""
+    heads, body, stacked = "", "", len(columns) > 4  # on a phone, each row is a list
+    style += " stack" if stacked else ""
     for n, name in enumerate(columns):
         kind = ' class="text"' if rows and rows[0][n].startswith('<td class="text') else ""
         label = f"<button>{escape(name)}</button>" if "sortable" in style else escape(name)
         heads += f'<th scope="col"{kind}>{label}</th>' if name else "<td></td>"
     for first, *rest in rows:
-        cells = "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in rest)
+        cells = ""
+        for name, content in zip(columns[1:], rest, strict=True):
+            label = f' data-label="{escape(name)}"' if stacked else ""
+            cells += f"<td{label}" + (
+                content[3:] if content.startswith("<td") else f">{content}</td>"
+            )
         body += f'<tr><th scope="row">{first}</th>{cells}</tr>\n'
     head = f"<figcaption>{caption}</figcaption>" if caption else ""
     return (
@@ -96,8 +102,18 @@ def heat_map(caption: str, names: Sequence[str], shares: Any, **options: Any) ->
     return _drawn("heat-map", caption, {"names": names, "shares": rounded, **options})
 
 
-def chart(title: str, series: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """Return a chart drawn by ``drawChart`` of page.js, or no HTML if no series has a point."""
+def chart(
+    title: str,
+    series: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
+    **options: Any,
+) -> str:
+    """Return a chart drawn by ``drawChart`` of page.js, or no HTML if no series has a point.
+
+    Of a mapping, a menu chooses the series that are shown; those without a point are not in it.
+    """
+    if isinstance(series, Mapping):
+        shown = {name: of for name, of in series.items() if any(curve["x"] for curve in of)}
+        return _drawn("chart", title, {"choices": shown, **options}) if shown else ""
     content = {"series": list(series), **options}
     return _drawn("chart", title, content) if any(curve["x"] for curve in series) else ""
 

@@ -14,19 +14,26 @@ from segkit.training.metrics import FEW_IMAGES
 
 def index_page(logs: Sequence[RunLog], *, title: str) -> str:
     """Return the page that compares runs; its place is the folder that holds theirs."""
-    scored = [log for log in logs if log.score]
-    value, name = max(((log.score[0], log.name) for log in scored if log.score), default=(0, ""))
-    facts = {
-        "Runs": str(len(logs)),
-        "Best validation mean IoU": f"{value:.3f}<small>{escape(name)}</small>" if scored else "–",
-        "Time in training": html.duration(sum(log.seconds for log in logs)),
-    }
-    sections = {
-        "Runs": _runs(logs),
-        "Curves": _curves(logs),
-        "Settings that differ": _settings(logs),
-        "Classes": _classes(scored),
-    }
+    groups: dict[str, list[RunLog]] = {}
+    for log in logs:
+        groups.setdefault(log.data[1], []).append(log)
+    facts = {"Runs": str(len(logs))}
+    if len(groups) == 1:
+        best = max(((log.score[0], log.name) for log in logs if log.score), default=None)
+        score = "–" if best is None else f"{best[0]:.3f}<small>{escape(best[1])}</small>"
+        facts["Best validation mean IoU"] = score
+    else:
+        facts["Data sets"] = f"{len(groups)}<small>scores compare only within a data set</small>"
+    facts["Time in training"] = html.duration(sum(log.seconds for log in logs))
+    sections: dict[str, str] = {}
+    for n, group in enumerate(groups.values(), 1):
+        suffix = f" – {group[0].data[0]} ({n} of {len(groups)})" if len(groups) > 1 else ""
+        sections |= {
+            f"Runs{suffix}": _runs(group),
+            f"Curves{suffix}": _curves(group),
+            f"Settings that differ{suffix}": _settings(group),
+            f"Classes{suffix}": _classes([log for log in group if log.score]),
+        }
     return html.document(title, sections, header=html.facts(facts))
 
 
@@ -37,41 +44,44 @@ def _runs(logs: Sequence[RunLog]) -> str:
         terms = [
             t["name"] for t in log.setting("loss.terms", []) if matches_schema(t, {"name": str})
         ]
-        names = [log.setting(f"model.{part}.name", "–") for part in ("decoder", "backbone")]
-        state = "<br>".join(escape(text) for text in log.run.state() if text)
+        decoder, backbone = (
+            escape(log.setting(f"model.{part}.name", "–")) for part in ("decoder", "backbone")
+        )
+        state, sentence = map(escape, log.state)
         started = min((f.start["time"] for f in log.folds.values() if f.start), default=0.0)
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else "–"
         rows.append([
             f'<a href="{link}">{escape(log.name)}</a>',
-            *(cell(escape(text), style="text") for text in (*names, " + ".join(terms))),
-            cell(state, style="text"),
+            cell(f"{decoder}<small>{backbone}</small>", style="text"),
+            cell(escape(" + ".join(terms)), style="text"),
+            cell(f"{state}<small>{sentence}</small>" if sentence else state, style="text"),
             cell(str(len(log.folds)), len(log.folds)),
-            *_score(log.score, few=log.few_images is not None),
-            *_test_score(log),
+            _score(log.score, few=log.few_images is not None),
+            _test_score(log),
             cell(html.duration(log.seconds), log.seconds),
             cell(f"{log.parameters / 1e6:.1f} M" if log.parameters else "–", log.parameters),
             cell(day, started),
         ])  # fmt: skip
     head = [
-        "run", "decoder", "backbone", "loss", "state", "folds", "validation mIoU", "95 % interval",
-        "test mIoU", "95 % interval", "time", "parameters", "started",
+        "run", "model", "loss", "state", "folds", "validation mIoU", "test mIoU", "time",
+        "parameters", "started",
     ]  # fmt: skip
     caption = (
-        "Validation: the best epochs of the folds, chosen on the same images. Test: the latest "
-        "results of infer, if the test images are labelled."
+        "Mean IoU with its 95 % interval. Validation: the best epochs of the folds, chosen on the "
+        "same images. Test: the latest results of infer, if the test images are labelled."
     )
     return html.table(head, rows, caption=caption, style="sortable")
 
 
-def _score(score: tuple[float, float, float] | None, *, few: bool = False) -> list[str]:
+def _score(score: tuple[float, float, float] | None, *, few: bool = False) -> str:
     if score is None:
-        return [cell("–", -1), cell("–", -1)]
+        return cell("–", -1)
     value, low, high = score
-    interval = f"[{low:.3f}, {high:.3f}]" + "<small> few images</small>" * few
-    return [cell(f"<strong>{value:.3f}</strong>", value), cell(interval, low)]
+    interval = f"[{low:.3f}, {high:.3f}]" + ", few images" * few
+    return cell(f"<strong>{value:.3f}</strong><small>{interval}</small>", value)
 
 
-def _test_score(log: RunLog) -> list[str]:
+def _test_score(log: RunLog) -> str:
     titles, rows = log.combined
     if "test" not in titles:
         return _score(None)
@@ -87,8 +97,8 @@ def _curves(logs: Sequence[RunLog]) -> str:
             name = log.name if len(log.folds) == 1 else f"{log.name} fold {fold.number}"
             loss.append({**fold.curve("loss"), "name": name, "color": color})
             miou.append({**fold.curve("miou"), "name": name, "color": color})
-    charts = html.chart("Loss", loss, kind="log", smooth=True)
-    charts += html.chart("Mean IoU, validation", miou, kind="dots")
+    charts = html.chart("Loss", loss, kind="log", smooth=True, value="loss")
+    charts += html.chart("Mean IoU, validation", miou, kind="dots", value="mean IoU")
     return f'<div class="grid">{charts}</div>' if charts else ""
 
 

@@ -1,5 +1,6 @@
 """The files of a run as its page needs them: curves, best evaluations, scores, settings."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -35,9 +36,16 @@ class Fold:
 
     def curve(self, key: str) -> dict[str, Any]:
         """Return a curve for a chart: ``key`` of the events by step."""
-        events = [e for e in [*self.steps, *self.evaluations] if matches_schema(e.get(key), float)]
-        points = [(e["step"], float(f"{e[key]:.5g}")) for e in events]
-        x, y = ([point[axis] for point in points if math.isfinite(point[1])] for axis in (0, 1))
+        events = [*self.steps, *self.evaluations]
+        return self._curve((e["step"], e.get(key)) for e in events)
+
+    def class_curve(self, c: int) -> dict[str, Any]:
+        """Return the curve of a class's IoU."""
+        return self._curve((e["step"], e["iou"][c]) for e in self.evaluations)
+
+    def _curve(self, points: Iterable[tuple[int, Any]]) -> dict[str, Any]:
+        known = [(step, float(f"{y:.5g}")) for step, y in points if matches_schema(y, float)]
+        x, y = ([point[axis] for point in known if math.isfinite(point[1])] for axis in (0, 1))
         return {"name": f"fold {self.number}", "x": x, "y": y}
 
 
@@ -67,6 +75,26 @@ class RunLog:
         self.folds = {n: Fold(n, logged[n], len(self.classes)) for n in sorted(logged)}
         self.best = {n: fold.records[-1] for n, fold in self.folds.items() if fold.records}
         self.notes = [event for event in events if event["event"] in ("fault", "non-finite")]
+
+    @cached_property
+    def state(self) -> tuple[str, str]:
+        """State of the run, see :meth:`Run.state`; ``done`` as soon as the summary has all folds.
+
+        The process that trains writes its last page before it ends.
+        """
+        state, sentence = self.run.state()
+        complete = self.folds and all(f"fold{n}" in self.summary for n in self.folds)
+        return ("done" if state == "running" and complete else state), sentence
+
+    @property
+    def data(self) -> tuple[str, str]:
+        """A name for the data of the run, and all that identifies it: sources and classes."""
+        keys = ("annotations", "images", "root", "name")
+        names = (self.setting(f"data.train.{key}", "") for key in keys)
+        parts = ("data.train", "data.val", "data.test")
+        sources = {k: v for k, v in self.settings.items() if k.startswith(parts)}
+        identity = json.dumps([sources, self.classes], sort_keys=True)
+        return next(filter(None, names), "unnamed data"), identity
 
     def setting(self, path: str, default: Any) -> Any:
         """Return a setting, or ``default`` if it is missing or of another type."""

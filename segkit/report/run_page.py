@@ -1,7 +1,8 @@
 """Page of a run, ``report.html``: curves, pictures, classes, confusions, results, settings."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from segkit.core.files import write_text
@@ -9,7 +10,7 @@ from segkit.core.run import Run
 from segkit.inference.outputs import ERROR, PALETTES, SAFE, Color
 from segkit.report import html
 from segkit.report.html import cell, escape, number, percent
-from segkit.report.log import Event, Fold, RunLog, average
+from segkit.report.log import Event, RunLog, average
 from segkit.training.metrics import FEW_IMAGES
 
 MAX_PICTURES = 100  # a page stays below 5 MB
@@ -29,7 +30,7 @@ def run_page(log: RunLog) -> str:
     labels = html.class_labels(log.classes, colors)
     evaluations = log.evaluations()
     sections = {
-        "Curves": _curves(log.folds.values()),
+        "Curves": _curves(log),
         "Pictures": _pictures(log.classes, colors, evaluations),
         "Classes": _classes(log, labels),
         "Confusions": _confusions(log.classes, [e["matrix"] for e in evaluations.values()]),
@@ -47,11 +48,14 @@ def _header(log: RunLog) -> str:
     note = log.setting("note", "")
     names = f"{decoder} on {backbone} · {note}" if note else f"{decoder} on {backbone}"
     steps = [step for fold in log.folds.values() for step in fold.steps]
-    state = "finished" if log.summary else "starting"
-    if steps and not log.summary:
+    state, sentence = (escape(text) for text in log.state)
+    if steps and state != "done":
         last = max(reversed(steps), key=lambda step: step["time"])
-        epochs = log.setting("train.epochs", 0)
-        state = f"fold {last['fold']}<small>{last['epoch']} of {epochs} epochs done</small>"
+        epochs, now = log.setting("train.epochs", 0), time.strftime("%Y-%m-%d %H:%M")
+        state += (
+            f"<small>fold {last['fold']}, {last['epoch']} of {epochs} epochs done at {now}</small>"
+        )
+    state += f"<small>{sentence}</small>" if sentence else ""
     score = "–"
     if log.score is not None:
         value, low, high = log.score
@@ -68,15 +72,20 @@ def _header(log: RunLog) -> str:
     return f"<p>{escape(names)}</p>\n{html.facts(facts)}"
 
 
-def _curves(folds: Collection[Fold]) -> str:
+def _curves(log: RunLog) -> str:
+    folds = log.folds.values()
+
     def chart(title: str, key: str, **options: Any) -> str:
         return html.chart(title, [fold.curve(key) for fold in folds], **options)
 
+    of_classes = {"mean of the classes": [fold.curve("miou") for fold in folds]}
+    for c, name in enumerate(log.classes):
+        of_classes[name] = [fold.class_curve(c) for fold in folds]
     charts = (
-        chart("Loss", "loss", kind="log", smooth=True)
-        + chart("Mean IoU on the validation images", "miou", kind="dots")
-        + chart("Learning rate", "lr")
-        + chart("Images per second", "images_per_s", smooth=True)
+        chart("Loss", "loss", kind="log", smooth=True, value="loss")
+        + html.chart("Validation IoU", of_classes, kind="dots", value="IoU")
+        + chart("Learning rate", "lr", value="learning rate")
+        + chart("Images per second", "images_per_s", smooth=True, value="images per second")
     )
     return f'<div class="grid">{charts}</div>' if charts else ""
 

@@ -315,5 +315,5 @@ def test_the_index_shows_each_run_s_state(made: Path) -> None:
     Run(Path("runs/failed")).write("status.json", {"state": "failed", "sentence": sentence})
     report(["runs"])
     page = Path("runs/index.html").read_text()
-    for text in (">done<", ">stopped<", ">failed<br>&lt;b&gt;: No space left on device<"):
+    for text in (">done<", ">stopped<", ">failed<small>&lt;b&gt;: No space left on device<"):
         assert text in page

@@ -59,7 +59,7 @@ def test_layers_show_the_masks() -> None:
     assert shown["iou"].keys() == {0, 3}
 
 
-@pytest.mark.parametrize(("size", "small"), [((600, 900), (171, 256)), ((1100, 2), (256, 1))])
+@pytest.mark.parametrize(("size", "small"), [((600, 900), (213, 320)), ((1100, 2), (320, 1))])
 def test_large_masks_are_sampled(size: tuple[int, int], small: tuple[int, int]) -> None:
     source = Drawn(1, size)
     _, gallery = evaluated(source, [0], size=1)

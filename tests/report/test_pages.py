@@ -11,6 +11,9 @@ from made_run import CLASSES, NASTY, Drawn, made_run
 
 from segkit.commands.report import main as report
 from segkit.core import config
+from segkit.inference.label_errors import LabelScore, label_quality
+from segkit.inference.outputs import SAFE
+from segkit.report.contradictions import ContradictedImages
 from segkit.report.data_page import data_page
 from segkit.report.survey import Part, find_problems
 
@@ -30,13 +33,24 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     report([str(folder)])
     source, cfg = Drawn(20), config.Config(note=NASTY)
     parts = [Part("train", source)]
-    page = data_page(cfg, parts, find_problems(cfg, parts), title=NASTY)
+    shown = contradicted(source).section({"train": source}, SAFE, NASTY)
+    page = data_page(cfg, parts, find_problems(cfg, parts), title=NASTY, contradicted=shown)
     (folder / "explore.html").write_text(page, encoding="utf-8")
     return {
         "run": folder / "one" / "report.html",
         "index": folder / "index.html",
         "explore": folder / "explore.html",
     }
+
+
+def contradicted(source: Drawn) -> ContradictedImages:
+    """The images of the lowest scores, by a model that is 80 % sure of its guess."""
+    images = ContradictedImages(3)
+    for i, name in enumerate(source.names):
+        mask, guess = source.mask(i), source.guess(i)
+        score, regions = label_quality(0.05 + 0.75 * (mask == guess), guess, mask)
+        images.add(LabelScore("train", i, name, score, tuple(regions)), guess)
+    return images
 
 
 NAMES = ("run", "index", "explore")
@@ -84,6 +98,127 @@ def test_pages_fit_the_window(
     assert browser.run("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("width", [1280, 400])
+def test_no_table_and_no_link_is_cut_off(
+    browser: Browser, pages: dict[str, Path], name: str, width: int
+) -> None:
+    browser.open(pages[name], width=width)
+    cut = browser.run(
+        """[...document.querySelectorAll("nav, .scroll, .stack td, svg text")].filter((item) =>
+             item.closest("svg") ? item.getBoundingClientRect().right > innerWidth
+                                 : item.scrollWidth > item.clientWidth + 1)
+           .map((item) => item.outerHTML.slice(0, 90))"""
+    )
+    assert cut == []
+
+
+def test_swatches_are_outlined_in_dark(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"], dark=True)
+    color, shadow, ground = browser.run(
+        """(() => {
+          const swatch = document.querySelector(".classes .swatch");
+          const { backgroundColor, boxShadow } = getComputedStyle(swatch);
+          const ground = getComputedStyle(swatch.closest("th")).backgroundColor;
+          return [backgroundColor, boxShadow, ground].map(
+            (text) => text.match(/\\d+/g).slice(0, 3).map(Number));
+        })()"""
+    )
+    assert color == [0, 0, 0]  # the background class
+    assert max(ground) < 40
+    assert min(shadow) > 100
+
+
+def test_axes_have_titles(browser: Browser, pages: dict[str, Path]) -> None:
+    for name, titles in (
+        ("run", {"loss", "IoU", "learning rate", "images per second", "step"}),
+        ("index", {"loss", "mean IoU", "step"}),
+        ("explore", {"percent", "level"}),
+    ):
+        browser.open(pages[name])
+        text = browser.run("[...document.querySelectorAll('svg text')].map((t) => t.textContent)")
+        assert titles <= {*text}
+
+
+def test_a_menu_shows_the_curves_of_a_class(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    names = "[...document.querySelector('.chart select').options].map((option) => option.value)"
+    assert browser.run(names) == ["mean of the classes", *CLASSES]
+    choose(browser, ".chart select", "bag")
+    log = (pages["run"].parent / "log.jsonl").read_text().splitlines()
+    evaluations = [e for e in map(json.loads, log) if e["event"] == "evaluate"]
+    last = [next(e for e in reversed(evaluations) if e["fold"] == fold) for fold in (0, 1)]
+    chart = "[...document.querySelectorAll('.chart')][1]"
+    shown = browser.run(f"[...{chart}.querySelectorAll('.readout b')].map((b) => +b.textContent)")
+    assert shown == [pytest.approx(e["iou"][CLASSES.index("bag")], abs=1e-4) for e in last]
+    assert browser.run(f"{chart}.querySelectorAll('svg').length") == 1
+
+
+def viewed(browser: Browser) -> tuple[float, float, float]:
+    """Return scale and offsets of the picture in the viewer."""
+    return tuple(
+        browser.run(
+            """(() => {
+              const m = new DOMMatrix(getComputedStyle(
+                document.querySelector(".viewer .ground").firstElementChild).transform);
+              return [m.a, m.e, m.f];
+            })()"""
+        )
+    )
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_pictures_zoom_and_move_in_full_size(
+    browser: Browser, pages: dict[str, Path], width: int
+) -> None:
+    browser.open(pages["run"], width=width)
+    browser.run("document.querySelector('.card .open').focus()")
+    browser.press("Enter")
+    box = browser.run("document.querySelector('.viewer .stage').getBoundingClientRect().toJSON()")
+    assert box["width"] == pytest.approx(width, abs=1) or box["height"] > 800
+    assert 0 <= box["left"] < box["right"] <= width
+    assert viewed(browser) == (1, 0, 0)
+    middle = (box["left"] + box["width"] / 2, box["top"] + box["height"] / 2)
+    browser.send(
+        "Input.dispatchMouseEvent", type="mouseWheel", x=middle[0] + 50, y=middle[1], deltaX=0,
+        deltaY=-400,
+    )  # fmt: skip
+    scale, x, y = viewed(browser)
+    assert scale == pytest.approx(np.e, rel=1e-3)
+    assert x == pytest.approx(50 - 50 * np.e, abs=1)  # the point below the pointer stays
+    browser.drag(middle, (middle[0] + 30, middle[1] + 20))
+    assert viewed(browser) == pytest.approx((scale, x + 30, y + 20), abs=1)
+    browser.run("document.querySelector('.viewer [aria-label=\"Zoom in\"]').click()")
+    assert viewed(browser)[0] == pytest.approx(1.5 * scale)
+    choose(browser, ".viewer select", "errors")
+    opacity = "getComputedStyle(document.querySelector('.viewer .{}')).opacity"
+    assert float(browser.run(opacity.format("errors"))) > 0
+    assert float(browser.run(opacity.format("truth"))) == 0
+    browser.run("document.querySelector('.viewer [aria-label=Close]').click()")
+    count = "document.querySelectorAll('.viewer').length"
+    assert browser.run(f"new Promise((done) => setTimeout(() => done({count}), 100))") == 0
+
+
+def test_contradicted_images_are_the_lowest_scores(
+    browser: Browser, pages: dict[str, Path]
+) -> None:
+    browser.open(pages["explore"])
+    shown = browser.run("[...document.querySelectorAll('.sheet b')].map((b) => +b.textContent)")
+    assert len(shown) == 3
+    assert shown == sorted(shown)
+    names = browser.run("[...document.querySelectorAll('.sheet img')].map((image) => image.alt)")
+    assert {name.split(", ")[0] for name in names} == {"017.jpg", "018.jpg", "019.jpg"}
+
+
+def test_pictures_of_the_data_open_in_full_size(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["explore"])
+    browser.run("document.querySelector('.tiles img').focus()")
+    browser.press("Enter")
+    name = browser.run("document.querySelector('.tiles img').alt")
+    assert browser.run("document.querySelector('.viewer').ariaLabel") == name
+    assert browser.run("document.querySelector('.viewer img').getBoundingClientRect().width") > 700
+
+
 def test_curves_have_the_points_of_the_log(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["run"])
     curves = browser.run(
@@ -94,7 +229,7 @@ def test_curves_have_the_points_of_the_log(browser: Browser, pages: dict[str, Pa
     )
     assert curves == {
         "Loss": [40, 40],
-        "Mean IoU on the validation images": [2, 2],
+        "Validation IoU": [2, 2],
         "Learning rate": [40, 40],
         "Images per second": [40, 40],
     }
@@ -241,7 +376,8 @@ def test_the_keyboard_reaches_every_control(
         """(() => {
           window.reached = new Set();
           document.addEventListener("focusin", (event) => window.reached.add(event.target));
-          const all = "a[href], button, select, summary, input, svg[tabindex], .scroll";
+          const all =
+            "a[href], button, [role=button], select, summary, input, svg[tabindex], .scroll";
           window.controls = [...document.querySelectorAll(all)].filter(
             (item) => item.checkVisibility() && (item.type !== "radio" || item.checked));
           return window.controls.length;

@@ -133,6 +133,49 @@ def test_foreign_files_are_not_overwritten(name: str, tmp_path: Path) -> None:
     assert page.read_text() == "<p>mine</p>"
 
 
+def test_runs_on_different_data_are_apart(tmp_path: Path) -> None:
+    for name, data, lr in (("a", "x", 1), ("b", "y", 2), ("c", "x", 3)):
+        train = json.dumps({"name": "coco", "annotations": f"{data}.json"})
+        made_run(tmp_path / name, folds=1, data__train=train, optim__lr=str(lr))
+    main([str(tmp_path)])
+    page = (tmp_path / "index.html").read_text()
+    sections = dict(re.findall(r'name">(Runs[^<]*)</h2>(.*?)</section>', page, re.DOTALL))
+    linked = {
+        heading: sorted(re.findall(r'href="(\w)/report.html', content))
+        for heading, content in sections.items()
+    }
+    assert sorted(map(tuple, linked.values())) == [("a", "c"), ("b",)]
+    assert all(("x.json" if "a" in runs else "y.json") in title for title, runs in linked.items())
+    assert "Best validation" not in page  # scores on different data are not compared
+    differing = re.findall(r'name">Settings that differ[^<]*</h2>(.*?)</section>', page, re.DOTALL)
+    assert ["optim.lr" in content for content in differing] == [True]
+
+
+def test_the_state_of_a_run_is_shown(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", folds=1)
+
+    def state() -> str:
+        page = (run.folder / "report.html").read_text()
+        [shown] = re.findall(r"<dt>State</dt><dd>(.*?)</dd>", page)
+        return shown
+
+    assert state() == "done"
+    (run.folder / "summary.json").unlink()
+    run.write("status.json", {"state": "running", "sentence": ""})
+    write_run_page(run)  # by the process that trains
+    assert re.fullmatch(
+        r"running<small>fold 0, 2 of 100 epochs done at 20\d\d-\d\d-\d\d \d\d:\d\d</small>", state()
+    )
+    later = type(run)(run.folder)  # another process, after it was killed
+    run._lock.close()
+    write_run_page(later)
+    assert state().startswith("stopped<small>")
+    run.write("status.json", {"state": "failed", "sentence": "the disk <is> full"})
+    write_run_page(later)
+    assert state().startswith("failed<small>")
+    assert state().endswith("<small>the disk &lt;is&gt; full</small>")
+
+
 def test_scores_of_folds_are_averaged(tmp_path: Path) -> None:
     run = begin_run(tmp_path / "run", {"track": {}})
     for fold, (miou, low, high) in enumerate(((0.5, 0.4, 0.6), (0.7, 0.6, 0.8))):

@@ -61,19 +61,34 @@ const smoothed = (values) => {
   });
 };
 
+/** Width of a chart's vertical axis, in pixels. */
+const LEFT = 62;
+
 /**
  * Draw a chart, again after each resize; pointer or arrow keys read its values.
  *
  * Its JSON has the keys
  *   series: curves, { name, x, y, color }; color is an index, by default that of the curve
- *   unit: name of the horizontal axis
+ *   choices: in place of series, a list of series for each name in a menu
+ *   unit, value: names of the horizontal and of the vertical axis
  *   kind: "line", "dots" (a line with its points), "area", or "log" (a line, on a logarithmic axis
  *     if its values span more than a power of ten)
  *   smooth: true to draw a moving average over the points
  */
 const drawChart = (figure) => {
   const content = JSON.parse(figure.querySelector("script").textContent);
-  const { series, unit = "step", kind = "line", smooth = false } = content;
+  const { choices, unit = "step", value = "", kind = "line", smooth = false } = content;
+  let menu = figure.querySelector("select");
+  if (choices && !menu) {
+    menu = htmlElement("select", { ariaLabel: "Curve" });
+    menu.append(...Object.keys(choices).map((name) => new Option(name)));
+    menu.addEventListener("change", () => {
+      figure.querySelectorAll(".readout, svg").forEach((item) => item.remove());
+      drawChart(figure);
+    });
+    figure.querySelector("figcaption").after(menu);
+  }
+  const series = choices ? choices[menu.value] : content.series;
   const title = figure.querySelector("figcaption").textContent;
   const readout = htmlElement("div", { className: "readout" });
   const svg = svgElement("svg", { tabindex: 0, role: "img" });
@@ -111,7 +126,7 @@ const drawChart = (figure) => {
   };
 
   const draw = () => {
-    const [width, height, left, bottom, top] = [svg.clientWidth || 400, 220, 46, 24, 10];
+    const [width, height, left, bottom, top] = [svg.clientWidth || 400, 230, LEFT, 40, 10];
     const right = width - 8;
     scaleX = (v) => left + ((v - first) / (last - first)) * (right - left);
     const f = log ? Math.log : (v) => v;
@@ -125,8 +140,14 @@ const drawChart = (figure) => {
       );
     }
     for (const v of ticks(first, last, Math.max(2, width / 110))) {
-      svg.append(svgElement("text", { x: scaleX(v), y: height - 6, "text-anchor": "middle" }, shortNumber(v)));
+      const anchor = scaleX(v) > right - 16 ? "end" : "middle";
+      svg.append(svgElement("text", { x: Math.min(scaleX(v), right), y: height - 22, "text-anchor": anchor }, shortNumber(v)));
     }
+    const middle = (height - bottom + top) / 2;
+    svg.append(
+      svgElement("text", { x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, unit),
+      svgElement("text", { x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})` }, value),
+    );
     for (const curve of shown) {
       const path = (ys) => curve.x.map((x, i) => `${i ? "L" : "M"}${scaleX(x).toFixed(1)} ${scaleY(ys[i]).toFixed(1)}`).join("");
       const style = `stroke:${colorOf(curve)}`;
@@ -147,7 +168,7 @@ const drawChart = (figure) => {
 
   const follow = (event) => {
     const box = svg.getBoundingClientRect();
-    const share = (event.clientX - box.left - 46) / (box.width - 54);
+    const share = (event.clientX - box.left - LEFT) / (box.width - LEFT - 8);
     read(places[nearest(places, first + share * (last - first))]);
   };
   svg.addEventListener("pointermove", follow);
@@ -221,6 +242,81 @@ const sortable = (table) => {
   });
 };
 
+/** Show an element of a given aspect ratio in the whole window; wheel, keys, drag and pinch move it. */
+const openViewer = (content, name, aspect, views = []) => {
+  const button = (text, label, act) => {
+    const made = htmlElement("button", { className: "plain", ariaLabel: label, title: label }, text);
+    made.addEventListener("click", act);
+    return made;
+  };
+  const dialog = htmlElement("dialog", { className: "viewer", ariaLabel: name });
+  let [scale, x, y] = [1, 0, 0];
+  const place = () => (content.style.transform = `translate(${x}px, ${y}px) scale(${scale})`);
+  /** Zoom; the point at (left, top) of the window stays where it is. */
+  const zoom = (by, left = innerWidth / 2, top = innerHeight / 2) => {
+    const box = ground.getBoundingClientRect();
+    const [u, v] = [left - box.left - box.width / 2, top - box.top - box.height / 2];
+    const after = Math.min(40, Math.max(1, scale * by));
+    [x, y] = after === 1 ? [0, 0] : [u - (u - x) * (after / scale), v - (v - y) * (after / scale)];
+    scale = after;
+    place();
+  };
+  const menu = htmlElement("select", { ariaLabel: "Content of the picture", hidden: !views.length });
+  menu.append(...views.map((view) => new Option(view === "predicted" ? "prediction" : view, view)));
+  const show = () => (dialog.dataset.view = menu.value);
+  menu.addEventListener("change", show);
+  const ground = htmlElement("div", { className: "ground" }, content);
+  const bar = htmlElement(
+    "div", { className: "bar-of-viewer" }, htmlElement("span", {}, name), menu,
+    button("+", "Zoom in", () => zoom(1.5)), button("−", "Zoom out", () => zoom(1 / 1.5)),
+    button("Close", "Close", () => dialog.close()),
+  );
+  dialog.append(bar, ground);
+  content.style.aspectRatio = aspect;
+  content.style.width = `min(100%, calc((100dvh - 4rem) * ${aspect}))`;
+  const pointers = new Map();
+  ground.addEventListener("pointerdown", (event) => {
+    ground.setPointerCapture(event.pointerId);
+    pointers.set(event.pointerId, event);
+  });
+  ground.addEventListener("pointermove", (event) => {
+    const before = pointers.get(event.pointerId);
+    if (!before) return;
+    const other = [...pointers.values()].find((pointer) => pointer.pointerId !== event.pointerId);
+    const distance = (pointer) => Math.hypot(pointer.clientX - other.clientX, pointer.clientY - other.clientY);
+    x += (event.clientX - before.clientX) / pointers.size;
+    y += (event.clientY - before.clientY) / pointers.size;
+    if (other) zoom(distance(event) / Math.max(1, distance(before)), other.clientX, other.clientY);
+    pointers.set(event.pointerId, event);
+    place();
+  });
+  for (const end of ["pointerup", "pointercancel"]) ground.addEventListener(end, (event) => pointers.delete(event.pointerId));
+  ground.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    zoom(Math.exp(-event.deltaY / 400), event.clientX, event.clientY);
+  }, { passive: false });
+  dialog.addEventListener("keydown", (event) => {
+    if (event.target === menu) return;
+    if (event.key === "+" || event.key === "-") zoom(event.key === "+" ? 1.5 : 1 / 1.5);
+    const [right, down] = { ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60] }[event.key] ?? [0, 0];
+    [x, y] = [x + right, y + down];
+    place();
+  });
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  if (views.length) show();
+  dialog.showModal();
+};
+
+/** Open a picture in the viewer by a click or the Enter key. */
+const openable = (image) => {
+  Object.assign(image, { tabIndex: 0, role: "button" });
+  const open = () => openViewer(image.cloneNode(), image.alt, image.naturalWidth / image.naturalHeight);
+  image.addEventListener("click", open);
+  image.addEventListener("keydown", (event) => event.key === "Enter" && open());
+};
+
+document.querySelectorAll(".tiles img, .strip img, .sheet img").forEach(openable);
 document.querySelectorAll(".chart").forEach(drawChart);
 document.querySelectorAll(".heat-map").forEach(drawHeatMap);
 document.querySelectorAll("table.sortable").forEach(sortable);
@@ -251,8 +347,13 @@ const makeCard = (picture, { classes, colors }) => {
     htmlElement("li", {}, ...classLabel(classes[c], colors[c]), " ", htmlElement("b", {}, value.toFixed(2))));
   const more = ranked.length - chips.length;
   if (more > 0) chips.push(htmlElement("li", {}, `and ${more} more`));
+  const open = htmlElement("button", { className: "plain open", ariaLabel: `${name} in full size`, title: "Full size" }, "⤢");
+  open.addEventListener("click", () => {
+    const whole = htmlElement("div", { className: "stage" }, ...layers.map((layer) => layer.cloneNode()));
+    openViewer(whole, name, size[0] / size[1], ["truth", "predicted", "errors", "photograph"]);
+  });
   const caption = htmlElement(
-    "figcaption", {},
+    "figcaption", {}, open,
     htmlElement("b", { className: "score" }, miou.toFixed(3)), ` ${name} `,
     htmlElement("span", { className: "muted" }, `fold ${fold}`),
     ...(worst ? [" ", htmlElement("span", { className: "mark" }, "most wrong")] : []),
