@@ -15,15 +15,14 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from segkit.core import config
-from segkit.models.kernels import recompute
 from segkit.models.segmenter import build_model
+from segkit.training.memory import BATCH, kept_for_backward
 
 NAMES = (
     "swin",
@@ -42,8 +41,6 @@ NAMES = (
 
 CHECKPOINTED = ("swin", "swin_b", "ocrnet_w48")
 """Configurations that are also measured with the backbone's ``checkpointing``."""
-
-BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -78,31 +75,6 @@ def cost(model: nn.Module, name: str, size: int) -> Cost:
         state=16 * parameters / 2**30,
         activations=kept_for_backward(model.train(), image) / BATCH / 2**30,
     )
-
-
-def kept_for_backward(model: nn.Module, image: Tensor, *, recomputed: bool = True) -> int:
-    """Return the bytes that a forward pass saves for backward, in addition to the model's own.
-
-    Args:
-        model: In training mode.
-        image: Its input.
-        recomputed: With ``recompute_activations``, as in a training step on the CPU.
-    """
-    hooks = recompute.Hooks()
-    own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Any] = {}
-
-    def count(x: Tensor) -> Any:
-        packed = hooks.pack(x) if recomputed else recompute.Kept(x)
-        storage = x.untyped_storage()
-        if isinstance(packed, recompute.Kept) and storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return packed
-
-    with torch.autograd.graph.saved_tensors_hooks(count, hooks.unpack):
-        outputs = model(image)
-    del outputs
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def costs(names: Sequence[str], size: int, num_classes: int) -> Iterator[Cost]:

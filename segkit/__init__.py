@@ -1,6 +1,7 @@
 """Semantic segmentation of photographs in pure PyTorch: folds, soups, views and votes."""
 
 from segkit.augment import Pipeline, list_augmentations
+from segkit.commands.plan import Plan, plan
 from segkit.core import __version__
 from segkit.core.config import Config
 from segkit.core.errors import CheckpointError, ConfigError, DataError, SegkitError
@@ -35,6 +36,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Pipeline",
+    "Plan",
     "Prediction",
     "Predictor",
     "SegkitError",
@@ -54,6 +56,7 @@ __all__ = [
     "load_model",
     "overlay",
     "parse_views",
+    "plan",
     "rank_labels",
     "save",
     "scores",

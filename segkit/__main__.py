@@ -4,10 +4,21 @@ import sys
 from typing import NoReturn
 
 from segkit import infer, train
-from segkit.commands import augment, check, console, demo, explore, reference, report, weights
+from segkit.commands import (
+    augment,
+    check,
+    console,
+    demo,
+    explore,
+    plan,
+    reference,
+    report,
+    weights,
+)
 from segkit.core.errors import closest, quoted
 
 COMMANDS = {
+    "plan": (plan.main, "write a configuration for a folder of labelled photographs"),
     "train": (train.main, "train the folds of a configuration"),
     "infer": (infer.main, "predict with trained runs: soups, test-time augmentation, votes"),
     "check": (check.main, "read a data set and list all faults"),

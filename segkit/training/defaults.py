@@ -29,8 +29,8 @@ MULTIPLE = 32
 LARGEST_CROP = 512
 MAX_WARMUP = 500
 
-ADAMW_LR, ADAMW_LR_WITHOUT_BATCH_NORM, SGD_LR = 1e-3, 3e-4, 1e-2
-PRETRAINED_FACTOR = 0.1
+SGD_LR, PRETRAINED_LR, PRETRAINED_FACTOR = 1e-2, 1e-3, 0.1
+RANDOM_LR, RANDOM_LR_WITHOUT_BATCH_NORM = 2e-3, 3e-4
 
 
 def crop_size(sizes: Sequence[tuple[int, int]], largest: int = LARGEST_CROP) -> tuple[int, int]:
@@ -51,9 +51,9 @@ def _side(sides: Sequence[int], largest: int) -> int:
 def learning_rate(optimizer: str, *, pretrained: bool, batch_norm: bool) -> tuple[float, float]:
     """Return the peak learning rate and the factor for the backbone.
 
-    SGD with 0.01 is what DeepLab and mmsegmentation fine-tune with. AdamW has a tenth of it, and
-    less for networks without BatchNorm, which diverge earlier; a pretrained backbone has a tenth of
-    the decoder's rate.
+    SGD with 0.01 is what DeepLab and mmsegmentation fine-tune with. With AdamW, a pretrained
+    backbone has a tenth of the decoder's rate. Random weights have the rate of segkit's small
+    configurations, and less without BatchNorm, where training diverges earlier.
 
     Args:
         optimizer: Name of the optimizer.
@@ -63,8 +63,8 @@ def learning_rate(optimizer: str, *, pretrained: bool, batch_norm: bool) -> tupl
     if optimizer == "sgd":
         return SGD_LR, 1.0
     if pretrained:
-        return ADAMW_LR, PRETRAINED_FACTOR
-    return ADAMW_LR if batch_norm else ADAMW_LR_WITHOUT_BATCH_NORM, 1.0
+        return PRETRAINED_LR, PRETRAINED_FACTOR
+    return RANDOM_LR if batch_norm else RANDOM_LR_WITHOUT_BATCH_NORM, 1.0
 
 
 def warmup_steps(steps: int) -> int:

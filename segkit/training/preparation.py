@@ -1,6 +1,7 @@
 """Data and folds of a run, and checks of data and memory before the first step."""
 
 import gc
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -178,12 +179,15 @@ def check_data(run: Run, data: TrainData) -> dict[str, Any]:
 
 
 def check_memory(
-    cfg: Config, source: Source, training: Sequence[int], device: torch.device
-) -> None:
-    """Run two training steps with a temporary model, so that too little memory fails at once.
+    cfg: Config, source: Source, training: Sequence[int], device: torch.device, *, steps: int = 2
+) -> float:
+    """Run training steps with a temporary model, so that too little memory fails at once.
 
     Only the second step includes the memory of the optimizer's state. Each part repeats the first
     training image.
+
+    Returns:
+        The seconds of the fastest step.
     """
     sample = TrainImages(source, training, build_pipeline(cfg), seed=cfg.train.seed)[0, training[0]]
     if isinstance(sample, DataError):
@@ -193,12 +197,16 @@ def check_memory(
     with device:
         state, criterion = build_training(cfg, len(source.classes), device)
     net, parts = parallelize(state.model, cfg, device), min(2, cfg.train.accumulate)
-    for _ in range(2):
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
         train_step(
             net, criterion, state.optimizer, [(images, masks)] * parts,
             scaler=state.scaler, **step_options(cfg, device),
         )  # fmt: skip
+        seconds.append(time.perf_counter() - start)
     del state, net, criterion
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    return min(seconds)

@@ -48,12 +48,12 @@ def test_a_crop_fits_nine_of_ten_images(
 def test_learning_rates() -> None:
     assert learning_rate("sgd", pretrained=True, batch_norm=True) == (1e-2, 1.0)
     assert learning_rate("adamw", pretrained=True, batch_norm=False) == (1e-3, 0.1)
-    assert learning_rate("adamw", pretrained=False, batch_norm=True) == (1e-3, 1.0)
+    assert learning_rate("adamw", pretrained=False, batch_norm=True) == (2e-3, 1.0)
     assert learning_rate("adamw", pretrained=False, batch_norm=False) == (3e-4, 1.0)
 
 
 def test_the_norms_of_the_backbone_set_the_rate() -> None:
-    for name, lr in (("resnet18", 1e-3), ("swin_t", 3e-4)):
+    for name, lr in (("resnet18", 2e-3), ("swin_t", 3e-4)):
         words = [f"model.backbone={name}", "model.weights=null"]
         optim = set_rates(config.override(config.Config(), words)).optim
         assert (optim.lr, optim.backbone_lr_factor) == (lr, 1.0)
@@ -130,10 +130,10 @@ def test_data_alone_trains_and_records_what_was_set(
         recorded = trained(SMALL, {"data": data})
     assert recorded["model"]["weights"] is None
     assert recorded["augment"]["train"] == [*map(dict, augmentation((32, 32)))]
-    assert (recorded["optim"]["lr"], recorded["optim"]["warmup_steps"]) == (1e-3, 0)
+    assert (recorded["optim"]["lr"], recorded["optim"]["warmup_steps"]) == (2e-3, 0)
     said = capsys.readouterr().out
     assert "random weights" in said
-    assert "optim.lr: 0.001, times 1 for the backbone (adamw, random weights)" in said
+    assert "optim.lr: 0.002, times 1 for the backbone (adamw, random weights)" in said
     again = ["--cfg", "photos.json", "--folds", "0", "--run-dir", "run", "--resume"]
     words = [part for word in (*SMALL, "train.epochs=2") for part in ("--set", word)]
     train.main([*again, *words])

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from segkit.data.coco import CocoSource
+from segkit.data.formats import coco_files, mask_folders
+from segkit.data.masks import MaskSource
 from segkit.data.source import Source
 
 Part = Literal["train", "val", "test"]
@@ -25,7 +28,10 @@ class Format(NamedTuple):
     recognize: Callable[[Path, Part], dict[str, Any] | None]
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "coco": Format(CocoSource, coco_files.recognize),
+    "masks": Format(MaskSource, mask_folders.recognize),
+}
 """Formats by the name of their source, the most specific first."""
 
 

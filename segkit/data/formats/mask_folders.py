@@ -1,0 +1,202 @@
+"""Recognition of folders of images and of folders of masks with the same file names."""
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from segkit.data.images import SUFFIXES
+from segkit.data.parts import part_of
+
+CLASS_FILES = (
+    *("classes.txt", "class_names.txt", "label_names.txt", "names.txt", "labels.txt"),
+    *("label_colors.txt", "class_dict.csv", "labelmap.txt"),
+)
+"""Names of files with a class per line."""
+
+VOID = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
+
+COLORS = 64
+"""A file with more colors than this is a photograph."""
+
+MAX_MASKS = 1000
+"""Number of masks that are read to find their values."""
+
+
+class Pair(NamedTuple):
+    """A folder of images, the folder of their masks, and the end of the masks' names."""
+
+    images: Path
+    masks: Path
+    ending: str
+    matches: int
+
+
+def recognize(folder: Path, part: str) -> dict[str, Any] | None:
+    """Return the arguments of the mask source of a part, or ``None``.
+
+    Folders belong together if most images have a mask of the same name, perhaps with an ending such
+    as ``_mask``. Values of masks are read to find classes and ignored values.
+    """
+    pairs = _pairs(folder)
+    train = _of_part(folder, pairs, "train")
+    pair = train if part == "train" else _of_part(folder, pairs, part)
+    if train is None:
+        return None
+    classes = _classes(folder, train)
+    if pair is not None:
+        ending = {"mask_suffix": pair.ending} if pair.ending else {}
+        return {"images": str(pair.images), "masks": str(pair.masks), **ending, **classes}
+    if part != "test":
+        return None
+    used = {path for pair in pairs for path in (pair.images, pair.masks)}
+    unlabelled = [path for path in _folders(folder) if path not in used]
+    tests = [path for path in unlabelled if part_of(path.relative_to(folder).as_posix()) == part]
+    names = {"classes": classes["classes"]}
+    return {"images": str(tests[0]), **names} if tests and not _is_mask_folder(tests[0]) else None
+
+
+def _folders(folder: Path) -> dict[Path, list[str]]:
+    """Return the folders that hold images, and the names of these files."""
+    folders: dict[Path, list[str]] = {}
+    for parent, below, files in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith((".", "__")))
+        names = [x for x in sorted(files) if x.lower().endswith(SUFFIXES) and x[0] != "."]
+        if names:
+            folders[Path(parent)] = names
+    return folders
+
+
+def _is_mask_folder(folder: Path) -> bool:
+    """Return True if the first images of a folder have the few colors of a mask."""
+    return _masks_alone(folder, tuple(_folders(folder).get(folder, ())[:3]))
+
+
+@functools.lru_cache(maxsize=256)
+def _masks_alone(folder: Path, names: tuple[str, ...]) -> bool:
+    return bool(names) and all(_few_colors(folder / name) for name in names)
+
+
+def _few_colors(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.format != "JPEG" and image.getcolors(COLORS) is not None
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def _pairs(folder: Path) -> list[Pair]:
+    folders = _folders(folder)
+    masks = {path: names for path, names in folders.items() if _masks_alone(path, tuple(names[:3]))}
+    stems = {path: {Path(name).stem for name in names} for path, names in folders.items()}
+    pairs = []
+    for path in masks:
+        best = max(
+            (_paired(images, path, stems) for images in folders if images not in masks),
+            key=lambda pair: (pair.matches, _shared(pair.images, path)), default=None,
+        )  # fmt: skip
+        if best is not None and 2 * best.matches > len(stems[best.images]):
+            pairs.append(best)
+    return pairs
+
+
+def _paired(images: Path, masks: Path, stems: dict[Path, set[str]]) -> Pair:
+    """Return a pair with the number of images that have a mask."""
+    endings = {""}
+    first = min(stems[masks])
+    endings |= {first.removeprefix(stem) for stem in stems[images] if first.startswith(stem)}
+    counts = {x: sum(f"{stem}{x}" in stems[masks] for stem in stems[images]) for x in endings}
+    ending = max(sorted(counts, key=len), key=lambda x: counts[x])
+    return Pair(images, masks, ending, counts[ending])
+
+
+def _shared(first: Path, second: Path) -> int:
+    """Return the number of components that two paths have in common, from the front and the end."""
+    return len(set(first.parts) & set(second.parts))
+
+
+def _of_part(folder: Path, pairs: Sequence[Pair], part: str) -> Pair | None:
+    """Return the pair of a part; several are joined if they are below the same two folders."""
+    said = {pair: part_of(pair.images.relative_to(folder).as_posix()) for pair in pairs}
+    chosen = [pair for pair in pairs if said[pair] == part]
+    if part == "train" and not chosen:
+        chosen = [pair for pair in pairs if said[pair] is None]
+    if len(chosen) < 2:
+        return chosen[0] if chosen else None
+    roots = {_roots(pair) for pair in chosen}
+    if len(roots) == 1:
+        images, masks = roots.pop()
+        if {pair.ending for pair in chosen} == {chosen[0].ending} and images != masks:
+            return Pair(images, masks, chosen[0].ending, sum(pair.matches for pair in chosen))
+    return max(chosen, key=lambda pair: pair.matches)
+
+
+def _roots(pair: Pair) -> tuple[Path, Path]:
+    """Return the pair's folders without the end of their paths that is the same."""
+    images, masks = pair.images, pair.masks
+    while images.name == masks.name and images != masks:
+        images, masks = images.parent, masks.parent
+    return images, masks
+
+
+def _classes(folder: Path, pair: Pair) -> dict[str, Any]:
+    """Return the arguments about classes, from a file of names or from the values of the masks."""
+    places = dict.fromkeys((folder, pair.masks, pair.masks.parent, pair.images.parent))
+    files = [place / name for place in places for name in CLASS_FILES]
+    path = next((path for path in files if path.is_file()), None)
+    values = mask_values(_mask_paths(pair.masks))
+    if path is None:
+        return named_by_value(values)
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    names = [line.strip() for line in lines if line.strip()]
+    return {"classes": str(path), **ignored(names, values)}
+
+
+def ignored(names: Sequence[str], values: Iterable[int]) -> dict[str, Any]:
+    """Return the value of masks that is no class, for a list of names.
+
+    It is that of a last name such as "void", or the only value without a name.
+    """
+    if names and names[-1].casefold() in VOID:
+        return {"ignore_index": len(names) - 1}
+    unnamed = [value for value in values if value >= len(names)]
+    return {"ignore_index": unnamed[0]} if len(unnamed) == 1 else {}
+
+
+def named_by_value(values: Sequence[int]) -> dict[str, Any]:
+    """Return classes for values without names.
+
+    Two values are background and object. Otherwise 255 is ignored, and values that are not
+    0, 1, 2, ... are numbered in their order.
+    """
+    if len(values) == 2 and values[0] == 0:
+        scaled = {} if values[1] == 1 else {"values": {"0": 0, str(values[1]): 1}}
+        return {"classes": ["background", "object"], **scaled}
+    shown = [value for value in values if value != 255]
+    void = {"ignore_index": 255} if len(shown) < len(values) else {}
+    if max(shown, default=0) < 2 * len(shown) + 8:
+        return {"classes": [f"class {i}" for i in range(max(shown, default=0) + 1)], **void}
+    numbered = {str(value): i for i, value in enumerate(shown)}
+    if void:
+        return {"classes": [f"value {x}" for x in shown], "values": {**numbered, "255": None}}
+    return {"classes": [f"value {x}" for x in shown], "values": numbered}
+
+
+def _mask_paths(folder: Path) -> list[Path]:
+    paths = [path / name for path, names in _folders(folder).items() for name in names]
+    step = max(1, len(paths) // MAX_MASKS)
+    return paths[::step]
+
+
+def mask_values(paths: Iterable[Path]) -> list[int]:
+    """Return the sorted values of masks; colors count as gray values of their first band."""
+    values: set[int] = set()
+    for path in paths:
+        with Image.open(path) as image:
+            pixels = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
+        values.update(np.unique(pixels).tolist())
+    return sorted(values)
