@@ -1,0 +1,178 @@
+"""Parts of a data set in names, and data sets in folders that nobody prepared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segkit.data.formats import coco_files, mask_folders, recognize
+from segkit.data.formats.mask_folders import ignored, named_by_value
+from segkit.data.parts import part_of
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("train/0001.json", "train"),
+        ("instances_val2017.json", "val"),
+        ("trainannot", "train"),
+        ("TestImages", "test"),
+        ("valid/_annotations.coco.json", "val"),
+        ("test/train", "train"),  # the last word
+        ("Training", "train"),
+        ("latest.json", None),
+        ("constraints", None),
+        ("photos", None),
+    ],
+)
+def test_parts_in_names(name: str, part: str | None) -> None:
+    assert part_of(name) == part
+
+
+def photographs(folder: Path, *stems: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for stem in stems:
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{stem}.jpg")
+
+
+def masks(folder: Path, *stems: str, values: tuple[int, ...] = (0, 1, 2)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.array(values, np.uint8)[np.arange(40 * 48).reshape(40, 48) % len(values)]
+    for stem in stems:
+        Image.fromarray(pixels).save(folder / f"{stem}.png")
+
+
+def coco(path: Path, *names: str, labels: int = 1) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"id": i, "file_name": x, "height": 40, "width": 48} for i, x in enumerate(names)]
+    square = [[0, 0, 20, 0, 20, 20, 0, 20]]
+    annotations: list[dict[str, Any]] = [
+        {"id": i, "image_id": 0, "category_id": 1, "segmentation": square} for i in range(labels)
+    ]
+    content = {"images": images, "annotations": annotations, "categories": []}
+    path.write_text(json.dumps({**content, "categories": [{"id": 1, "name": "can"}]}))
+
+
+def test_coco_files_of_parts(tmp_path: Path) -> None:
+    photographs(tmp_path / "train2017", "a", "b")
+    photographs(tmp_path / "images" / "val", "c")
+    coco(tmp_path / "annotations/instances_train2017.json", "a.jpg", "b.jpg")
+    coco(tmp_path / "annotations/instances_val.json", "c.jpg")
+    coco(tmp_path / "annotations/image_info_test.json", "gone.jpg")  # its images are not here
+    (tmp_path / "notes.json").write_text('{"images": "none"}')
+    assert recognize(tmp_path, "train") == {
+        "name": "coco",
+        "annotations": str(tmp_path / "annotations/instances_train2017.json"),
+        "images": str(tmp_path / "train2017"),
+    }
+    val = coco_files.recognize(tmp_path, "val")
+    assert val is not None
+    assert val["images"] == str(tmp_path / "images/val")
+    assert coco_files.recognize(tmp_path, "test") is None
+
+
+def test_a_coco_file_beside_its_images(tmp_path: Path) -> None:
+    photographs(tmp_path / "valid", "a")
+    coco(tmp_path / "valid/_annotations.coco.json", "a.jpg")
+    photographs(tmp_path, "b")
+    coco(tmp_path / "result.json", "b.jpg", labels=2)
+    coco(tmp_path / "older.json", "b.jpg", labels=1)
+    assert coco_files.recognize(tmp_path, "train") == {"annotations": str(tmp_path / "result.json")}
+    path = str(tmp_path / "valid/_annotations.coco.json")
+    assert coco_files.recognize(tmp_path, "val") == {"annotations": path}
+
+
+def test_a_coco_file_without_labels_is_a_test_part_only(tmp_path: Path) -> None:
+    photographs(tmp_path, "a")
+    coco(tmp_path / "train.json", "a.jpg", labels=0)
+    coco(tmp_path / "test.json", "a.jpg", labels=0)
+    assert coco_files.recognize(tmp_path, "train") is None
+    assert coco_files.recognize(tmp_path, "test") is not None
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "ending"),
+    [
+        ("images", "masks", ""),
+        ("JPEGImages", "SegmentationClass", ""),
+        ("img", "gt", "_mask"),
+        ("a/train", "b/train", "_L"),
+        ("train", "trainannot", ""),
+    ],
+)
+def test_folders_of_masks(tmp_path: Path, images: str, labels: str, ending: str) -> None:
+    photographs(tmp_path / images, "1", "2", "12", "unlabelled")
+    masks(tmp_path / labels, *(f"{stem}{ending}" for stem in ("1", "2", "12")))
+    expected = {
+        "images": str(tmp_path / images),
+        "masks": str(tmp_path / labels),
+        "classes": ["class 0", "class 1", "class 2"],
+    }
+    if ending:
+        expected["mask_suffix"] = ending
+    assert mask_folders.recognize(tmp_path, "train") == expected
+    assert mask_folders.recognize(tmp_path, "val") is None
+
+
+def test_parts_of_masks_and_a_test_part_without_labels(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        photographs(tmp_path / "images" / part, "1", "2")
+        masks(tmp_path / "masks" / part, "1", "2")
+    photographs(tmp_path / "images" / "test", "3")
+    (tmp_path / "classes.txt").write_text("ground\ncan\nvoid\n")
+    val, test = (mask_folders.recognize(tmp_path, part) for part in ("val", "test"))
+    names = str(tmp_path / "classes.txt")
+    assert val is not None
+    assert (val["classes"], val["ignore_index"]) == (names, 2)
+    assert test == {"images": str(tmp_path / "images/test"), "classes": names}
+
+
+def test_folders_below_folders_are_joined(tmp_path: Path) -> None:
+    for scene in ("east", "west"):
+        photographs(tmp_path / "images" / scene, "1", "2")
+        masks(tmp_path / "masks" / scene, "1", "2", values=(0, 1))
+    spec = mask_folders.recognize(tmp_path, "train")
+    assert spec == {
+        "images": str(tmp_path / "images"),
+        "masks": str(tmp_path / "masks"),
+        "classes": ["background", "object"],
+    }
+
+
+def test_other_folders_are_not_recognized(tmp_path: Path) -> None:
+    photographs(tmp_path / "holiday", "1", "2")
+    masks(tmp_path / "icons", "x", "y")
+    assert recognize(tmp_path) is None
+    assert recognize(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments"),
+    [
+        ([0, 1], {"classes": ["background", "object"]}),
+        ([0, 255], {"classes": ["background", "object"], "values": {"0": 0, "255": 1}}),
+        ([0, 1, 255], {"classes": ["class 0", "class 1"], "ignore_index": 255}),
+        ([0, 2, 3], {"classes": ["class 0", "class 1", "class 2", "class 3"]}),
+        (
+            [0, 100, 200],
+            {
+                "classes": ["value 0", "value 100", "value 200"],
+                "values": {"0": 0, "100": 1, "200": 2},
+            },
+        ),
+    ],
+)
+def test_classes_named_by_values(values: list[int], arguments: dict[str, Any]) -> None:
+    assert named_by_value(values) == arguments
+
+
+def test_ignored_values() -> None:
+    assert ignored(["sky", "road", "Void"], [0, 1, 2]) == {"ignore_index": 2}
+    assert ignored(["sky", "road"], [0, 1, 255]) == {"ignore_index": 255}
+    assert ignored(["sky", "road"], [0, 1]) == {}
+    assert ignored(["sky", "road"], [0, 1, 2, 255]) == {}  # nobody knows; training says so
