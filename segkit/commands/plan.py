@@ -29,7 +29,9 @@ from segkit.core.errors import ConfigError, DataError, SegkitError, is_out_of_me
 from segkit.core.files import write_json
 from segkit.core.machine import Machine, read_machine
 from segkit.data import open_source
+from segkit.data.doubts import describe, label_doubts
 from segkit.data.fingerprint import Fingerprint, join
+from segkit.data.folds import class_pixels
 from segkit.data.formats import recognize
 from segkit.data.loader import TrainImages
 from segkit.data.memo import MEMO, on_threads
@@ -107,9 +109,11 @@ def plan(
     machine = read_machine(device, Path())
     with MEMO.kept_in(Path(cfg.data.cache)):
         source = open_source(cfg, "train", cached=False)
-        data, groups = read_fingerprint(source)
+        pixels = class_pixels(source, workers=machine.cores)
+        data, groups = read_fingerprint(source, pixels)
         validation = len(open_source(cfg, "val", cached=False)) if "val" in parts else None
-    choices = [Choice(f"data.{part}", spec, f"found in {folder}") for part, spec in parts.items()]
+    reasons = dict.fromkeys(parts, f"found in {folder}") | {"train": describe(source)}
+    choices = [Choice(f"data.{part}", spec, reasons[part]) for part, spec in parts.items()]
     choices += plan_model(machine, weights)
     choices += plan_training(data, machine, nest(choices))
     cost, choices = measure(choices, source, data, machine, device)
@@ -120,12 +124,16 @@ def plan(
         count = sum(len(group) for group in data.groups)
         why = f"{count} near-duplicates in {len(data.groups)} groups stay together"
         choices.append(Choice("data.groups", None, why))
-    reasons = "; ".join(f"{key}: {why}" for key, _, why in choices)
-    note = f"{MARK} for {data.images} images of {folder}. {reasons}"
+    why = "; ".join(f"{key}: {reason}" for key, _, reason in choices)
+    note = f"{MARK} for {data.images} images of {folder}. {why}"
     raw = {"note": note, **rules.nested(choices)}
     config.parse(raw, "the plan")
     return Plan(
-        raw, choices, data, rules.warnings_about(data), groups if validation is None else {}
+        raw,
+        choices,
+        data,
+        [*label_doubts(source, pixels), *rules.warnings_about(data)],
+        groups if validation is None else {},
     )
 
 
@@ -154,12 +162,16 @@ def find_parts(folder: Path) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def read_fingerprint(source: Source) -> tuple[Fingerprint, dict[str, str]]:
-    """Return the fingerprint of a source, and the group of each image if there are duplicates."""
+def read_fingerprint(source: Source, pixels: np.ndarray) -> tuple[Fingerprint, dict[str, str]]:
+    """Return the fingerprint of a source, and the group of each image if there are duplicates.
+
+    Args:
+        source: Labelled images.
+        pixels: (N, num_classes), result of :func:`segkit.data.folds.class_pixels`.
+    """
     step = max(1, math.ceil(len(source) / MOST_READ))
     chosen = range(0, len(source), step)
     photos: list[Photo] = on_threads(lambda i: read_photo(source, i), chosen, "reading")
-    pixels = np.array([photo.pixels for photo in photos])
     histogram = np.sum([photo.histogram for photo in photos], 0).astype(float)
     levels, total = np.arange(256) / 255, histogram.sum(1)
     mean = histogram @ levels / total
@@ -308,7 +320,8 @@ def main(argv: list[str]) -> None:
         parser.error("--hours: expected a number above 0")
     out = args.out or Path(f"{args.folder.resolve().name}.json")
     check_out(out)
-    with distributed.session(args.device) as device:
+    advice = "plan with another --device, or on smaller images"
+    with distributed.session(args.device) as device, console.memory_advice(advice):
         made = plan(args.folder, hours=args.hours, weights=args.weights, device=device)
     made.save(out)
     for line in lines(made):

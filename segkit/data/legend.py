@@ -290,6 +290,18 @@ def _stored(image: Image.Image, path: Path, *, colors: bool) -> tuple[np.ndarray
     )
 
 
+def distinct(path: Path) -> tuple[list[int], list[Color]]:
+    """Return the values of a mask, or its colors if it is colored."""
+    with open_image(path) as image:
+        values, is_color = _stored(image, path, colors=image.mode in ("RGB", "RGBA", "RGBX"))
+    codes = np.unique(values).tolist()
+    if not is_color:
+        return codes, []
+    colors = [(code >> 16, code >> 8 & 255, code & 255) for code in codes]
+    gray = all(red == green == blue for red, green, blue in colors)
+    return ([red for red, *_ in colors], []) if gray else ([], colors)
+
+
 def _depth(path: Path) -> int:
     """Return the bits per sample from a PNG's header."""
     with path.open("rb") as file:

@@ -172,13 +172,11 @@ def losses(data: Fingerprint) -> list[Choice]:
 
 
 def warnings_about(data: Fingerprint) -> list[str]:
-    """Return sentences about classes that training cannot learn, or hardly."""
+    """Return a sentence for each class that training can hardly learn."""
     total = max(1, sum(data.pixels))
     sentences = []
     for name, count, images in zip(data.classes, data.pixels, data.shown, strict=True):
-        if not count:
-            sentences.append(f"the class {name} has no labelled pixel: it cannot be learned")
-        elif count < RARE * total or images < FOLDS:
+        if count and (count < RARE * total or images < FOLDS):
             share = 100 * count / total
             sentences.append(f"the class {name} is rare: {images} images, {share:.2g} % of pixels")
     return sentences

@@ -10,6 +10,7 @@ from PIL import Image
 
 from segkit.data.formats import coco_files, mask_folders, recognize
 from segkit.data.formats.mask_folders import ignored, named_by_value
+from segkit.data.masks import MaskSource
 from segkit.data.parts import part_of
 
 
@@ -169,6 +170,25 @@ def test_other_folders_are_not_recognized(tmp_path: Path) -> None:
 )
 def test_classes_named_by_values(values: list[int], arguments: dict[str, Any]) -> None:
     assert named_by_value(values) == arguments
+
+
+def test_colored_masks(tmp_path: Path) -> None:
+    photographs(tmp_path / "images", "1", "2")
+    (tmp_path / "masks").mkdir()
+    pixels = np.zeros((40, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "masks/2.png")
+    pixels[:20] = 128, 0, 64
+    Image.fromarray(pixels).save(tmp_path / "masks/1.png")
+    spec = mask_folders.recognize(tmp_path, "train")
+    assert spec is not None
+    assert spec["classes"] == ["background", "color 128,0,64"]
+    assert spec["values"] == {"0,0,0": 0, "128,0,64": 1}
+    assert MaskSource(**spec).mask(0).float().mean() == 0.5
+    (tmp_path / "label_colors.txt").write_text("128 0 64 Can\n0 0 0 Void\n")
+    spec = mask_folders.recognize(tmp_path, "train")
+    assert spec is not None
+    assert (spec["classes"], spec["ignore_index"]) == (str(tmp_path / "label_colors.txt"), 1)
+    assert MaskSource(**spec).mask(0).unique().tolist() == [0, 255]
 
 
 def test_ignored_values() -> None:

@@ -2,14 +2,15 @@
 
 import functools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from segkit.data.images import SUFFIXES
+from segkit.data.legend import Color, distinct
 from segkit.data.parts import part_of
 
 CLASS_FILES = (
@@ -148,11 +149,11 @@ def _classes(folder: Path, pair: Pair) -> dict[str, Any]:
     places = dict.fromkeys((folder, pair.masks, pair.masks.parent, pair.images.parent))
     files = [place / name for place in places for name in CLASS_FILES]
     path = next((path for path in files if path.is_file()), None)
-    values = mask_values(_mask_paths(pair.masks))
+    values, colors = _contents(pair.masks)
     if path is None:
-        return named_by_value(values)
+        return named_by_color(colors) if colors else named_by_value(values)
     lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    names = [line.strip() for line in lines if line.strip()]
+    names = [re.sub(r"[\d\s,;:]+", " ", line).strip() for line in lines if line.strip()]
     return {"classes": str(path), **ignored(names, values)}
 
 
@@ -186,17 +187,22 @@ def named_by_value(values: Sequence[int]) -> dict[str, Any]:
     return {"classes": [f"value {x}" for x in shown], "values": numbered}
 
 
-def _mask_paths(folder: Path) -> list[Path]:
+def named_by_color(colors: Sequence[Color]) -> dict[str, Any]:
+    """Return classes for colors without names, in their order; black is the background."""
+    texts = [",".join(map(str, color)) for color in colors]
+    names = ["background" if text == "0,0,0" else f"color {text}" for text in texts]
+    return {"classes": names, "values": {text: i for i, text in enumerate(texts)}}
+
+
+def _contents(folder: Path) -> tuple[list[int], list[Color]]:
+    """Return the values and the colors of the masks in a folder, or of a thousand of them."""
     paths = [path / name for path, names in _folders(folder).items() for name in names]
-    step = max(1, len(paths) // MAX_MASKS)
-    return paths[::step]
-
-
-def mask_values(paths: Iterable[Path]) -> list[int]:
-    """Return the sorted values of masks; colors count as gray values of their first band."""
     values: set[int] = set()
-    for path in paths:
-        with Image.open(path) as image:
-            pixels = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
-        values.update(np.unique(pixels).tolist())
-    return sorted(values)
+    colors: set[Color] = set()
+    for path in paths[:: max(1, len(paths) // MAX_MASKS)]:
+        of_path = distinct(path)
+        values.update(of_path[0])
+        colors.update(of_path[1])
+    if colors:  # a mask of one gray color among colored ones
+        colors.update((value, value, value) for value in values)
+    return sorted(values), sorted(colors)
