@@ -211,6 +211,66 @@ def test_transformers_upernet_on_swin(
     equal(ours(image(*size))["out"], theirs(image(*size)).logits)
 
 
+MASK2FORMER = {"width": 64, "queries": 7, "layers": 4, "heads": 4, "feedforward": 40}
+"""A small Mask2Former; its GroupNorm has 32 groups, as that of the published ones."""
+
+
+def transformers_mask2former(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    module = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
+    # Its loss is built with each model, needs scipy, and is not called here.
+    monkeypatch.setattr(module, "requires_backends", lambda *_: None)
+    swin = transformers.SwinConfig(
+        embed_dim=96,
+        depths=[2, 2, 6, 2],
+        num_heads=[3, 6, 12, 24],
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    about = transformers.Mask2FormerConfig(
+        backbone_config=swin,
+        feature_size=64,
+        mask_feature_size=64,
+        hidden_dim=64,
+        encoder_layers=2,
+        encoder_feedforward_dim=48,
+        decoder_layers=5,
+        dim_feedforward=40,
+        num_attention_heads=4,
+        num_queries=7,
+        num_labels=CLASSES,
+    )
+    return fill(transformers.Mask2FormerForUniversalSegmentation(about))
+
+
+@pytest.mark.parametrize("size", [(232, 232), (229, 262)])
+@torch.no_grad()
+def test_transformers_mask2former(
+    size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = transformers_mask2former(monkeypatch)
+    theirs.save_pretrained(tmp_path)
+    decoder = {"name": "mask2former", "pixel_layers": 2, "pixel_feedforward": 48, **MASK2FORMER}
+    ours = build_model("swin_t", decoder, num_classes=CLASSES).eval()
+    for report in (
+        load_state(ours, theirs.state_dict(), source="theirs"),
+        load_file(ours, tmp_path / "model.safetensors"),
+    ):
+        whole(report)
+    x = image(*size)
+    inner = theirs.model(x, output_hidden_states=True)
+    masks = inner.masks_queries_logits
+    states = inner.transformer_decoder_intermediate_states
+    classes = [theirs.class_predictor(y.transpose(0, 1)) for y in states]
+    ours.decoder.train()
+    trained = ours(x)
+    equal(trained["query_masks"], torch.stack(masks))
+    equal(trained["query_classes"], torch.stack(classes))
+    ours.eval()
+    shares = torch.einsum("bqc,bqhw->bchw", classes[-1].softmax(2)[..., :-1], masks[-1].sigmoid())
+    equal(ours.decoder(ours.backbone(x))["out"].exp(), shares)
+    equal(ours(x)["out"], F.interpolate(shares.log(), size, mode="bilinear"))
+
+
 def authors_convnext(name: str) -> str:
     """The name that an entry of a transformers' ConvNeXt has in its authors' segmentation code."""
     for theirs, authors in (

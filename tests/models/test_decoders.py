@@ -28,6 +28,7 @@ from segkit.models.layers import (
     resize,
     sample_points,
 )
+from segkit.models.queries import QUERY_OUTPUTS
 
 CLASSES = 5
 # name: (arguments that make it small, outputs in training besides "out")
@@ -35,6 +36,18 @@ SMALL: dict[str, tuple[dict, Sequence[str]]] = {
     "deeplabv3": ({"width": 16}, ["aux"]),
     "deeplabv3plus": ({"width": 16, "low_width": 4}, []),
     "fcn": ({"width": 8}, ["aux"]),
+    "mask2former": (
+        {
+            "width": 16,
+            "queries": 6,
+            "layers": 4,
+            "heads": 2,
+            "feedforward": 24,
+            "pixel_layers": 2,
+            "pixel_feedforward": 24,
+        },
+        list(QUERY_OUTPUTS),
+    ),
     "ocrnet": ({"width": 16, "key_width": 8}, ["aux"]),
     "pspnet": ({"width": 16, "aux_width": 8}, ["aux"]),
     "stlnet": ({"width": 16, "levels": 12, "aux_width": 8}, ["aux"]),
@@ -103,6 +116,9 @@ def test_outputs_are_logits_and_aux_only_in_training(name: str, layout: str) -> 
     levels = [f"aux{i}" for i in range(len(features), 5)]  # a level less has a head less
     assert list(trained) == ["out", *(aux for aux in SMALL[name][1] if aux not in levels)]
     for key, logits in trained.items():
+        if key in QUERY_OUTPUTS:
+            assert logits.shape[:3] == (5, 2, 6)
+            continue
         assert logits.shape[:2] == (2, CLASSES)
         assert logits.ndim == (2 if key == "aux_presence" else 4)
         assert logits.isfinite().all()
@@ -172,6 +188,10 @@ GOLDEN: dict[str, tuple[float, list[float]]] = {
     ),
     "deeplabv3plus": (0.884199418, [0.300844807, 0.633868831, 1.63114082, 1.51069967, 0.324733374]),
     "fcn": (-0.00650931982, [0.162550535, 0.105951652, -0.00176030191, -0.108814954, -0.163674497]),
+    "mask2former": (
+        -0.251954637,
+        [-0.25143364, 0.758361402, 0.15086245, -1.00976843, -0.907793675],
+    ),
     "ocrnet": (0.132832822, [0.34452531, 0.681325776, 0.113072353, -0.358586081, -0.0161701706]),
     "pspnet": (1.02674552, [0.362276111, 1.04136694, 1.49982142, 1.19430627, 0.783849816]),
     "stlnet": (0.0578257619, [-0.505314885, 0.816266143, 1.11764378, -0.146994596, -1.12859907]),

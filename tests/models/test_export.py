@@ -20,6 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "deeplabv3": {"width": 8},
     "deeplabv3plus": {"width": 8, "low_width": 4},
     "fcn": {"width": 8},
+    "mask2former": {"width": 16, "queries": 4, "heads": 2, "layers": 3, "pixel_layers": 1},
     "ocrnet": {"width": 8, "key_width": 4},
     "pspnet": {"width": 8},
     "stlnet": {"width": 8, "levels": 16},

@@ -7,6 +7,7 @@ from torch import nn
 from segkit.models.decoders.deeplabv3 import DeepLabV3
 from segkit.models.decoders.deeplabv3plus import DeepLabV3Plus
 from segkit.models.decoders.fcn import FCN
+from segkit.models.decoders.mask2former import Mask2Former
 from segkit.models.decoders.ocrnet import OCRNet
 from segkit.models.decoders.pspnet import PSPNet
 from segkit.models.decoders.stlnet import STLNet
@@ -19,6 +20,7 @@ DECODERS: dict[str, Callable[..., nn.Module]] = {
     "deeplabv3": DeepLabV3,
     "deeplabv3plus": DeepLabV3Plus,
     "fcn": FCN,
+    "mask2former": Mask2Former,
     "ocrnet": OCRNet,
     "pspnet": PSPNet,
     "stlnet": STLNet,

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from segkit.models.pretrained.mask2former import find_mask2former
 from segkit.models.pretrained.names import Project, State, Substitutions, has
 
 NO_DECODER = "the file has no decoder"
@@ -22,7 +23,13 @@ def find_decoder(state: State) -> Project:
     """Return the project whose names of a whole model these are, or of a backbone alone."""
     if has(state, r"backbone\.", r"decoder\."):
         return OWN
-    for find in (find_mmsegmentation, find_hrnet_ocr, find_torchvision, find_smp):
+    for find in (
+        find_mmsegmentation,
+        find_mask2former,
+        find_hrnet_ocr,
+        find_torchvision,
+        find_smp,
+    ):
         if (project := find(state)) is not None:
             return project
     if has(state, r"backbone\."):

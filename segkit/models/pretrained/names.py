@@ -44,7 +44,8 @@ class Project:
         title: Architecture and project, for reports.
         fits: Prefixes of the backbones' names that it may be; of a decoder, its name.
         substitutions: From the project's names to segkit's. Entries that become ``NAME/0``,
-            ``NAME/1``, ... are concatenated to ``NAME``.
+            ``NAME/1``, ... are concatenated to ``NAME``; one that becomes ``NAME|OTHER|...`` is
+            divided into equal parts of these names.
         ours: Pattern of the names that may result.
         ignored: Pattern of other names in the project's files, such as a classifier's head.
         convert: Converts a tensor, given its new name.
@@ -79,15 +80,19 @@ class Project:
                 parts.setdefault(ours, {})[part] = theirs
             else:
                 rest.append(theirs)
-        tensors = {}
+        tensors, origins = {}, {}
         for ours, names in parts.items():
             values = [state[names[part]] for part in sorted(names)]
             joined = torch.cat(values) if len(values) > 1 else values[0]
-            tensors[ours] = self.convert(ours, joined)
+            several = ours.split("|")
+            pieces = joined.chunk(len(several)) if len(several) > 1 else [joined]
+            for name, piece in zip(several, pieces, strict=False):
+                tensors[name] = self.convert(name, piece)
+                origins[name] = prefix + [*names.values()][-1]
         ignored = [name for name in rest if re.match(self.ignored, name)]
         return Entries(
             tensors,
-            {ours: prefix + [*names.values()][-1] for ours, names in parts.items()},
+            origins,
             ignored=tuple(prefix + name for name in ignored),
             unknown=tuple(prefix + name for name in rest if name not in ignored),
         )

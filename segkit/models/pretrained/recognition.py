@@ -25,7 +25,7 @@ _CLASSIFIER = re.compile(
 
 SETTINGS = {
     "backbone": ("output_stride", "contract_dilation", "like", "upsampling", "align_corners"),
-    "decoder": ("align_corners", "rates", "bins", "average", "pruned"),
+    "decoder": ("align_corners", "rates", "bins", "average", "pruned", "heads"),
 }
 """Attributes of backbones and decoders that change what they compute with the same weights."""
 
@@ -116,6 +116,8 @@ def _find_backbone(state: State) -> Project | None:
 
 
 def _classes(state: State) -> int | None:
+    if (head := state.get("decoder.class_head.weight")) is not None:
+        return head.shape[0] - 1  # without "no object"
     heads = [x for name, x in state.items() if _CLASSIFIER.fullmatch(name) and x.ndim > 1]
     return heads[-1].shape[0] if heads else None
 

@@ -1,0 +1,176 @@
+"""Mask2Former: queries that attend to the pixels of the masks they predict."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segkit.core.config import check_bounds
+from segkit.core.errors import ConfigError
+from segkit.models.decoders.pixel_decoders import (
+    LEVELS,
+    DeformablePixelDecoder,
+    FeaturePyramid,
+    mlp,
+    sine_positions,
+)
+from segkit.models.layers import resize
+from segkit.models.queries import QueryClassifier, semantic_logits
+
+
+class Mask2Former(nn.Module):
+    """A mask transformer with masked attention, trained by the loss ``mask_classification``.
+
+    Cheng et al. 2022, https://arxiv.org/abs/2112.01527
+
+    Args:
+        channels: Encoder widths, shallow to deep; the last four levels are used.
+        strides: Encoder strides.
+        num_classes: Number of classes, the channels of the logits.
+        width: Channels of queries, maps and masks; a multiple of 4 and of ``heads``.
+        queries: Number of queries.
+        layers: Layers of the transformer decoder.
+        heads: Heads of every attention.
+        feedforward: Hidden channels of the layers.
+        pixel_decoder: ``deformable``, the paper's, or ``fpn``, a feature pyramid, which is lighter.
+        pixel_layers: Layers of the deformable pixel decoder.
+        pixel_feedforward: Their hidden channels.
+
+    Shape:
+        features[i]: (B, channels[i], H / strides[i], W / strides[i])
+        out: (B, num_classes, h, w), with h = H / strides[-4] and w = W / strides[-4]
+        query_classes: (layers + 1, B, queries, max(2, num_classes) + 1), in training
+        query_masks: (layers + 1, B, queries, h, w), in training
+
+    Departs from the authors' code: probabilities of classes are resized to the image's size, not
+    those of masks.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        num_classes: int,
+        width: int = 256,
+        queries: int = 100,
+        layers: int = 9,
+        heads: int = 8,
+        feedforward: int = 2048,
+        pixel_decoder: Literal["deformable", "fpn"] = "deformable",
+        pixel_layers: int = 6,
+        pixel_feedforward: int = 1024,
+    ) -> None:
+        super().__init__()
+        check_bounds(1, 10_000, queries=queries, layers=layers, heads=heads)
+        if width % 4 or width % heads:
+            raise ConfigError(f"width: expected a multiple of 4 and of heads={heads}, got {width}")
+        self.num_classes = num_classes
+        self.heads = heads
+        self.used_levels = (-4, -3, -2, -1)
+        self.pixel_decoder = (
+            FeaturePyramid(channels[-4:], width=width)
+            if pixel_decoder == "fpn"
+            else DeformablePixelDecoder(
+                channels[-4:],
+                width=width,
+                heads=heads,
+                layers=pixel_layers,
+                feedforward=pixel_feedforward,
+            )
+        )
+        self.query_features = nn.Embedding(queries, width)
+        self.query_positions = nn.Embedding(queries, width)
+        self.level_embed = nn.Embedding(LEVELS, width)
+        self.layers = nn.ModuleList(
+            MaskedAttentionLayer(width, heads=heads, feedforward=feedforward) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.class_head = QueryClassifier(width, num_classes)
+        self.mask_head = mlp(width, width, width, width)
+
+    def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        maps, embeddings = self.pixel_decoder(features[-4:])
+        values = [
+            x.flatten(2).mT + level for x, level in zip(maps, self.level_embed.weight, strict=True)
+        ]
+        keys = [x + sine_positions(y).to(x.dtype) for x, y in zip(values, maps, strict=True)]
+        queries = self.query_features.weight.expand(embeddings.shape[0], -1, -1)
+        outputs = [self.norm(queries)]
+        masks = [self._masks(outputs[0], embeddings)]
+        for i, layer in enumerate(self.layers):
+            level = i % LEVELS
+            attended = _attended(masks[-1].detach(), maps[level].shape[-2:])
+            positions = self.query_positions.weight
+            queries = layer(queries, positions, keys[level], values[level], attended)
+            outputs.append(self.norm(queries))
+            masks.append(self._masks(outputs[-1], embeddings))
+        classes = self.class_head(torch.stack(outputs) if self.training else outputs[-1])
+        if not self.training:
+            return {"out": semantic_logits(classes, masks[-1], num_classes=self.num_classes)}
+        return {
+            "out": semantic_logits(classes[-1], masks[-1], num_classes=self.num_classes),
+            "query_classes": classes,
+            "query_masks": torch.stack(masks),
+        }
+
+    def _masks(self, queries: Tensor, embeddings: Tensor) -> Tensor:
+        return torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), embeddings)
+
+
+class MaskedAttentionLayer(nn.Module):
+    """Masked attention of the queries to a map, self-attention, and an MLP; each with a norm.
+
+    Shape:
+        queries: (B, Q, width); the output is the same
+        positions: (Q, width)
+        keys, values: (B, N, width)
+        attended: (B, 1, Q, N), True for the pixels that a query attends to
+    """
+
+    def __init__(self, width: int, *, heads: int, feedforward: int) -> None:
+        super().__init__()
+        self.cross = Attention(width, heads=heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.itself = Attention(width, heads=heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = mlp(width, feedforward, width)
+        self.norm3 = nn.LayerNorm(width)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(
+        self, queries: Tensor, positions: Tensor, keys: Tensor, values: Tensor, attended: Tensor
+    ) -> Tensor:
+        x = self.norm1(queries + self.cross(queries + positions, keys, values, attended))
+        x = self.norm2(x + self.itself(x + positions, x + positions, x))
+        return self.norm3(x + self.mlp(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with a projection each for queries, keys, values and the result."""
+
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.project = nn.Linear(width, width)
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, attended: Tensor | None = None
+    ) -> Tensor:
+        projected = self.query(queries), self.key(keys), self.value(values)
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in projected)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
+        return self.project(x.transpose(1, 2).flatten(2))
+
+
+def _attended(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the pixels of a map inside the masks, (B, 1, Q, N); all pixels for an empty mask."""
+    inside = resize(masks, size).flatten(2)[:, None] >= 0
+    return inside | ~inside.any(3, keepdim=True)
