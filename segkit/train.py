@@ -35,7 +35,7 @@ from segkit.inference.model_file import build_predictor
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
 from segkit.models.pretrained.published import obtain
-from segkit.models.segmenter import check_weights
+from segkit.models.segmenter import build_model, check_weights
 from segkit.report import Gallery, class_table, record, score_table, write_run_page
 from segkit.training import tracking
 from segkit.training.build import (
@@ -285,7 +285,7 @@ def begin_training(job: Job, fold: Fold) -> tuple[TrainState, Criterion, bool]:
         epochs = saved["config"]["train"]["epochs"]
         job.say(resumed_message(fold.number, state.step, fold.order, epochs))
     elif distributed.is_main():
-        state.init = checkpoint.digest_tensors(state.model.state_dict())
+        state.init = checkpoint.digest_tensors(checkpoint.merged(state.model.state_dict()))
     if terms := losses_per_part(criterion, cfg) if cfg.train.accumulate > 1 else []:
         job.say(
             f"train.accumulate={cfg.train.accumulate}: {', '.join(terms)}: the mean over the "
@@ -449,12 +449,13 @@ def check_components(cfg: Config) -> None:
             "remove it, or train from Python with segkit.create_model"
         )
     with torch.device("meta"):
-        state, _ = build_training(set_rates(cfg), None, torch.device("meta"))
+        build_training(set_rates(cfg), None, torch.device("meta"))
+        plain = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=2)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         if cfg.model.weights == "auto":
             obtain(cfg.model.backbone["name"])  # downloads once per machine
         elif cfg.model.weights is not None:
-            check_weights(state.model, cfg.model.backbone, cfg.model.weights)
+            check_weights(plain, cfg.model.backbone, cfg.model.weights)
     build_schedule(cfg.optim.schedule, total=100, warmup=min(99, cfg.optim.warmup_steps or 0))
     parse_views(cfg.infer.tta)
     tracking.check(cfg.track.trackers)

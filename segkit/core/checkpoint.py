@@ -29,6 +29,7 @@ RESUME = (
 )
 """Entries needed to resume training."""
 
+_DOWN = ".lora.down"
 _COMMENT = b"sha256:"
 _TAIL = 2 + len(_COMMENT) + 64
 _LARGE = 1 << 20  # bytes of a block that is worth another thread
@@ -219,9 +220,32 @@ def previous(path: Path) -> Path:
 
 
 def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights to predict with: the moving average if the checkpoint has one."""
+    """Return the weights to predict with: the moving average if the checkpoint has one.
+
+    Low-rank updates are merged into the weights.
+    """
     average = state.get("ema")
-    return state["model"] if average is None else average["model"]
+    return merged(state["model"] if average is None else average["model"])
+
+
+def merged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with the updates of :mod:`segkit.models.lora` added to the weights.
+
+    Entries that are no update of a weight of their shape are left as they are.
+    """
+    result = dict(tensors)
+    for layer in [name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)]:
+        keys = [f"{layer}.lora.{part}" for part in ("up", "down", "scale")]
+        if not {f"{layer}.weight", *keys} <= set(tensors):
+            continue
+        weight, up, down, scale = (tensors[key] for key in (f"{layer}.weight", *keys))
+        fits = up.ndim == down.ndim == 2 and scale.ndim == 0 and len(down) == up.shape[1]
+        if fits and weight.shape == (len(up), down.shape[1]):
+            product = scale.double() * (up.double() @ down.double())
+            result[f"{layer}.weight"] = (weight.double() + product).to(weight.dtype)
+            for key in keys:
+                del result[key]
+    return result if len(result) < len(tensors) else tensors
 
 
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

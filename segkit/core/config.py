@@ -76,6 +76,16 @@ class ModelConfig:
         "first), or patterns of parameters' names, such as backbone.layer1.*",
         0,
     )
+    lora: int = _setting(
+        0,
+        "rank of low-rank updates (LoRA) of the backbone's linear layers, in attention and MLPs, "
+        "whose own weights are frozen; 0: none",
+        0,
+        1024,
+    )
+    lora_alpha: float | None = _setting(
+        None, "low-rank updates are scaled by lora_alpha / lora; null: by 1", 1e-6
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,8 @@ def save(
                 f"{name}: expected {channels} numbers, one per channel of the model's images, "
                 f"got {len(values)}"
             )
-    cfg, weights = config.parse({"model": model.config}, "model"), model.state_dict()
+    cfg = config.parse({"model": model.config}, "model")
+    weights = checkpoint.merged(model.state_dict())
     with torch.device("meta"):
         expected = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=len(classes))
     try:

@@ -316,6 +316,7 @@ def load_model(path: Path, *, verify: bool = True) -> tuple[Segmenter, Config, d
         entries (``classes``, ``score``, ...).
     """
     state = checkpoint.load(path, mmap=True, verify=verify, needs=checkpoint.MODEL)
+    tensors = checkpoint.weights(state)
     config = parse(state["config"], str(path))
 
     def build() -> Segmenter:
@@ -323,18 +324,18 @@ def load_model(path: Path, *, verify: bool = True) -> tuple[Segmenter, Config, d
             config.model.backbone,
             config.model.decoder,
             num_classes=len(state["classes"]),
-            freeze_batch_norm=config.model.freeze_batch_norm,
+            freeze_batch_norm=config.model.freeze_batch_norm or config.model.lora > 0,
             freeze=config.model.freeze,
             initialize=False,
         )
 
     try:
         with torch.device("meta"):  # an invalid configuration may describe a model of any size
-            checkpoint.check_fit(build(), checkpoint.weights(state), path)
+            checkpoint.check_fit(build(), tensors, path)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     model = build()
-    checkpoint.check_weights(model, checkpoint.weights(state), path)
-    model.load_state_dict(checkpoint.weights(state))
+    checkpoint.check_weights(model, tensors, path)
+    model.load_state_dict(tensors)
     others = {key: value for key, value in state.items() if key not in ("model", "ema")}
     return model.eval(), config, others

@@ -13,6 +13,7 @@ from segkit.core.config import Config
 from segkit.core.errors import ConfigError
 from segkit.data.loader import TrainOrder
 from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
+from segkit.models.lora import add_lora
 from segkit.models.segmenter import build_model
 from segkit.training.losses import Criterion, build_loss
 from segkit.training.optim import EMA, build_optimizer
@@ -48,6 +49,9 @@ def build_training(
         seed=cfg.train.seed,
         initialize=initialize,
     )
+    if cfg.model.lora:
+        seed, alpha = cfg.train.seed, cfg.model.lora_alpha
+        add_lora(model, rank=cfg.model.lora, alpha=alpha, seed=seed)
     move_model(model, device, channels_last=cfg.train.channels_last)
     if cfg.train.sync_batch_norm:
         convert_sync_batch_norm(model, device)
