@@ -20,6 +20,7 @@ MODEL_LAYERS = [
     {"backbones", "decoders"},
     {"pretrained"},
     {"segmenter"},
+    {"lora"},
 ]
 """The order within ``segkit.models``; ``export`` stands alone.
 

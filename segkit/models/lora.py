@@ -29,6 +29,8 @@ class LowRank(nn.Module):
         x: (..., layer.in_features) -> (..., layer.out_features)
     """
 
+    scale: Tensor
+
     def __init__(self, layer: nn.Linear, *, rank: int, scale: float) -> None:
         super().__init__()
         self.down = nn.Parameter(layer.weight.new_empty(rank, layer.in_features))
