@@ -8,6 +8,7 @@ from segkit.core.config import Config, build
 from segkit.data.cache import CachedSource, cache_keys
 from segkit.data.coco import CocoSource
 from segkit.data.demo import open_demo
+from segkit.data.formats import FORMATS
 from segkit.data.loader import digests
 from segkit.data.masks import MaskSource
 from segkit.data.memo import MEMO
@@ -28,6 +29,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "coco": CocoSource,
     "masks": MaskSource,
     "demo": open_demo,
+    **{name: label_format.source for name, label_format in FORMATS.items()},
 }
 """Sources by their name in the configuration's ``data`` section."""
 

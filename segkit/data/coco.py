@@ -56,8 +56,8 @@ class CocoSource:
     Category ids become classes 1, 2, ... in ascending order; 0 is the background. A category with
     the background's name (case-insensitive) is the background. Objects are painted by descending
     ``area``, then ascending id; later objects cover earlier ones. Images without annotations are
-    all background. A file whose ``annotations`` are absent or empty is unlabelled, and needs no
-    ``categories``.
+    all background; the pixels of objects with ``ignore`` 1 are ignored. A file whose
+    ``annotations`` are absent or empty is unlabelled, and needs no ``categories``.
 
     Args:
         annotations: The JSON file.
@@ -108,6 +108,7 @@ class CocoSource:
         file: str,
         root: Path,
         notes: Sequence[str] = (),
+        faults: Sequence[Fault] = (),
         background: str = "background",
         rename: Mapping[str, Any] | None = None,
         range: SampleRange | None = None,
@@ -121,11 +122,12 @@ class CocoSource:
             file: Name of the content's origin in messages.
             root: Folder that the file names are relative to.
             notes: First items of the source's ``notes``.
+            faults: Faults that were found before.
             background: As for a file, and so are the other arguments.
         """
         source = cls.__new__(cls)
         source._file, source._root, source._crowd = file, root, "ignore"
-        source._open(content, background, rename or {}, range, channels, on_error)
+        source._open(content, background, rename or {}, range, channels, on_error, faults)
         source.notes = (*notes, *source.notes)
         return source
 
@@ -137,6 +139,7 @@ class CocoSource:
         range: SampleRange | None,
         channels: int,
         on_error: OnError,
+        earlier: Sequence[Fault] = (),
     ) -> None:
         self.reading = check_reading(range, channels)
         self.channels, self._range = channels, range
@@ -145,7 +148,7 @@ class CocoSource:
         self.info = content["info"] if isinstance(content.get("info"), dict) else {}
         if "images" not in content:
             raise DataError(f"{file} has no 'images'; expected a COCO instance file")
-        faults: list[Fault] = []
+        faults = [*earlier]
         tables = {key: _entries(content, key, file) for key in _TABLES}
         self.labelled = bool(tables["annotations"])
         notes = standardize(tables)
@@ -403,7 +406,8 @@ def _region(
         area = coco_mask.area(encode(shape, *size))
     if (words := contradiction(record, shape, size)) is not None:
         raise DataError(words)
-    return Region(key, category_ids[category], bool(crowd), float(area), shape)
+    index = IGNORE if record.get("ignore") else category_ids[category]
+    return Region(key, index, bool(crowd), float(area), shape)
 
 
 def _polygons(segmentation: list[Any], size: tuple[int, int]) -> list[np.ndarray]:

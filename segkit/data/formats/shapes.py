@@ -1,0 +1,265 @@
+"""Images and labelled shapes of any format, collected into the content of a COCO file."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import unquote
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from segkit.core.errors import ConfigError, DataError, closest, quoted
+from segkit.core.labels import Size
+from segkit.data.coco import CocoSource
+from segkit.data.images import MAX_PIXELS, image_size
+from segkit.data.inputs import inside
+from segkit.data.objects import is_number
+from segkit.data.pairing import search, stem
+from segkit.data.samples import SampleRange
+from segkit.data.source import Fault, OnError
+
+PART_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+"""Names of the folders of a part."""
+
+
+def part_folder(folder: Path, part: str) -> Path | None:
+    """Return the folder of a part: a subfolder of its name, or all of an undivided folder."""
+    for name in PART_FOLDERS[part]:
+        if (folder / name).is_dir():
+            return folder / name
+    divided = any((folder / name).is_dir() for name in PART_FOLDERS["train"])
+    return folder if part == "train" and not divided else None
+
+
+def numbers(table: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
+    """Return the numbers of a shape under ``keys``.
+
+    Raises:
+        DataError: One of them is missing, or no number.
+    """
+    values = [value for key in keys if is_number(value := table.get(key))]
+    if len(values) < len(keys):
+        given = {key: table.get(key) for key in keys}
+        raise DataError(f"a shape has {given!r:.80}; expected numbers")
+    return values
+
+
+class Shapes:
+    """Images with shapes, which become the ``images`` and ``annotations`` of a COCO file.
+
+    Args:
+        root: Folder of the images.
+        classes: Class names in their order; without, they are those of the shapes, sorted.
+        boxes: Paint rectangles as their class, or ignore their pixels.
+    """
+
+    def __init__(self, root: Path, classes: Sequence[str] | None, *, boxes: str) -> None:
+        self.root, self.classes, self.faults = root, classes, list[Fault]()
+        self._paint = boxes == "paint"
+        self._names, _ = search(root)
+        self._index: dict[str, list[str]] = {}
+        for name in self._names:
+            short = PurePosixPath(name).name
+            for key in dict.fromkeys((name, stem(name), short, stem(short))):
+                self._index.setdefault(key.casefold(), []).append(name)
+        self._sizes: dict[str, Size] = {}
+        self._shapes: list[tuple[str, str, dict[str, Any]]] = []
+        self._boxes, self.passed_over = 0, Counter[str]()
+
+    def image(self, name: Any, size: tuple[Any, Any] | None = None) -> str:
+        """Add an image; return its path relative to the folder.
+
+        Args:
+            name: Its path, address or name as a tool writes it: the file is found by its path, or
+                by its name if that is unique.
+            size: Height and width according to the tool; default: those of the file.
+
+        Raises:
+            DataError: The image is not in the folder, or there are several of its name.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"the image name is {name!r:.60}; expected text")
+        path = self._find(name)
+        if size is None:
+            self._sizes.setdefault(path, image_size(inside(self.root, path)))
+            return path
+        if not all(is_number(side) and 0 < side == int(side) for side in size):
+            raise DataError(f"{quoted(path)} has the size {size!r:.60}; expected numbers of pixels")
+        height, width = int(size[0]), int(size[1])
+        if height * width > MAX_PIXELS:
+            raise DataError(f"{quoted(path)} has {width} × {height} pixels; that is too large")
+        self._sizes[path] = height, width
+        return path
+
+    def size(self, path: str) -> Size:
+        """Return height and width of an image that was added."""
+        return self._sizes[path]
+
+    def _find(self, name: str) -> str:
+        plain = unquote(name).replace("\\", "/").partition("?d=")[2] or unquote(name)
+        plain = plain.replace("\\", "/").split("?")[0]
+        parts = [part for part in plain.split("/") if part not in ("", ".", "..")]
+        if not parts:
+            raise DataError(f"the image name is {quoted(name)}; expected a file")
+        last = parts[-1]
+        without_upload = re.sub(r"^[0-9a-f]{8}-", "", last)  # Label Studio adds a number
+        keys = ["/".join(parts[start:]) for start in range(max(0, len(parts) - 8), len(parts))]
+        for key in (*keys, stem(last), without_upload, stem(without_upload)):
+            matches = self._index.get(key.casefold(), [])
+            exact = [match for match in matches if match == key]
+            if len(matches) == 1 or len(exact) == 1:
+                return (exact or matches)[0]
+            if matches:
+                raise DataError(
+                    f"the image {quoted(name)} is there {len(matches)} times, such as "
+                    f"{matches[0]} and {matches[1]}; give each its own name"
+                )
+        raise DataError(f"the image {quoted(name)} is not in {self.root}; add it, or set 'images'")
+
+    def polygon(self, path: str, label: Any, points: Sequence[Any]) -> None:
+        """Add a polygon: pairs x, y in pixels."""
+        flat = [number for point in points for number in point]
+        self._add(path, label, {"segmentation": [flat]})
+
+    def mask(self, path: str, label: Any, pixels: np.ndarray) -> None:
+        """Add an object as the pixels (H, W) that are not 0."""
+        rle = coco_mask.encode(np.asfortranarray((pixels != 0).astype(np.uint8)))
+        size = [int(side) for side in rle["size"]]
+        self._add(
+            path, label, {"segmentation": {"size": size, "counts": rle["counts"].decode("ascii")}}
+        )
+
+    def box(
+        self, path: str, label: Any, left: float, top: float, right: float, bottom: float
+    ) -> None:
+        """Add a rectangle, which is ignored unless boxes are painted."""
+        corners = [left, top, right, top, right, bottom, left, bottom]
+        self._boxes += 1
+        self._add(path, label, {"segmentation": [corners], "ignore": 0 if self._paint else 1})
+
+    def _add(self, path: str, label: Any, record: dict[str, Any]) -> None:
+        if not isinstance(label, str) or not label.strip():
+            raise DataError(f"a shape of {quoted(path)} has the label {label!r:.60}; expected text")
+        if self.classes is not None and label not in self.classes:
+            raise DataError(
+                f"a shape of {quoted(path)} has the label {quoted(label)}"
+                f"{closest(label, self.classes)}"
+            )
+        self._shapes.append((path, label, record))
+
+    def attempt(self, file: str, read: Callable[[], None]) -> None:
+        """Call ``read``; a DataError of it is a fault of ``file``, and the others are read on."""
+        before = len(self._shapes)
+        try:
+            read()
+        except DataError as error:
+            del self._shapes[before:]
+            self.faults.append(Fault(f"{file}: {error}", file=file))
+
+    def content(self) -> dict[str, Any]:
+        """Return the content of a COCO file."""
+        classes = self.classes or sorted({label for _, label, _ in self._shapes})
+        ids = {path: number for number, path in enumerate(self._sizes, 1)}
+        images = [
+            {"id": ids[path], "file_name": path, "height": height, "width": width}
+            for path, (height, width) in self._sizes.items()
+        ]
+        categories = {name: number for number, name in enumerate(classes, 1)}
+        annotations = [
+            {"id": n, "image_id": ids[path], "category_id": categories[label], **record}
+            for n, (path, label, record) in enumerate(self._shapes, 1)
+        ]
+        return {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": number, "name": name} for name, number in categories.items()],
+        }
+
+    def notes(self) -> list[str]:
+        """Return sentences about what is passed over."""
+        notes = []
+        unused = [name for name in self._names if name not in self._sizes]
+        if unused:
+            notes.append(f"{len(unused):,} images without labels left out, such as {unused[0]}")
+        if self._boxes and not self._paint:
+            notes.append(
+                f'the pixels of {self._boxes:,} boxes are ignored; set "boxes": "paint" if '
+                "they are the shapes of the objects"
+            )
+        for kind, count in self.passed_over.items():
+            notes.append(f"{count:,} shapes of kind {quoted(kind)} left out")
+        return notes
+
+
+Reader = Callable[[Path, Shapes], None]
+
+
+def shape_source(read: Reader, kind: str, description: str) -> Callable[..., CocoSource]:
+    """Return the source of a format whose ``read(labels, shapes)`` adds images and shapes.
+
+    Args:
+        read: Reads the file or folder of labels.
+        kind: The format in words, for messages.
+        description: First line of the source's documentation.
+    """
+
+    def open_shapes(
+        *,
+        labels: str,
+        images: str | None = None,
+        classes: tuple[str, ...] | None = None,
+        boxes: Literal["ignore", "paint"] = "ignore",
+        background: str = "background",
+        rename: Mapping[str, Any] | None = None,
+        range: SampleRange | None = None,
+        channels: int = 3,
+        on_error: OnError = "raise",
+    ) -> CocoSource:
+        where = Path(labels)
+        if not where.exists():
+            raise DataError(f"{labels} does not exist; expected {kind}")
+        if classes is not None and not classes:
+            raise ConfigError("classes: is empty; expected class names, or null")
+        shapes = Shapes(
+            Path(images) if images else where if where.is_dir() else where.parent,
+            classes,
+            boxes=boxes,
+        )
+        read(where, shapes)
+        source = CocoSource.from_content(
+            shapes.content(), file=labels, root=shapes.root, notes=shapes.notes(),
+            faults=shapes.faults, background=background, rename=rename, range=range,
+            channels=channels, on_error=on_error,
+        )  # fmt: skip
+        source.origin = kind
+        return source
+
+    open_shapes.__doc__ = description + _ARGUMENTS
+    return open_shapes
+
+
+_ARGUMENTS = """
+
+    Polygons become masks as those of a COCO file. Images are found by their path, or by their name
+    if it is unique.
+
+    Args:
+        labels: The file or the folder of labels.
+        images: Folder of the images; default: that of the labels.
+        classes: Class names in their order; default: all labels, sorted by name.
+        boxes: Ignore the pixels of rectangles, or paint them as their class.
+        background: Name of class 0.
+        rename: New name of a label by its name: two of the same name are one class, the
+            background's name is the background, and ``null`` ignores the label's pixels.
+        range: Samples that become 0 and 255, for images of more than 8 bits; ``"measured"``: the
+            least and the largest of each image; default: 0 and 65535.
+        channels: 3 for RGB, 1 for gray; another number: the files' own bands.
+        on_error: ``"skip"`` reads every image once, and leaves out faulty files and images;
+            ``faults`` lists them.
+    """

@@ -1,0 +1,102 @@
+"""Projects and annotations of the VGG Image Annotator (VIA), versions 1 and 2, as JSON.
+
+https://www.robots.ox.ac.uk/~vgg/software/via/
+"""
+
+from pathlib import Path
+from typing import Any
+
+from segkit.core.errors import DataError
+from segkit.data.formats.labelme import circle
+from segkit.data.formats.shapes import Shapes, numbers, part_folder, shape_source
+from segkit.data.inputs import read_json
+from segkit.data.pairing import search
+
+PREFERRED = ("class", "label", "name", "category", "type", "object")
+"""Attributes that hold the class, if there are several."""
+
+
+def read(labels: Path, shapes: Shapes) -> None:
+    """Add the images and regions of a file."""
+    content = read_json(labels)
+    files = content.get("_via_img_metadata", content)
+    entries = list(files.values()) if isinstance(files, dict) else []
+    if not entries or not all(isinstance(e, dict) and "filename" in e for e in entries):
+        raise DataError(f"{labels} has no files with 'filename'; expected JSON of VIA 1 or 2")
+    regions = [_regions(entry) for entry in entries]
+    attribute = _attribute(str(labels), [region for of_file in regions for region in of_file])
+    for entry, of_file in zip(entries, regions, strict=True):
+        shapes.attempt(
+            str(labels),
+            lambda e=entry, r=of_file: _read_file(e, r, attribute, shapes),  # type: ignore[misc]
+        )
+
+
+def _regions(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the regions of a file: a list, or in version 1 an object."""
+    regions = entry.get("regions", [])
+    listed = list(regions.values()) if isinstance(regions, dict) else regions
+    return [each for each in (listed if isinstance(listed, list) else []) if isinstance(each, dict)]
+
+
+def _attribute(file: str, regions: list[dict[str, Any]]) -> str:
+    """Return the attribute that holds the class."""
+    tables = [region.get("region_attributes") for region in regions]
+    names = dict.fromkeys(key for table in tables if isinstance(table, dict) for key in table)
+    preferred = [name for name in names if name.casefold() in PREFERRED]
+    if len(names) != 1 and len(preferred) != 1:
+        raise DataError(
+            f"{file}: regions have the attributes {', '.join(names) or 'none'}; expected one that "
+            f"holds the class, or one named {', '.join(PREFERRED)}"
+        )
+    return (preferred or [*names])[0]
+
+
+def _read_file(
+    entry: dict[str, Any], regions: list[dict[str, Any]], attribute: str, shapes: Shapes
+) -> None:
+    path = shapes.image(entry["filename"])
+    for region in regions:
+        attributes, shape = region.get("region_attributes"), region.get("shape_attributes")
+        if not isinstance(attributes, dict) or not isinstance(shape, dict):
+            raise DataError(f"a region of {path} has no attributes; export it again")
+        label = attributes.get(attribute)
+        if isinstance(label, dict):  # a check box: {"can": true}
+            label = next((key for key, chosen in label.items() if chosen), None)
+        _add(path, label, shape, shapes)
+
+
+def _add(path: str, label: Any, shape: dict[str, Any], shapes: Shapes) -> None:
+    kind = str(shape.get("name"))[:40]
+    if kind in ("polygon", "polyline"):
+        x, y = shape.get("all_points_x"), shape.get("all_points_y")
+        if not isinstance(x, list) or not isinstance(y, list) or len(x) != len(y):
+            raise DataError(f"a polygon of {path} has points {x!r:.40}, {y!r:.40}; expected lists")
+        if kind == "polygon":
+            shapes.polygon(path, label, list(zip(x, y, strict=True)))
+            return
+    keys = {"rect": ("x", "y", "width", "height"), "circle": ("cx", "cy", "r", "r"),
+            "ellipse": ("cx", "cy", "rx", "ry")}.get(kind)  # fmt: skip
+    if keys is None:
+        shapes.passed_over[kind] += 1
+        return
+    a, b, c, d = numbers(shape, keys)
+    if kind == "rect":
+        shapes.box(path, label, a, b, a + c, b + d)
+    else:
+        shapes.polygon(path, label, circle(a, b, c, d))
+
+
+def recognize(folder: Path, part: str) -> dict[str, Any] | None:
+    """Return the arguments that read a part of a folder, or ``None``."""
+    root = part_folder(folder, part)
+    for name in search(root, (".json",))[0][:3] if root else []:
+        path = Path(root or "", name)
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+        if b'"_via_img_metadata"' in head or (b'"filename"' in head and b'"regions"' in head):
+            return {"labels": str(path), "images": str(root)}
+    return None
+
+
+open_via = shape_source(read, "VIA regions", "Images with JSON of the VGG Image Annotator.")

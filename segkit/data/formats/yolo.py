@@ -1,0 +1,145 @@
+"""Text files of YOLO segmentation: one file per image, one polygon in shares of it per line.
+
+https://docs.ultralytics.com/datasets/segment/
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segkit.core.errors import DataError
+from segkit.data.formats.shapes import PART_FOLDERS, Shapes, shape_source
+from segkit.data.inputs import inside, read_text
+from segkit.data.pairing import search, stem
+
+CLASS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.names")
+"""Names of files of class names, beside the folders of labels or above."""
+
+_KEYED = re.compile(r"\s*['\"]?(\d+)['\"]?\s*:\s*(.+?)\s*")
+_LISTED = re.compile(r"\s*-\s+(.+?)\s*")
+
+
+def read(labels: Path, shapes: Shapes) -> None:
+    """Add the images and polygons of the text files below a folder."""
+    if shapes.classes is None:
+        file = class_file(labels)
+        if file is None:
+            raise DataError(
+                f"{labels} has no {', '.join(CLASS_FILES)} beside it or above; name the classes: "
+                '"classes": ["can", "bag"]'
+            )
+        shapes.classes = class_names(file)
+    files = [name for name in search(labels, (".txt",))[0] if Path(name).name not in CLASS_FILES]
+    if not files:
+        raise DataError(f"{labels} has no text file; expected files of YOLO")
+    for name in files:
+        shapes.attempt(name, lambda name=name: _read_file(labels, name, shapes))  # type: ignore[misc]
+
+
+def _read_file(labels: Path, name: str, shapes: Shapes) -> None:
+    path = shapes.image(f"{stem(name)}.jpg")
+    height, width = shapes.size(path)
+    names = shapes.classes or ()
+    for number, line in enumerate(read_text(inside(labels, name)).splitlines(), 1):
+        words = line.split()
+        try:
+            values = np.array([float(word) for word in words[1:]])
+        except ValueError:
+            values = np.array([np.nan])
+        known = not words or (words[0].isdecimal() and int(words[0][:9]) < len(names))
+        if words and (
+            not known or not np.isfinite(values).all() or len(values) < 4 or len(values) % 2
+        ):
+            raise DataError(
+                f"line {number} is {line!r:.60}; expected a class from 0 to {len(names) - 1}, and "
+                "pairs x, y as shares of the image"
+            )
+        if not words:
+            continue
+        label, points = names[int(words[0])], values.reshape(-1, 2) * (width, height)
+        if len(values) == 4:  # a box: its center, width and height
+            (x, y), (w, h) = points.tolist()
+            shapes.box(path, label, x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+        else:
+            shapes.polygon(path, label, points.tolist())
+
+
+def class_file(labels: Path) -> Path | None:
+    """Return the file of class names in a folder of labels or up to three folders above it."""
+    folders = [labels, *labels.absolute().parents[:3]]
+    files = (folder / name for folder in folders for name in CLASS_FILES)
+    return next((path for path in files if path.is_file()), None)
+
+
+def class_names(path: Path) -> tuple[str, ...]:
+    """Return the class names of a text file, or those under ``names`` in a YAML file.
+
+    Of YAML, the forms that tools write are read: a list or an object, in one line or in several.
+    """
+    lines = read_text(path).splitlines()
+    if path.suffix not in (".yaml", ".yml"):
+        return tuple(line.strip() for line in lines if line.strip())
+    start = next((n for n, line in enumerate(lines) if line.startswith("names:")), None)
+    if start is None:
+        raise DataError(f"{path} has no 'names'; list the classes there")
+    inline = lines[start].removeprefix("names:").split(" #")[0].strip()
+    if inline.startswith(("[", "{")):
+        while not inline.endswith(("]", "}")) and start + 1 < len(lines):
+            start += 1
+            inline += f" {lines[start].strip()}"
+        items = [item.strip() for item in inline.strip("[]{}").split(",") if item.strip()]
+    else:
+        items = []
+        for line in lines[start + 1 :]:
+            if line.strip() and not line.lstrip().startswith("#"):
+                match = _LISTED.fullmatch(line) or (
+                    _KEYED.fullmatch(line) if line[0] == " " else None
+                )
+                if match is None:
+                    break
+                items.append(line.strip().removeprefix("- "))
+    return _ordered(items, path)
+
+
+def _ordered(items: Sequence[str], path: Path) -> tuple[str, ...]:
+    """Return names without quotation marks, in the order of their keys if they have keys."""
+    matches = [_KEYED.fullmatch(item) for item in items]
+    if items and all(matches):
+        keyed = {int(match[1]): match[2] for match in matches if match}
+        if sorted(keyed) != list(range(len(items))):
+            raise DataError(f"{path}: expected the names of the classes 0 to {len(items) - 1}")
+        items = [keyed[n] for n in range(len(items))]
+    if not items:
+        raise DataError(f"{path} has no class under 'names'; list the classes there")
+    return tuple(item.strip().strip("'\"") for item in items)
+
+
+def recognize(folder: Path, part: str) -> dict[str, Any] | None:
+    """Return the arguments that read a part of a folder, or ``None``."""
+    words = PART_FOLDERS[part]
+    layouts = [(f"labels/{word}", f"images/{word}") for word in words]
+    layouts += [(f"{word}/labels", f"{word}/images") for word in words]
+    if part == "train" and not any((folder / "labels" / word).is_dir() for word in words):
+        layouts += [("labels", "images"), ("", "")]
+    for labels, images in layouts:
+        root = folder / labels
+        if not root.is_dir() or not (folder / images).is_dir():
+            continue
+        files = [name for name in search(root, (".txt",))[0] if Path(name).name not in CLASS_FILES]
+        if files and class_file(root) and _is_label(root / files[0]):
+            return {"labels": str(root), "images": str(folder / images)}
+    return None
+
+
+def _is_label(path: Path) -> bool:
+    with path.open("rb") as file:
+        words = file.readline(1 << 16).split()
+    return not words or (
+        words[0].isdigit() and all(re.fullmatch(rb"[-\d.e]+", w) for w in words[1:])
+    )
+
+
+open_yolo = shape_source(read, "YOLO polygons", "Images with text files of YOLO segmentation.")
