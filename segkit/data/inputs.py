@@ -5,7 +5,7 @@ import json
 import os
 import re
 from pathlib import Path, PureWindowsPath
-from typing import Any, overload
+from typing import Any
 from urllib.parse import unquote
 
 from segkit.core.errors import DataError, reason
@@ -96,25 +96,25 @@ def read_text(path: Path | str) -> str:
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
-@overload
-def read_json(path: Path | str) -> dict[str, Any]: ...
-
-
-@overload
-def read_json(path: Path | str, kind: type[list]) -> list[Any]: ...
-
-
-def read_json(path: Path | str, kind: type = dict) -> Any:
-    """Return the JSON object, or the list, in a file. NaN and infinities are accepted as floats.
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Return the JSON object in a file. NaN and infinities are accepted as floats.
 
     Raises:
-        DataError: As in :func:`read_text`, or the text is not JSON of that kind.
+        DataError: As in :func:`read_text`, or the text is not a JSON object.
     """
+    return _read_json(path, dict, "an object {}")
+
+
+def read_json_list(path: Path | str) -> list[Any]:
+    """Return the JSON list in a file, as :func:`read_json` returns an object."""
+    return _read_json(path, list, "a list []")
+
+
+def _read_json(path: Path | str, kind: type, expected: str) -> Any:
     try:
         content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); write the file again") from error
     if not isinstance(content, kind):
-        expected = "an object {}" if kind is dict else "a list []"
         raise DataError(f"{path} contains a JSON {type(content).__name__}; expected {expected}")
     return content

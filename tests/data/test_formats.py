@@ -1,4 +1,4 @@
-"""The same two objects are read alike from every label format, and each format is recognized."""
+"""The same two objects give equal masks in every label format, and each format is recognized."""
 
 import json
 from collections.abc import Callable

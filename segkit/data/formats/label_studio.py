@@ -11,14 +11,14 @@ import numpy as np
 from segkit.core.errors import DataError
 from segkit.data.formats.shapes import Shapes, numbers, part_folder, shape_source
 from segkit.data.images import SUFFIXES
-from segkit.data.inputs import read_json
+from segkit.data.inputs import read_json_list
 from segkit.data.objects import is_number
 from segkit.data.pairing import search
 
 
 def read(labels: Path, shapes: Shapes) -> None:
     """Add the images and shapes of the tasks of an export."""
-    tasks = read_json(labels, list)
+    tasks = read_json_list(labels)
     if not all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in tasks):
         raise DataError(
             f"{labels} is no list of tasks with 'data'; export it from Label Studio as JSON, not "
