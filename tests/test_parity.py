@@ -20,6 +20,7 @@ from torchvision import models
 from segkit.core.errors import CheckpointError
 from segkit.models.backbones import BACKBONES
 from segkit.models.pretrained import Report, load_file
+from segkit.models.pretrained.reading import read_file
 from segkit.models.segmenter import Segmenter, build_model
 
 pytestmark = pytest.mark.parity
@@ -269,6 +270,80 @@ def test_transformers_mask2former(
     shares = torch.einsum("bqc,bqhw->bchw", classes[-1].softmax(2)[..., :-1], masks[-1].sigmoid())
     equal(ours.decoder(ours.backbone(x))["out"].exp(), shares)
     equal(ours(x)["out"], F.interpolate(shares.log(), size, mode="bilinear"))
+
+
+def nvidia_segformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a transformers' SegFormer, on disk, by NVIDIA's names."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        for theirs, nvidia in (
+            (
+                r"segformer\.encoder\.patch_embeddings\.(\d)\.proj",
+                lambda m: f"backbone.patch_embed{int(m[1]) + 1}.proj",
+            ),
+            (
+                r"segformer\.encoder\.patch_embeddings\.(\d)\.layer_norm",
+                lambda m: f"backbone.patch_embed{int(m[1]) + 1}.norm",
+            ),
+            (r"segformer\.encoder\.block\.(\d)", lambda m: f"backbone.block{int(m[1]) + 1}"),
+            (r"segformer\.encoder\.layer_norm\.(\d)", lambda m: f"backbone.norm{int(m[1]) + 1}"),
+            (r"layer_norm_([12])", r"norm\1"),
+            (r"attention\.self\.query", "attn.q"),
+            (r"attention\.self\.key", "attn.kv"),
+            (r"attention\.self\.sr", "attn.sr"),
+            (r"attention\.self\.layer_norm", "attn.norm"),
+            (r"attention\.output\.dense", "attn.proj"),
+            (r"mlp\.dense", "mlp.fc"),
+            (r"linear_c\.(\d)", lambda m: f"linear_c{int(m[1]) + 1}"),
+            (r"linear_fuse\.", "linear_fuse.conv."),
+            (r"batch_norm", "linear_fuse.bn"),
+            (r"head\.classifier", "head.linear_pred"),
+        ):
+            name = re.sub(theirs, nvidia, name)
+        if "attn.kv" in name:
+            value = torch.cat([value, state[name_of_value(name)]])
+        if "self.value" not in name:
+            renamed[name] = value
+    return renamed | {"decode_head.conv_seg.weight": torch.zeros(CLASSES, 32, 1, 1)}
+
+
+def name_of_value(name: str) -> str:
+    """Return the name in transformers of the values whose keys have this name of NVIDIA."""
+    stage, rest = name.removeprefix("backbone.block").split(".", 1)
+    rest = rest.replace("attn.kv", "attention.self.value")
+    return f"segformer.encoder.block.{int(stage) - 1}.{rest}"
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97)])
+@torch.no_grad()
+def test_segformer(size: tuple[int, int], tmp_path: Path) -> None:
+    """In memory and on disk, by NVIDIA's names, the encoder alone, and a classifier."""
+    transformers = pytest.importorskip("transformers")
+    about = transformers.SegformerConfig(
+        depths=[2, 2, 2, 2],
+        hidden_sizes=[32, 64, 160, 256],
+        num_attention_heads=[1, 2, 5, 8],
+        decoder_hidden_size=32,
+        num_labels=CLASSES,
+    )
+    theirs = fill(transformers.SegformerForSemanticSegmentation(about))
+    theirs.save_pretrained(tmp_path)
+    expected = F.interpolate(theirs(image(*size)).logits, size, mode="bilinear")
+    saved = read_file(tmp_path / "model.safetensors")
+    for state in (theirs.state_dict(), saved, nvidia_segformer(saved)):
+        ours = build_model("mit_b0", {"name": "segformer", "width": 32}, num_classes=CLASSES)
+        whole(load_state(ours, state, source="theirs"))
+        equal(ours.eval()(image(*size))["out"], expected)
+    deepest = theirs.segformer(image(*size)).last_hidden_state
+    nvidia = nvidia_segformer(saved)
+    trunks = [{k.removeprefix("backbone."): v for k, v in nvidia.items() if "decode" not in k}]
+    for prefix in ("", "segformer."):
+        trunk = theirs.segformer.state_dict()
+        trunks.append({prefix + key: value for key, value in trunk.items()})
+    for state in trunks:
+        ours = Segmenter(BACKBONES["mit_b0"](), NO_DECODER).eval()
+        whole(load_state(ours, state | {"head.weight": torch.zeros(2, 256)}, source="theirs"))
+        equal(ours.backbone(image(*size))[-1], deepest)
 
 
 def authors_convnext(name: str) -> str:

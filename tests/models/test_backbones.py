@@ -23,6 +23,7 @@ from torchvision.ops import SqueezeExcitation
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
 from segkit.models.backbones.hrnet import Exchange, HRNet
+from segkit.models.backbones.mit import MiT, ReducedAttention
 from segkit.models.backbones.stages import dilate
 from segkit.models.backbones.swin import (
     Merging,
@@ -45,6 +46,7 @@ FAMILIES = (
     "convnext_tiny",
     "swin_t",
     "swin_v2_t",
+    "mit_b0",
     "hrnet_w18",
     "se_resnet50",
     "unet",
@@ -67,6 +69,10 @@ def image(height: int, width: int, batch: int = 1) -> Tensor:
 
 def small_swin(**options: object) -> Swin:
     return Swin(width=16, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), **options)  # type: ignore[arg-type]
+
+
+def small_mit(**options: object) -> MiT:
+    return MiT(widths=(8, 16, 20, 32), depths=(2, 2, 2, 2), **options)  # type: ignore[arg-type]
 
 
 def small_convnext(**options: object) -> nn.Module:
@@ -123,6 +129,12 @@ def slow(*values: object) -> object:
         ("swin_b", {"window": 12}, 86_880_376, (128, 256, 512, 1024), PATCHES),
         ("swin_l", {}, 194_998_164, (192, 384, 768, 1536), PATCHES),
         ("swin_l", {"window": 12}, 195_201_204, (192, 384, 768, 1536), PATCHES),
+        ("mit_b0", {}, 3_319_392, (32, 64, 160, 256), PATCHES),
+        ("mit_b1", {}, 13_151_424, (64, 128, 320, 512), PATCHES),
+        ("mit_b2", {}, 24_196_288, (64, 128, 320, 512), PATCHES),
+        ("mit_b3", {}, 44_072_128, (64, 128, 320, 512), PATCHES),
+        ("mit_b4", {}, 60_842_688, (64, 128, 320, 512), PATCHES),
+        ("mit_b5", {}, 81_443_008, (64, 128, 320, 512), PATCHES),
         ("hrnet_w48", {}, 65_325_120, (48, 96, 192, 384), PATCHES),
         ("se_resnet152", {}, 64_772_848, (64, 256, 512, 1024, 2048), CHAIN),
         ("unet", {}, 18_851_136, (64, 128, 256, 512, 1024), (1, 2, 4, 8, 16)),
@@ -383,6 +395,35 @@ def test_swin_parameters_without_the_segmentation_norms() -> None:
     assert count(swin) == count(network.features) + 30 * 16
 
 
+# ---- MiT
+
+
+def test_attention_with_reduced_keys_by_hand() -> None:
+    """Keys and values of a 5 x 7 map are four of 2 x 2 patches: row 5 and column 7 are in none."""
+    torch.manual_seed(0)
+    attention = ReducedAttention(8, 2, 2).double()
+    x = torch.randn(1, 5, 7, 8, dtype=torch.float64)
+    weight = attention.reduce.weight
+    patches = [
+        torch.einsum("ijc,ocij->o", x[0, r : r + 2, c : c + 2], weight) + attention.reduce.bias
+        for r in (0, 2)
+        for c in (0, 2, 4)
+    ]
+    reduced = F.layer_norm(torch.stack(patches), (8,))
+    query, (key, value) = attention.q(x).reshape(35, 8), attention.kv(reduced).split(8, 1)
+    heads = [
+        (query[:, at] @ key[:, at].T / 2).softmax(1) @ value[:, at]  # the root of 4 channels
+        for at in (slice(4), slice(4, 8))
+    ]
+    expected = attention.proj(torch.cat(heads, 1)).reshape(1, 5, 7, 8)
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_mit_drops_paths_more_and_more() -> None:
+    rates = [m.drop_path.p for m in small_mit(drop_path=0.3).modules() if hasattr(m, "drop_path")]
+    assert rates == pytest.approx([0.3 * i / 7 for i in range(8)])
+
+
 # ---- HRNet and SE-ResNet
 
 
@@ -545,7 +586,9 @@ def test_dilate_keeps_the_size_of_any_odd_kernel() -> None:
     assert (after.stride, after.dilation, after.padding) == ((1, 1), (4, 4), (4, 8))
 
 
-@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", "convnext_tiny", "hrnet_w18", "unet"])
+@pytest.mark.parametrize(
+    "name", ["swin_t", "swin_v2_t", "mit_b0", "convnext_tiny", "hrnet_w18", "unet"]
+)
 def test_families_without_dilation_name_those_with_it(name: str) -> None:
     with pytest.raises(ConfigError, match=r"output_stride: .* got 8; ResNet, .* EfficientNet can"):
         BACKBONES[name](output_stride=8)
@@ -559,13 +602,15 @@ def test_an_impossible_output_stride_is_refused() -> None:
 # ---- checkpointing
 
 
-@pytest.mark.parametrize("name", ["swin", "hrnet", "convnext"])
+@pytest.mark.parametrize("name", ["swin", "mit", "hrnet", "convnext"])
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     def gradients(checkpointing: bool) -> tuple[list[Tensor], int]:
         torch.manual_seed(0)
         backbone: nn.Module
         if name == "swin":
             backbone = small_swin(drop_path=0.5, checkpointing=checkpointing)
+        elif name == "mit":
+            backbone = small_mit(drop_path=0.5, checkpointing=checkpointing)
         elif name == "hrnet":
             backbone = HRNet(width=4, checkpointing=checkpointing)
         else:

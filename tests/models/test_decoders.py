@@ -11,6 +11,7 @@ from segkit.core.errors import ConfigError
 from segkit.models import kernels, layers
 from segkit.models.decoders import DECODERS, stlnet
 from segkit.models.decoders.ocrnet import OCRNet, gather
+from segkit.models.decoders.segformer import PointwisePyramidConv2d
 from segkit.models.decoders.stlnet import Texture, co_occurrence, maxima, quantize, spread, sums
 from segkit.models.decoders.unet import UNet
 from segkit.models.decoders.unet3plus import UNet3Plus
@@ -50,6 +51,7 @@ SMALL: dict[str, tuple[dict, Sequence[str]]] = {
     ),
     "ocrnet": ({"width": 16, "key_width": 8}, ["aux"]),
     "pspnet": ({"width": 16, "aux_width": 8}, ["aux"]),
+    "segformer": ({"width": 16}, []),
     "stlnet": ({"width": 16, "levels": 12, "aux_width": 8}, ["aux"]),
     "unet": ({"widths": (16, 12, 8, 4)}, []),
     "unet3plus": (
@@ -194,6 +196,7 @@ GOLDEN: dict[str, tuple[float, list[float]]] = {
     ),
     "ocrnet": (0.132832822, [0.34452531, 0.681325776, 0.113072353, -0.358586081, -0.0161701706]),
     "pspnet": (1.02674552, [0.362276111, 1.04136694, 1.49982142, 1.19430627, 0.783849816]),
+    "segformer": (0.122130188, [-0.391765036, 0.117657454, 0.620507878, 0.411106, -0.211103222]),
     "stlnet": (0.0578257619, [-0.505314885, 0.816266143, 1.11764378, -0.146994596, -1.12859907]),
     "unet": (0.0363407387, [0.33112555, -0.52841042, 0.306696583, 0.175865749, 0.0646354221]),
     "unet3plus": (-0.405686858, [-1.41882162, -1.76614673, -1.49833366, -1.25203539, -1.01903217]),
@@ -302,6 +305,13 @@ def test_convolving_a_doubled_map_is_resizing_and_convolving() -> None:
     torch.testing.assert_close(result, plain)
     ours, theirs = (torch.autograd.grad((y**2).sum(), (x, weight, bias)) for y in (result, plain))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_pointwise_convolution_before_resizing_is_the_same_as_after() -> None:
+    levels = maps(dtype=torch.float64)[1:3]
+    conv = PointwisePyramidConv2d(16, 4, 1, bias=False).double()
+    together = torch.cat([levels[0], resize(levels[1], levels[0].shape[-2:])], 1)
+    torch.testing.assert_close(conv(levels), nn.functional.conv2d(together, conv.weight))
 
 
 def test_weights_of_a_doubled_map_are_summed_alike_on_every_device() -> None:

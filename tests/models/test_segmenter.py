@@ -18,6 +18,7 @@ from segkit.core import config, distributed
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
 from segkit.models.backbones.hrnet import HRNet
+from segkit.models.backbones.mit import MiT
 from segkit.models.backbones.seresnet import seresnet
 from segkit.models.backbones.swin import Swin
 from segkit.models.backbones.torchvision import convnext
@@ -33,6 +34,7 @@ SMALL: dict[str, dict] = {
     "mask2former": {"width": 16, "queries": 6, "heads": 2, "feedforward": 24},
     "ocrnet": {"width": 16, "key_width": 8},
     "pspnet": {"width": 16},
+    "segformer": {"width": 16},
     "stlnet": {"width": 16},
     "unet": {},
     "unet3plus": {"width": 8, "deep_supervision": True, "presence": True},
@@ -109,6 +111,8 @@ PARAMETERS: list[tuple[Any, Any, int, int]] = [
     ("hrnet_w48", "ocrnet", 150, 70_534_332),
     ("hrnet_w48", {"name": "ocrnet", "bias": False}, 11, 70_361_574),
     ("hrnet_w48", {"name": "ocrnet", "bias": False}, 150, 70_533_100),
+    ("mit_b0", "segformer", 150, 3_752_694),
+    ("mit_b5", {"name": "segformer", "width": 768}, 150, 84_708_694),
     ("unet", UNET3PLUS, 1, 26_971_777),
     ("unet", UNET3PLUS, 11, 27_000_587),
     ("unet", UNET3PLUS | {"deep_supervision": True}, 1, 26_989_637),
@@ -199,6 +203,7 @@ FAMILIES = (
     "convnext_tiny",
     "swin_t",
     "swin_v2_t",
+    "mit_b0",
     "hrnet_w18",
     "se_resnet50",
     {"name": "unet", "width": 8},
@@ -243,6 +248,7 @@ TINY: dict[str, Callable[[], nn.Module]] = {
     "ConvNeXt": _convnext,
     "Swin": partial(Swin, width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2)),
     "Swin V2": partial(Swin, width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2), version=2),
+    "MiT": partial(MiT, widths=(8, 16, 20, 32), depths=(1, 1, 1, 1)),
     "HRNet": partial(HRNet, width=4),
     "SE-ResNet": seresnet((1, 1, 1, 1)),
     "UNet": partial(BACKBONES["unet"], width=4),

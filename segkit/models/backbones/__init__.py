@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from segkit.models.backbones import hrnet, seresnet, swin, torchvision, unet
+from segkit.models.backbones import hrnet, mit, seresnet, swin, torchvision, unet
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **torchvision.BACKBONES,
     **swin.BACKBONES,
+    **mit.BACKBONES,
     **hrnet.BACKBONES,
     **seresnet.BACKBONES,
     **unet.BACKBONES,

@@ -10,6 +10,7 @@ from segkit.models.decoders.fcn import FCN
 from segkit.models.decoders.mask2former import Mask2Former
 from segkit.models.decoders.ocrnet import OCRNet
 from segkit.models.decoders.pspnet import PSPNet
+from segkit.models.decoders.segformer import SegFormer
 from segkit.models.decoders.stlnet import STLNet
 from segkit.models.decoders.unet import UNet
 from segkit.models.decoders.unet3plus import UNet3Plus
@@ -23,6 +24,7 @@ DECODERS: dict[str, Callable[..., nn.Module]] = {
     "mask2former": Mask2Former,
     "ocrnet": OCRNet,
     "pspnet": PSPNet,
+    "segformer": SegFormer,
     "stlnet": STLNet,
     "unet": UNet,
     "unet3plus": UNet3Plus,

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from segkit.models.pretrained.mask2former import find_mask2former
+from segkit.models.pretrained.mit import find_segformer
 from segkit.models.pretrained.names import Project, State, Substitutions, has
 
 NO_DECODER = "the file has no decoder"
@@ -24,6 +25,7 @@ def find_decoder(state: State) -> Project:
     if has(state, r"backbone\.", r"decoder\."):
         return OWN
     for find in (
+        find_segformer,
         find_mmsegmentation,
         find_mask2former,
         find_hrnet_ocr,

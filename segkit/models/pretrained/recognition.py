@@ -15,6 +15,7 @@ from segkit.models.backbones import BACKBONES
 from segkit.models.decoders import DECODERS
 from segkit.models.pretrained import convnets
 from segkit.models.pretrained.decoders import OWN, find_decoder
+from segkit.models.pretrained.mit import find_mit
 from segkit.models.pretrained.names import Entries, Project, State
 from segkit.models.pretrained.swin import find_swin
 
@@ -107,6 +108,7 @@ def recognize(state: State, *, source: str) -> Weights:
 def _find_backbone(state: State) -> Project | None:
     return (
         find_swin(state)
+        or find_mit(state)
         or convnets.find_efficientnet(state)
         or convnets.find_convnext(state)
         or convnets.find_hrnet(state)

@@ -1,0 +1,225 @@
+"""Mix Transformer (MiT), the encoder of SegFormer."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+from segkit.core.config import check_bounds
+from segkit.models.backbones.inputs import set_in_channels
+from segkit.models.backbones.stages import refuse_dilation, run
+from segkit.models.kernels.depthwise import DepthwiseConv2d
+
+HEADS = (1, 2, 5, 8)
+REDUCTIONS = (8, 4, 2, 1)
+
+
+class MiT(nn.Module):
+    """A Mix Transformer: four stages of attention whose keys and values come from a smaller map.
+
+    Xie et al. 2021, https://arxiv.org/abs/2105.15203
+
+    Args:
+        widths: Channels of each stage.
+        depths: Blocks of each stage.
+        drop_path: Probability of stochastic depth of the last block; it grows linearly from 0 at
+            the first block.
+        checkpointing: Do not store activations inside blocks; recompute them in backward.
+        in_channels: Channels of the image.
+
+    Shape:
+        image: (B, in_channels, H, W)
+        features[i]: (B, widths[i], H / strides[i], W / strides[i]), rounded up
+    """
+
+    strides = (4, 8, 16, 32)
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        drop_path: float = 0.1,
+        checkpointing: bool = False,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        self.stages = nn.ModuleList(
+            MixStage(
+                inputs,
+                width,
+                patch=7 if i == 0 else 3,
+                stride=4 if i == 0 else 2,
+                heads=HEADS[i],
+                reduction=REDUCTIONS[i],
+                drop_paths=[next(rates) for _ in range(depths[i])],
+            )
+            for i, (inputs, width) in enumerate(zip((3, *widths), widths, strict=False))
+        )
+        self.apply(_initialize)
+        set_in_channels(self.stages, in_channels)
+        self.in_channels = in_channels
+        self.channels = tuple(widths)
+        self.checkpointing = checkpointing
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        x, features = image, []
+        for stage in self.stages:
+            x = stage(x, recompute=self.checkpointing and self.training)
+            features.append(x)
+        return features
+
+
+class MixStage(nn.Module):
+    """Overlapping patch embedding, blocks, and a LayerNorm.
+
+    Shape:
+        x: (B, inputs, H, W) -> (B, width, H / stride, W / stride), rounded up
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        *,
+        patch: int,
+        stride: int,
+        heads: int,
+        reduction: int,
+        drop_paths: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(inputs, width, patch, stride=stride, padding=patch // 2)
+        self.embed_norm = nn.LayerNorm(width)
+        self.blocks = nn.Sequential(
+            *(MixBlock(width, heads, reduction, drop_path) for drop_path in drop_paths)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
+        x = self.embed_norm(self.embed(x).permute(0, 2, 3, 1))
+        x = run(self.blocks, x, recompute=recompute)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+
+class MixBlock(nn.Module):
+    """Attention and Mix-FFN, each with a LayerNorm before it and a residual connection.
+
+    Shape:
+        x: (B, h, w, width) -> (B, h, w, width)
+    """
+
+    def __init__(self, width: int, heads: int, reduction: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = ReducedAttention(width, heads, reduction)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MixFFN(width, 4 * width)
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ReducedAttention(nn.Module):
+    """Self-attention in which keys and values come from a map reduced by a strided convolution.
+
+    Section 3.1 of the paper. As in the authors' code, rows and columns beyond a multiple of
+    ``reduction`` are in no key.
+
+    Shape:
+        x: (B, h, w, width) -> (B, h, w, width)
+    """
+
+    def __init__(self, width: int, heads: int, reduction: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.reduce: nn.Conv2d | None = None
+        self.reduce_norm: nn.LayerNorm | None = None
+        if reduction > 1:
+            self.reduce = nn.Conv2d(width, width, reduction, stride=reduction)
+            self.reduce_norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        reduced = x
+        if self.reduce is not None and self.reduce_norm is not None:
+            reduced = self.reduce(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            reduced = self.reduce_norm(reduced)
+        query = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        both = self.kv(reduced).flatten(1, 2).unflatten(2, (2, self.heads, -1))
+        key, value = both.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
+
+
+class MixFFN(nn.Module):
+    """A perceptron with a 3x3 depthwise convolution before its GELU, which tells positions.
+
+    Shape:
+        x: (B, h, w, width) -> (B, h, w, width)
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.dwconv = DepthwiseConv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(F.gelu(x))
+
+
+def _initialize(module: nn.Module) -> None:
+    """Initialize a layer as the authors do."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
+        nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+    else:
+        return
+    assert module.bias is not None
+    nn.init.zeros_(module.bias)
+
+
+def mit(width: int, *depths: int) -> Callable[..., MiT]:
+    """Return a function that builds MiT of this width of the first stage and these depths."""
+    widths = (width, 2 * width, 5 * width, 8 * width)
+
+    def build(
+        *,
+        drop_path: float = 0.1,
+        checkpointing: bool = False,
+        in_channels: int = 3,
+        output_stride: int = 32,
+    ) -> MiT:
+        refuse_dilation("MiT", output_stride)
+        check_bounds(0, 1, drop_path=drop_path)
+        return MiT(
+            widths=widths,
+            depths=depths,
+            drop_path=drop_path,
+            checkpointing=checkpointing,
+            in_channels=in_channels,
+        )
+
+    return build
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "mit_b0": mit(32, 2, 2, 2, 2),
+    "mit_b1": mit(64, 2, 2, 2, 2),
+    "mit_b2": mit(64, 3, 4, 6, 3),
+    "mit_b3": mit(64, 3, 4, 18, 3),
+    "mit_b4": mit(64, 3, 8, 27, 3),
+    "mit_b5": mit(64, 3, 6, 40, 3),
+}

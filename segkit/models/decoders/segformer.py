@@ -1,0 +1,68 @@
+"""SegFormer's head: linear layers on each level, joined by another."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segkit.models.layers import Classifier, ConvNormAct, resize
+
+
+class SegFormer(nn.Module):
+    """SegFormer's all-MLP head; each of its linear layers is a 1x1 convolution.
+
+    Xie et al. 2021, https://arxiv.org/abs/2105.15203
+
+    Args:
+        channels: Encoder widths, shallow to deep; the last four levels are used.
+        strides: Encoder strides.
+        num_classes: Number of classes, the channels of the logits.
+        width: Channels of each level and of the joined map; the paper has 256 on MiT-B0 and B1,
+            768 on B2 to B5.
+        dropout: Dropout probability of channels before the classifier.
+
+    Shape:
+        features[i]: (B, channels[i], H / strides[i], W / strides[i])
+        out: (B, num_classes, H / strides[-4], W / strides[-4])
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        num_classes: int,
+        width: int = 256,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        used = channels[-4:]
+        self.projections = nn.ModuleList(nn.Conv2d(inputs, width, 1) for inputs in used)
+        self.fuse = ConvNormAct(len(used) * width, width, kernel=1, conv=PointwisePyramidConv2d)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = Classifier(width, num_classes)
+
+    def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        used = features[-len(self.projections) :]
+        levels = [project(x) for project, x in zip(self.projections, used, strict=True)]
+        return {"out": self.classifier(self.dropout(self.fuse(levels)))}
+
+
+class PointwisePyramidConv2d(nn.Conv2d):
+    """A 1x1 convolution without bias of concatenated levels, each resized to the first.
+
+    Both are linear and a 1x1 convolution reads single pixels, so each level is convolved before it
+    is resized: with four levels that double in size, a third of the multiply-adds.
+
+    Shape:
+        levels[i]: (B, C, H_i, W_i), fine to coarse
+        out: (B, N, H_0, W_0)
+    """
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        finest, *coarser = levels
+        finest_weight, *weights = self.weight.split(finest.shape[1], 1)
+        x = F.conv2d(finest, finest_weight)
+        for level, weight in zip(coarser, weights, strict=True):
+            x = x + resize(F.conv2d(level, weight), finest.shape[-2:])
+        return x
