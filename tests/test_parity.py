@@ -489,3 +489,62 @@ def test_smps_deeplabv3plus_at_another_stride_differs_and_the_report_says_so(
     expected = theirs(image(96, 64))
     difference = (ours.eval()(image(96, 64))["out"] - expected).abs().max() / expected.abs().max()
     assert difference < 1e-4 if output_stride == 16 else difference > 0.1
+
+
+# ---- Vision Transformers
+
+
+def dino(kind: str, **options: Any) -> nn.Module:
+    """A model of transformers as small as ViT-S allows, with random values everywhere."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=384, num_attention_heads=6, num_hidden_layers=12, **options
+    )
+    model = fill(getattr(transformers, f"{kind}Model")(config))
+    generator = torch.Generator().manual_seed(2)
+    for name, value in model.state_dict().items():
+        if name.endswith(("lambda1", "_tokens", "cls_token", "position_embeddings")):
+            value.normal_(0.2, 0.1, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options", "size"),
+    [
+        ("Dinov2", "vit_s_dinov2", {"patch_size": 14, "image_size": 518}, (518, 518)),
+        ("Dinov2", "vit_s_dinov2", {"patch_size": 14, "image_size": 518}, (70, 98)),
+        (
+            "Dinov2WithRegisters",
+            "vit_s_dinov2_reg",
+            {"patch_size": 14, "image_size": 518, "num_register_tokens": 4},
+            (518, 518),
+        ),
+        ("DINOv3ViT", "vit_s_dinov3", {"num_register_tokens": 4}, (64, 96)),
+        (
+            "DINOv3ViT",
+            "vit_s_plus_dinov3",
+            {"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"},
+            (64, 96),
+        ),
+    ],
+)
+@torch.no_grad()
+def test_transformers_dino(kind: str, name: str, options: Any, size: tuple[int, int]) -> None:
+    theirs = dino(kind, **options)
+    model = backbone(name, theirs, output="map")
+    registers = options.get("num_register_tokens", 0)
+    tokens = theirs(image(*size)).last_hidden_state[:, 1 + registers :]
+    (feature,) = model.backbone(image(*size))
+    equal(feature.flatten(2).transpose(1, 2), tokens)
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@torch.no_grad()
+def test_timms_dinov2(registers: bool) -> None:
+    timm = pytest.importorskip("timm")
+    theirs = fill(timm.create_model(f"vit_small_patch14_{'reg4_' * registers}dinov2"))
+    theirs.cls_token.normal_()
+    model = backbone(f"vit_s_dinov2{'_reg' * registers}", theirs, output="map")
+    tokens = theirs.forward_features(image(518, 518))[:, 5 if registers else 1 :]
+    (feature,) = model.backbone(image(518, 518))
+    equal(feature.flatten(2).transpose(1, 2), tokens)

@@ -35,7 +35,9 @@ from segkit.models.backbones.swin import (
     shift_mask,
 )
 from segkit.models.backbones.torchvision import SameConv2d, convnext
+from segkit.models.backbones.vit import ViT, resized
 from segkit.models.segmenter import build_model
+from segkit.models.transformer import rotary_positions, rotate
 
 FAMILIES = (
     "resnet18",
@@ -50,6 +52,8 @@ FAMILIES = (
     "hrnet_w18",
     "se_resnet50",
     "unet",
+    "vit_s_dinov2",
+    "vit_s_plus_dinov3",
 )
 CHAIN = (2, 4, 8, 16, 32)
 PATCHES = (4, 8, 16, 32)
@@ -79,6 +83,10 @@ def small_convnext(**options: object) -> nn.Module:
     widths = (8, 16, 32, 64)
     stages = [CNBlockConfig(*pair, 2) for pair in zip(widths, (*widths[1:], None), strict=True)]
     return convnext(partial(ConvNeXt, stages), 0.1)(**options)
+
+
+def small_vit(**options: Any) -> ViT:
+    return ViT(**{"width": 16, "depth": 4, "heads": 2, "patch": 14, "positions": 5} | options)
 
 
 # ---- the contract
@@ -138,6 +146,14 @@ def slow(*values: object) -> object:
         ("hrnet_w48", {}, 65_325_120, (48, 96, 192, 384), PATCHES),
         ("se_resnet152", {}, 64_772_848, (64, 256, 512, 1024, 2048), CHAIN),
         ("unet", {}, 18_851_136, (64, 128, 256, 512, 1024), (1, 2, 4, 8, 16)),
+        # Meta's, without the mask token; a neck has 12 C^2 + 5 C
+        ("vit_s_dinov2", {"output": "map"}, 22_056_192, (384,), (14,)),
+        ("vit_b_dinov2", {"output": "map"}, 86_579_712, (768,), (14,)),
+        ("vit_l_dinov2_reg", {"output": "map"}, 304_371_712, (1024,), (14,)),
+        ("vit_s_dinov3", {"output": "map"}, 21_600_768, (384,), (16,)),
+        ("vit_s_plus_dinov3", {"output": "map"}, 28_697_088, (384,), (16,)),
+        ("vit_b_dinov3", {"output": "map"}, 85_668_864, (768,), (16,)),
+        ("vit_l_dinov3", {}, 303_153_152 + 12 * 1024**2 + 5 * 1024, (1024,) * 4, PATCHES),
     ],
 )
 def test_parameters_channels_and_strides(
@@ -602,7 +618,7 @@ def test_an_impossible_output_stride_is_refused() -> None:
 # ---- checkpointing
 
 
-@pytest.mark.parametrize("name", ["swin", "mit", "hrnet", "convnext"])
+@pytest.mark.parametrize("name", ["swin", "mit", "hrnet", "convnext", "vit"])
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     def gradients(checkpointing: bool) -> tuple[list[Tensor], int]:
         torch.manual_seed(0)
@@ -613,6 +629,8 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
             backbone = small_mit(drop_path=0.5, checkpointing=checkpointing)
         elif name == "hrnet":
             backbone = HRNet(width=4, checkpointing=checkpointing)
+        elif name == "vit":
+            backbone = small_vit(drop_path=0.5, checkpointing=checkpointing)
         else:
             backbone = small_convnext(drop_path=0.5, checkpointing=checkpointing)
         saved = 0
@@ -735,3 +753,45 @@ def test_efficientnets_epsilon_is_timms_where_asked() -> None:
                 backbone = BACKBONES[name](like=like)
                 norms = {m.eps for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)}
                 assert norms == {eps}, (name, like)
+
+
+# ---- Vision Transformers
+
+
+def test_rotary_positions_by_hand() -> None:
+    cosine, sine = rotary_positions(2, 1, 8, torch.zeros(1))
+    # rows at -1/2 and 1/2, the column at 0; periods 1 and 10; angles of the row, then the column
+    angles = torch.tensor([torch.pi * sign / period for sign in (-1, 1) for period in (1, 10)])
+    expected = torch.cat([angles.view(2, 2), torch.zeros(2, 2)], 1).repeat(1, 2)
+    torch.testing.assert_close(cosine, expected.cos())
+    torch.testing.assert_close(sine, expected.sin())
+
+
+def test_rotary_attention_depends_on_distances_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 8, generator=generator, dtype=torch.float64)
+
+    def scores(cosine: Tensor, sine: Tensor) -> Tensor:
+        tokens = [x.expand(-1, -1, 4, -1) for x in (query, key)]
+        rotated = [rotate(x, (cosine.double(), sine.double())) for x in tokens]
+        return (rotated[0] @ rotated[1].transpose(2, 3))[0, 0]
+
+    by_pair = scores(*rotary_positions(4, 1, 8, torch.zeros(1)))
+    for apart in (1, 2):
+        first = by_pair.diagonal(apart)
+        torch.testing.assert_close(first, first[:1].expand_as(first), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_of_the_pretrained_grid_are_not_resized() -> None:
+    model = small_vit().eval()
+    positions = model.pos_embed[:, 1:]
+    assert resized(positions, 5, 5) is positions
+    assert resized(positions, 3, 7).shape == (1, 21, 16)
+
+
+def test_a_pyramid_reads_four_blocks_and_a_map_the_last() -> None:
+    assert small_vit().outputs == [1, 2, 3, 4]
+    assert small_vit(depth=24).outputs == [6, 12, 18, 24]
+    with torch.no_grad():
+        (feature,) = small_vit(output="map").eval()(image(28, 43))
+    assert feature.shape == (1, 16, 2, 4)

@@ -95,6 +95,8 @@ FAMILIES = (
     "swin_t",
     "swin_v2_t",
     "mit_b0",
+    "vit_s_dinov2",
+    "vit_s_plus_dinov3",
     "hrnet_w18",
     {"name": "hrnet_w18", "upsampling": "bilinear_by_factor", "align_corners": False},
     "se_resnet50",

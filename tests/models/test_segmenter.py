@@ -22,6 +22,7 @@ from segkit.models.backbones.mit import MiT
 from segkit.models.backbones.seresnet import seresnet
 from segkit.models.backbones.swin import Swin
 from segkit.models.backbones.torchvision import convnext
+from segkit.models.backbones.vit import ViT
 from segkit.models.decoders import DECODERS
 from segkit.models.queries import QUERY_OUTPUTS
 from segkit.models.segmenter import Segmenter, build_model
@@ -204,6 +205,7 @@ FAMILIES = (
     "swin_t",
     "swin_v2_t",
     "mit_b0",
+    "vit_s_dinov3",
     "hrnet_w18",
     "se_resnet50",
     {"name": "unet", "width": 8},
@@ -249,6 +251,10 @@ TINY: dict[str, Callable[[], nn.Module]] = {
     "Swin": partial(Swin, width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2)),
     "Swin V2": partial(Swin, width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2), version=2),
     "MiT": partial(MiT, widths=(8, 16, 20, 32), depths=(1, 1, 1, 1)),
+    "ViT": partial(ViT, width=8, depth=4, heads=1, patch=14, positions=3),
+    "ViT with rotary positions": partial(
+        ViT, width=8, depth=4, heads=1, patch=16, positions=0, registers=2, gated=True
+    ),
     "HRNet": partial(HRNet, width=4),
     "SE-ResNet": seresnet((1, 1, 1, 1)),
     "UNet": partial(BACKBONES["unet"], width=4),

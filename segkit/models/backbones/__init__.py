@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from segkit.models.backbones import hrnet, mit, seresnet, swin, torchvision, unet
+from segkit.models.backbones import hrnet, mit, seresnet, swin, torchvision, unet, vit
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **torchvision.BACKBONES,
@@ -13,4 +13,5 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **hrnet.BACKBONES,
     **seresnet.BACKBONES,
     **unet.BACKBONES,
+    **vit.BACKBONES,
 }

@@ -29,6 +29,9 @@ AUXILIARY = ("aux", "aux_classifier", "heads", "presence")
 OUTPUT_NORMS = ("norm0.", "norm1.", "norm2.", "norm3.")
 """Norms of a backbone's feature maps, which a classifier's weights do not have."""
 
+NECK = "neck."
+"""The module of a Vision Transformer that makes a pyramid, which pretrained weights lack."""
+
 _CONSTANTS = ("relative_position_index", "relative_coords_table")
 _TABLES = ("relative_position_bias_table", "relative_coords_table")
 
@@ -172,10 +175,12 @@ def misfit(backbone: nn.Module, weights: Weights) -> str:
     theirs, names = weights.backbone.tensors, weights.backbone.names
     own = {k: v for k, v in backbone.state_dict().items() if not k.endswith(_CONSTANTS)}
     has_norms = any(name in own for name in output_norms(weights))
+    has_neck = any(name.startswith(NECK) for name in theirs)
     needed = [
         name
         for name in own
         if (has_norms or not name.startswith(OUTPUT_NORMS))
+        and (has_neck or not name.startswith(NECK))
         # counted since PyTorch 0.4.1; older files are whole without
         and (name in theirs or not name.endswith("num_batches_tracked"))
     ]

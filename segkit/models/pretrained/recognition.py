@@ -18,6 +18,7 @@ from segkit.models.pretrained.decoders import OWN, find_decoder
 from segkit.models.pretrained.mit import find_mit
 from segkit.models.pretrained.names import Entries, Project, State
 from segkit.models.pretrained.swin import find_swin
+from segkit.models.pretrained.vit import find_vit
 
 _CLASSIFIER = re.compile(
     r"(?:decoder\.|decode_head\.)?"
@@ -109,6 +110,7 @@ def _find_backbone(state: State) -> Project | None:
     return (
         find_swin(state)
         or find_mit(state)
+        or find_vit(state)
         or convnets.find_efficientnet(state)
         or convnets.find_convnext(state)
         or convnets.find_hrnet(state)

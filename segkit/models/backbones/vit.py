@@ -1,0 +1,188 @@
+"""Plain Vision Transformers, as DINOv2 and DINOv3 pretrain them."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from segkit.core.backend import is_exporting
+from segkit.core.config import check_bounds
+from segkit.models.backbones.inputs import set_in_channels
+from segkit.models.backbones.neck import PyramidNeck
+from segkit.models.backbones.stages import refuse_dilation
+from segkit.models.layers import resize
+from segkit.models.transformer import Block, Rotary, rotary_positions
+
+Output = Literal["pyramid", "map"]
+"""``pyramid``: strides 4 to 32, by a neck; ``map``: the patches of the last block alone."""
+
+
+class ViT(nn.Module):
+    """A Vision Transformer whose tokens are a class token, registers and the image's patches.
+
+    Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929; DINOv2: Oquab et al. 2023,
+    https://arxiv.org/abs/2304.07193; registers: Darcet et al. 2024,
+    https://arxiv.org/abs/2309.16588; DINOv3: Simeoni et al. 2025, https://arxiv.org/abs/2508.10104
+
+    Args:
+        width: Channels of the tokens.
+        depth: Number of blocks.
+        heads: Attention heads.
+        patch: Side of a patch in pixels.
+        registers: Number of register tokens.
+        positions: Side of the grid of learned positions, resized bicubically to the image's grid;
+            0 for rotary positions.
+        hidden: Channels within the MLPs; default: four times the width.
+        gated: SwiGLU in place of the MLPs.
+        eps: Of the norms.
+        output: A pyramid from the blocks at a quarter, half, three quarters and the end, or the
+            last map alone. Each is normalized by the last norm.
+        drop_path: Probability of stochastic depth of the last block; it grows linearly from 0.
+        checkpointing: Do not store activations inside blocks; recompute them in backward.
+        in_channels: Channels of the image.
+
+    Shape:
+        image: (B, in_channels, H, W)
+        features[i]: (B, width, H / strides[i], W / strides[i]), rounded up
+
+    Departs from DINOv2: an image whose sides are not multiples of the patch is resized to the next
+    ones, and learned positions are resized without the offset of 0.1 and without antialiasing.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        registers: int = 0,
+        positions: int = 37,
+        hidden: int | None = None,
+        gated: bool = False,
+        eps: float = 1e-6,
+        output: Output = "pyramid",
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        self.patch, self.heads, self.checkpointing = patch, heads, checkpointing
+        self.in_channels = in_channels
+        project = nn.Conv2d(3, width, patch, stride=patch)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=project))
+        set_in_channels(self.patch_embed, in_channels)
+        self.cls_token = _tokens(1, width)
+        self.register_tokens = _tokens(registers, width) if registers else None
+        self.pos_embed = _tokens(positions**2 + 1, width) if positions else None
+        block = partial(Block, width, heads, hidden=hidden or 4 * width, gated=gated, eps=eps)
+        rates = (drop_path * i / max(1, depth - 1) for i in range(depth))
+        self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.neck = PyramidNeck(width) if output == "pyramid" else None
+        ends = [depth * quarter // 4 for quarter in (1, 2, 3, 4)]
+        self.outputs = ends if self.neck else [depth]
+        self.strides = self.neck.strides if self.neck else (patch,)
+        self.channels = (width,) * len(self.strides)
+        self.output_modules = [f"neck.levels.{i}" for i in range(4)] if self.neck else ["norm"]
+        self.stages = tuple(
+            (
+                *(("patch_embed.proj", "cls_token", "register_tokens", "pos_embed") * (start == 0)),
+                *(f"blocks.{i}" for i in range(start, end)),
+                *(["norm"] if end == depth else []),
+            )
+            for start, end in zip((0, *ends), ends, strict=False)
+        )
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        height, width = image.shape[-2:]
+        rows, columns = ((side + self.patch - 1) // self.patch for side in (height, width))
+        x = resize(image, (rows * self.patch, columns * self.patch))
+        x = self.embed(x, rows, columns)
+        rotary: Rotary | None = None
+        if self.pos_embed is None:
+            rotary = rotary_positions(rows, columns, x.shape[2] // self.heads, x)
+        maps = []
+        for number, block in enumerate(self.blocks, 1):
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
+            if number in self.outputs:
+                patches = self.norm(x)[:, -rows * columns :]
+                maps.append(patches.transpose(1, 2).unflatten(2, (rows, columns)))
+        return self.neck(maps, height, width) if self.neck else maps
+
+    def embed(self, image: Tensor, rows: int, columns: int) -> Tensor:
+        """Return the tokens, with learned positions if there are any: class, registers, patches."""
+        patches = self.patch_embed(image).flatten(2).transpose(1, 2)
+        first: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            first = first + self.pos_embed[:, :1]
+            patches = patches + resized(self.pos_embed[:, 1:], rows, columns)
+        tokens = [first] if self.register_tokens is None else [first, self.register_tokens]
+        return torch.cat([*(x.expand(len(image), -1, -1) for x in tokens), patches], 1)
+
+
+def resized(positions: Tensor, rows: int, columns: int) -> Tensor:
+    """Return learned positions of a square grid for another grid, (1, rows * columns, width)."""
+    side = round(positions.shape[1] ** 0.5)
+    if (rows, columns) == (side, side) and not is_exporting():
+        return positions
+    grid = positions.transpose(1, 2).unflatten(2, (side, side)).float()
+    grid = F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False)
+    return grid.to(positions.dtype).flatten(2).transpose(1, 2)
+
+
+def _tokens(number: int, width: int) -> nn.Parameter:
+    """Return learned tokens, (1, number, width)."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, number, width), std=0.02))
+
+
+def vit(width: int, depth: int, heads: int, **options: object) -> Callable[..., ViT]:
+    """Return a function that builds a ViT of this size."""
+
+    def build(
+        *,
+        output: Output = "pyramid",
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+        in_channels: int = 3,
+        output_stride: int = 32,
+    ) -> ViT:
+        refuse_dilation("ViT", output_stride)
+        check_bounds(0, 1, drop_path=drop_path)
+        return ViT(
+            width=width,
+            depth=depth,
+            heads=heads,
+            output=output,
+            drop_path=drop_path,
+            checkpointing=checkpointing,
+            in_channels=in_channels,
+            **options,  # type: ignore[arg-type]
+        )
+
+    return build
+
+
+_DINOV2 = {"patch": 14, "positions": 37}
+_DINOV3 = {"patch": 16, "registers": 4, "positions": 0, "eps": 1e-5}
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "vit_s_dinov2": vit(384, 12, 6, **_DINOV2),
+    "vit_b_dinov2": vit(768, 12, 12, **_DINOV2),
+    "vit_l_dinov2": vit(1024, 24, 16, **_DINOV2),
+    "vit_s_dinov2_reg": vit(384, 12, 6, registers=4, **_DINOV2),
+    "vit_b_dinov2_reg": vit(768, 12, 12, registers=4, **_DINOV2),
+    "vit_l_dinov2_reg": vit(1024, 24, 16, registers=4, **_DINOV2),
+    "vit_s_dinov3": vit(384, 12, 6, **_DINOV3),
+    "vit_s_plus_dinov3": vit(384, 12, 6, hidden=1536, gated=True, **_DINOV3),
+    "vit_b_dinov3": vit(768, 12, 12, **_DINOV3),
+    "vit_l_dinov3": vit(1024, 24, 16, **_DINOV3),
+}

@@ -1,0 +1,151 @@
+"""A block of a plain Vision Transformer, and rotary positions.
+
+Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929; as DINOv2 and DINOv3 have it (Oquab et
+al. 2023, https://arxiv.org/abs/2304.07193; Simeoni et al. 2025, https://arxiv.org/abs/2508.10104).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine of the angles of rotary positions, each (patches, width of a head)."""
+
+
+class Block(nn.Module):
+    """Self-attention and an MLP, each normalized before, scaled after, and added to its input.
+
+    Args:
+        width: Channels of the tokens.
+        heads: Attention heads.
+        hidden: Channels within the MLP.
+        gated: SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) in place of the MLP.
+        drop_path: Probability of stochastic depth.
+        eps: Of the norms.
+
+    Shape:
+        x: (B, tokens, width) -> (B, tokens, width)
+        mask: (B, 1, tokens, tokens), True where a token may attend
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        hidden: int,
+        gated: bool = False,
+        drop_path: float = 0.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = SwiGLU(width, hidden) if gated else MLP(width, hidden)
+        self.ls2 = LayerScale(width)
+        self.drop_path = StochasticDepth(drop_path, "row")
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotary, mask)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; rotary positions apply to the last tokens, the patches."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al. 2021, https://arxiv.org/abs/2103.17239)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """An MLP whose hidden channels are multiplied by a gate, the SiLU of others."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden)
+        self.w2 = nn.Linear(width, hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+def rotary_positions(height: int, width: int, head: int, like: Tensor) -> Rotary:
+    """Return the rotary positions of DINOv3 for a grid of patches, in float32.
+
+    The centers of the patches have coordinates of -1 to 1 on each axis. Half of the angles are of
+    the row, half of the column, with periods from 1 to nearly 100.
+
+    Args:
+        height, width: Patches of the grid.
+        head: Channels of a head, a multiple of 4.
+        like: A tensor on the device.
+    """
+    periods = 100.0 ** (torch.arange(head // 4, device=like.device) / (head // 4))
+    centers = [
+        2 * (torch.arange(side, device=like.device) + 0.5) / side - 1 for side in (height, width)
+    ]
+    grid = torch.stack(torch.meshgrid(*centers, indexing="ij"), 2).flatten(0, 1)
+    angles = (2 * math.pi * grid[:, :, None] / periods).flatten(1).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate pairs of channels of the last tokens by their angles.
+
+    Su et al. 2021, https://arxiv.org/abs/2104.09864
+
+    Shape:
+        x: (B, heads, tokens, head)
+    """
+    cosine, sine = (angles.to(x.dtype) for angles in rotary)
+    others = x.shape[2] - cosine.shape[0]
+    patches = x[:, :, others:]
+    first, second = patches.chunk(2, 3)
+    rotated = patches * cosine + torch.cat([-second, first], 3) * sine
+    return torch.cat([x[:, :, :others], rotated], 2)
