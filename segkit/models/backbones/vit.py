@@ -126,7 +126,7 @@ class ViT(nn.Module):
             first = first + self.pos_embed[:, :1]
             patches = patches + resized(self.pos_embed[:, 1:], rows, columns)
         tokens = [first] if self.register_tokens is None else [first, self.register_tokens]
-        return torch.cat([*(x.expand(len(image), -1, -1) for x in tokens), patches], 1)
+        return torch.cat([*(x.expand(image.shape[0], -1, -1) for x in tokens), patches], 1)
 
 
 def resized(positions: Tensor, rows: int, columns: int) -> Tensor:
