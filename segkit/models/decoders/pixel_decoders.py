@@ -197,7 +197,7 @@ def sine_positions(x: Tensor) -> Tensor:
     _, channels, height, width = x.shape
     rate = 10000 ** (torch.arange(channels // 4, device=x.device) * (4 / channels))
     rows, columns = (
-        torch.arange(1, side + 1, device=x.device)[:, None] * (2 * math.pi / (side + 1e-6)) / rate
+        2 * math.pi * (torch.arange(1, side + 1, device=x.device) / side)[:, None] / rate
         for side in (height, width)
     )
     rows, columns = (torch.stack([y.sin(), y.cos()], 2).flatten(1) for y in (rows, columns))
