@@ -151,9 +151,10 @@ class MaskClassification(nn.Module):
         index = torch.full(classes.shape[:3], nothing, device=classes.device)
         layer = torch.arange(len(classes), device=classes.device)[:, None]
         index[layer, matches[:, 0], matches[:, 1]] = matches[:, 2]
-        losses = F.cross_entropy(classes.flatten(0, 2), index.flatten(), reduction="none")
+        # By gather: F.cross_entropy is not deterministic on CUDA.
+        losses = -classes.log_softmax(3).gather(3, index[..., None]).squeeze(3)
         coefficients = torch.where(index == nothing, self.no_object, 1.0)
-        return (losses.view_as(index) * coefficients * present.any(1)[:, None]).sum()
+        return (losses * coefficients * present.any(1)[:, None]).sum()
 
     def _mask_losses(
         self, masks: Tensor, target: Tensor, image: Tensor, query: Tensor, label: Tensor

@@ -142,10 +142,7 @@ def refused_in_a_step(backbone: Any, decoder: Any, terms: Any, aux_weight: Any =
     with Recorder() as recorder:
         outputs = model(torch.empty(2, 3, 96, 128, device="meta"))
         sum(x.sum() for x in outputs.values()).backward()
-        noise = {
-            name: torch.randn(2, 4, *x.shape[2:]).mul(1).requires_grad_()
-            for name, x in outputs.items()
-        }
+        noise = {name: torch.randn(x.shape).mul(1).requires_grad_() for name, x in outputs.items()}
         target = torch.randint(0, 4, (2, 96, 128))
         target[0, :9] = 255
         criterion(noise, target).backward()
