@@ -349,6 +349,7 @@ def test_segformer(size: tuple[int, int], tmp_path: Path) -> None:
 def authors_convnext(name: str) -> str:
     """The name that an entry of a transformers' ConvNeXt has in its authors' segmentation code."""
     for theirs, authors in (
+        (r"^convnextv2\.", "backbone."),
         (r"backbone\.embeddings\.patch_embeddings", "backbone.downsample_layers.0.0"),
         (r"backbone\.embeddings\.layernorm", "backbone.downsample_layers.0.1"),
         (r"encoder\.stages\.(\d)\.downsampling_layer", r"downsample_layers.\1"),
@@ -356,6 +357,8 @@ def authors_convnext(name: str) -> str:
         ("layer_scale_parameter", "gamma"),
         (r"(stages\.\d\.\d+)\.layernorm", r"\1.norm"),
         (r"hidden_states_norms\.stage(\d)", lambda match: f"norm{int(match[1]) - 1}"),
+        (r"grn\.weight", "grn.gamma"),
+        (r"grn\.bias", "grn.beta"),
         ("batch_norm", "bn"),
         (r"head\.classifier", "head.conv_seg"),
     ):
@@ -397,6 +400,31 @@ def test_upernet_on_convnext(size: tuple[int, int]) -> None:
             load_state(bare, renamed, source="theirs")
 
 
+@torch.no_grad()
+def test_transformers_convnext_v2() -> None:
+    """By its names and by those of its authors, with a head of 22k classes."""
+    transformers = pytest.importorskip("transformers")
+    about = transformers.ConvNextV2Config(
+        hidden_sizes=[40, 80, 160, 320], depths=[2, 2, 6, 2], num_labels=21841
+    )
+    theirs = fill(transformers.ConvNextV2ForImageClassification(about))
+    for name, value in theirs.named_parameters():
+        if name.endswith("grn.weight"):  # (1, 1, 1, C) zeros
+            value.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))
+    state = theirs.state_dict()
+    authors = {authors_convnext(k).removeprefix("backbone."): v for k, v in state.items()}
+    head = {"norm": "layernorm", "head": "classifier"}
+    for ours, other in head.items():
+        for kind in ("weight", "bias"):
+            authors[f"{ours}.{kind}"] = authors.pop(f"{other}.{kind}")
+    for entries in (state, authors):
+        model = Segmenter(BACKBONES["convnext_v2_atto"](), NO_DECODER).eval()
+        whole(load_state(model, entries, source="theirs"))
+        for size in ((64, 96), (65, 97)):
+            expected = theirs.convnextv2(image(*size)).last_hidden_state
+            equal(model.backbone(image(*size))[-1], expected)
+
+
 @pytest.mark.parametrize("width", [224, 288])
 @torch.no_grad()
 def test_transformers_swin_shifts_even_where_a_window_covers_a_side_of_a_map(width: int) -> None:
@@ -426,6 +454,7 @@ def test_transformers_swin_shifts_even_where_a_window_covers_a_side_of_a_map(wid
         ("efficientnet_b5", "efficientnet_b5", {"like": "timm"}),
         ("tf_efficientnet_b5", "efficientnet_b5", {"like": "tensorflow"}),
         ("convnext_tiny", "convnext_tiny", {}),
+        ("convnextv2_atto", "convnext_v2_atto", {}),
         ("hrnet_w18", "hrnet_w18", {"upsampling": "nearest"}),
     ],
 )

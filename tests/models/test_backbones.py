@@ -22,6 +22,7 @@ from torchvision.ops import SqueezeExcitation
 
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
+from segkit.models.backbones.convnextv2 import GlobalResponseNorm, ResponseNormBlock
 from segkit.models.backbones.hrnet import Exchange, HRNet
 from segkit.models.backbones.mit import MiT, ReducedAttention
 from segkit.models.backbones.stages import dilate
@@ -46,6 +47,7 @@ FAMILIES = (
     "mobilenet_v3_small",
     "efficientnet_b0",
     "convnext_tiny",
+    "convnext_v2_atto",
     "swin_t",
     "swin_v2_t",
     "mit_b0",
@@ -143,6 +145,15 @@ def slow(*values: object) -> object:
         ("mit_b3", {}, 44_072_128, (64, 128, 320, 512), PATCHES),
         ("mit_b4", {}, 60_842_688, (64, 128, 320, 512), PATCHES),
         ("mit_b5", {}, 81_443_008, (64, 128, 320, 512), PATCHES),
+        ("convnext_xlarge", {}, 348_143_872, (256, 512, 1024, 2048), PATCHES),
+        ("convnext_v2_atto", {}, 3_386_760, (40, 80, 160, 320), PATCHES),
+        ("convnext_v2_femto", {}, 4_847_472, (48, 96, 192, 384), PATCHES),
+        ("convnext_v2_pico", {}, 8_552_256, (64, 128, 256, 512), PATCHES),
+        ("convnext_v2_nano", {}, 14_981_520, (80, 160, 320, 640), PATCHES),
+        ("convnext_v2_tiny", {}, 27_864_960, (96, 192, 384, 768), PATCHES),
+        ("convnext_v2_base", {}, 87_690_752, (128, 256, 512, 1024), PATCHES),
+        ("convnext_v2_large", {}, 196_416_768, (192, 384, 768, 1536), PATCHES),
+        ("convnext_v2_huge", {}, 657_467_008, (352, 704, 1408, 2816), PATCHES),
         ("hrnet_w48", {}, 65_325_120, (48, 96, 192, 384), PATCHES),
         ("se_resnet152", {}, 64_772_848, (64, 256, 512, 1024, 2048), CHAIN),
         ("unet", {}, 18_851_136, (64, 128, 256, 512, 1024), (1, 2, 4, 8, 16)),
@@ -736,6 +747,25 @@ def test_convnexts_output_norms_are_over_the_channels_of_each_map() -> None:
         x = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
         expected = x * norm.weight[:, None, None] + norm.bias[:, None, None]
         torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_global_response_norm_by_hand() -> None:
+    """Channels of norms 5 and 3 over the map: relative to their mean 4 they are 1.25 and 0.75."""
+    norm = GlobalResponseNorm(2).double()
+    nn.init.constant_(norm.weight, 2.0)
+    nn.init.constant_(norm.bias, 0.5)
+    x = torch.tensor([[3.0, 0.0], [4.0, 3.0]], dtype=torch.float64).reshape(1, 1, 2, 2)
+    expected = [[3 + 2 * 3 * 1.25 + 0.5, 0.5], [4 + 2 * 4 * 1.25 + 0.5, 3 + 2 * 3 * 0.75 + 0.5]]
+    torch.testing.assert_close(
+        norm(x)[0, 0], torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
+    )
+
+
+def test_a_newly_initialized_block_of_convnext_v2_has_no_layer_scale() -> None:
+    block = ResponseNormBlock(4, 1e-6, 0.0)
+    assert not any("layer_scale" in name for name, _ in block.named_parameters())
+    x = image(5, 7)[:, :1].expand(1, 4, 5, 7)
+    torch.testing.assert_close(block(x), x + block.block(x))
 
 
 def test_norms_of_maps_that_a_decoder_does_not_read_do_not_learn() -> None:

@@ -91,6 +91,7 @@ FAMILIES = (
     "efficientnet_b0",
     "regnet_x_400mf",
     "convnext_tiny",
+    "convnext_v2_atto",
     {"name": "convnext_tiny", "output_norms": True},
     "swin_t",
     "swin_v2_t",

@@ -17,11 +17,12 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from segkit.core import config, distributed
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
+from segkit.models.backbones.convnextv2 import ResponseNormBlock
 from segkit.models.backbones.hrnet import HRNet
 from segkit.models.backbones.mit import MiT
 from segkit.models.backbones.seresnet import seresnet
 from segkit.models.backbones.swin import Swin
-from segkit.models.backbones.torchvision import convnext
+from segkit.models.backbones.torchvision import convnext, convnext_of
 from segkit.models.backbones.vit import ViT
 from segkit.models.decoders import DECODERS
 from segkit.models.queries import QUERY_OUTPUTS
@@ -202,6 +203,7 @@ FAMILIES = (
     "efficientnet_b0",
     "regnet_x_400mf",
     "convnext_tiny",
+    "convnext_v2_atto",
     "swin_t",
     "swin_v2_t",
     "mit_b0",
@@ -248,6 +250,7 @@ TINY: dict[str, Callable[[], nn.Module]] = {
     "MobileNet": BACKBONES["mobilenet_v3_small"],
     "EfficientNet": BACKBONES["efficientnet_b0"],
     "ConvNeXt": _convnext,
+    "ConvNeXt V2": convnext(convnext_of(8, 1, 1, 1, 1, block=ResponseNormBlock), 0.1),
     "Swin": partial(Swin, width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2)),
     "Swin V2": partial(Swin, width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2), version=2),
     "MiT": partial(MiT, widths=(8, 16, 20, 32), depths=(1, 1, 1, 1)),

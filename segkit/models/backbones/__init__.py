@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from segkit.models.backbones import hrnet, mit, seresnet, swin, torchvision, unet, vit
+from segkit.models.backbones import convnextv2, hrnet, mit, seresnet, swin, torchvision, unet, vit
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **torchvision.BACKBONES,
+    **convnextv2.BACKBONES,
     **swin.BACKBONES,
     **mit.BACKBONES,
     **hrnet.BACKBONES,

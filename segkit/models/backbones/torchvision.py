@@ -1,13 +1,14 @@
 """Convolutional backbones of torchvision, with its parameter names, so that its weights load."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
-from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.convnext import CNBlockConfig, LayerNorm2d
 from torchvision.models.resnet import BasicBlock
 
 from segkit.core.errors import ConfigError
@@ -202,17 +203,31 @@ def _as_tensorflow(network: nn.Module, side: int) -> None:
             side = -(-side // module.stride[0])
 
 
-def convnext(builder: Builder, drop_path: float) -> Callable[..., Stages]:
-    """Return a function that builds the stages of ConvNeXt.
+def convnext_of(width: int, *depths: int, block: Builder | None = None) -> Builder:
+    """Return a builder of a ConvNeXt by the width of its first stage and its depths.
 
-    https://arxiv.org/abs/2201.03545
+    Args:
+        width: Channels of the first stage; each stage has twice as many as the one before.
+        depths: Blocks of each stage.
+        block: Makes a block; ``None`` for torchvision's.
+    """
+    widths = [width * 2**stage for stage in range(len(depths))]
+    ends = (*widths[1:], None)
+    settings = [CNBlockConfig(*sizes) for sizes in zip(widths, ends, depths, strict=True)]
+    return partial(models.ConvNeXt, settings, block=block)
+
+
+def convnext(builder: Builder, drop_path: float) -> Callable[..., Stages]:
+    """Return a function that builds the stages of ConvNeXt or ConvNeXt V2.
+
+    https://arxiv.org/abs/2201.03545 and https://arxiv.org/abs/2301.00808
 
     ``output_norms`` normalizes each feature map, as in published segmentation models and unlike in
     classifiers.
 
     Args:
-        builder: torchvision's function.
-        drop_path: Default probability of stochastic depth, that of torchvision.
+        builder: torchvision's function, or that of :func:`convnext_of`.
+        drop_path: Default probability of stochastic depth, where torchvision has one, its own.
     """
 
     def build(
@@ -309,4 +324,5 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "convnext_small": convnext(models.convnext_small, 0.4),
     "convnext_base": convnext(models.convnext_base, 0.5),
     "convnext_large": convnext(models.convnext_large, 0.5),
+    "convnext_xlarge": convnext(convnext_of(256, 3, 3, 27, 3), 0.5),
 }

@@ -90,12 +90,12 @@ def _blocks_by_stage(state: State) -> dict[str, str]:
 
 
 def find_convnext(state: State) -> Project | None:
-    """Return the project whose names of a ConvNeXt these are.
+    """Return the project whose names of a ConvNeXt or ConvNeXt V2 these are.
 
     In torchvision and here ``features.0`` is the stem; then stages and downsampling alternate.
     """
-    stages = r"^(?:convnext\.)?(?:encoder\.)?stages\.(\d)\."
-    embeddings = r"^(?:convnext\.)?embeddings\."
+    stages = r"^(?:convnext(?:v2)?\.)?(?:encoder\.)?stages\.(\d)\."
+    embeddings = r"^(?:convnext(?:v2)?\.)?embeddings\."
     substitutions = (
         (rf"{stages}(?:blocks\.|layers\.)?(?=\d)", lambda m: f"features.{2 * int(m[1]) + 1}."),
         (rf"{stages}downsampl(?:e|ing_layer)\.", lambda m: f"features.{2 * int(m[1])}."),
@@ -107,6 +107,8 @@ def find_convnext(state: State) -> Project | None:
         (r"^(features\.\d\.\d+)\.(?:norm|layernorm)\.", r"\1.block.2."),
         (r"\.(?:mlp\.fc1|pwconv1|pointwise_conv1)\.", ".block.3."),
         (r"\.(?:mlp\.fc2|pwconv2|pointwise_conv2)\.", ".block.5."),
+        (r"\.(?:mlp\.)?grn\.(?:gamma|weight)$", ".block.4.1.weight"),
+        (r"\.(?:mlp\.)?grn\.(?:beta|bias)$", ".block.4.1.bias"),
         (r"\.(?:gamma|layer_scale_parameter)$", ".layer_scale"),
         HUGGING_FACE_NORM,
     )
@@ -115,7 +117,7 @@ def find_convnext(state: State) -> Project | None:
         fits=("convnext_",),
         substitutions=substitutions,
         ours=r"(features\.[0-7]|norm[0-3])\.",
-        convert=_layer_scale,
+        convert=_convnext_shape,
     )
     if has(state, r"stages\.0\.(blocks\.0\.conv_dw|0\.dwconv|0\.depthwise_conv)\."):
         return project(
@@ -125,16 +127,22 @@ def find_convnext(state: State) -> Project | None:
                 "timm's ConvNeXts of CLIP expect images normalized by CLIP's mean and deviation",
             ),
         )
-    if has(state, r"(?:convnext\.)?encoder\.stages\.0\.layers\.0\.dwconv\."):
+    if has(state, r"(?:convnext(?:v2)?\.)?encoder\.stages\.0\.layers\.0\.dwconv\."):
         return project(
             "ConvNeXt by Hugging Face's names",
-            ignored=r"(convnext\.layernorm|layernorm|classifier)\.\w+$",
+            ignored=r"((convnext(v2)?\.)?layernorm|classifier)\.\w+$",
         )
     return None
 
 
-def _layer_scale(name: str, tensor: Tensor) -> Tensor:
-    return tensor.view(-1, 1, 1) if name.endswith("layer_scale") else tensor
+def _convnext_shape(name: str, tensor: Tensor) -> Tensor:
+    """Return an entry in segkit's shape: layer scales, response norms and linear layers differ."""
+    if name.endswith("layer_scale"):
+        return tensor.view(-1, 1, 1)
+    if ".block.4.1." in name:
+        return tensor.flatten()
+    linear = re.search(r"\.block\.[35]\.weight$", name)
+    return tensor.flatten(1) if linear and tensor.shape[2:] == (1, 1) else tensor
 
 
 def find_hrnet(state: State) -> Project | None:
