@@ -453,6 +453,8 @@ def test_transformers_swin_shifts_even_where_a_window_covers_a_side_of_a_map(wid
         ("efficientnet_b0", "efficientnet_b0", {"like": "timm"}),
         ("efficientnet_b5", "efficientnet_b5", {"like": "timm"}),
         ("tf_efficientnet_b5", "efficientnet_b5", {"like": "tensorflow"}),
+        ("efficientnet_lite0", "efficientnet_lite0", {"like": "timm"}),
+        ("tf_efficientnet_lite2", "efficientnet_lite2", {"like": "tensorflow"}),
         ("convnext_tiny", "convnext_tiny", {}),
         ("convnextv2_atto", "convnext_v2_atto", {}),
         ("hrnet_w18", "hrnet_w18", {"upsampling": "nearest"}),

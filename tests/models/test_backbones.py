@@ -46,6 +46,7 @@ FAMILIES = (
     "mobilenet_v2",
     "mobilenet_v3_small",
     "efficientnet_b0",
+    "efficientnet_lite0",
     "convnext_tiny",
     "convnext_v2_atto",
     "swin_t",
@@ -128,6 +129,8 @@ def slow(*values: object) -> object:
     [
         ("efficientnet_b0", {}, 3_595_388, (32, 24, 40, 112, 320), CHAIN),
         slow("efficientnet_b4", {}, 16_742_216, (48, 32, 56, 160, 448), CHAIN),
+        ("efficientnet_lite0", {}, 2_958_848, (32, 24, 40, 112, 320), CHAIN),
+        ("efficientnet_lite2", {}, 4_357_952, (32, 24, 48, 120, 352), CHAIN),
         ("efficientnet_b5", {}, 27_288_112, (48, 40, 64, 176, 512), CHAIN),
         slow("efficientnet_b7", {}, 62_143_440, (64, 48, 80, 224, 640), CHAIN),
         ("resnet50", {}, 23_508_032, (64, 256, 512, 1024, 2048), CHAIN),
@@ -713,6 +716,18 @@ def test_an_efficientnet_like_others() -> None:
     ]
     with pytest.raises(ConfigError, match="like: EfficientNet V2 has only 'torchvision', got"):
         BACKBONES["efficientnet_v2_s"](like="smp")
+
+
+def test_an_efficientnet_lite_is_an_efficientnet_with_other_activations() -> None:
+    """Without squeezing; padded as an image of its own side, as the weights' project does."""
+    lite = BACKBONES["efficientnet_lite0"]()
+    kinds = {type(module) for module in lite.modules()}
+    assert nn.ReLU6 in kinds
+    assert not {SqueezeExcitation, nn.SiLU} & kinds
+    assert lite.like == "smp"
+    assert {m.eps for m in lite.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3}
+    strided = [m for m in lite.modules() if isinstance(m, SameConv2d)]
+    assert [m.around for m in strided] == [(0, 1), (0, 1), (1, 2), (0, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "se_resnet50", "regnet_y_400mf"])

@@ -13,9 +13,9 @@ from segkit.models.backbones.inputs import adapt_rgb, first_convolution
 
 FAMILIES = [
     *("resnet18", "resnet50_v1c", "resnext50_32x4d", "wide_resnet50_2", "regnet_y_400mf"),
-    *("mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "efficientnet_v2_s"),
-    *("convnext_tiny", "convnext_v2_atto", "swin_t", "swin_v2_t", "mit_b0", "vit_s_dinov2"),
-    *("hrnet_w18", "se_resnet50", "unet"),
+    *("mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "efficientnet_lite0"),
+    *("efficientnet_v2_s", "convnext_tiny", "convnext_v2_atto", "swin_t", "swin_v2_t"),
+    *("mit_b0", "vit_s_dinov2", "hrnet_w18", "se_resnet50", "unet"),
 ]
 
 

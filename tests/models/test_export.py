@@ -89,6 +89,7 @@ FAMILIES = (
     "mobilenet_v2",
     "mobilenet_v3_small",
     "efficientnet_b0",
+    "efficientnet_lite0",
     "regnet_x_400mf",
     "convnext_tiny",
     "convnext_v2_atto",

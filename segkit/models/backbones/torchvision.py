@@ -16,6 +16,7 @@ from segkit.models.backbones.stages import OutputStride, Stages, refuse_dilation
 from segkit.models.kernels.depthwise import DepthwiseConv2d
 
 Builder = Callable[..., nn.Module]
+Like = Literal["torchvision", "timm", "tensorflow", "smp"]
 Divided = tuple[nn.Module, Sequence[Sequence[str]]]
 """A network, and the names of the modules of each of its stages."""
 
@@ -117,8 +118,10 @@ def mobilenet(builder: Builder, *taps: int) -> Callable[..., Stages]:
     return _dilatable(lambda: _divide(builder(), taps))
 
 
-def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Callable[..., Stages]:
-    """Return a function that builds the stages of EfficientNet or EfficientNet V2.
+def efficientnet(
+    builder: Builder, *taps: int, side: int | None = None, like: Like = "torchvision"
+) -> Callable[..., Stages]:
+    """Return a function that builds the stages of EfficientNet, EfficientNet-Lite or V2.
 
     https://arxiv.org/abs/1905.11946 and https://arxiv.org/abs/2104.00298
 
@@ -134,12 +137,13 @@ def efficientnet(builder: Builder, *taps: int, side: int | None = None) -> Calla
             last 1x1 convolution, are removed.
         side: Side of the images the network was designed for; ``None`` if ``like`` can only be
             ``torchvision``.
+        like: Default of ``like``.
     """
 
     def build(
         *,
         drop_path: float = 0.2,
-        like: Literal["torchvision", "timm", "tensorflow", "smp"] = "torchvision",
+        like: Like = like,
         in_channels: int = 3,
         output_stride: OutputStride = 32,
         contract_dilation: bool = True,

@@ -18,7 +18,7 @@ def find_efficientnet(state: State) -> Project | None:
         others = "conv_pw bn1 conv_dw bn2 se.conv_reduce se.conv_expand conv_pwl bn3"
         return Project(
             "EfficientNet by timm's names",
-            ("efficientnet_b",),
+            ("efficientnet_b", "efficientnet_lite"),
             (
                 (r"^conv_stem\.", "features.0.0."),
                 (r"^bn1\.", "features.0.1."),
@@ -43,7 +43,7 @@ def find_efficientnet(state: State) -> Project | None:
         places = _blocks_by_stage(state)
         return Project(
             "EfficientNet by lukemelas's names",
-            ("efficientnet_b",),
+            ("efficientnet_b", "efficientnet_lite"),
             (
                 (r"^_conv_stem\.", "features.0.0."),
                 (r"^_bn0\.", "features.0.1."),

