@@ -39,7 +39,7 @@ def test_every_parameter_is_in_a_layer_or_behind_the_last(name: str) -> None:
 SMALLEST = (
     *("resnet18", "resnet50_v1c", "regnet_x_400mf", "mobilenet_v2", "mobilenet_v3_small"),
     *("efficientnet_b0", "convnext_tiny", "swin_t", "swin_v2_t", "se_resnet50", "unet"),
-    "vit_s_dinov2",
+    *("vit_s_dinov2", "mit_b0", "convnext_v2_atto", "efficientnet_lite0"),
 )
 
 

@@ -48,7 +48,7 @@ class MiT(nn.Module):
     ) -> None:
         super().__init__()
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
-        self.stages = nn.ModuleList(
+        self.levels = nn.ModuleList(
             MixStage(
                 inputs,
                 width,
@@ -61,15 +61,17 @@ class MiT(nn.Module):
             for i, (inputs, width) in enumerate(zip((3, *widths), widths, strict=False))
         )
         self.apply(_initialize)
-        set_in_channels(self.stages, in_channels)
+        set_in_channels(self.levels, in_channels)
         self.in_channels = in_channels
         self.channels = tuple(widths)
         self.checkpointing = checkpointing
+        parts = ("embed", "embed_norm", "blocks", "norm")
+        self.stages = tuple(tuple(f"levels.{i}.{part}" for part in parts) for i in range(4))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x, features = image, []
-        for stage in self.stages:
-            x = stage(x, recompute=self.checkpointing and self.training)
+        for level in self.levels:
+            x = level(x, recompute=self.checkpointing and self.training)
             features.append(x)
         return features
 

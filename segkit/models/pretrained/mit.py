@@ -11,11 +11,12 @@ _HUGGING_FACE = (
 # NVIDIA's names, those of transformers on disk, and those of transformers 5 in memory.
 _BACKBONE: Substitutions = (
     (r"^segformer\.", ""),
-    (r"^(patch_embed|block|norm)([1-4])\.", lambda m: f"stages.{int(m[2]) - 1}.{m[1]}."),
-    (r"^encoder\.(patch_embeddings|block|layer_norm)\.([0-3])\.", r"stages.\2.\1."),
+    (r"^stages\.", "levels."),
+    (r"^(patch_embed|block|norm)([1-4])\.", lambda m: f"levels.{int(m[2]) - 1}.{m[1]}."),
+    (r"^encoder\.(patch_embeddings|block|layer_norm)\.([0-3])\.", r"levels.\2.\1."),
     (r"\.(?:patch_embed|patch_embeddings)\.proj\.", ".embed."),
     (r"\.(?:patch_embed|patch_embeddings)\.(?:norm|layer_norm)\.", ".embed_norm."),
-    (r"^(stages\.[0-3])\.layer_norm\.", r"\1.norm."),
+    (r"^(levels\.[0-3])\.layer_norm\.", r"\1.norm."),
     (r"\.block\.(?=\d)", ".blocks."),
     (r"\.attention\.(?:self\.query|q_proj)\.", ".attn.q."),
     (r"\.attention\.(?:self\.key|k_proj)\.(\w+)$", r".attn.kv.\1/0"),
@@ -48,7 +49,7 @@ def find_mit(state: State) -> Project | None:
         f"MiT by {'NVIDIA' if nvidia else 'Hugging Face'}'s names",
         ("mit_",),
         _BACKBONE,
-        ours=r"stages\.[0-3]\.(embed|embed_norm|blocks|norm)\.",
+        ours=r"levels\.[0-3]\.(embed|embed_norm|blocks|norm)\.",
         ignored=r"(head|classifier)\.",
     )
 
