@@ -92,7 +92,9 @@ def main(argv: Sequence[str]) -> None:
             names, true_mask = truth.source.names, truth.source.mask
             masks = ((i, results.mask(names[i]), true_mask(i)) for i in truth.rank_indices())
             scorer.record(final, truth, scorer.count(masks, truth))
-        eval_sets = [images for images in (common_selection(runs), truth) if images is not None]
+        # photographs have no labels, and the selection set is scored only if that is asked for
+        selection = common_selection(runs) if args.compare or not args.images else None
+        eval_sets = [images for images in (selection, truth) if images is not None]
         candidates = [final] if eval_sets else []
         if eval_sets and (args.compare or (truth is not None and not args.brief)):
             few = dict.fromkeys(["uniform", "greedy", args.soup or "greedy"])
@@ -363,8 +365,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     compare = parser.add_mutually_exclusive_group()
     compare.add_argument(
         "--compare", action="store_true",
-        help="score every fold, soup and vote, with and without views; if the test labels are "
-        "known, the most important of them are scored by default",
+        help="score every fold, soup and vote, with and without views; by default the most "
+        "important of them if the test labels are known, and nothing with --images",
     )  # fmt: skip
     compare.add_argument("--brief", action="store_true", help="score the result only")
     parser.add_argument(

@@ -111,10 +111,21 @@ def main(argv: Sequence[str]) -> None:
             if distributed.is_main():
                 run.write("summary.json", {**before, **summary})
                 say(score_table(write_run_page(run)))
-        say(
-            f"done: {run.folder}; predict with: python infer.py --run-dir {run.folder}; train on "
-            f"with: --run-dir {run.folder} --resume --set train.epochs={2 * cfg.train.epochs}"
-        )
+        say(f"done: {run.folder}, shown by {run.folder / 'report.html'}")
+        say(next_commands(cfg, run))
+
+
+def next_commands(cfg: Config, run: Run) -> str:
+    """Return the commands that a user may want after a training, one per line."""
+    infer = f"segkit infer --run-dir {run.folder}"
+    lines = [f"{infer} --images PHOTO.jpg"]
+    if cfg.data.test is not None:
+        lines.append(f"{infer}{' --soup --tta' if len(run.folds()) > 1 else ' --tta'}")
+    further = f"--resume --set train.epochs={2 * cfg.train.epochs}"
+    lines.append(
+        f"segkit train --cfg {run.folder / 'config.json'} --run-dir {run.folder} {further}"
+    )
+    return "\n  ".join(["next: predict photographs, the test set, or train on", *lines])
 
 
 def prepare(

@@ -506,6 +506,18 @@ def test_photographs_leave_the_results_of_the_test_set_alone(tmp_path: Path, hom
     assert files(home / "runs/a/infer") == before
     assert (home / "runs/a/report.html").read_bytes() == page
     assert relative(home / "runs/a/infer-images/masks") == {"photo.png"}
+    assert read(home / "runs/a/infer-images/scores.json") == []
+
+
+def test_photographs_are_scored_on_the_selection_set_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = paint(tmp_path / "photo.png", 70)
+    options = ("--images", str(photo), "--out", str(tmp_path / "out"))
+    rows = read(run("--compare", *options) / "scores.json")
+    assert all("selection" in row for row in rows)
+    monkeypatch.setattr(infer, "common_selection", lambda _: pytest.fail("is scored unasked"))
+    assert read(run(*options) / "scores.json") == []
 
 
 def test_what_is_no_soup_is_not_overwritten(home: Path) -> None:

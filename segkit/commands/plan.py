@@ -155,7 +155,8 @@ def find_parts(folder: Path) -> dict[str, dict[str, Any]]:
     if "train" not in parts:
         kinds = sorted({path.suffix.lower() or "no suffix" for path in folder.rglob("*.*")})
         raise DataError(
-            f"{folder}: has no labels that segkit recognizes (files of {', '.join(kinds[:8])}); "
+            f"{folder}: has no labels that segkit recognizes "
+            f"({'its files: ' + ', '.join(kinds[:8]) if kinds else 'it is empty'}); "
             "expected a COCO file, masks named as their images, or another format of "
             "docs/data.md; name other layouts in data.train of a configuration"
         )
@@ -208,7 +209,7 @@ def plan_model(machine: Machine, file: Path | str | None) -> list[Choice]:
             Choice("model.weights", str(path), "the given file"),
         ]
     for choice in rules.models(machine):
-        weights, sentence = obtain(choice.backbone["name"])
+        weights, sentence = obtain(choice.backbone["name"], option="--weights PATH")
         if weights is not None:
             break
     return [
@@ -220,6 +221,7 @@ def plan_model(machine: Machine, file: Path | str | None) -> list[Choice]:
 
 def plan_training(data: Fingerprint, machine: Machine, cfg: Config) -> list[Choice]:
     """Return the choices about a step: sizes, batch, rates, augmentation and losses."""
+    share = 0.5 if cfg.data.val is None else 1.0  # of the images, in two folds or a fixed part
     factor, why = rules.scale_factor(data, machine)
     crop = rules.crop(data, factor, machine)
     state, activations = training_memory(
@@ -233,7 +235,7 @@ def plan_training(data: Fingerprint, machine: Machine, cfg: Config) -> list[Choi
     pretrained = cfg.model.weights is not None
     return [
         Choice("infer.size", longest if factor < 1 else None, why),
-        *rules.batch(round(0.8 * data.images), room, machine),
+        *rules.batch(round(share * data.images), room, machine),
         *rules.rates("adamw", pretrained=pretrained, batch_norm=norms),
         *rules.augmentation(data, factor, crop),
         *rules.normalization(data, pretrained=pretrained),
@@ -318,7 +320,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not 0 < args.hours < math.inf:
         parser.error("--hours: expected a number above 0")
-    out = args.out or Path(f"{args.folder.resolve().name}.json")
+    name = args.folder.resolve().name
+    if not name:
+        parser.error("folder: expected a folder of labelled photographs, not the root of a disk")
+    out = args.out or Path(f"{name}.json")
     check_out(out)
     advice = "plan with another --device, or on smaller images"
     with distributed.session(args.device) as device, console.memory_advice(advice):
@@ -333,7 +338,9 @@ def check_out(path: Path) -> None:
     """Raise an error if a file exists that no plan has written, or its folder does not."""
     if not path.parent.is_dir():
         raise SegkitError(f"--out {path}: there is no folder {path.parent}; make it first")
-    if path.exists() and not config.load(path).note.startswith(MARK):
+    if path.is_dir():
+        raise SegkitError(f"--out {path}: is a folder; expected the name of a file")
+    if path.exists() and f'"note": "{MARK}' not in path.read_text(errors="replace")[:100]:
         raise SegkitError(f"{path}: exists and was not planned by segkit; name another with --out")
 
 

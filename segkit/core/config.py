@@ -274,6 +274,10 @@ def find(name: str | Path) -> Path:
     """Return the path of a configuration: an existing path, or a name in a ``configs`` folder."""
     if path := _search(name, Path(name)):
         return path
+    if os.path.isdir(name):
+        raise ConfigError(
+            f"{name}: is a folder; expected a configuration, which segkit plan {name} writes"
+        )
     raise ConfigError(f"no configuration file {quoted(name)}{closest(Path(name).stem, shipped())}")
 
 
@@ -294,6 +298,11 @@ def _read_merged(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     raw = _read_json(path)
     base = raw.pop("base", None)
+    if {"images", "annotations"} <= raw.keys():
+        raise ConfigError(
+            f"{path}: is a COCO file; expected a configuration, which segkit plan writes for the "
+            "folder of photographs"
+        )
     parse(raw, str(path))  # checked alone, so that an error names the file it is in
     if base is None:
         return raw

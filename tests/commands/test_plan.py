@@ -14,7 +14,7 @@ import segkit
 from segkit import infer, train
 from segkit.commands import plan
 from segkit.core import config
-from segkit.core.errors import CheckpointError, DataError, SegkitError
+from segkit.core.errors import CheckpointError, ConfigError, DataError, SegkitError
 from segkit.core.machine import Machine
 from segkit.core.run import Run
 from segkit.models.pretrained import published
@@ -197,6 +197,7 @@ def test_a_batch_that_the_device_cannot_hold_is_divided(monkeypatch: pytest.Monk
         (["empty"], "empty: has no labels that segkit recognizes"),
         (["empty", "--out", "no/where.json"], "there is no folder no; make it first"),
         (["empty", "--out", "own.json"], "own.json: exists and was not planned by segkit"),
+        (["empty", "--out", "empty"], "--out empty: is a folder"),
         (["empty", "--device", "abacus"], "device abacus: does not exist here"),
     ],
 )
@@ -206,7 +207,20 @@ def test_mistakes_are_sentences(words: list[str], sentence: str) -> None:
     Path("own.json").write_text('{"note": "mine"}')
     with pytest.raises(SegkitError, match=sentence):
         plan.main(words)
+    Path("empty/a.txt").unlink()
+    with pytest.raises(DataError, match=r"\(it is empty\)"):
+        plan.main(["empty"])
+    with pytest.raises(SystemExit):
+        plan.main(["/"])
     assert json.loads(Path("own.json").read_text()) == {"note": "mine"}
+
+
+def test_a_folder_or_labels_in_place_of_a_configuration_are_named() -> None:
+    as_coco(Path("photos"))
+    with pytest.raises(ConfigError, match=r"photos: is a folder; .* segkit plan photos writes"):
+        train.main(["--cfg", "photos"])
+    with pytest.raises(ConfigError, match=r"is a COCO file; .* segkit plan writes"):
+        train.main(["--cfg", "photos/annotations/instances_train.json"])
 
 
 def test_a_given_file_of_no_weights_is_named() -> None:

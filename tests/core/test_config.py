@@ -132,7 +132,7 @@ def test_missing_file_names_the_nearest(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_folder_is_not_a_configuration(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no configuration file"):
+    with pytest.raises(ConfigError, match="is a folder; expected a configuration"):
         load(tmp_path)
 
 

@@ -145,6 +145,23 @@ def test_folders_below_folders_are_joined(tmp_path: Path) -> None:
     }
 
 
+def test_photographs_and_masks_in_one_folder(tmp_path: Path) -> None:
+    stems = [f"photo {i}" for i in range(1, 12)]  # "photo 1" and "photo 11" are no pair
+    photographs(tmp_path, *stems)
+    masks(tmp_path, *(f"{stem}_mask" for stem in stems), values=(0, 255))
+    (tmp_path / "_classes.csv").write_text("Pixel Value, Class\n0, ground\n255, can\n")
+    spec = mask_folders.recognize(tmp_path, "train")
+    assert spec == {
+        "images": str(tmp_path),
+        "masks": str(tmp_path),
+        "mask_suffix": "_mask",
+        "classes": str(tmp_path / "_classes.csv"),
+    }
+    source = MaskSource(**spec)
+    assert source.classes == ("ground", "can")
+    assert source.mask(3).unique().tolist() == [0, 1]
+
+
 def test_other_folders_are_not_recognized(tmp_path: Path) -> None:
     photographs(tmp_path / "holiday", "1", "2")
     masks(tmp_path / "icons", "x", "y")

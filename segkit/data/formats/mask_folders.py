@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from segkit.data.parts import part_of
 
 CLASS_FILES = (
     *("classes.txt", "class_names.txt", "label_names.txt", "names.txt", "labels.txt"),
-    *("label_colors.txt", "class_dict.csv", "labelmap.txt"),
+    *("label_colors.txt", "class_dict.csv", "labelmap.txt", "_classes.csv"),
 )
 """Names of files with a class per line."""
 
@@ -94,7 +95,7 @@ def _pairs(folder: Path) -> list[Pair]:
     folders = _folders(folder)
     masks = {path: names for path, names in folders.items() if _masks_alone(path, tuple(names[:3]))}
     stems = {path: {Path(name).stem for name in names} for path, names in folders.items()}
-    pairs = []
+    pairs = [pair for path, names in folders.items() if (pair := _together(path, names))]
     for path in masks:
         best = max(
             (_paired(images, path, stems) for images in folders if images not in masks),
@@ -103,6 +104,22 @@ def _pairs(folder: Path) -> list[Pair]:
         if best is not None and 2 * best.matches > len(stems[best.images]):
             pairs.append(best)
     return pairs
+
+
+def _together(folder: Path, names: Sequence[str]) -> Pair | None:
+    """Return the pair of a folder that holds photographs and, by an ending, their masks."""
+    stems = {Path(name).stem for name in names}
+    firsts = sorted(stems)[:20]
+    endings = Counter(x.removeprefix(y) for y in firsts for x in stems if x.startswith(y))
+    for ending, _ in endings.most_common(4):
+        masks = [
+            name for name in names
+            if ending and (stem := Path(name).stem).endswith(ending)
+            and stem.removesuffix(ending) in stems
+        ]  # fmt: skip
+        if 3 * len(masks) > len(names) and all(_few_colors(folder / x) for x in masks[:3]):
+            return Pair(folder, folder, ending, len(masks))
+    return None
 
 
 def _paired(images: Path, masks: Path, stems: dict[Path, set[str]]) -> Pair:
@@ -146,10 +163,12 @@ def _roots(pair: Pair) -> tuple[Path, Path]:
 
 def _classes(folder: Path, pair: Pair) -> dict[str, Any]:
     """Return the arguments about classes, from a file of names or from the values of the masks."""
-    places = dict.fromkeys((folder, pair.masks, pair.masks.parent, pair.images.parent))
+    places = dict.fromkeys((folder, pair.masks, pair.images, pair.masks.parent, pair.images.parent))
     files = [place / name for place in places for name in CLASS_FILES]
     path = next((path for path in files if path.is_file()), None)
-    values, colors = _contents(pair.masks)
+    if path is not None and path.name == "_classes.csv":  # of Roboflow; it lists the values
+        return {"classes": str(path)}
+    values, colors = _contents(pair)
     if path is None:
         return named_by_color(colors) if colors else named_by_value(values)
     lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
@@ -194,9 +213,10 @@ def named_by_color(colors: Sequence[Color]) -> dict[str, Any]:
     return {"classes": names, "values": {text: i for i, text in enumerate(texts)}}
 
 
-def _contents(folder: Path) -> tuple[list[int], list[Color]]:
-    """Return the values and the colors of the masks in a folder, or of a thousand of them."""
-    paths = [path / name for path, names in _folders(folder).items() for name in names]
+def _contents(pair: Pair) -> tuple[list[int], list[Color]]:
+    """Return the values and the colors of a pair's masks, or of a thousand of them."""
+    names = ((path, name) for path, names in _folders(pair.masks).items() for name in names)
+    paths = [path / name for path, name in names if Path(name).stem.endswith(pair.ending)]
     values: set[int] = set()
     colors: set[Color] = set()
     for path in paths[:: max(1, len(paths) // MAX_MASKS)]:

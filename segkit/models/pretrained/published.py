@@ -55,13 +55,17 @@ def locate(backbone: str, weights: str, *, argument: str = "weights") -> tuple[P
     return Path(weights), weights
 
 
-def obtain(backbone: str) -> tuple[str | None, str]:
+def obtain(backbone: str, *, option: str = "model.weights=PATH") -> tuple[str | None, str]:
     """Return a value of ``model.weights`` that works here and now, and a sentence about it.
 
     The value is ``"imagenet"`` if torchvision's weights of the backbone are in torch's cache or can
     be downloaded, else ``None``: random weights.
+
+    Args:
+        backbone: A name of ``BACKBONES``.
+        option: The setting or option that gives a file.
     """
-    advice = "give pretrained weights as a file, by model.weights=PATH"
+    advice = f"give pretrained weights as a file, by {option}"
     if backbone not in models.list_models():
         return None, f"torchvision has none for {backbone}: random weights; {advice}"
     try:
