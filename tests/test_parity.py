@@ -19,6 +19,8 @@ from torchvision import models
 
 from segkit.core.errors import CheckpointError
 from segkit.models.backbones import BACKBONES
+from segkit.models.backbones.beit import BEiT, relative_offsets
+from segkit.models.decoders import DECODERS
 from segkit.models.pretrained import Report, load_file
 from segkit.models.pretrained.reading import read_file
 from segkit.models.segmenter import Segmenter, build_model
@@ -344,6 +346,73 @@ def test_segformer(size: tuple[int, int], tmp_path: Path) -> None:
         ours = Segmenter(BACKBONES["mit_b0"](), NO_DECODER).eval()
         whole(load_state(ours, state | {"head.weight": torch.zeros(2, 256)}, source="theirs"))
         equal(ours.backbone(image(*size))[-1], deepest)
+
+
+def beit_config(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    return transformers.BeitConfig(
+        hidden_size=32,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        intermediate_size=128,
+        use_relative_position_bias=True,
+        image_size=64,
+        num_labels=CLASSES,
+        **options,
+    )
+
+
+def small_beit(window: int = 4) -> BEiT:
+    return BEiT(width=32, depth=12, heads=2, window=window)
+
+
+def fill_scales(model: nn.Module) -> nn.Module:
+    for name, value in fill(model).named_parameters():
+        if "lambda_" in name or "gamma_" in name:
+            value.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(3))
+        elif name.endswith(("cls_token", "bias_table")):
+            value.normal_(0, 0.5, generator=torch.Generator().manual_seed(4))
+    return model
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (160, 64)])
+@torch.no_grad()
+def test_transformers_beit(size: tuple[int, int], tmp_path: Path) -> None:
+    """With UPerNet, by its names in memory and on disk, and as a classifier."""
+    transformers = pytest.importorskip("transformers")
+    # Its indices count from the patch embedding, 1: these are the outputs of blocks 4, 6, 8 and 12.
+    about = beit_config(out_indices=[3, 5, 7, 11])
+    theirs = fill_scales(transformers.BeitForSemanticSegmentation(about))
+    theirs.save_pretrained(tmp_path)
+    theirs.config._out_indices = [5, 7, 9, 13]  # the setter refuses the last block
+    expected = F.interpolate(theirs(image(*size)).logits, size, mode="bilinear")
+    for state in (theirs.state_dict(), read_file(tmp_path / "model.safetensors")):
+        beit = small_beit()
+        decoder = DECODERS["upernet"](
+            channels=beit.channels, strides=beit.strides, num_classes=CLASSES, width=32
+        )
+        ours = Segmenter(beit, decoder)
+        report = load_state(ours, state, source="theirs")
+        whole(report)
+        assert "from blocks 2, 4, 6 and 10" in report.notes[0]
+        equal(ours.eval()(image(*size))["out"], expected)
+
+
+@torch.no_grad()
+def test_timms_beit() -> None:
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 64, "embed_dim": 32, "num_heads": 2}
+    theirs = fill_scales(timm.create_model("beit_base_patch16_224", pretrained=False, **small))
+    ours = Segmenter(small_beit(), NO_DECODER).eval()
+    report = load_state(ours, theirs.state_dict(), source="theirs")
+    assert all(name.startswith("backbone.neck.") for name in report.initialized)
+    x = ours.backbone.patch_embed(image(64, 64)).flatten(2).transpose(1, 2)
+    x = torch.cat([ours.backbone.cls_token, x], 1)
+    offsets = relative_offsets(4, 4, x)
+    for block in ours.backbone.blocks:
+        x = block(x, offsets, 4, 4)
+    theirs.norm = nn.Identity()
+    equal(x, theirs.forward_features(image(64, 64)))
 
 
 def authors_convnext(name: str) -> str:

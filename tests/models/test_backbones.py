@@ -22,6 +22,7 @@ from torchvision.ops import SqueezeExcitation
 
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
+from segkit.models.backbones.beit import BEiT, RelativePositionBias, relative_offsets
 from segkit.models.backbones.convnextv2 import GlobalResponseNorm, ResponseNormBlock
 from segkit.models.backbones.hrnet import Exchange, HRNet
 from segkit.models.backbones.mit import MiT, ReducedAttention
@@ -80,6 +81,10 @@ def small_swin(**options: object) -> Swin:
 
 def small_mit(**options: object) -> MiT:
     return MiT(widths=(8, 16, 20, 32), depths=(2, 2, 2, 2), **options)  # type: ignore[arg-type]
+
+
+def small_beit(**options: Any) -> BEiT:
+    return BEiT(**{"width": 16, "depth": 12, "heads": 2, "window": 3} | options)
 
 
 def small_convnext(**options: object) -> nn.Module:
@@ -157,6 +162,8 @@ def slow(*values: object) -> object:
         ("convnext_v2_base", {}, 87_690_752, (128, 256, 512, 1024), PATCHES),
         ("convnext_v2_large", {}, 196_416_768, (192, 384, 768, 1536), PATCHES),
         ("convnext_v2_huge", {}, 657_467_008, (352, 704, 1408, 2816), PATCHES),
+        ("beit_b", {}, 85_769_664 + 12 * 768**2 + 5 * 768, (768,) * 4, PATCHES),
+        ("beit_l", {}, 303_428_096 + 12 * 1024**2 + 5 * 1024, (1024,) * 4, PATCHES),
         ("hrnet_w48", {}, 65_325_120, (48, 96, 192, 384), PATCHES),
         ("se_resnet152", {}, 64_772_848, (64, 256, 512, 1024, 2048), CHAIN),
         ("unet", {}, 18_851_136, (64, 128, 256, 512, 1024), (1, 2, 4, 8, 16)),
@@ -454,6 +461,58 @@ def test_mit_drops_paths_more_and_more() -> None:
     assert rates == pytest.approx([0.3 * i / 7 for i in range(8)])
 
 
+# ---- BEiT
+
+
+def test_a_relative_position_bias_by_hand() -> None:
+    """A 2 x 2 grid has 3 x 3 offsets, by rows from (-1, -1); then the pairs of the class token."""
+    bias = RelativePositionBias(2, 1)
+    with torch.no_grad():
+        bias.relative_position_bias_table.copy_(torch.arange(12.0)[:, None])
+    expected = [
+        [11, 9, 9, 9, 9],
+        [10, 4, 3, 1, 0],
+        [10, 5, 4, 2, 1],
+        [10, 7, 6, 4, 3],
+        [10, 8, 7, 5, 4],
+    ]
+    offsets = relative_offsets(2, 2, torch.zeros(()))
+    assert bias(offsets, 2, 2).tolist() == [[expected]]
+
+
+def test_relative_position_biases_of_another_grid_are_resized() -> None:
+    """A window of 2 on a grid of 1 x 3: of 3 x 3 biases the middle row, resized to 5."""
+    bias = RelativePositionBias(2, 1)
+    with torch.no_grad():
+        bias.relative_position_bias_table[3:6, 0] = torch.tensor([0.0, 1.0, 5.0])
+    resized = F.interpolate(torch.tensor([[[0.0, 1.0, 5.0]]]), 5, mode="linear")[0, 0]
+    offsets = relative_offsets(1, 3, torch.zeros(()))
+    expected = torch.stack([resized[2 + at - torch.arange(3)] for at in range(3)])
+    torch.testing.assert_close(bias(offsets, 1, 3)[0, 0, 1:, 1:], expected)
+
+
+@pytest.mark.parametrize("size", [(65, 97), (16, 16)])
+def test_beit_of_any_size(size: tuple[int, int]) -> None:
+    beit = small_beit()
+    features = beit(image(*size, batch=2))
+    for feature, stride in zip(features, beit.strides, strict=True):
+        assert feature.shape == (2, 16, *(-(-side // stride) for side in size))
+    torch.stack([feature.square().mean() for feature in features]).sum().backward()
+    for name, parameter in beit.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    beit.eval()
+    pair = image(*size, batch=2)
+    with torch.no_grad():
+        for together, alone in zip(beit(pair), beit(pair[1:]), strict=True):
+            torch.testing.assert_close(together[1:], alone)
+
+
+def test_beits_pyramid_is_of_the_authors_blocks() -> None:
+    assert small_beit().outputs == [4, 6, 8, 12]
+    assert small_beit(depth=24).outputs == [8, 12, 16, 24]
+
+
 # ---- HRNet and SE-ResNet
 
 
@@ -632,7 +691,7 @@ def test_an_impossible_output_stride_is_refused() -> None:
 # ---- checkpointing
 
 
-@pytest.mark.parametrize("name", ["swin", "mit", "hrnet", "convnext", "vit"])
+@pytest.mark.parametrize("name", ["swin", "mit", "hrnet", "convnext", "vit", "beit"])
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     def gradients(checkpointing: bool) -> tuple[list[Tensor], int]:
         torch.manual_seed(0)
@@ -643,6 +702,8 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
             backbone = small_mit(drop_path=0.5, checkpointing=checkpointing)
         elif name == "hrnet":
             backbone = HRNet(width=4, checkpointing=checkpointing)
+        elif name == "beit":
+            backbone = small_beit(drop_path=0.5, checkpointing=checkpointing)
         elif name == "vit":
             backbone = small_vit(drop_path=0.5, checkpointing=checkpointing)
         else:

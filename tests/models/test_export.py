@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkit.core.errors import SegkitError
+from segkit.models.backbones.beit import BEiT
 from segkit.models.backbones.swin import Swin
 from segkit.models.decoders import DECODERS
 from segkit.models.export import export
@@ -81,6 +82,16 @@ def small_swin(version: Any) -> Segmenter:
 @pytest.mark.parametrize("version", [1, 2])
 def test_swin_gives_the_same_logits_with_one_window_or_more(version: Any, tmp_path: Path) -> None:
     check(small_swin(version), tmp_path / "model.pt2", (*SIZES, (1, 224, 448), (1, 256, 500)))
+
+
+@pytest.mark.slow
+def test_beit_gives_the_same_logits_on_any_grid(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    beit = BEiT(width=8, depth=12, heads=2, window=3)
+    for block in beit.blocks:
+        nn.init.normal_(block.position_bias.relative_position_bias_table)
+    shape = {"channels": beit.channels, "strides": beit.strides, "num_classes": 3}
+    check(Segmenter(beit, DECODERS["pspnet"](**shape, width=8)), tmp_path / "model.pt2")
 
 
 FAMILIES = (

@@ -25,11 +25,13 @@ from segkit.commands.weights import main
 from segkit.core import checkpoint
 from segkit.core.errors import CheckpointError
 from segkit.models.backbones import BACKBONES
+from segkit.models.backbones.beit import BEiT
 from segkit.models.backbones.hrnet import HRNet
 from segkit.models.backbones.swin import Swin
 from segkit.models.backbones.torchvision import convnext, deep_stem, half_resnet18, resnet
 from segkit.models.decoders import DECODERS
 from segkit.models.pretrained import Report, load_file
+from segkit.models.pretrained.beit import resize_table, spline_matrix
 from segkit.models.pretrained.loading import windows
 from segkit.models.pretrained.reading import read_file
 from segkit.models.pretrained.recognition import recognize
@@ -604,6 +606,62 @@ def test_shapes_that_cannot_be(project: str, change: State, sentence: str) -> No
     theirs = swin_names(project, random_state(model.backbone)) | change
     with pytest.raises(CheckpointError, match=f"theirs: .*{sentence}"):
         load_state(model, theirs, source="theirs")
+
+
+# ---- BEiT
+
+
+def test_a_spline_through_five_values_by_mathematics() -> None:
+    """It is exact for cubic polynomials, wherever the values are."""
+    at = torch.tensor([-4.0, -1.0, 0.0, 1.0, 4.0], dtype=torch.float64)
+    where = torch.arange(-5, 6, dtype=torch.float64)
+    matrix = spline_matrix(at, where)
+    for power in range(4):
+        torch.testing.assert_close(matrix @ at**power, where**power)
+
+
+def test_beits_position_biases_keep_near_and_far_offsets() -> None:
+    """Offsets of -1, 0, 1 and the class token stay; the farthest are the new grid's farthest."""
+    table = torch.randn(9**2 + 3, 2, generator=torch.Generator().manual_seed(0))
+    resized = resize_table(table, 15**2 + 3)
+    assert torch.equal(resized[-3:], table[-3:])
+    old, new = table[:-3].reshape(9, 9, 2), resized[:-3].reshape(15, 15, 2)
+    torch.testing.assert_close(new[6:9, 6:9], old[3:6, 3:6])
+    torch.testing.assert_close(new[::14, ::14], old[::8, ::8], rtol=1e-3, atol=1e-3)
+
+
+def test_beits_window_may_differ_and_is_named() -> None:
+    def model(window: int) -> Segmenter:
+        beit = BEiT(width=8, depth=12, heads=2, window=window)
+        return Segmenter(beit, nn.Identity())
+
+    source, other = model(3).backbone, model(5)
+    for name, value in source.named_parameters():
+        if name.endswith("bias_table"):
+            nn.init.normal_(value)
+    names = (
+        (r"\.position_bias\.", ".attn."),
+        (r"\.ls([12])\.gamma", r".gamma_\1"),
+        (r"attn\.qkv\.bias", "attn.q_bias"),
+    )
+    state = renamed(source.state_dict(), *names)
+    for name in [name for name in state if name.endswith("q_bias")]:
+        query, _, value = state[name].chunk(3)
+        state |= {name: query, name.replace("q_bias", "v_bias"): value}
+    neck = ((r"^neck\.levels\.0\.", "fpn1."), (r"^neck\.levels\.1\.", "fpn2.0."))
+    segmentation = {f"backbone.{name}": x for name, x in renamed(state, *neck).items()}
+    assert not load_state(model(3), segmentation, source="theirs").initialized
+    state = {name: value for name, value in state.items() if not name.startswith("neck.")}
+    report = load_state(other, state, source="theirs")
+    assert report.notes == ("position biases resized from window 3 to 5",)
+    assert all(name.startswith("backbone.neck.") for name in report.initialized)
+    ours = other.backbone.state_dict()
+    table = "blocks.7.position_bias.relative_position_bias_table"
+    assert torch.equal(ours[table], resize_table(source.state_dict()[table], 84))
+    assert torch.equal(ours["blocks.3.attn.proj.weight"], state["blocks.3.attn.proj.weight"])
+    del state["blocks.11.gamma_2"]
+    with pytest.raises(CheckpointError, match=r"'blocks\.11\.ls2\.gamma' is missing"):
+        load_state(other, state, source="theirs")
 
 
 # ---- whole models

@@ -17,6 +17,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from segkit.core import config, distributed
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
+from segkit.models.backbones.beit import BEiT
 from segkit.models.backbones.convnextv2 import ResponseNormBlock
 from segkit.models.backbones.hrnet import HRNet
 from segkit.models.backbones.mit import MiT
@@ -260,6 +261,7 @@ TINY: dict[str, Callable[[], nn.Module]] = {
     "ViT with rotary positions": partial(
         ViT, width=8, depth=4, heads=1, patch=16, positions=0, registers=2, gated=True
     ),
+    "BEiT": partial(BEiT, width=8, depth=12, heads=2, window=2),
     "HRNet": partial(HRNet, width=4),
     "SE-ResNet": seresnet((1, 1, 1, 1)),
     "UNet": partial(BACKBONES["unet"], width=4),

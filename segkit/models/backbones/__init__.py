@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from segkit.models.backbones import (
+    beit,
     convnextv2,
     efficientnet_lite,
     hrnet,
@@ -26,4 +27,5 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **seresnet.BACKBONES,
     **unet.BACKBONES,
     **vit.BACKBONES,
+    **beit.BACKBONES,
 }

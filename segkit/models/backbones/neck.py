@@ -1,11 +1,14 @@
 """A pyramid of feature maps from maps of one stride, for plain Vision Transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 
 from segkit.models.layers import resize
+
+_layer_norm = partial(LayerNorm2d, eps=1e-6)
 
 
 class PyramidNeck(nn.Module):
@@ -17,6 +20,8 @@ class PyramidNeck(nn.Module):
 
     Args:
         width: Channels of the maps.
+        norm: Makes the norm between the transposed convolutions of the finest map: LayerNorm in
+            ViTDet, BatchNorm in BEiT.
 
     Shape:
         maps[i]: (B, width, h, w)
@@ -27,7 +32,7 @@ class PyramidNeck(nn.Module):
 
     strides = (4, 8, 16, 32)
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: Callable[[int], nn.Module] = _layer_norm) -> None:
         super().__init__()
 
         def double() -> nn.ConvTranspose2d:
@@ -35,7 +40,7 @@ class PyramidNeck(nn.Module):
 
         self.levels = nn.ModuleList(
             [
-                nn.Sequential(double(), LayerNorm2d(width, eps=1e-6), nn.GELU(), double()),
+                nn.Sequential(double(), norm(width), nn.GELU(), double()),
                 double(),
                 nn.Identity(),
                 nn.MaxPool2d(2, ceil_mode=True),

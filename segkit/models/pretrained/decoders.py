@@ -61,6 +61,13 @@ _PYRAMID = (
     (r"^decode_head\.fpn_bottleneck\.", "decoder.fuse."),
     *_CONV_NORM,
 )
+_BEIT = (  # names of transformers 5 in memory; those on disk are mmsegmentation's
+    (r"^decode_head\.psp_modules\.blocks\.(\d)\.conv\.", r"decode_head.psp_modules.\1.1."),
+    (r"^decode_head\.psp_bottleneck\.", "decode_head.bottleneck."),
+    (r"^(\w+_head\..*)\.convolution\.", r"\1.conv."),
+    (r"^(\w+_head\..*)\.normalization\.", r"\1.bn."),
+    *_PYRAMID,
+)
 _CONTEXT = r"^decode_head\.1\.object_context_block"
 _OCR = (
     (r"^decode_head\.0\.convs\.0\.", "decoder.regions.0."),
@@ -103,6 +110,8 @@ def find_mmsegmentation(state: State) -> Project | None:
     bins = {"decoder.bins": (1, 2, 3, 6)}
     if not has(state, r"decode_head\."):
         return None
+    if has(state, r"decode_head\.lateral_convs\.", r"beit\."):
+        return Project("UPerNet of Hugging Face", ("upernet",), _BEIT, settings=bins, prefix="")
     if has(state, r"decode_head\.lateral_convs\.0\.batch_norm\."):
         return Project("UPerNet of Hugging Face", ("upernet",), _PYRAMID, settings=bins)
     if has(state, r"decode_head\.lateral_convs\."):

@@ -17,7 +17,7 @@ from segkit.core.errors import CheckpointError, quoted
 from segkit.models.backbones import BACKBONES
 from segkit.models.backbones.inputs import MOST_CHANNELS, adapt_rgb, first_convolution
 from segkit.models.layers import Classifier
-from segkit.models.pretrained import swin
+from segkit.models.pretrained import beit, swin
 from segkit.models.pretrained.names import State
 from segkit.models.pretrained.reading import read_file
 from segkit.models.pretrained.recognition import Weights, recognize, recorded_settings
@@ -237,7 +237,7 @@ def _input_channels(backbone: nn.Module, weights: Weights) -> int:
 
 
 def windows(weights: Weights) -> list[int]:
-    """Return the windows of a Swin's position biases; nothing for other backbones."""
+    """Return the windows of the position biases of a Swin or BEiT; nothing for other backbones."""
     tables = [v for k, v in weights.backbone.tensors.items() if k.endswith(_TABLES) and v.ndim]
     return sorted({_window(table) for table in tables})
 
@@ -266,7 +266,9 @@ def _fit_backbone(
         elif tensor.shape != value.shape:
             sides = f"from window {_window(tensor)} to {_window(value)}"
             notes[f"position biases resized {sides}"] = None
-            tensor = swin.resize_bias_table(tensor, value.shape[0])
+            with_class_token = value.shape[0] != swin.side(value.shape[0]) ** 2
+            resized = beit.resize_table if with_class_token else swin.resize_bias_table
+            tensor = resized(tensor, value.shape[0])
         entries[f"backbone.{name}"] = tensor
     return entries, left, list(notes)
 
@@ -346,7 +348,8 @@ def _part(name: str) -> str:
 def _resizable(name: str, have: torch.Size, want: torch.Size) -> bool:
     if not name.endswith("relative_position_bias_table") or len(have) != 2:
         return False
-    return have[1] == want[1] and swin.side(have[0]) ** 2 == have[0]
+    others = [entries - swin.side(entries) ** 2 for entries in (have[0], want[0])]
+    return have[1] == want[1] and others[0] == others[1] in (0, 3)
 
 
 def _window(table: Tensor) -> int:

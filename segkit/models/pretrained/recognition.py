@@ -14,6 +14,7 @@ from segkit.core.errors import CheckpointError, SegkitError
 from segkit.models.backbones import BACKBONES
 from segkit.models.decoders import DECODERS
 from segkit.models.pretrained import convnets
+from segkit.models.pretrained.beit import find_beit
 from segkit.models.pretrained.decoders import OWN, find_decoder
 from segkit.models.pretrained.mit import find_mit
 from segkit.models.pretrained.names import Entries, Project, State
@@ -111,6 +112,7 @@ def _find_backbone(state: State) -> Project | None:
         find_swin(state)
         or find_mit(state)
         or find_vit(state)
+        or find_beit(state)
         or convnets.find_efficientnet(state)
         or convnets.find_convnext(state)
         or convnets.find_hrnet(state)

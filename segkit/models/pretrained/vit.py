@@ -41,7 +41,7 @@ def find_vit(state: State) -> Project | None:
         if has(state, r"(\w+\.)?embeddings\.position_embeddings"):
             return _dinov2("Hugging Face's", _HUGGING_FACE)
         mlp = _GATED if has(state, r".*\.mlp\.gate_proj\.") else _PLAIN
-        return _dinov3("Hugging Face", (*_HUGGING_FACE, *mlp), _with_key_bias)
+        return _dinov3("Hugging Face", (*_HUGGING_FACE, *mlp), with_key_bias)
     return None
 
 
@@ -84,7 +84,7 @@ def _with_class_position(name: str, tensor: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(tensor[:, :1]), tensor], 1)
 
 
-def _with_key_bias(name: str, tensor: Tensor) -> Tensor:
+def with_key_bias(name: str, tensor: Tensor) -> Tensor:
     """Return the bias of query, key and value from that of query and value; DINOv3 has no other."""
     if not name.endswith("attn.qkv.bias"):
         return tensor

@@ -1,0 +1,193 @@
+"""BEiT: a Vision Transformer whose blocks have relative position biases."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from segkit.core.backend import is_exporting
+from segkit.core.config import check_bounds
+from segkit.models.backbones.inputs import set_in_channels
+from segkit.models.backbones.neck import PyramidNeck
+from segkit.models.backbones.stages import refuse_dilation
+from segkit.models.layers import BatchNorm2d, resize
+from segkit.models.transformer import Block
+
+PATCH = 16
+
+
+class BEiT(nn.Module):
+    """BEiT with the pyramid of transposed convolutions of its authors' segmentation models.
+
+    Bao et al. 2022, https://arxiv.org/abs/2106.08254
+
+    Args:
+        width: Channels of the tokens.
+        depth: Number of blocks, a multiple of 12.
+        heads: Attention heads.
+        window: Side of the grid of patches that the position biases are for: a sixteenth of the
+            side of the images that the weights were trained with.
+        scale: Initial value of LayerScale.
+        drop_path: Probability of stochastic depth of the last block; it grows linearly from 0.
+        checkpointing: Do not store activations inside blocks; recompute them in backward.
+        in_channels: Channels of the image.
+
+    Shape:
+        image: (B, in_channels, H, W)
+        features[i]: (B, width, H / strides[i], W / strides[i]), rounded up
+
+    Departs from the authors: an image whose sides are not multiples of 16 is resized to the next
+    ones, and an odd row or column of patches is pooled too; position biases are resized bilinearly
+    if the image has another grid than the window's; keys have a bias, which changes no output.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        window: int = 14,
+        scale: float = 0.1,
+        drop_path: float = 0.1,
+        checkpointing: bool = False,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        self.checkpointing, self.in_channels = checkpointing, in_channels
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, PATCH, stride=PATCH)))
+        set_in_channels(self.patch_embed, in_channels)
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
+        self.blocks = nn.ModuleList(
+            RelativeBlock(width, heads, window, scale, drop_path * i / (depth - 1))
+            for i in range(depth)
+        )
+        self.neck = PyramidNeck(width, BatchNorm2d)
+        self.strides = self.neck.strides
+        self.channels = (width,) * 4
+        self.outputs = [depth * twelfths // 12 for twelfths in (4, 6, 8, 12)]
+        self.output_modules = [f"neck.levels.{i}" for i in range(4)]
+        self.stages = tuple(
+            (
+                *(("patch_embed.proj", "cls_token") * (start == 0)),
+                *(f"blocks.{i}" for i in range(start, end)),
+            )
+            for start, end in zip((0, *self.outputs), self.outputs, strict=False)
+        )
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        height, width = image.shape[-2:]
+        rows, columns = ((side + PATCH - 1) // PATCH for side in (height, width))
+        image = resize(image, (rows * PATCH, columns * PATCH))
+        x = self.patch_embed(image).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
+        offsets = relative_offsets(rows, columns, x)
+        maps = []
+        for number, block in enumerate(self.blocks, 1):
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, offsets, rows, columns, use_reentrant=False)
+            else:
+                x = block(x, offsets, rows, columns)
+            if number in self.outputs:
+                maps.append(x[:, 1:].transpose(1, 2).unflatten(2, (rows, columns)))
+        return self.neck(maps, height, width)
+
+
+class RelativeBlock(Block):
+    """A block of a Vision Transformer whose attention has a relative position bias.
+
+    Shape:
+        x: (B, 1 + rows * columns, width) -> the same; the first token is the class token
+        offsets: (rows * columns, rows * columns), of :func:`relative_offsets`
+    """
+
+    def __init__(self, width: int, heads: int, window: int, scale: float, drop_path: float) -> None:
+        super().__init__(width, heads, hidden=4 * width, drop_path=drop_path)
+        self.position_bias = RelativePositionBias(window, heads)
+        for layer_scale in (self.ls1, self.ls2):
+            nn.init.constant_(layer_scale.gamma, scale)
+
+    def forward(self, x: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:  # type: ignore[override]
+        return super().forward(x, None, self.position_bias(offsets, rows, columns).to(x.dtype))
+
+
+class RelativePositionBias(nn.Module):
+    """A bias of attention for each offset between two patches, and for pairs with the class token.
+
+    Shape:
+        result: (1, heads, 1 + rows * columns, 1 + rows * columns), of queries and keys
+    """
+
+    def __init__(self, window: int, heads: int) -> None:
+        super().__init__()
+        self.window = window
+        # The last three are of the class token to patches, of patches to it, and to itself.
+        entries = (2 * window - 1) ** 2 + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, heads))
+
+    def forward(self, offsets: Tensor, rows: int, columns: int) -> Tensor:
+        table = self.relative_position_bias_table.T
+        grid = table[:, :-3]
+        if is_exporting() or (rows, columns) != (self.window, self.window):
+            grid = grid.unflatten(1, (2 * self.window - 1, 2 * self.window - 1))[None]
+            size = 2 * rows - 1, 2 * columns - 1
+            grid = F.interpolate(grid, size, mode="bilinear").flatten(2)[0]
+        bias = grid[:, offsets]
+        from_class, to_class, itself = table[:, -3:, None].unbind(1)
+        patches = offsets.shape[0]
+        bias = torch.cat([to_class[:, None].expand(-1, patches, 1), bias], 2)
+        first = torch.cat([itself, from_class.expand(-1, patches)], 1)
+        return torch.cat([first[:, None], bias], 1)[None]
+
+
+def relative_offsets(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return the index of the offset of each pair of patches among all offsets, by rows.
+
+    Args:
+        rows, columns: Patches of the grid.
+        like: A tensor on the device.
+
+    Shape:
+        result: (rows * columns, rows * columns), below (2 rows - 1) * (2 columns - 1)
+    """
+    row = torch.arange(rows, device=like.device).repeat_interleave(columns)
+    column = torch.arange(columns, device=like.device).repeat(rows)
+    down, across = row[:, None] - row + rows - 1, column[:, None] - column + columns - 1
+    return down * (2 * columns - 1) + across
+
+
+def beit(width: int, depth: int, heads: int, scale: float) -> Callable[..., BEiT]:
+    """Return a function that builds BEiT of this size."""
+
+    def build(
+        *,
+        window: int = 14,
+        drop_path: float = 0.1,
+        checkpointing: bool = False,
+        in_channels: int = 3,
+        output_stride: int = 32,
+    ) -> BEiT:
+        refuse_dilation("BEiT", output_stride)
+        check_bounds(2, 1024, window=window)
+        check_bounds(0, 1, drop_path=drop_path)
+        return BEiT(
+            width=width,
+            depth=depth,
+            heads=heads,
+            window=window,
+            scale=scale,
+            drop_path=drop_path,
+            checkpointing=checkpointing,
+            in_channels=in_channels,
+        )
+
+    return build
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "beit_b": beit(768, 12, 12, 0.1),
+    "beit_l": beit(1024, 24, 16, 1e-5),
+}
