@@ -5,6 +5,7 @@ BatchNorm too, carried over by :mod:`segkit.models.pretrained`, run on one image
 largest difference is below 1e-4 of the largest value.
 """
 
+import importlib
 import os
 import re
 from pathlib import Path
@@ -648,3 +649,57 @@ def test_timms_dinov2(registers: bool) -> None:
     tokens = theirs.forward_features(image(518, 518))[:, 5 if registers else 1 :]
     (feature,) = model.backbone(image(518, 518))
     equal(feature.flatten(2).transpose(1, 2), tokens)
+
+
+def eomt(annealing: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Segmenter, nn.Module]:
+    """A model of transformers, and here with its weights."""
+    transformers = pytest.importorskip("transformers")
+    modeling = importlib.import_module("transformers.models.eomt.modeling_eomt")
+    monkeypatch.setattr(modeling, "requires_backends", lambda *_: None)  # scipy, for its loss
+    theirs = fill(
+        transformers.EomtForUniversalSegmentation(
+            transformers.EomtConfig(
+                hidden_size=384, num_attention_heads=6, num_hidden_layers=12, image_size=96,
+                patch_size=16, num_register_tokens=4, num_blocks=4, num_queries=7,
+                num_labels=CLASSES,
+            )
+        )
+    )  # fmt: skip
+    theirs.embeddings.register_tokens.normal_()
+    vit = {"name": "vit_s_dinov2_reg", "patch": 16, "positions": 6}
+    model = build_model(
+        {**vit, "output": "tokens", "omitted_blocks": 4},
+        {"name": "eomt", "queries": 7, "annealing": annealing},
+        num_classes=CLASSES,
+    )
+    report = load_state(model, theirs.state_dict(), source="theirs")
+    assert set(report.initialized) == {"decoder.forward_passes"}
+    return model.eval(), theirs
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@torch.no_grad()
+def test_transformers_eomt(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, theirs = eomt(1000 * masked, monkeypatch)
+    theirs.attn_mask_probs.fill_(masked)
+    result = theirs(image(96, 96))
+    shares = result.class_queries_logits.softmax(2)[..., :-1]
+    expected = torch.einsum("bqc,bqhw->bchw", shares, result.masks_queries_logits.sigmoid())
+    out = model.decoder(model.backbone(image(96, 96)))["out"]
+    equal(out.softmax(1), expected / expected.sum(1, keepdim=True))
+
+
+@torch.no_grad()
+def test_a_vit_is_divided_between_backbone_and_eomt() -> None:
+    theirs = dino("Dinov2", patch_size=14, image_size=84)
+    vit = {"name": "vit_s_dinov2", "positions": 6}
+    whole = backbone("vit_s_dinov2", theirs, positions=6, output="map")
+    model = build_model(
+        {**vit, "output": "tokens", "omitted_blocks": 3}, {"name": "eomt", "blocks": 3},
+        num_classes=CLASSES,
+    )  # fmt: skip
+    report = load_state(model, theirs.state_dict(), source="theirs")
+    assert not any(".blocks." in name or "norm" in name for name in report.initialized)
+    for i, block in enumerate(model.decoder.blocks):
+        for name, value in block.state_dict().items():
+            assert torch.equal(value, whole.backbone.blocks[9 + i].state_dict()[name])

@@ -16,7 +16,7 @@ LAYERS = ["core", "augment", "data", "models", "training", "inference", "report"
 MODEL_LAYERS = [
     {"kernels"},
     {"layers"},
-    {"queries"},
+    {"queries", "transformer"},
     {"backbones", "decoders"},
     {"pretrained"},
     {"segmenter"},
@@ -24,7 +24,8 @@ MODEL_LAYERS = [
 ]
 """The order within ``segkit.models``; ``export`` stands alone.
 
-``queries`` is what mask transformers, their loss and the segmenter agree on.
+``queries`` is what mask transformers, their loss and the segmenter agree on; ``transformer`` has
+the blocks of Vision Transformers, some of which are in the decoder ``eomt``.
 """
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -62,7 +63,8 @@ def test_imports_go_down(path: Path) -> None:
         if package == target == "models" and inner[0] != rest[0] and inner[0] != "export":
             assert model_layer(rest[0]) < model_layer(inner[0]), f"{path.name} imports {name}"
         if package == "models" and inner[0] == "decoders" and inner[1] != "__init__":
-            lower = ("layers", "kernels", "queries", "decoders.pixel_decoders")  # of mask2former
+            # Pixel decoders are mask2former's; eomt has blocks of a transformer.
+            lower = ("layers", "kernels", "queries", "transformer", "decoders.pixel_decoders")
             allowed = ("segkit.core", *(f"segkit.models.{part}" for part in lower))
             assert name.startswith(allowed)
 

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
+from segkit.core.errors import ConfigError
 from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.neck import PyramidNeck
 from segkit.models.backbones.stages import refuse_dilation
 from segkit.models.layers import resize
 from segkit.models.transformer import Block, Rotary, rotary_positions
 
-Output = Literal["pyramid", "map"]
-"""``pyramid``: strides 4 to 32, by a neck; ``map``: the patches of the last block alone."""
+Output = Literal["pyramid", "map", "tokens"]
+"""``pyramid``: strides 4 to 32, by a neck; ``map``: the patches of the last block alone;
+``tokens``: the patches and the other tokens before the last norm, for the decoder ``eomt``."""
 
 
 class ViT(nn.Module):
@@ -41,14 +43,16 @@ class ViT(nn.Module):
         gated: SwiGLU in place of the MLPs.
         eps: Of the norms.
         output: A pyramid from the blocks at a quarter, half, three quarters and the end, or the
-            last map alone. Each is normalized by the last norm.
+            last map alone, each normalized by the last norm; or the last tokens.
+        omitted_blocks: Number of last blocks that this network does not have, for ``eomt``.
         drop_path: Probability of stochastic depth of the last block; it grows linearly from 0.
         checkpointing: Do not store activations inside blocks; recompute them in backward.
         in_channels: Channels of the image.
 
     Shape:
         image: (B, in_channels, H, W)
-        features[i]: (B, width, H / strides[i], W / strides[i]), rounded up
+        features[i]: (B, width, H / strides[i], W / strides[i]), rounded up; of ``tokens`` the
+            second is (B, width, 1 + registers, 1)
 
     Departs from DINOv2: an image whose sides are not multiples of the patch is resized to the next
     ones, and learned positions are resized without the offset of 0.1 and without antialiasing.
@@ -67,6 +71,7 @@ class ViT(nn.Module):
         gated: bool = False,
         eps: float = 1e-6,
         output: Output = "pyramid",
+        omitted_blocks: int = 0,
         drop_path: float = 0.0,
         checkpointing: bool = False,
         in_channels: int = 3,
@@ -82,19 +87,22 @@ class ViT(nn.Module):
         self.pos_embed = _tokens(positions**2 + 1, width) if positions else None
         block = partial(Block, width, heads, hidden=hidden or 4 * width, gated=gated, eps=eps)
         rates = (drop_path * i / max(1, depth - 1) for i in range(depth))
-        self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
-        self.norm = nn.LayerNorm(width, eps=eps)
+        blocks = [block(drop_path=rate) for rate in rates]
+        depth -= omitted_blocks
+        self.blocks = nn.ModuleList(blocks[:depth])
+        self.norm = nn.LayerNorm(width, eps=eps) if output != "tokens" else None
         self.neck = PyramidNeck(width) if output == "pyramid" else None
         ends = [depth * quarter // 4 for quarter in (1, 2, 3, 4)]
         self.outputs = ends if self.neck else [depth]
-        self.strides = self.neck.strides if self.neck else (patch,)
+        self.strides = {"map": (patch,), "tokens": (patch, patch)}.get(output, PyramidNeck.strides)
         self.channels = (width,) * len(self.strides)
-        self.output_modules = [f"neck.levels.{i}" for i in range(4)] if self.neck else ["norm"]
+        if self.neck:
+            self.output_modules = [f"neck.levels.{i}" for i in range(4)]
         self.stages = tuple(
             (
                 *(("patch_embed.proj", "cls_token", "register_tokens", "pos_embed") * (start == 0)),
                 *(f"blocks.{i}" for i in range(start, end)),
-                *(["norm"] if end == depth else []),
+                *(["norm"] if end == depth and self.norm else []),
             )
             for start, end in zip((0, *ends), ends, strict=False)
         )
@@ -114,8 +122,11 @@ class ViT(nn.Module):
             else:
                 x = block(x, rotary)
             if number in self.outputs:
-                patches = self.norm(x)[:, -rows * columns :]
-                maps.append(patches.transpose(1, 2).unflatten(2, (rows, columns)))
+                normalized = self.norm(x) if self.norm else x
+                patches = normalized[:, -rows * columns :]
+                maps.append(patches.mT.unflatten(2, (rows, columns)))
+        if self.norm is None:
+            return [*maps, x[:, : -rows * columns].mT[..., None]]
         return self.neck(maps, height, width) if self.neck else maps
 
     def embed(self, image: Tensor, rows: int, columns: int) -> Tensor:
@@ -144,12 +155,17 @@ def _tokens(number: int, width: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, number, width), std=0.02))
 
 
-def vit(width: int, depth: int, heads: int, **options: object) -> Callable[..., ViT]:
+def vit(
+    width: int, depth: int, heads: int, *, patch: int, positions: int, **options: Any
+) -> Callable[..., ViT]:
     """Return a function that builds a ViT of this size."""
 
     def build(
         *,
+        patch: int = patch,
+        positions: int = positions,
         output: Output = "pyramid",
+        omitted_blocks: int = 0,
         drop_path: float = 0.0,
         checkpointing: bool = False,
         in_channels: int = 3,
@@ -157,22 +173,30 @@ def vit(width: int, depth: int, heads: int, **options: object) -> Callable[..., 
     ) -> ViT:
         refuse_dilation("ViT", output_stride)
         check_bounds(0, 1, drop_path=drop_path)
+        check_bounds(1, 1024, patch=patch)
+        check_bounds(0, 1024, positions=positions)
+        check_bounds(0, depth - 4, omitted_blocks=omitted_blocks)
+        if omitted_blocks and output != "tokens":
+            raise ConfigError(f'omitted_blocks: needs output "tokens", got "{output}"')
         return ViT(
             width=width,
             depth=depth,
             heads=heads,
+            patch=patch,
+            positions=positions,
             output=output,
+            omitted_blocks=omitted_blocks,
             drop_path=drop_path,
             checkpointing=checkpointing,
             in_channels=in_channels,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
 
     return build
 
 
-_DINOV2 = {"patch": 14, "positions": 37}
-_DINOV3 = {"patch": 16, "registers": 4, "positions": 0, "eps": 1e-5}
+_DINOV2: dict[str, Any] = {"patch": 14, "positions": 37}
+_DINOV3: dict[str, Any] = {"patch": 16, "registers": 4, "positions": 0, "eps": 1e-5}
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "vit_s_dinov2": vit(384, 12, 6, **_DINOV2),

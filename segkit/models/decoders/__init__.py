@@ -6,6 +6,7 @@ from torch import nn
 
 from segkit.models.decoders.deeplabv3 import DeepLabV3
 from segkit.models.decoders.deeplabv3plus import DeepLabV3Plus
+from segkit.models.decoders.eomt import EoMT
 from segkit.models.decoders.fcn import FCN
 from segkit.models.decoders.mask2former import Mask2Former
 from segkit.models.decoders.ocrnet import OCRNet
@@ -20,6 +21,7 @@ from segkit.models.decoders.upernet import UPerNet
 DECODERS: dict[str, Callable[..., nn.Module]] = {
     "deeplabv3": DeepLabV3,
     "deeplabv3plus": DeepLabV3Plus,
+    "eomt": EoMT,
     "fcn": FCN,
     "mask2former": Mask2Former,
     "ocrnet": OCRNet,

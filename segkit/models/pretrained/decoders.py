@@ -7,6 +7,7 @@ from torch import Tensor
 from segkit.models.pretrained.mask2former import find_mask2former
 from segkit.models.pretrained.mit import find_segformer
 from segkit.models.pretrained.names import Project, State, Substitutions, has
+from segkit.models.pretrained.vit import find_eomt
 
 NO_DECODER = "the file has no decoder"
 _OTHER_STRUCTURE = "segkit has no decoder of its structure"
@@ -28,6 +29,7 @@ def find_decoder(state: State) -> Project:
         find_segformer,
         find_mmsegmentation,
         find_mask2former,
+        find_eomt,
         find_hrnet_ocr,
         find_torchvision,
         find_smp,

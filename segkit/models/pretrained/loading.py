@@ -16,11 +16,13 @@ from segkit.core import untrusted
 from segkit.core.errors import CheckpointError, quoted
 from segkit.models.backbones import BACKBONES
 from segkit.models.backbones.inputs import MOST_CHANNELS, adapt_rgb, first_convolution
+from segkit.models.decoders.eomt import EoMT
 from segkit.models.layers import Classifier
 from segkit.models.pretrained import beit, swin
 from segkit.models.pretrained.names import State
 from segkit.models.pretrained.reading import read_file
 from segkit.models.pretrained.recognition import Weights, recognize, recorded_settings
+from segkit.models.pretrained.vit import divide_blocks
 from segkit.models.queries import QueryClassifier
 
 AUXILIARY = ("aux", "aux_classifier", "heads", "presence")
@@ -28,6 +30,9 @@ AUXILIARY = ("aux", "aux_classifier", "heads", "presence")
 
 OUTPUT_NORMS = ("norm0.", "norm1.", "norm2.", "norm3.")
 """Norms of a backbone's feature maps, which a classifier's weights do not have."""
+
+COUNTERS = ("num_batches_tracked", "forward_passes")
+"""Buffers that only count, which a file may lack."""
 
 NECK = "neck."
 """The module of a Vision Transformer that makes a pyramid, which pretrained weights lack."""
@@ -117,6 +122,9 @@ def fit(model: nn.Module, weights: Weights, *, source: str) -> tuple[dict[str, T
         CheckpointError: If the weights are not of the model's backbone.
     """
     backbone, decoder = model.get_submodule("backbone"), model.get_submodule("decoder")
+    if isinstance(decoder, EoMT) and weights.decoder != "":
+        depth = len([*backbone.get_submodule("blocks").children()])
+        weights = _with_blocks_in_decoder(weights, depth)
     _check_backbone(backbone, weights, source)
     entries, initialized, notes = _fit_backbone(backbone, weights)
     heads, left, why = _fit_decoder(decoder, weights)
@@ -146,6 +154,19 @@ def fit(model: nn.Module, weights: Weights, *, source: str) -> tuple[dict[str, T
     notes += _compare_settings(model, weights, with_decoder=not why)
     loaded, initialized = tuple(entries), initialized | left
     return entries, Report(source, weights.title, loaded, skipped, initialized, tuple(notes))
+
+
+def _with_blocks_in_decoder(weights: Weights, depth: int) -> Weights:
+    """Return the weights of a whole ViT with its blocks from ``depth`` on in the decoder."""
+    kept, moved = divide_blocks(weights.backbone.tensors, depth)
+    tensors, names = weights.backbone.tensors, weights.backbone.names
+    head = replace(
+        weights.head,
+        tensors={**weights.head.tensors, **{new: tensors[old] for old, new in moved.items()}},
+        names={**weights.head.names, **{new: names[old] for old, new in moved.items()}},
+    )
+    trunk = replace(weights.backbone, tensors=kept, names={name: names[name] for name in kept})
+    return replace(weights, backbone=trunk, head=head)
 
 
 def _check_backbone(backbone: nn.Module, weights: Weights, source: str) -> None:
@@ -304,8 +325,11 @@ def _fit_decoder(
     """Return a decoder's new entries, those that keep their values, and why all do, if so."""
     own = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
     theirs = weights.head.tensors
-    if weights.decoder is None:
-        return {}, dict.fromkeys(own, weights.reason), weights.reason
+    if weights.decoder is None:  # with a ViT's last blocks, if the decoder has them
+        moved = {
+            name: x for name, x in theirs.items() if name in own and x.shape == own[name].shape
+        }
+        return moved, dict.fromkeys(own.keys() - moved, weights.reason), weights.reason
     modules = decoder.named_modules()
     classifiers = Classifier, QueryClassifier
     heads = {f"decoder.{name}" for name, module in modules if isinstance(module, classifiers)}
@@ -317,7 +341,7 @@ def _fit_decoder(
         is_head = name.rpartition(".")[0] in heads
         tensor = theirs.get(name)
         if tensor is None:
-            if is_head or _auxiliary(name) or name.endswith("num_batches_tracked"):
+            if is_head or _auxiliary(name) or name.endswith(COUNTERS):
                 left[name] = "not in the file"
             else:
                 wrong.append(f"'{name}' is missing")

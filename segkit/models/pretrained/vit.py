@@ -1,6 +1,7 @@
 """Plain Vision Transformers by the names of Meta, timm and transformers."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -8,19 +9,22 @@ from torch import Tensor
 from segkit.models.pretrained.names import Project, State, Substitutions, has
 
 _OURS = r"(patch_embed\.proj|blocks\.\d+|norm|neck)\.|(cls_token|register_tokens|pos_embed)$"
-_IGNORED = r".*(mask_token|bias_mask|rope_embed\.periods)$|(head|classifier|local_cls_norm)\."
+_IGNORED = (
+    r".*(mask_token|bias_mask|rope_embed\.periods|attn_mask_probs)$|"
+    r"(head|classifier|local_cls_norm|criterion)\."
+)
 _HUGGING_FACE: Substitutions = (
     (r"^(?:dinov2|dinov2_with_registers|dinov3_vit)\.", ""),
     (r"^embeddings\.(cls_token|register_tokens|mask_token)$", r"\1"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.position_embeddings(?:\.weight)?$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.(?:projection\.)?", "patch_embed.proj."),
-    (r"^(?:encoder\.|model\.)?layer\.(\d+)\.", r"blocks.\1."),
+    (r"^(?:encoder\.|model\.)?layers?\.(\d+)\.", r"blocks.\1."),
     (r"^layernorm\.", "norm."),
     # Names on disk, and those of transformers 5 in memory.
     (r"\.attention\.(?:attention\.query|q_proj)\.(\w+)$", r".attn.qkv.\1/0"),
     (r"\.attention\.(?:attention\.key|k_proj)\.(\w+)$", r".attn.qkv.\1/1"),
     (r"\.attention\.(?:attention\.value|v_proj)\.(\w+)$", r".attn.qkv.\1/2"),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.attention\.(?:output\.dense|o_proj|out_proj)\.", ".attn.proj."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.gate_proj\.", ".mlp.w1."),
 )
@@ -37,7 +41,7 @@ def find_vit(state: State) -> Project | None:
         if has(state, r"rope_embed\.|storage_tokens"):
             return _dinov3("Meta", names, _without_key_bias)
         return _dinov2("Meta's or timm's", names)
-    if has(state, r"(\w+\.)?(encoder\.|model\.)?layer\.0\.layer_scale1\.lambda1"):
+    if has(state, r"(\w+\.)?(encoder\.|model\.)?layers?\.0\.layer_scale1\.lambda1"):
         if has(state, r"(\w+\.)?embeddings\.position_embeddings"):
             return _dinov2("Hugging Face's", _HUGGING_FACE)
         mlp = _GATED if has(state, r".*\.mlp\.gate_proj\.") else _PLAIN
@@ -73,15 +77,51 @@ def _dinov3(
     )
 
 
+def find_eomt(state: State) -> Project | None:
+    """Return the decoder of EoMT of transformers, if its names are these."""
+    if not has(state, r"upscale_block\.block\.0\.conv1\.", r"class_predictor\."):
+        return None
+    return Project(
+        "EoMT of Hugging Face",
+        ("eomt",),
+        (
+            (r"^query\.weight$", "decoder.query.weight"),
+            (r"^class_predictor\.", "decoder.class_head."),
+            (r"^mask_head\.fc([123])\.", lambda m: f"decoder.mask_head.{2 * int(m[1]) - 2}."),
+            (r"^upscale_block\.block\.(\d+)\.conv1\.", r"decoder.upscale.\1.0."),
+            (r"^upscale_block\.block\.(\d+)\.conv2\.", r"decoder.upscale.\1.2."),
+            (r"^upscale_block\.block\.(\d+)\.layernorm2d\.", r"decoder.upscale.\1.3."),
+        ),
+        prefix="",
+    )
+
+
 def _with_class_position(name: str, tensor: Tensor) -> Tensor:
-    """Return positions with one for the class token, 0, if there is none, as in timm's files."""
-    if (
-        name != "pos_embed"
-        or tensor.ndim != 3
-        or round(tensor.shape[1] ** 0.5) ** 2 != len(tensor[0])
-    ):
+    """Return positions with one for the class token, 0, if there is none (timm, EoMT)."""
+    if name != "pos_embed" or tensor.ndim not in (2, 3):
         return tensor
-    return torch.cat([torch.zeros_like(tensor[:, :1]), tensor], 1)
+    positions = tensor.reshape(1, *tensor.shape[-2:])
+    if round(positions.shape[1] ** 0.5) ** 2 != positions.shape[1]:
+        return tensor
+    return torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
+
+
+def divide_blocks(
+    backbone: Mapping[str, Tensor], depth: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the entries of a whole ViT that a ViT of ``depth`` blocks and ``eomt`` have.
+
+    Returns:
+        The ViT's entries, and the names in the decoder of the others: last blocks and norm.
+    """
+    moved = {}
+    for name in backbone:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block and int(block[1]) >= depth:
+            moved[name] = f"decoder.blocks.{int(block[1]) - depth}.{name[block.end() :]}"
+        elif name.startswith("norm."):
+            moved[name] = f"decoder.{name}"
+    return {name: tensor for name, tensor in backbone.items() if name not in moved}, moved
 
 
 def with_key_bias(name: str, tensor: Tensor) -> Tensor:
