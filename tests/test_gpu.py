@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyramids import PYRAMID_DECODERS
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +32,6 @@ from segkit.data.loader import EvalBatches
 from segkit.inference import soup
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import parse_views
-from segkit.models.decoders import DECODERS
 from segkit.models.kernels.fuse_relu import for_prediction
 from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
 from segkit.models.segmenter import build_model
@@ -336,7 +336,7 @@ def test_predictions_are_those_of_the_cpu(options: dict[str, Any]) -> None:
     torch.testing.assert_close(there.cpu(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(DECODERS))
+@pytest.mark.parametrize("name", PYRAMID_DECODERS)
 def test_replayed_predictions_are_those_of_ordinary_calls(name: str) -> None:
     """Up to roundings: within a graph, cuDNN and cuBLAS may choose other bf16 kernels."""
     model = build_model("swin_t" if name == "upernet" else "resnet18", name, num_classes=5)

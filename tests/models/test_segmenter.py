@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyramids import PYRAMID_DECODERS
 from ranks import run_ranks
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
@@ -159,7 +160,7 @@ def branches() -> list[nn.Module]:
     return [Swin(width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2)), HRNet(width=4)]
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", PYRAMID_DECODERS)
 def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
     torch.manual_seed(0)
     for backbone in branches():
@@ -217,7 +218,7 @@ FAMILIES = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", PYRAMID_DECODERS)
 @pytest.mark.parametrize("backbone", FAMILIES, ids=str)
 def test_every_decoder_takes_every_family(backbone: Any, decoder: str) -> None:
     model = build_model(backbone, small(decoder), num_classes=3)
@@ -231,7 +232,7 @@ def test_every_decoder_takes_every_family(backbone: Any, decoder: str) -> None:
     assert {key: tuple(x.shape) for key, x in outputs.items()} == {"out": (2, 3, 65, 97)}
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", PYRAMID_DECODERS)
 def test_one_constant_image_trains(decoder: str) -> None:
     model = build_model("mobilenet_v2", small(decoder), num_classes=3)
     outputs = model(torch.zeros(1, 3, 65, 97))
@@ -284,7 +285,7 @@ def test_every_family_is_finite_in_bfloat16(family: str) -> None:
 
 def _two_steps_of_everything() -> dict[str, float]:
     sums = {}
-    for (family, backbone), name in product(TINY.items(), DECODERS):
+    for (family, backbone), name in product(TINY.items(), PYRAMID_DECODERS):
         torch.manual_seed(0)
         encoder = backbone()
         decoder = DECODERS[name](
@@ -308,7 +309,7 @@ def _two_steps_of_everything() -> dict[str, float]:
 def test_two_ranks_find_no_parameter_unused_in_any_pair() -> None:
     # the second step fails where the first left a parameter without a gradient
     first, second = run_ranks(_two_steps_of_everything, 2)
-    assert len(first) == len(TINY) * len(DECODERS)
+    assert len(first) == len(TINY) * len(PYRAMID_DECODERS)
     assert all(math.isfinite(total) for total in first.values())
     assert first == second
 
