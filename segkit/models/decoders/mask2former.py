@@ -64,7 +64,8 @@ class Mask2Former(nn.Module):
         pixel_feedforward: int = 1024,
     ) -> None:
         super().__init__()
-        check_bounds(1, 10_000, queries=queries, layers=layers, heads=heads)
+        check_bounds(1, 10_000, queries=queries, heads=heads)
+        check_bounds(1, 100, layers=layers, pixel_layers=pixel_layers)
         if width % 4 or width % heads:
             raise ConfigError(f"width: expected a multiple of 4 and of heads={heads}, got {width}")
         self.num_classes = num_classes
