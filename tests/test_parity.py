@@ -149,6 +149,28 @@ def test_smps_unetplusplus_without_tensorflows_padding_differs_and_the_report_sa
     assert difference.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("theirs_name", "encoder"),
+    [
+        ("mit_b0", "mit_b0"),  # by NVIDIA's names
+        ("timm-efficientnet-b0", {"name": "efficientnet_b0", "like": "timm"}),
+        ("timm-tf_efficientnet_lite0", {"name": "efficientnet_lite0", "like": "timm"}),
+    ],
+)
+@torch.no_grad()
+def test_smps_other_encoders(theirs_name: str, encoder: Any) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    theirs = fill(smp.Unet(theirs_name, encoder_weights=None, classes=CLASSES))
+    ours = build_model(encoder, "fcn", num_classes=CLASSES).eval()
+    report = load_state(ours, theirs.state_dict(), source="theirs")
+    assert all(name.startswith("decoder.") for name in report.initialized)
+    features = zip(
+        ours.backbone(image(64, 96))[-4:], theirs.encoder(image(64, 96))[-4:], strict=True
+    )
+    for mine, other in features:
+        equal(mine, other)
+
+
 @pytest.mark.parametrize("output_stride", [16, 8])
 @pytest.mark.parametrize("name", ["resnet50", "se_resnet50", "efficientnet-b0"])
 @torch.no_grad()

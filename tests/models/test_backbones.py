@@ -456,6 +456,17 @@ def test_attention_with_reduced_keys_by_hand() -> None:
     torch.testing.assert_close(attention(x), expected)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (16, 90)])
+def test_mit_of_an_image_smaller_than_a_key(size: tuple[int, int]) -> None:
+    """Keys of the first stage are of 32 x 32 pixels."""
+    mit = small_mit().eval()
+    with torch.no_grad():
+        features = mit(image(*size))
+    for feature, stride in zip(features, mit.strides, strict=True):
+        assert feature.shape[-2:] == tuple(-(-side // stride) for side in size)
+        assert feature.isfinite().all()
+
+
 def test_mit_drops_paths_more_and_more() -> None:
     rates = [m.drop_path.p for m in small_mit(drop_path=0.3).modules() if hasattr(m, "drop_path")]
     assert rates == pytest.approx([0.3 * i / 7 for i in range(8)])

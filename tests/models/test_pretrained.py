@@ -1090,7 +1090,8 @@ def test_efficientnet(project: str) -> None:
     else:
         assert told == [
             "the file does not tell backbone.like, 'torchvision' in this model: timm's tf_ models "
-            "need 'tensorflow' (which is right for sides that 32 divides), its others 'timm'"
+            "need 'tensorflow' (which is right for sides that 32 divides), its others and "
+            "segmentation_models.pytorch's 'timm'"
         ]
 
 

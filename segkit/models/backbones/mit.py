@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
+from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.stages import refuse_dilation, run
@@ -132,7 +133,7 @@ class ReducedAttention(nn.Module):
     """Self-attention in which keys and values come from a map reduced by a strided convolution.
 
     Section 3.1 of the paper. As in the authors' code, rows and columns beyond a multiple of
-    ``reduction`` are in no key.
+    ``reduction`` are in no key. A map smaller than one multiple is padded with zeros.
 
     Shape:
         x: (B, h, w, width) -> (B, h, w, width)
@@ -140,7 +141,7 @@ class ReducedAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, reduction: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.reduction = heads, reduction
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
@@ -153,8 +154,11 @@ class ReducedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         reduced = x
         if self.reduce is not None and self.reduce_norm is not None:
-            reduced = self.reduce(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            reduced = self.reduce_norm(reduced)
+            whole = x.permute(0, 3, 1, 2)
+            if not is_exporting():
+                below, right = (max(0, self.reduction - side) for side in x.shape[1:3])
+                whole = F.pad(whole, (0, right, 0, below))
+            reduced = self.reduce_norm(self.reduce(whole).permute(0, 2, 3, 1))
         query = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
         both = self.kv(reduced).flatten(1, 2).unflatten(2, (2, self.heads, -1))
         key, value = both.permute(2, 0, 3, 1, 4)

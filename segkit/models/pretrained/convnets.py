@@ -29,7 +29,7 @@ def find_efficientnet(state: State) -> Project | None:
             unrecorded={
                 "backbone.like": (
                     "timm's tf_ models need 'tensorflow' (which is right for sides that 32 "
-                    "divides), its others 'timm'"
+                    "divides), its others and segmentation_models.pytorch's 'timm'"
                 )
             },
             caveats=(
