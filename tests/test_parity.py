@@ -24,6 +24,7 @@ from segkit.models.backbones.beit import BEiT, relative_offsets
 from segkit.models.decoders import DECODERS
 from segkit.models.pretrained import Report, load_file
 from segkit.models.pretrained.reading import read_file
+from segkit.models.pretrained.recognition import recognize
 from segkit.models.segmenter import Segmenter, build_model
 
 pytestmark = pytest.mark.parity
@@ -266,6 +267,20 @@ def transformers_mask2former(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
         num_labels=CLASSES,
     )
     return fill(transformers.Mask2FormerForUniversalSegmentation(about))
+
+
+def test_a_mask2former_of_other_classes_loads_all_but_its_class_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = transformers_mask2former(monkeypatch).state_dict()
+    weights = recognize(state, source="theirs")
+    assert (weights.decoder, weights.classes) == ("mask2former", CLASSES)
+    decoder = {"name": "mask2former", "pixel_layers": 2, "pixel_feedforward": 48, **MASK2FORMER}
+    report = load_state(build_model("swin_t", decoder, num_classes=3), state, source="theirs")
+    assert set(report.initialized) == {"decoder.class_head.weight", "decoder.class_head.bias"}
+    light = {**decoder, "pixel_decoder": "fpn"}
+    report = load_state(build_model("swin_t", light, num_classes=3), state, source="theirs")
+    assert all(name.startswith("backbone.") for name in report.loaded)
 
 
 @pytest.mark.parametrize("size", [(232, 232), (229, 262)])
