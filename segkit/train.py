@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -50,7 +50,7 @@ from segkit.training.evaluate import evaluate
 from segkit.training.fold_log import Clock, FoldLog
 from segkit.training.losses import Criterion
 from segkit.training.metrics import bootstrap_interval, scores
-from segkit.training.optim import build_schedule, set_lr
+from segkit.training.optim import WindowMean, build_schedule, set_lr
 from segkit.training.preparation import (
     Fold,
     TrainData,
@@ -210,7 +210,10 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
     options = step_options(cfg, device)
     net = parallelize(state.model, cfg, device)
     # Graphs would hold memory that steps need.
-    predict = build_predictor(state.averaged, cfg, device, graphs=False)
+    predictors = {
+        name: build_predictor(model, cfg, device, graphs=False)
+        for name, model in state.averages().items()
+    }
     val_batches = validation_batches(cfg, job.data.validation, fold.validation, device)
     entries = checkpoint_entries(job, fold)
     progress = distributed.Progress(
@@ -254,7 +257,7 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
         evaluated: Evaluated | None = None
         if last_step or (step_of_epoch == 0 and epoch % cfg.train.evaluate_every == 0):
             with clock.measure("evaluation"):
-                evaluated = evaluate_fold(job, fold.number, epoch, state, predict, val_batches)
+                evaluated = evaluate_fold(job, fold.number, epoch, state, predictors, val_batches)
             net.train()
             log.restart(state.step)
         due = cfg.train.save_every and state.step % cfg.train.save_every == 0
@@ -291,6 +294,10 @@ def begin_training(job: Job, fold: Fold) -> tuple[TrainState, Criterion, bool]:
     )  # fmt: skip
     if state.model.report is not None:
         job.say(state.model.report.summary())
+    if cfg.train.average:
+        total, every = fold.order.steps, fold.order.steps_per_epoch * cfg.train.evaluate_every
+        window = max(1, round(cfg.train.average * total))
+        state.window = WindowMean(state.model, window=window, every=every, total=total)
     if saved is not None:
         state.load_state_dict(saved, job.run.fold(fold.number) / "last.pt")
         epochs = saved["config"]["train"]["epochs"]
@@ -339,7 +346,8 @@ class Evaluated:
     """An evaluation that is to be saved and drawn.
 
     Args:
-        entries: Entries of the model's checkpoint: ``epoch``, ``step``, ``score``, ``iou``.
+        entries: Entries of the model's checkpoint: ``epoch``, ``step``, ``score``, ``iou``, and
+            ``average``, whose weights they are.
         ranked: (score, epoch) of the best checkpoints and of this one, from best to worst.
         draw: Functions that write the pictures and the page.
     """
@@ -354,7 +362,7 @@ def evaluate_fold(
     fold: int,
     epoch: int,
     state: TrainState,
-    predict: Predictor,
+    predictors: Mapping[str, Predictor],
     batches: EvalBatches,
 ) -> Evaluated:
     """Evaluate and log the scores.
@@ -364,23 +372,30 @@ def evaluate_fold(
         fold: Number of the fold.
         epoch: Number of epochs done.
         state: Training state; the score is added to its ``top``.
-        predict: Predictor with the model to evaluate.
+        predictors: Predictors of the averages of the model, by name; the best is drawn and saved.
         batches: The images to evaluate on.
     """
     cfg, run, source = job.cfg, job.run, job.data.validation
-    predict.model.eval()
-    distributed.share_buffers(predict.model)
-    gallery = Gallery(source, batches.indices, size=cfg.track.images)
-    with console.memory_advice(MEMORY_TO_EVALUATE.format(run=run.folder)):
-        evaluation = evaluate(predict.mask, batches, device=job.device, callback=gallery.add)
-    result = scores(evaluation.matrix)
+    tried = {}
+    for name, predict in predictors.items():
+        if name == "window" and state.window and not state.window.ends_at(state.step):
+            continue
+        predict.model.eval()
+        distributed.share_buffers(predict.model)
+        gallery = Gallery(source, batches.indices, size=cfg.track.images)
+        with console.memory_advice(MEMORY_TO_EVALUATE.format(run=run.folder)):
+            evaluation = evaluate(predict.mask, batches, device=job.device, callback=gallery.add)
+        tried[name] = scores(evaluation.matrix), evaluation, gallery
+    average = max(tried, key=lambda name: tried[name][0].miou or 0.0)
+    result, evaluation, gallery = tried[average]
     if result.miou is None:
         raise DataError(f"fold {fold}: no validation image has a labelled pixel")
     ranked = rank_best([*state.top, (result.miou, epoch)])
     if distributed.is_main():
         run.log(
             event="evaluate", fold=fold, epoch=epoch, step=state.step, **result.to_dict(),
-            interval=bootstrap_interval(evaluation.counts),
+            interval=bootstrap_interval(evaluation.counts), average=average,
+            averages={name: scored.miou for name, (scored, _, _) in tried.items()},
         )  # fmt: skip
     draw: list[Callable[[], object]] = [partial(write_run_page, run)]
     gallery.gather()
@@ -391,10 +406,12 @@ def evaluate_fold(
         else:
             draw.insert(0, show)
     state.top = ranked[: cfg.train.keep]
-    job.say(f"fold {fold} epoch {epoch}: mIoU {result.miou:.4f} (best {ranked[0][0]:.4f})")
+    whose = f" of {average}" if len(tried) > 1 else ""
+    job.say(f"fold {fold} epoch {epoch}: mIoU {result.miou:.4f}{whose} (best {ranked[0][0]:.4f})")
     if console.is_verbose():
         job.say(class_table(source.classes, result.iou))
     entries = {"epoch": epoch, "step": state.step, "score": result.miou, "iou": list(result.iou)}
+    entries["average"] = average
     return Evaluated(entries, ranked, draw)
 
 
@@ -418,7 +435,8 @@ def save_fold(
     def write() -> None:
         saved = copied()
         if evaluated is not None:
-            best = {**entries, "init": saved["init"], "model": checkpoint.weights(saved)}
+            weights = checkpoint.weights(saved, evaluated.entries["average"])
+            best = {**entries, "init": saved["init"], "model": weights}
             keep_best(folder, {**best, **evaluated.entries}, evaluated.ranked, keep)
         checkpoint.save({**entries, **saved}, folder / "last.pt", keep_previous=True)
         for draw in evaluated.draw if evaluated is not None else ():

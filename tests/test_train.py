@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from segkit.models.segmenter import build_model
 from segkit.train import keep_best, report_faults
 from segkit.train import main as train_main
 from segkit.training import preparation
+from segkit.training.evaluate import Evaluation
 from segkit.training.optim import build_schedule
 
 ROOT = Path(__file__).parents[1]
+AVERAGES = ("ema", "window")
 DRAWN = {"train": 20, "test": 5, "size": 64}
 
 
@@ -436,6 +439,40 @@ def test_an_epoch_of_few_steps_has_its_loss_told_and_logged(
     ]
     for line, event in zip(lines, steps, strict=True):
         assert f", epoch {event['epoch']} of 2, loss {event['loss']:.4g}, lr " in line
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("better", ["ema", "window"])
+def test_the_better_average_is_saved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, better: str
+) -> None:
+    monkeypatch.chdir(folder)
+    evaluated: list[Evaluation] = []
+
+    def evaluate(*arguments: Any, **options: Any) -> Evaluation:
+        """Score the average that is not the better one as wrong everywhere."""
+        result = train_module_evaluate(*arguments, **options)
+        evaluated.append(result)
+        if (better == "window") == (len(evaluated) % 2 == 1):
+            return replace(result, matrix=result.matrix.roll(1, 1) * (1 - torch.eye(11).long()))
+        return replace(result, matrix=result.matrix.sum(1).diag())
+
+    train_module_evaluate = train_module.evaluate
+    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    settings = {"train.average": 0.25, "train.epochs": 1, "track.images": 0}
+    arguments = ["--cfg", "tiny.json", "--run-dir", f"runs/{better}", "--folds", "0"]
+    train_main([*arguments, *sets(settings)])
+    assert len(evaluated) == 2  # each average once
+    state = last(folder, f"runs/{better}")
+    saved = checkpoint.load(folder / "runs" / better / "fold0" / "best.pt")
+    assert (saved["average"], saved["score"]) == (better, 1.0)
+    assert_same(saved["model"], state[better]["model"])
+    # a quarter of 2 steps is 1 step, so that the mean is the weights themselves
+    assert_same(state["window"]["model"], state["model"])
+    assert not torch.equal(*(state[name]["model"]["backbone.conv1.weight"] for name in AVERAGES))
+    [event] = [event for event in Run(folder / f"runs/{better}").events() if "averages" in event]
+    assert (event["average"], event["averages"][better]) == (better, 1.0)
+    assert f"mIoU 1.0000 of {better} (best 1.0000)" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("signals")

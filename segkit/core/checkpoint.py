@@ -219,12 +219,12 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights to predict with: the moving average if the checkpoint has one.
+def weights(state: Mapping[str, Any], name: str = "ema") -> dict[str, Tensor]:
+    """Return the weights to predict with: the average ``name`` if the checkpoint has it.
 
     Low-rank updates are merged into the weights.
     """
-    average = state.get("ema")
+    average = state.get(name)
     return merged(state["model"] if average is None else average["model"])
 
 
@@ -291,6 +291,11 @@ _COUNTS = ("fold", "epoch", "step", "bad_in_row", "bad_steps")
 _SCHEMAS: dict[str, tuple[str, Any]] = {
     "model": ("a state dict, names to tensors", {str: Tensor}),
     "ema": ("a moving average of weights", ({"model": {str: Tensor}, "updates": int}, None)),
+    "window": (
+        "a mean of weights",
+        ({"model": {str: Tensor}, "updates": int, "end": int}, None),
+    ),
+    "average": ("the name of an average", str),
     "config": ("a configuration", {str: Any}),
     "soup": ("a recipe", {str: Any}),
     "classes": ("a list of names", [str]),

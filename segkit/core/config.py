@@ -174,6 +174,13 @@ class TrainConfig:
     sync_batch_norm: bool = _setting(True, "synchronize BatchNorm over all ranks")
     deterministic: bool = _setting(False, "use deterministic algorithms only")
     ema: float | None = _setting(None, "decay of the moving average of the weights", 0, 1)
+    average: float = _setting(
+        0.0,
+        "share of all steps, such as 0.01: the mean of the weights of the last steps before each "
+        "evaluation (LAWA) is evaluated too, and saved where it scores better; 0: none",
+        0,
+        1,
+    )
     evaluate_every: int = _setting(1, "epochs between evaluations; the last is always evaluated", 1)
     save_every: int = _setting(0, "steps between saves of last.pt; 0: after each epoch only", 0)
     keep: int = _setting(3, "number of best checkpoints kept per fold", 1)

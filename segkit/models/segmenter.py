@@ -337,5 +337,5 @@ def load_model(path: Path, *, verify: bool = True) -> tuple[Segmenter, Config, d
     model = build()
     checkpoint.check_weights(model, tensors, path)
     model.load_state_dict(tensors)
-    others = {key: value for key, value in state.items() if key not in ("model", "ema")}
+    others = {key: value for key, value in state.items() if key not in ("model", "ema", "window")}
     return model.eval(), config, others

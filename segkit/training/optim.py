@@ -248,7 +248,6 @@ class EMA:
             ``min(decay, (1 + t) / (10 + t))`` at update t, counted from 0.
 
     Buffers are copied: BatchNorm's statistics are averages already, and others are integers.
-    torch's own optimizers use the same ``_foreach`` functions: a few kernels for all tensors.
     """
 
     def __init__(self, model: nn.Module, *, decay: float = 0.999) -> None:
@@ -256,18 +255,10 @@ class EMA:
         self.decay = decay
         self.updates = 0
 
-    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Update the average with ``model``'s weights, after an optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-        groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for averaged, current in zip(self.model.buffers(), model.buffers(), strict=True):
-            group = groups.setdefault(current.dtype, ([], []))
-            group[0].append(averaged)
-            group[1].append(current)
-        for targets, sources in groups.values():
-            torch._foreach_copy_(targets, sources)
+        _blend(self.model, model, 1 - decay)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -278,6 +269,67 @@ class EMA:
         """Load a state returned by :meth:`state_dict`."""
         self.updates = state["updates"]
         self.model.load_state_dict(state["model"])
+
+
+class WindowMean:
+    """Mean of a model's weights after each of the last steps before an evaluation; ``model`` is it.
+
+    Latest weight averaging (LAWA): Sanyal et al. 2023, https://arxiv.org/abs/2306.03241; a window
+    of 1 % of the steps: Ajroldi et al. 2025, https://arxiv.org/abs/2502.06761
+
+    Args:
+        model: The trained model, without DDP or other wrappers.
+        window: Number of steps; no more than ``every`` are used.
+        every: Steps between evaluations.
+        total: Number of steps of the whole run; the last is evaluated.
+
+    Departs from the papers: as the steps of evaluations are known, the weights after each step of
+    the window are summed, rather than some checkpoints held in a queue. Buffers are copied.
+    """
+
+    def __init__(self, model: nn.Module, *, window: int, every: int, total: int) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.window, self.every, self.total = window, every, total
+        self.end = self.updates = 0
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Add ``model``'s weights after a step, counted from 1, if it is in a window."""
+        end = min(-(-step // self.every) * self.every, self.total)
+        if step <= end - self.window:
+            return
+        if end != self.end:
+            self.end, self.updates = end, 0
+        self.updates += 1
+        _blend(self.model, model, 1 / self.updates)
+
+    def ends_at(self, step: int) -> bool:
+        """Return True if the mean is that of the window that ends with this step."""
+        return self.updates > 0 and self.end == step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state needed to continue exactly."""
+        return {"end": self.end, "updates": self.updates, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a state returned by :meth:`state_dict`."""
+        self.end, self.updates = state["end"], state["updates"]
+        self.model.load_state_dict(state["model"])
+
+
+@torch.no_grad()
+def _blend(averaged: nn.Module, model: nn.Module, share: float) -> None:
+    """Move an average by a share of the way to the weights of ``model``, and copy its buffers.
+
+    torch's own optimizers use the same ``_foreach`` functions: a few kernels for all tensors.
+    """
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), share)
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for old, new in zip(averaged.buffers(), model.buffers(), strict=True):
+        group = groups.setdefault(new.dtype, ([], []))
+        group[0].append(old)
+        group[1].append(new)
+    for targets, sources in groups.values():
+        torch._foreach_copy_(targets, sources)
 
 
 def _climb(step: int, warmup: int) -> float:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from segkit.core import checkpoint
 from segkit.core.errors import CheckpointError
 from segkit.models.segmenter import Segmenter
-from segkit.training.optim import EMA
+from segkit.training.optim import EMA, WindowMean
 
 
 @dataclass
@@ -24,6 +24,7 @@ class TrainState:
         optimizer: Optimizer of the model's parameters.
         scaler: Gradient scaler; enabled for fp16 only.
         ema: The moving average of the model, if there is one.
+        window: The mean of the last weights before an evaluation, if there is one.
         init: Digest of the initial weights.
         step: Number of optimizer steps taken.
         seconds: Time spent training, including evaluations.
@@ -36,6 +37,7 @@ class TrainState:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     ema: EMA | None = None
+    window: WindowMean | None = None
     init: str = ""
     step: int = 0
     seconds: float = 0.0
@@ -43,10 +45,10 @@ class TrainState:
     bad_in_row: int = 0
     bad_steps: int = 0
 
-    @property
-    def averaged(self) -> nn.Module:
-        """Return the model to evaluate: the moving average if there is one."""
-        return self.model if self.ema is None else self.ema.model
+    def averages(self) -> dict[str, nn.Module]:
+        """Return the models to evaluate by name: ``last`` or ``ema``, and ``window``."""
+        models = {"last": self.model} if self.ema is None else {"ema": self.ema.model}
+        return models if self.window is None else {**models, "window": self.window.model}
 
     def advance(self, finite: bool) -> None:
         """Count a step, and update the moving average if the step had a finite gradient."""
@@ -55,6 +57,8 @@ class TrainState:
             self.bad_in_row = 0
             if self.ema is not None:
                 self.ema.update(self.model)
+            if self.window is not None:
+                self.window.update(self.model, self.step)
         else:
             self.bad_in_row += 1
             self.bad_steps += 1
@@ -64,6 +68,7 @@ class TrainState:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
+            "window": self.window.state_dict() if self.window is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "init": self.init,
@@ -86,11 +91,13 @@ class TrainState:
         """
         checkpoint.check_weights(self.model, state["model"], path)
         self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            if state["ema"] is None:
-                raise CheckpointError(f"{path}: has no moving average, which train.ema asks for")
-            checkpoint.check_weights(self.ema.model, state["ema"]["model"], path)
-            self.ema.load_state_dict(state["ema"])
+        for name, setting in (("ema", "train.ema"), ("window", "train.average")):
+            average, saved = getattr(self, name), state.get(name)
+            if average is not None:
+                if saved is None:
+                    raise CheckpointError(f"{path}: has no average, which {setting} asks for")
+                checkpoint.check_weights(average.model, saved["model"], path)
+                average.load_state_dict(saved)
         _load_optimizer(self.optimizer, self.scaler, state, path)
         self.init, self.step, self.seconds = state["init"], state["step"], state["seconds"]
         self.top = [(score, epoch) for score, epoch in state["top"]]

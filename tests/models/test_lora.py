@@ -246,7 +246,10 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_its_best_is_plain(
         },
         "augment": {"train": [{"name": "crop", "size": [32, 32]}]},
         "optim": {"lr": 0.01, "backbone_lr_factor": 1.0, "warmup_steps": 0, "layer_decay": 0.9},
-        "train": {"epochs": 1, "batch_size": 4, "accumulate": 2, "ema": 0.5, "save_every": 1},
+        "train": {
+            **{"epochs": 1, "batch_size": 4, "accumulate": 2, "save_every": 1},
+            **{"ema": 0.5, "average": 0.9},
+        },
         "track": {"images": 0},
     }
     Path("lora.json").write_text(json.dumps(cfg))
@@ -261,12 +264,15 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_its_best_is_plain(
     steady, resumed = (checkpoint.load(Path(run) / "fold0/last.pt") for run in ("steady", "broken"))
     assert resumed["step"] == steady["step"] == 2
     assert any(name.endswith("lora.up") for name in steady["model"])
-    for part in (("model",), ("ema", "model")):
+    for part in (("model",), ("ema", "model"), ("window", "model")):
         ours, theirs = (state[part[0]] for state in (steady, resumed))
         for key in part[1:]:
             ours, theirs = ours[key], theirs[key]
         assert all(torch.equal(ours[name], theirs[name]) for name in {**ours, **theirs})
-    best = checkpoint.load(Path("steady/fold0/best.pt"))["model"]
-    assert set(best) == set(build_model("swin_tiny", DECODER, num_classes=11).state_dict())
+    best = checkpoint.load(Path("steady/fold0/best.pt"))
+    plain = build_model("swin_tiny", DECODER, num_classes=11).state_dict()
+    assert set(best["model"]) == set(plain)
+    merged = checkpoint.merged(steady[best["average"]]["model"])
+    assert all(torch.equal(best["model"][name], merged[name]) for name in plain)
     last, _, _ = load_model(Path("steady/fold0/last.pt"))
-    assert all(torch.equal(best[name], value) for name, value in last.state_dict().items())
+    assert set(last.state_dict()) == set(plain)

@@ -14,6 +14,7 @@ from segkit.training.optim import (
     EMA,
     OPTIMIZERS,
     SCHEDULES,
+    WindowMean,
     build_optimizer,
     build_schedule,
     cosine,
@@ -261,3 +262,53 @@ def test_a_restored_ema_continues_bit_for_bit() -> None:
     assert restored.updates == 2
     for name, value in ema.model.state_dict().items():
         assert torch.equal(value, restored.model.state_dict()[name]), name
+
+
+# ---- the mean of the last steps
+
+
+def scalar(value: float) -> nn.Module:
+    model = nn.BatchNorm1d(1).double()
+    nn.init.constant_(model.weight, value)
+    model.running_mean.fill_(10 * value)  # type: ignore[union-attr, operator]
+    return model
+
+
+def means(window: WindowMean, steps: range) -> dict[int, float]:
+    """The mean at the end of each window; the weight after step s is s * s."""
+    ends = {}
+    for step in steps:
+        window.update(scalar(step * step), step)
+        if window.ends_at(step):
+            ends[step] = float(window.model.weight)  # type: ignore[arg-type]
+    return ends
+
+
+def test_the_mean_is_that_of_the_last_steps_before_each_evaluation() -> None:
+    window = WindowMean(scalar(0.0), window=3, every=5, total=12)
+    ends = means(window, range(1, 13))
+    by_hand = {5: (9 + 16 + 25) / 3, 10: (64 + 81 + 100) / 3, 12: (121 + 144) / 2}
+    assert ends == pytest.approx(by_hand, rel=1e-12)
+    assert float(window.model.running_mean) == 1440  # type: ignore[arg-type]
+
+
+def test_a_window_is_no_longer_than_the_time_between_evaluations() -> None:
+    window = WindowMean(scalar(0.0), window=100, every=2, total=4)
+    assert means(window, range(1, 5)) == pytest.approx({2: 2.5, 4: 12.5}, rel=1e-12)
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_a_mean_goes_on_exactly(stop: int) -> None:
+    steady = WindowMean(scalar(0.0), window=3, every=5, total=12)
+    expected = means(steady, range(1, 13))
+    first = WindowMean(scalar(0.0), window=3, every=5, total=12)
+    before = means(first, range(1, stop + 1))
+    second = WindowMean(scalar(7.0), window=3, every=5, total=12)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert {**before, **means(second, range(stop + 1, 13))} == expected
+
+
+def test_a_window_whose_steps_all_failed_has_no_mean() -> None:
+    window = WindowMean(scalar(0.0), window=1, every=2, total=4)
+    means(window, range(1, 3))
+    assert not window.ends_at(4)
