@@ -27,6 +27,7 @@ from segkit.data import open_source
 from segkit.data.photos import PhotoSource
 from segkit.data.source import Source, background_of, positions
 from segkit.inference import soup
+from segkit.inference.calibration import sharpened
 from segkit.inference.candidate_predictor import CandidatePredictor
 from segkit.inference.candidates import (
     SOUPS,
@@ -39,15 +40,23 @@ from segkit.inference.origin import mark_folders
 from segkit.inference.outputs import PALETTES
 from segkit.inference.prediction import classes_of
 from segkit.inference.pseudo import Confidence, confident, write_pseudo_labels
-from segkit.inference.results import Results
+from segkit.inference.results import NEED_PROBABILITIES, Results
 from segkit.inference.run_soups import RunSoups
 from segkit.inference.scoring import Scorer
 from segkit.inference.trained_run import Images, TrainedRun, common_selection, labelled_digests
 from segkit.inference.tta import parse_views
 from segkit.report import write_run_page
 from segkit.training.metrics import FEW_IMAGES
+from segkit.training.objects import SIZES
 
 SCORES = "scores.json"
+SHORT = {
+    "boundary_iou": "bIoU",
+    "boundary_f": "bF",
+    **{f"recall_{size}": size for size in SIZES},
+    "ece": "ECE",
+}
+"""Headings of the second table, by key of ``details`` in ``scores.json``."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
         out, folder = prepare_folders(args, runs[0], photos.source)
         predictor = CandidatePredictor(runs, device, folder=folder, allow_leak=args.allow_leak)
         votes = VOTES if args.compare else (args.vote,)
-        scorer = Scorer(predictor, votes=votes)
+        scorer = Scorer(predictor, votes=votes, details=cfg.infer.details != "off")
         soups = RunSoups(scorer, folder, allow_leak=args.allow_leak)
         final = final_candidate(
             runs,
@@ -80,11 +89,14 @@ def main(argv: Sequence[str]) -> None:
             vote=args.vote,
             soup_of=soups.soup,
         )
+        if args.calibrate == "voters" and len(final.paths) > 1:
+            final = replace(final, name=f"{final.name} calibrated", calibrated=True)
+        temperature = predictor.temperature(final) if args.calibrate else 1.0
 
         # ---- the results
-        results, photos = write_results(predictor, final, photos, out)
+        results, photos = write_results(predictor, final, photos, out, temperature)
         if args.pseudo:
-            write_pseudo(args, predictor, final, photos)
+            write_pseudo(args, predictor, final, photos, temperature)
 
         # ---- scores of the final candidate and of those compared with it, if there are labels
         truth = open_truth(args, cfg, photos)
@@ -107,7 +119,8 @@ def main(argv: Sequence[str]) -> None:
                 soup_of=soups.soup,
             )
             candidates = [*compared, final]
-        rows = [scorer.row(candidate, final, eval_sets) for candidate in candidates]
+        calibrate = args.calibrate is not None
+        rows = [scorer.row(each, final, eval_sets, calibrate=calibrate) for each in candidates]
 
         # ---- scores.json, the page, the table
         if distributed.is_main():
@@ -116,6 +129,7 @@ def main(argv: Sequence[str]) -> None:
                 write_run_page(runs[0].run)  # the page shows only these results
             if rows:
                 say(table(rows, eval_sets))
+                say(details_table(rows, eval_sets[-1].title))
             say(f"written: {out}")
             left_out += [fault.sentence for fault in photos.source.faults]
             left_out += (photos.left_out or {}).values()
@@ -160,9 +174,15 @@ def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images 
 
 
 def write_results(
-    predictor: CandidatePredictor, candidate: Candidate, photos: Images, out: Path
+    predictor: CandidatePredictor,
+    candidate: Candidate,
+    photos: Images,
+    out: Path,
+    temperature: float,
 ) -> tuple[Results, Images]:
     """Predict and write this rank's images that have no result yet.
+
+    ``temperature`` calibrates probabilities; the masks do not depend on it.
 
     Returns:
         The results, and the images that could be read.
@@ -179,15 +199,15 @@ def write_results(
         background=background_of(classes, category_ids),
         colors=PALETTES[infer.palette],
     )
-    origin = predictor.origin(candidate)
+    origin = {**predictor.origin(candidate), "temperature": temperature}
     missing = replace(photos, indices=results.start(origin, others=[SCORES]))
-    soft = "soft" in infer.outputs
+    soft = bool(NEED_PROBABILITIES.intersection(infer.outputs))
     predicted = predictor.predict(candidate, missing, soft=soft)
     total = len(missing.rank_indices())
     shown = distributed.Progress(predicted, "predict", total=total, unit="image", delay=0)
     for index, prediction, _ in shown:
         mask = classes_of(prediction) if soft else prediction
-        results.write(index, mask, prediction if soft else None)
+        results.write(index, mask, sharpened(prediction, temperature) if soft else None)
     if photos.left_out is not None:
         parts = distributed.gather(photos.left_out)
         left_out = distributed.broadcast(
@@ -205,7 +225,11 @@ def write_results(
 
 
 def write_pseudo(
-    args: argparse.Namespace, predictor: CandidatePredictor, candidate: Candidate, photos: Images
+    args: argparse.Namespace,
+    predictor: CandidatePredictor,
+    candidate: Candidate,
+    photos: Images,
+    temperature: float,
 ) -> None:
     """Write the candidate's confident predictions as labels to train on, and link the images."""
     folder, source = args.pseudo, photos.source
@@ -215,12 +239,13 @@ def write_pseudo(
     known = labelled_digests(predictor.runs)
     digests = zip(photos.indices, photos.digests(), strict=True)
     images = replace(photos, indices=[index for index, digest in digests if digest not in known])
-    thresholds = find_thresholds(args, predictor, candidate, images)
+    thresholds = find_thresholds(args, predictor, candidate, images, temperature)
     info = {
         "round": 1 + max(state.get("pseudo_round") or 0 for state in states),
         "candidate": candidate.name,
         "models": [predictor.digest(path) for path in candidate.paths],
         "thresholds": thresholds,
+        "temperature": temperature,
         "trained_on": sorted(soup.trained_on(states)),
     }
     labels = Results(folder, source, indices=images.indices, classes=classes, outputs=())
@@ -230,7 +255,7 @@ def write_pseudo(
     )
     unlabelled = replace(images, indices=missing)
     for index, scored, _ in predictor.predict(candidate, unlabelled, soft=True):
-        labels.write(index, confident(scored, thresholds))
+        labels.write(index, confident(sharpened(scored, temperature), thresholds))
     distributed.barrier()
     if not distributed.is_main():
         return
@@ -260,7 +285,11 @@ def write_pseudo(
 
 
 def find_thresholds(
-    args: argparse.Namespace, predictor: CandidatePredictor, candidate: Candidate, images: Images
+    args: argparse.Namespace,
+    predictor: CandidatePredictor,
+    candidate: Candidate,
+    images: Images,
+    temperature: float,
 ) -> list[float]:
     """Return the lowest probability of a pseudo label, for each class."""
     classes = len(checkpoint.entries(candidate.paths[0])["classes"])
@@ -274,7 +303,7 @@ def find_thresholds(
         return each
     count = Confidence(classes)
     for _, scored, _ in predictor.predict(candidate, images, soft=True):
-        count.add(scored)
+        count.add(sharpened(scored, temperature))
     count.counts = distributed.all_reduce(count.counts.to(predictor.device)).cpu()
     return count.thresholds(each)
 
@@ -305,6 +334,20 @@ def table(rows: Sequence[dict[str, Any]], eval_sets: Sequence[Images]) -> str:
     return "\n".join(
         [*lines[:-1], "-" * width, console.bold(lines[-1]), *(notes if rows[1:] else notes[1:])]
     )
+
+
+def details_table(rows: Sequence[dict[str, Any]], title: str) -> str:
+    """Return the candidates' other scores on a set of images as a table of 80 columns."""
+    keys = [key for key in SHORT if key in rows[-1][title]["details"]]
+    if not keys:
+        return ""
+    lines = [f"on {title}".ljust(28) + "".join(f"{SHORT[key]:>9}" for key in keys)]
+    for row in rows:
+        means = [row[title]["details"].get(key, {}).get("mean") for key in keys]
+        cells = ["-" if mean is None else f"{mean:.3f}" for mean in means]
+        lines.append(_fit(row["name"], 28).ljust(28) + "".join(f"{cell:>9}" for cell in cells))
+    note = "bIoU, bF: boundary IoU and F-score; small to large: share of objects recognized"
+    return "\n".join([*lines, note])
 
 
 def _fit(name: str, width: int) -> str:
@@ -339,6 +382,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--vote", default="soft", choices=VOTES, help="how models are combined; default soft"
     )
+    parser.add_argument(
+        "--calibrate", nargs="?", const="result", choices=("result", "voters"),
+        help="fit a temperature of the probabilities on the selection set, for pseudo labels and "
+        "the outputs soft and confidence; 'voters': of each model before a vote, too",
+    )  # fmt: skip
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="images or folders instead of the test set"
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,10 +46,11 @@ from segkit.training.build import (
     step_options,
 )
 from segkit.training.defaults import as_recorded, set_rates, settle
-from segkit.training.evaluate import evaluate
+from segkit.training.details import DetailCounter
+from segkit.training.evaluate import Evaluation, evaluate
 from segkit.training.fold_log import Clock, FoldLog
 from segkit.training.losses import Criterion
-from segkit.training.metrics import bootstrap_interval, scores
+from segkit.training.metrics import Scores, bootstrap_interval, scores
 from segkit.training.optim import WindowMean, build_schedule, set_lr
 from segkit.training.preparation import (
     Fold,
@@ -357,6 +358,34 @@ class Evaluated:
     draw: Sequence[Callable[[], object]]
 
 
+class Trial(NamedTuple):
+    """An average of the model's weights, evaluated; ``details`` if these are always wanted."""
+
+    scores: Scores
+    evaluation: Evaluation
+    gallery: Gallery
+    details: DetailCounter | None
+
+
+def try_average(job: Job, predict: Predictor, batches: EvalBatches) -> Trial:
+    """Evaluate an average of the model's weights."""
+    source, cfg = job.data.validation, job.cfg
+    predict.model.eval()
+    distributed.share_buffers(predict.model)
+    gallery = Gallery(source, batches.indices, size=cfg.track.images)
+    always = cfg.infer.details == "always"
+    details = DetailCounter(batches.indices, len(source.classes)) if always else None
+
+    def look(index: int, mask: Tensor, truth: Tensor, counts: Tensor) -> None:
+        gallery.add(index, mask, truth, counts)
+        if details is not None:
+            details.add(index, mask, truth, counts)
+
+    with console.memory_advice(MEMORY_TO_EVALUATE.format(run=job.run.folder)):
+        evaluation = evaluate(predict.mask, batches, device=job.device, callback=look)
+    return Trial(scores(evaluation.matrix), evaluation, gallery, details)
+
+
 def evaluate_fold(
     job: Job,
     fold: int,
@@ -376,26 +405,22 @@ def evaluate_fold(
         batches: The images to evaluate on.
     """
     cfg, run, source = job.cfg, job.run, job.data.validation
-    tried = {}
-    for name, predict in predictors.items():
-        if name == "window" and state.window and not state.window.ends_at(state.step):
-            continue
-        predict.model.eval()
-        distributed.share_buffers(predict.model)
-        gallery = Gallery(source, batches.indices, size=cfg.track.images)
-        with console.memory_advice(MEMORY_TO_EVALUATE.format(run=run.folder)):
-            evaluation = evaluate(predict.mask, batches, device=job.device, callback=gallery.add)
-        tried[name] = scores(evaluation.matrix), evaluation, gallery
-    average = max(tried, key=lambda name: tried[name][0].miou or 0.0)
-    result, evaluation, gallery = tried[average]
+    tried = {
+        name: try_average(job, predict, batches)
+        for name, predict in predictors.items()
+        if name != "window" or (state.window and state.window.ends_at(state.step))
+    }
+    average = max(tried, key=lambda name: tried[name].scores.miou or 0.0)
+    result, evaluation, gallery, details = tried[average]
     if result.miou is None:
         raise DataError(f"fold {fold}: no validation image has a labelled pixel")
     ranked = rank_best([*state.top, (result.miou, epoch)])
+    more = {"details": details.result(job.device).to_dict()} if details else {}
     if distributed.is_main():
         run.log(
             event="evaluate", fold=fold, epoch=epoch, step=state.step, **result.to_dict(),
             interval=bootstrap_interval(evaluation.counts), average=average,
-            averages={name: scored.miou for name, (scored, _, _) in tried.items()},
+            averages={name: trial.scores.miou for name, trial in tried.items()}, **more,
         )  # fmt: skip
     draw: list[Callable[[], object]] = [partial(write_run_page, run)]
     gallery.gather()

@@ -31,6 +31,7 @@ from segkit.inference.run_soups import _parts_of
 from segkit.inference.trained_run import TrainedRun
 from segkit.models.segmenter import Segmenter, build_model, create_model
 from segkit.train import main as train
+from segkit.training.objects import SIZES
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +57,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         train(["--cfg", "tiny.json", "--run-dir", "runs/a", "--quiet"])
-        other = ["model.decoder=fcn", "model.backbone=resnet18", "infer.size=48", "train.epochs=1"]
+        other = [
+            "infer.details=always",
+            "model.decoder=fcn",
+            "model.backbone=resnet18",
+            "infer.size=48",
+            "train.epochs=1",
+        ]
         options = [part for setting in other for part in ("--set", setting)]
         train(["--cfg", "tiny.json", "--run-dir", "runs/b", "--folds", "0", "--quiet", *options])
     return home
@@ -116,6 +123,41 @@ def test_everything_is_compared(compared: tuple[list[dict[str, Any]], str]) -> N
             assert row[column]["trained_on"] == 0
 
 
+def test_boundaries_and_objects_are_scored(
+    compared: tuple[list[dict[str, Any]], str], home: Path
+) -> None:
+    rows, shown = compared
+    for row in rows:
+        for column in ("selection", "test"):
+            details = row[column]["details"]
+            assert [*details] == ["boundary_iou", "boundary_f", *(f"recall_{x}" for x in SIZES)]
+            for score in details.values():
+                assert len(score["per_class"]) == len(score["per_class_intervals"]) == 11
+            low, high = details["boundary_iou"]["interval"]
+            assert low <= details["boundary_iou"]["mean"] <= high
+            assert details["recall_large"]["mean"] is None  # of 64 x 64 pixels
+    (title,) = [line for line in shown.splitlines() if line.startswith("on test")]
+    last = shown.splitlines()[shown.splitlines().index(title) + len(rows)]
+    assert f"{rows[-1]['test']['details']['boundary_iou']['mean']:.3f}" in last
+    page = (home / "runs/a/report.html").read_text()
+    assert "boundary IoU" not in page  # it shows only the results in the run's folder
+
+
+def test_evaluations_of_a_training_have_details_if_asked(home: Path) -> None:
+    logged = {
+        name: [event for event in Run.open(name).events() if event["event"] == "evaluate"]
+        for name in ("a", "b")
+    }
+    assert not any("details" in event for event in logged["a"])
+    for event in logged["b"]:
+        assert 0 < event["details"]["boundary_iou"]["mean"] < event["miou"] + 0.2
+
+
+def test_details_can_be_left_out() -> None:
+    out = run("--soup", "--brief", "--out", "once", "--set", "infer.details=off")
+    assert read(out / "scores.json")[-1]["test"]["details"] == {}
+
+
 def test_a_long_name_keeps_its_run_and_what_was_done() -> None:
     names = ("bags greedy soup, views", "bags-with-pseudo-labels greedy soup, views")
     assert infer._fit(names[0], 28) == names[0]
@@ -143,7 +185,7 @@ def test_differences_are_paired_with_the_last_line(
             low, high = paired["interval"]
             assert low <= high
             sign = "<" if low > 0 else ">" if high < 0 else "="
-            (line,) = [line for line in shown.splitlines() if line.startswith(f"{row['name']}  ")]
+            line = next(line for line in shown.splitlines() if line.startswith(f"{row['name']}  "))
             assert f"[{row[column]['interval'][0]:.3f}" in line
             assert f"] {sign}" in line
 
@@ -240,6 +282,51 @@ def test_every_entry_is_in_one_part(backbone: str) -> None:
     modules = [f"{module}." for part in _parts_of(model).values() for module in part]
     for key in model.state_dict():
         assert sum(key.startswith(module) for module in modules) == 1, key
+
+
+def test_calibrated_probabilities_leave_the_masks_alone(tmp_path: Path) -> None:
+    outputs = ("--set", 'infer.outputs=["soft","confidence"]', "--brief", "--tta", "hflip")
+    plain = run("--soup", *outputs, "--out", str(tmp_path / "plain"))
+    out = run("--soup", "--calibrate", *outputs, "--out", str(tmp_path / "calibrated"))
+    (row,) = read(out / "scores.json")
+    assert row["temperature"] not in (0, 1)
+    assert "temperature" not in read(plain / "scores.json")[0]
+    for key in ("ece", "brier"):
+        details = row["selection"]["details"]
+        assert details[key]["mean"] != details[f"{key}_before"]["mean"]
+    assert len(row["test"]["details"]["ece"]["per_class_intervals"]) == 11
+    for path in (plain / "masks").rglob("*.png"):
+        name = path.relative_to(plain / "masks")
+        assert path.read_bytes() == (out / "masks" / name).read_bytes()
+        before, after = (
+            torch.from_numpy(np.load((folder / "soft" / name).with_suffix(".npy"))).float()
+            for folder in (plain, out)
+        )
+        expected = (before.clamp_min(1e-12).log() / row["temperature"]).softmax(0)
+        torch.testing.assert_close(after, expected, atol=2e-3, rtol=0)
+        with Image.open(out / "confidence" / name) as picture:
+            levels = torch.from_numpy(np.array(picture)).float()
+        assert picture.mode == "L"
+        assert (levels / 255 - after.amax(0)).abs().max() < 0.004
+
+
+def test_voters_are_calibrated_if_asked(tmp_path: Path) -> None:
+    out = run(
+        "--calibrate", "voters", "--vote", "weighted", "--brief", "--out", str(tmp_path / "o")
+    )
+    models = read(out / "origin.json")["models"]
+    assert len({model["temperature"] for model in models}) == 2
+    (row,) = read(out / "scores.json")
+    assert row["name"] == "weighted vote calibrated"
+    with pytest.raises(SegkitError, match="hard vote has no probabilities"):
+        run("--calibrate", "--vote", "hard", "--brief", "--out", str(tmp_path / "hard"))
+
+
+def test_pseudo_labels_may_be_of_calibrated_probabilities(tmp_path: Path) -> None:
+    options = ("--brief", "--soup", "--quantile", "0.5", "--pseudo", str(tmp_path / "pseudo"))
+    run(*options, "--calibrate", "--out", str(tmp_path / "teacher"))
+    info = read(tmp_path / "pseudo/pseudo.json")["info"]
+    assert info["temperature"] == read(tmp_path / "teacher/scores.json")[0]["temperature"]
 
 
 def test_a_soup_is_made_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,14 +211,19 @@ class InferConfig:
     palette: Literal["safe", "contest"] = _setting(
         "safe", "colors: safe for color blindness, or the trash contest's"
     )
-    outputs: tuple[Literal["overlays", "sheets", "coco", "csv", "soft"], ...] = _setting(
-        ("overlays", "coco", "csv"), "outputs of infer.py in addition to the masks"
+    outputs: tuple[Literal["overlays", "sheets", "coco", "csv", "soft", "confidence"], ...] = (
+        _setting(("overlays", "coco", "csv"), "outputs of infer.py in addition to the masks")
     )
     batch_norm_images: int = _setting(
         512, "number of training images to compute a soup's BatchNorm statistics with", 1
     )
     tile: int | None = _setting(None, "side of tiles, for images that do not fit in memory", 32)
     overlap: float = _setting(0.25, "share of a tile that overlaps the next tile", 0, 0.9)
+    details: Literal["infer", "always", "off"] = _setting(
+        "infer",
+        "boundary IoU, boundary F-score and recall of objects by size: in the scores of infer.py, "
+        "always (in evaluations of a training, too), or off",
+    )
     graphs: bool = _setting(
         True, "on CUDA, infer.py replays a CUDA graph for image sizes that recur"
     )

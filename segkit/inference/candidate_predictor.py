@@ -1,7 +1,7 @@
 """Predicting images with a candidate: its checkpoints, views and vote."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from segkit.core import __version__, checkpoint, config, distributed
 from segkit.core.errors import ArgumentError, SegkitError
 from segkit.data.loader import EvalBatches
 from segkit.inference import soup
+from segkit.inference.calibration import TemperatureFit
 from segkit.inference.candidates import Candidate
 from segkit.inference.model_file import load
 from segkit.inference.predictor import Predictor
@@ -48,6 +49,7 @@ class CandidatePredictor:
         # Cached: verifying reads the whole file; fitting predicts once per view.
         self._digests: dict[Path, str] = {}
         self._view_coefficients: dict[tuple[Path, tuple[View, ...]], tuple[float, ...]] = {}
+        self._temperatures: dict[Candidate, float] = {}
 
     def predict(
         self, candidate: Candidate, images: Images, *, soft: bool = False, labels: bool = False
@@ -64,7 +66,8 @@ class CandidatePredictor:
             return
         if soft and candidate.vote == "hard":
             raise ArgumentError(
-                "a hard vote has no probabilities, which pseudo labels and the output 'soft' need",
+                "a hard vote has no probabilities, which pseudo labels, calibration and the "
+                "outputs 'soft' and 'confidence' need",
                 vote=["soft", "weighted"],
             )
         (vote,) = self.votes(candidate, images, [candidate.vote])
@@ -118,9 +121,16 @@ class CandidatePredictor:
         for path in candidate.paths:
             trained = config.parse(checkpoint.entries(path)["config"], str(path))
             infer = asdict(config.override(trained, self.runs[0].overrides).infer)
-            del infer["outputs"], infer["tta"]
+            del infer["outputs"], infer["tta"], infer["details"]
             fitted = self.view_coefficients(path, candidate.views) if candidate.fitted else None
-            models.append({"sha256": self.digest(path), "infer": infer, "view_weights": fitted})
+            model: dict[str, Any] = {
+                "sha256": self.digest(path),
+                "infer": infer,
+                "view_weights": fitted,
+            }
+            if candidate.cache_key.calibrated:
+                model["temperature"] = self._voter_temperature(candidate, path)
+            models.append(model)
         return {
             "segkit": __version__,
             "device": self.device.type,
@@ -150,12 +160,7 @@ class CandidatePredictor:
         """
         if (path, views) in self._view_coefficients:
             return self._view_coefficients[path, views]
-        images = common_selection(self.runs)
-        if images is None:
-            raise SegkitError(
-                "view coefficients are fitted on a selection set; train with data.selection above 0"
-            )
-        soup.check_selection([path], images.digests(), allow_leak=self._allow_leak)
+        images = self._selection("view coefficients", [path])
         row = {index: number for number, index in enumerate(images.indices)}
         samples = torch.zeros(len(views), len(row), 1024)
         predictor = self.load(path)
@@ -169,6 +174,37 @@ class CandidatePredictor:
         fitted = tuple(fit_coefficients(samples[:, ~samples[0].isnan()]))
         self._view_coefficients[path, views] = fitted
         return fitted
+
+    def temperature(self, candidate: Candidate) -> float:
+        """Return the temperature of a candidate's probabilities, fitted on the selection set.
+
+        Raises:
+            SegkitError: The runs have no selection set in common.
+            LeakError: A checkpoint trained on some of it.
+        """
+        key = candidate.cache_key
+        if key not in self._temperatures:
+            images = self._selection("temperatures", candidate.paths)
+            row = {index: number for number, index in enumerate(images.indices)}
+            fit = TemperatureFit(len(row))
+            for index, scored, mask in self.predict(candidate, images, soft=True, labels=True):
+                assert mask is not None
+                fit.add(row[index], scored, mask)
+            self._temperatures[key] = fit.temperature(self.device)
+        return self._temperatures[key]
+
+    def _voter_temperature(self, candidate: Candidate, path: Path) -> float:
+        return self.temperature(replace(candidate, name="", paths=(path,)))
+
+    def _selection(self, fitted: str, paths: Sequence[Path]) -> Images:
+        """Return the images to fit something on."""
+        images = common_selection(self.runs)
+        if images is None:
+            raise SegkitError(
+                f"{fitted} are fitted on a selection set; train with data.selection above 0"
+            )
+        soup.check_selection(paths, images.digests(), allow_leak=self._allow_leak)
+        return images
 
     def predictions(
         self, predict: Callable[[Tensor], Tensor], images: Images, *, labels: bool
@@ -194,4 +230,7 @@ class CandidatePredictor:
 
     def _predictor(self, candidate: Candidate, path: Path) -> Predictor:
         fitted = self.view_coefficients(path, candidate.views) if candidate.fitted else None
-        return self.load(path, views=candidate.views, coefficients=fitted)
+        predictor = self.load(path, views=candidate.views, coefficients=fitted)
+        if candidate.cache_key.calibrated:
+            predictor.temperature = self._voter_temperature(candidate, path)
+        return predictor

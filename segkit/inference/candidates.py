@@ -31,6 +31,8 @@ class Candidate:
         fitted: True if each checkpoint's view coefficients are fitted on the selection set; else
             they are equal.
         vote: How several checkpoints decide, one of :data:`VOTES`.
+        calibrated: True if each voter's probabilities are calibrated before the vote, by a
+            temperature that is fitted on the selection set.
     """
 
     name: str
@@ -38,11 +40,14 @@ class Candidate:
     views: tuple[View, ...] = ()
     fitted: bool = False
     vote: str = "soft"
+    calibrated: bool = False
 
     @property
     def cache_key(self) -> "Candidate":
-        """Cache key: without the name, and without the vote if there is one checkpoint."""
-        return replace(self, name="", vote=self.vote if len(self.paths) > 1 else "")
+        """Cache key: without the name, and without what only voters have if there is no vote."""
+        if len(self.paths) > 1:
+            return replace(self, name="")
+        return replace(self, name="", vote="", calibrated=False)
 
 
 def final_candidate(

@@ -124,6 +124,21 @@ def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
     return path
 
 
+def write_confidence(folder: Path, name: str, probabilities: Tensor) -> Path:
+    """Write the probability of an image's most probable classes as a gray PNG: 255 is certain.
+
+    Args:
+        folder: Folder of the confidence maps.
+        name: As in :func:`write_mask`.
+        probabilities: (C, H, W).
+    """
+    path = inside(folder, f"{name}.png")
+    levels = (probabilities.amax(0) * 255).round().clamp(0, 255).to(torch.uint8)
+    with atomic_write(path) as draft:
+        Image.fromarray(levels.cpu().numpy()).save(draft, format="PNG")
+    return path
+
+
 def overlay(
     image: Tensor,
     mask: Tensor,

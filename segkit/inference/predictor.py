@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from segkit.core.backend import cudnn_autotuning
 from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
+from segkit.inference.calibration import sharpened
 from segkit.inference.prediction import Photo, Prediction, as_tensor, classes_of
 from segkit.inference.tiling import STRIDE, concat_bands, resized_rows, tiles
 from segkit.inference.tta import Merge, Views, merge_views, parse_views
@@ -49,6 +50,8 @@ class Predictor:
         amp: Precision of autocast, such as ``torch.bfloat16``; None turns autocast off.
         channels_last: Use the channels_last memory format.
         graphs: On CUDA, replay a :class:`Segmenter` as a CUDA graph for image sizes that recur.
+        temperature: Calibrates the probabilities; see :mod:`segkit.inference.calibration`. The mask
+            does not depend on it.
 
     Raises:
         ValueError: An image has the wrong shape or type.
@@ -71,10 +74,11 @@ class Predictor:
         amp: torch.dtype | None = None,
         channels_last: bool = False,
         graphs: bool = True,
+        temperature: float = 1.0,
     ) -> None:
         if tile is not None and tile < STRIDE:
             raise ValueError(f"tiles must be at least {STRIDE} pixels wide, not {tile}")
-        self._graphs = graphs
+        self._graphs, self.temperature = graphs, temperature
         self.model = model
         self.classes = tuple(classes)
         self.size = size
@@ -124,10 +128,11 @@ class Predictor:
         if isinstance(photo, Sequence) and not isinstance(photo, str):
             return [self(part) for part in photo]
         image = as_tensor(photo)
-        scores = self.probabilities(image)
+        with torch.inference_mode():
+            unscaled = concat_bands(self._unscaled_bands(image), image.shape[-2])
+            mask, scores = classes_of(unscaled), sharpened(unscaled, self.temperature)
         binary = scores.shape[-3] == 2 and len(self.classes) == 1
         classes = ("background", *self.classes) if binary else self.classes
-        mask = classes_of(scores)
         return Prediction(image.cpu(), mask.cpu(), scores.cpu(), classes)
 
     @torch.inference_mode()
@@ -155,7 +160,7 @@ class Predictor:
         Yields:
             The first row of the band, and its classes, uint8, (h, W) or (B, h, W).
         """
-        for top, scores in self.probability_bands(image):
+        for top, scores in self._unscaled_bands(image):
             classes = classes_of(scores)
             del scores  # frees the memory before the next band is computed
             yield top, classes
@@ -167,6 +172,12 @@ class Predictor:
         Yields:
             The first row of the band, and its probabilities, (C, h, W) or (B, C, h, W).
         """
+        for top, scores in self._unscaled_bands(image):
+            yield top, sharpened(scores, self.temperature)
+            del scores
+
+    def _unscaled_bands(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the probabilities before the temperature, which does not change their order."""
         for top, scores in self._bands(self._as_batch(image)):
             yield top, scores if image.dim() == 4 else scores[0]
             del scores

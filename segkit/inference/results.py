@@ -22,13 +22,21 @@ from segkit.inference.outputs import (
     result_names,
     save_jpeg,
     write_coco,
+    write_confidence,
     write_mask,
     write_soft,
     write_submission,
 )
 
+NEED_PROBABILITIES = {"soft", "confidence"}
 COMBINED_FILES = {"csv": "submission.csv", "coco": "coco.json"}
-SUFFIXES = {"overlays": ".jpg", "sheets": ".jpg", "soft": ".npy", "masks": ".png"}
+SUFFIXES = {
+    "overlays": ".jpg",
+    "sheets": ".jpg",
+    "soft": ".npy",
+    "confidence": ".png",
+    "masks": ".png",
+}
 
 
 class Results:
@@ -39,7 +47,8 @@ class Results:
         source: The images.
         indices: Indices of the images to predict; default: all.
         classes: Class names, for the overlays.
-        outputs: Outputs besides masks: ``overlays``, ``sheets``, ``soft``, ``coco``, ``csv``.
+        outputs: Outputs besides masks: ``overlays``, ``sheets``, ``soft``, ``confidence``,
+            ``coco``, ``csv``.
         background: Index of a class that overlays do not color and COCO results omit, or None.
         colors: Colors of the classes.
     """
@@ -90,10 +99,12 @@ class Results:
         return distributed.broadcast(missing)
 
     def write(self, index: int, mask: Tensor, probabilities: Tensor | None = None) -> None:
-        """Write an image's results; only ``soft`` needs ``probabilities``."""
+        """Write an image's results; :data:`NEED_PROBABILITIES` need those."""
         name = self._names[self.source.names[index]]
         if probabilities is not None and "soft" in self.outputs:
             write_soft(self.folder / "soft", name, probabilities)
+        if probabilities is not None and "confidence" in self.outputs:
+            write_confidence(self.folder / "confidence", name, probabilities)
         look: dict[str, Any] = {"colors": self.colors, "background": self.background}
         if "overlays" in self.outputs:
             picture = overlay(self.source.image(index), mask, classes=self.classes, **look)

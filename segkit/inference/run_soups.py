@@ -138,21 +138,21 @@ class _MixtureEvaluator:
     def score(self, weights: soup.State) -> float:
         """Return the mean IoU of weights on the selection set."""
         self.load(weights)
-        return mean_iou(self.evaluate())
+        return mean_iou(self.evaluate(details=False))
 
     def counts(self, weights: soup.State) -> Tensor:
         """Return the pixel counts of weights on each image of the selection set."""
         self.load(weights)
-        return self.evaluate().counts
+        return self.evaluate(details=False).counts
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, *, details: bool = True) -> Evaluation:
         """Return the counts of the model on the selection set."""
         assert self._selection is not None
         # Fused as every checkpoint is when it is scored, so that the scores are equal to the bit.
         self._predictor.model = for_prediction(self.model, self._predictor.amp)
         predictions = self._scorer.predictor.predictions
         masks = predictions(self._predictor.mask, self._selection, labels=True)
-        return self._scorer.count(masks, self._selection)
+        return self._scorer.count(masks, self._selection, details=details)
 
 
 def _parts_of(model: nn.Module) -> dict[str, list[str]]:

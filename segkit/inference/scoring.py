@@ -7,9 +7,11 @@ from typing import Any
 
 from segkit.core import checkpoint
 from segkit.inference import soup
+from segkit.inference.calibration import CalibrationCounter, sharpened
 from segkit.inference.candidate_predictor import CandidatePredictor, Predictions
 from segkit.inference.candidates import Candidate, possible_votes
 from segkit.inference.trained_run import Images
+from segkit.training.details import DetailCounter
 from segkit.training.evaluate import Evaluation, count
 from segkit.training.metrics import bootstrap_interval, paired_difference, scores
 
@@ -20,10 +22,17 @@ class Scorer:
     Args:
         predictor: Predicts the candidates.
         votes: Kinds of vote to count whenever checkpoints vote: one pass serves all of them.
+        details: Count boundaries and objects too.
     """
 
-    def __init__(self, predictor: CandidatePredictor, *, votes: Sequence[str] = ("soft",)) -> None:
-        self.predictor, self._votes = predictor, votes
+    def __init__(
+        self,
+        predictor: CandidatePredictor,
+        *,
+        votes: Sequence[str] = ("soft",),
+        details: bool = True,
+    ) -> None:
+        self.predictor, self._votes, self._details = predictor, votes, details
         # Soups, rows and differences to the final candidate ask for the same evaluations.
         self._evaluations: dict[tuple[Candidate, tuple[str, ...]], Evaluation] = {}
 
@@ -48,20 +57,56 @@ class Scorer:
         return self._evaluations[key]
 
     def count(
-        self, masks: Predictions, images: Images, description: str = "evaluate"
+        self,
+        masks: Predictions,
+        images: Images,
+        description: str = "evaluate",
+        *,
+        details: bool = True,
     ) -> Evaluation:
-        """Return the counts of this rank's masks, summed over the ranks."""
-        device = self.predictor.device
-        return count(masks, images.source, images.indices, device=device, description=description)
+        """Return the counts of this rank's masks, summed over the ranks.
+
+        ``details=False`` leaves boundaries and objects out, for an evaluation that only chooses.
+        """
+        device, indices = self.predictor.device, images.indices
+        counter = DetailCounter(indices, len(images.source.classes))
+        wanted = details and self._details
+        counted = count(
+            masks, images.source, indices,
+            device=device, description=description, callback=counter.add if wanted else None,
+        )  # fmt: skip
+        return replace(counted, details=counter.result(device)) if wanted else counted
 
     def record(self, candidate: Candidate, images: Images, evaluation: Evaluation) -> None:
         """Store an evaluation computed by the caller."""
         self._evaluations[candidate.cache_key, tuple(images.digests())] = evaluation
 
+    def calibration(self, candidate: Candidate, images: Images) -> dict[str, Any]:
+        """Return a candidate's calibration error and Brier score, without and with temperature."""
+        temperature = self.predictor.temperature(candidate)
+        counters = [CalibrationCounter(images.indices, len(images.source.classes)) for _ in "ab"]
+        for index, scored, mask in self.predictor.predict(
+            candidate, images, soft=True, labels=True
+        ):
+            assert mask is not None
+            counters[0].add(index, scored, mask)
+            counters[1].add(index, sharpened(scored, temperature), mask)
+        before, after = (counter.result(self.predictor.device) for counter in counters)
+        return {**after, **{f"{key}_before": value for key, value in before.items()}}
+
     def row(
-        self, candidate: Candidate, final: Candidate, eval_sets: Sequence[Images]
+        self,
+        candidate: Candidate,
+        final: Candidate,
+        eval_sets: Sequence[Images],
+        *,
+        calibrate: bool = False,
     ) -> dict[str, Any]:
-        """Return a row of ``scores.json``, with its difference to the final candidate."""
+        """Return a row of ``scores.json``, with its difference to the final candidate.
+
+        With ``calibrate``, it has the temperature and the scores of the probabilities.
+        """
+        calibrate = calibrate and not (candidate.vote == "hard" and len(candidate.paths) > 1)
         row: dict[str, Any] = {"name": candidate.name, "views": [str(v) for v in candidate.views]}
         if candidate.fitted:
             row["view_weights"] = [
@@ -70,6 +115,8 @@ class Scorer:
         states = [checkpoint.entries(path) for path in candidate.paths]
         row["soups"] = [state["soup"] for state in states if "soup" in state]
         trained_on = soup.trained_on(states)
+        if calibrate:
+            row["temperature"] = self.predictor.temperature(candidate)
         for images in eval_sets:
             evaluation = self.evaluation(candidate, images)
             row[images.title] = {
@@ -78,7 +125,10 @@ class Scorer:
                 "per_class": scores(evaluation.matrix).iou,
                 "images": len(images.indices),
                 "trained_on": len(trained_on.intersection(images.digests())),
+                "details": evaluation.details.to_dict() if evaluation.details else {},
             }
+            if calibrate:
+                row[images.title]["details"] |= self.calibration(candidate, images)
             if candidate is not final:
                 last = self.evaluation(final, images)
                 difference, *interval = paired_difference(evaluation.counts, last.counts)

@@ -221,12 +221,19 @@ def true_class_samples(probabilities: Tensor, target: Tensor, *, samples: int = 
         target: (H, W)
         returns: (samples,)
     """
-    known = (target.flatten() != IGNORE).nonzero()[:, 0]
-    if not len(known):
+    chosen = sample_pixels(target, samples)
+    if not len(chosen):
         return probabilities.new_full((samples,), math.nan)
-    chosen = known[torch.arange(samples, device=known.device) * len(known) // samples]
     classes = target.flatten()[chosen].long().to(probabilities.device)
     return probabilities.flatten(1)[classes, chosen.to(probabilities.device)]
+
+
+def sample_pixels(target: Tensor, samples: int = 1024) -> Tensor:
+    """Return pixels that are not ignored, spread evenly over a flattened mask; none if all are."""
+    known = (target.flatten() != IGNORE).nonzero()[:, 0]
+    if not len(known):
+        return known
+    return known[torch.arange(samples, device=known.device) * len(known) // samples]
 
 
 def fit_coefficients(probabilities: Tensor, *, steps: int = 100) -> list[float]:

@@ -16,6 +16,17 @@ Event = dict[str, Any]
 SCORE = {"miou": float, "interval": [float, float], "images": int}
 """Shape of a score in ``scores.json``."""
 
+_INTERVAL = ([float, float], None)
+DETAILS = {
+    str: {
+        "mean": (float, None),
+        "interval": _INTERVAL,
+        "per_class": [(float, None)],
+        "per_class_intervals": [_INTERVAL],
+    }
+}
+"""Shape of the ``details`` of a score in ``scores.json``."""
+
 
 class Fold:
     """The logged events of a fold, without evaluations of another number of classes.

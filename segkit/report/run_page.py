@@ -5,12 +5,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from segkit.core.files import write_text
+from segkit.core.files import matches_schema, write_text
 from segkit.core.run import Run
 from segkit.inference.outputs import ERROR, PALETTES, SAFE, Color
 from segkit.report import html
 from segkit.report.html import cell, escape, number, percent
-from segkit.report.log import Event, RunLog, average
+from segkit.report.log import DETAILS, Event, RunLog, average
 from segkit.training.metrics import FEW_IMAGES
 
 MAX_PICTURES = 100  # a page stays below 5 MB
@@ -34,7 +34,7 @@ def run_page(log: RunLog) -> str:
         "Pictures": _pictures(log.classes, colors, evaluations),
         "Classes": _classes(log, labels),
         "Confusions": _confusions(log.classes, [e["matrix"] for e in evaluations.values()]),
-        "Models combined": _combined(*log.combined),
+        "Models combined": _combined(*log.combined) + _details(*log.combined, labels),
         "Folds": _shares(log.classes, log.shares()),
         "Notes": _notes(log.notes),
         "Settings": _settings("Configuration, resolved", log.settings)
@@ -169,6 +169,41 @@ def _combined(titles: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
         f"bootstrap over images, drawn from {start:.2f} to {end:.2f}."
     )
     return html.table(head, body, caption=caption, style="sortable")
+
+
+def _details(
+    titles: Sequence[str], rows: Sequence[Mapping[str, Any]], labels: Sequence[str]
+) -> str:
+    """Return tables of further scores on the last image set: by candidate, and by class."""
+    details = [row[title].get("details") for title in titles[-1:] for row in rows]
+    if not details or not all(matches_schema(each, DETAILS) for each in details):
+        return ""
+    keys = [key for key in details[-1] if all(key in each for each in details)]
+    written = [details[-1][key] for key in keys]
+    sizes = {len(each[key]) for each in written for key in ("per_class", "per_class_intervals")}
+    if sizes != {len(labels)}:
+        return ""
+    head = [key.replace("_", " ") for key in keys]
+    caption = f"Other scores on the {titles[-1]} images, with 95 % intervals: "
+    body, classes = [], []
+    for row, each in zip(rows, details, strict=True):
+        means = [_interval(each[key]["mean"], each[key]["interval"]) for key in keys]
+        body.append([escape(row["name"]), *means])
+    for c, label in enumerate(labels):
+        pairs = [(each["per_class"][c], each["per_class_intervals"][c]) for each in written]
+        classes.append([label, *(_interval(*pair) for pair in pairs)])
+    return html.table(
+        ["candidate", *head], body, caption=caption + "means over classes.", style="sortable"
+    ) + html.table(
+        ["class", *head], classes, caption=caption + "the written candidate.", style="sortable"
+    )
+
+
+def _interval(value: float | None, interval: Sequence[float] | None) -> str:
+    """Return a cell of a value and its interval."""
+    if value is None or interval is None:
+        return cell("–")
+    return cell("{:.3f} <small>[{:.3f}, {:.3f}]</small>".format(value, *interval), value)
 
 
 def _pictures(

@@ -10,6 +10,7 @@ from segkit.core.distributed import Progress, all_reduce, rank, world_size
 from segkit.core.labels import Size
 from segkit.data.loader import EvalBatches
 from segkit.data.source import Source
+from segkit.training.details import Details
 from segkit.training.metrics import counts_of, matrices_of, pixel_counts
 
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -26,11 +27,13 @@ class Evaluation:
     Shape:
         counts: (N, C, 3) int64; correct, true and predicted pixels of each image and class.
         matrix: (C, C) int64, rows are the truth; the sum over all images.
+        details: Counts of boundaries and objects, if they were asked for.
     """
 
     names: list[str]
     counts: Tensor
     matrix: Tensor
+    details: Details | None = None
 
 
 class Counter:

@@ -3,6 +3,7 @@
 Counts are int64 and additive, so the shards of a data set sum to the whole. Ratios come last.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import sqrt
 from statistics import NormalDist
@@ -207,9 +208,18 @@ def per_image_miou(counts: Tensor, *, include_background: bool = True) -> Tensor
         counts: (..., C, 3), from :func:`counts_of`
         miou: (...), float64
     """
+    return class_iou(counts)[..., 0 if include_background else 1 :].nanmean(-1)
+
+
+def class_iou(counts: Tensor) -> Tensor:
+    """Return the IoU of each class, (..., C, 3) to (..., C) float64; NaN if it has no pixel."""
     right, true, predicted = counts.double().unbind(-1)
-    iou = right / (true + predicted - right)
-    return iou[..., 0 if include_background else 1 :].nanmean(-1)
+    return right / (true + predicted - right)
+
+
+Statistic = Callable[[Tensor], Tensor]
+"""Maps counts of each class, (..., C, K), to a value of each class, (..., C), or NaN. The second
+count is that of the truth."""
 
 
 def bootstrap_interval(
@@ -240,11 +250,39 @@ def bootstrap_interval(
     would count as IoU 0), and the quantiles are Hesterberg's expanded ones. Bias-corrected
     quantiles (BC, BCa) contain the mean IoU less often.
     """
-    redrawn = _resampled(_resamples(len(counts), rounds, seed), counts)
-    labelled = redrawn[..., 1] > 0
-    redrawn[~labelled & counts[..., 1].any(0).cpu()] = 0  # no true or predicted pixel: no IoU
-    values = per_image_miou(redrawn, include_background=include_background)
-    return _interval(values, _expanded(level, len(counts)))
+    values = _bootstrap(counts, class_iou, rounds, seed)[:, 0 if include_background else 1 :]
+    return _interval(values.nanmean(-1), _expanded(level, len(counts)))
+
+
+def summary(counts: Tensor, statistic: Statistic) -> dict[str, Any]:
+    """Return a statistic's mean over classes and its classes' values, with bootstrap intervals.
+
+    Args:
+        counts: Counts of the images, which sum.
+        statistic: The value of each class from its counts.
+
+    Shape:
+        counts: (N, C, K)
+
+    Returns:
+        ``mean``, ``interval``, ``per_class`` and ``per_class_intervals``; None where no image has
+        a class. JSON values.
+    """
+    values = statistic(counts.sum(0))
+    redrawn = _bootstrap(counts, statistic, 1000, 0)
+    level = _expanded(0.95, len(counts))
+    columns = [redrawn.nanmean(-1), *redrawn.unbind(-1)]
+    numbers = [_number(value) for value in (values.nanmean(), *values)]
+    intervals = [
+        None if number is None else [*_interval(column, level)]
+        for number, column in zip(numbers, columns, strict=True)
+    ]
+    return {
+        "mean": numbers[0],
+        "interval": intervals[0],
+        "per_class": numbers[1:],
+        "per_class_intervals": intervals[1:],
+    }
 
 
 def paired_difference(
@@ -302,8 +340,16 @@ def _resamples(images: int, rounds: int, seed: int) -> Tensor:
     return torch.from_numpy(rng.multinomial(images, [1 / images] * images, rounds)).double()
 
 
+def _bootstrap(counts: Tensor, statistic: Statistic, rounds: int, seed: int) -> Tensor:
+    """Return a statistic of bootstrap samples, (rounds, C)."""
+    redrawn = _resampled(_resamples(len(counts), rounds, seed), counts)
+    labelled = redrawn[..., 1] > 0
+    redrawn[~labelled & counts[..., 1].any(0).cpu()] = 0  # no true or predicted pixel: no value
+    return statistic(redrawn)
+
+
 def _resampled(draws: Tensor, counts: Tensor) -> Tensor:
-    """Return the counts of bootstrap samples, (rounds, C, 3)."""
+    """Return the counts of bootstrap samples, (rounds, C, K)."""
     return (draws @ counts.cpu().flatten(1).double()).view(len(draws), *counts.shape[1:])
 
 

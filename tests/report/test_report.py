@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,3 +214,32 @@ def test_tables_fit_80_columns(tmp_path: Path) -> None:
     shown = class_table([*CLASSES, *"abcdefgh"], [0.5, None, *[0.25] * 10]).splitlines()
     assert "–" in shown[0]
     assert all(len(line) <= 80 for line in [*lines, *shown])
+
+
+def _scores(classes: int) -> list[dict[str, Any]]:
+    values = {"per_class": [0.25] + [None] * (classes - 1)}
+    values["per_class_intervals"] = [[0.125, 0.5]] + [None] * (classes - 1)
+    details = {"boundary_iou": {"mean": 0.25, "interval": [0.125, 0.5], **values}}
+    score = {"miou": 0.5, "interval": [0.4, 0.6], "images": 9, "details": details}
+    return [{"name": name, "test": score} for name in ("<b>fold0", "vote")]
+
+
+def test_boundary_scores_are_shown_for_candidates_and_classes(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    assert "boundary iou" not in write_run_page(run).run.folder.joinpath("report.html").read_text()
+    run.write("infer/scores.json", _scores(4))
+    write_run_page(run)
+    page = (run.folder / "report.html").read_text()
+    assert page.count("boundary iou") == 2
+    assert page.count("0.250 <small>[0.125, 0.500]</small>") == 3
+    assert "<b>fold0" not in page
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_scores_of_other_classes_are_left_out(tmp_path: Path, classes: int) -> None:
+    run = made_run(tmp_path / "run")
+    run.write("infer/scores.json", _scores(classes))
+    write_run_page(run)
+    page = (run.folder / "report.html").read_text()
+    assert "boundary iou" not in page
+    assert "fold0" in page
