@@ -73,8 +73,8 @@ def contour_counts(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor
         own = torch.where(contours[at], mask, num_classes)
         same = torch.where(matched[at], mask, num_classes)
         columns.append(_counts(same, own, ignored, num_classes)[:, :2])
-    (hit, predicted_pixels), (found, true_pixels) = (pair.unbind(1) for pair in columns)
-    return torch.stack([found, true_pixels, predicted_pixels, hit], 1)
+    (hit, predicted_pixels), (reached, true_pixels) = (pair.unbind(1) for pair in columns)
+    return torch.stack([reached, true_pixels, predicted_pixels, hit], 1)
 
 
 def boundary_f(counts: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ def boundary_f(counts: Tensor) -> Tensor:
         counts: (..., C, 4), from :func:`contour_counts`
         f: (..., C) float64
     """
-    found, true, predicted, hit = counts.double().unbind(-1)
-    recall, precision = found / true, hit / predicted
+    reached, true, predicted, hit = counts.double().unbind(-1)
+    recall, precision = reached / true, hit / predicted
     f = (2 * recall * precision / (recall + precision)).nan_to_num(0.0)
     return torch.where((true > 0) | (predicted > 0), f, math.nan)
 

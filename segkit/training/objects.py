@@ -30,9 +30,9 @@ def object_counts(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     sizes = torch.bucketize(pixels, bounds, right=True) - 1
     counted = classes != IGNORE
     code = (classes * len(SIZES) + sizes) * 2
-    found = counted & (2 * correct > pixels)
+    recognized = counted & (2 * correct > pixels)
     bins = num_classes * len(SIZES) * 2
-    both = torch.cat([code[found], code[counted] + 1])
+    both = torch.cat([code[recognized], code[counted] + 1])
     return torch.bincount(both, minlength=bins).view(num_classes, len(SIZES), 2)
 
 

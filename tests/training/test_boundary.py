@@ -81,10 +81,10 @@ def test_contours_by_brute_force(seed: int, classes: int) -> None:
         a = np.argwhere((predicted == c).numpy() & ours)
         b = np.argwhere((truth == c).numpy() & theirs)
         distances = np.abs(a[:, None] - b[None]).max(2) if len(a) and len(b) else np.empty((0, 0))
-        hit, found = (
+        hit, reached = (
             int((distances.min(axis) <= 2).sum()) if distances.size else 0 for axis in (1, 0)
         )
-        assert counts[c].tolist() == [found, len(b), len(a), hit]
+        assert counts[c].tolist() == [reached, len(b), len(a), hit]
 
 
 def test_a_shifted_square_by_hand() -> None:
