@@ -202,7 +202,7 @@ def partwise(
     Args:
         ingredients: As in :func:`uniform`.
         counts: On images that no ingredient trained on; see :func:`check_selection`.
-        parts: The modules of each part, such as ``{"decoder": ["decoder"]}``.
+        parts: The modules, or parameters, of each part, such as ``{"decoder": ["decoder"]}``.
         scores: As in :func:`greedy`.
         shares: Coefficients of the added ingredient to try.
         level: Probability that no part changes if no trial is truly better.
@@ -218,7 +218,7 @@ def partwise(
     coefficients = {part: [*mixture.coefficients] for part in parts}
     for part, modules in parts.items():
         prefixes = tuple(f"{module}." for module in modules)
-        keys = [key for key in mixture.weights if key.startswith(prefixes)]
+        keys = [key for key in mixture.weights if f"{key}.".startswith(prefixes)]
         for index in mixture.order:
             for share in shares:
                 candidate = read_weights(ingredients[index])

@@ -326,6 +326,8 @@ def test_a_part_is_a_module_and_not_the_start_of_a_name() -> None:
     made = soup.partwise(states, _planted, parts={"stage": ["stage"]})
     assert made.weights["stage.weight"].item() == 0.5
     assert made.weights["stage1.weight"].item() == 1
+    parameter = soup.partwise(states, _planted, parts={"stage": ["stage.weight"]})
+    assert parameter.weights["stage.weight"].item() == 0.5
 
 
 def test_barrier_by_hand() -> None:
