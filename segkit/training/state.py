@@ -47,7 +47,9 @@ class TrainState:
 
     def averages(self) -> dict[str, nn.Module]:
         """Return the models to evaluate by name: ``last`` or ``ema``, and ``window``."""
-        models = {"last": self.model} if self.ema is None else {"ema": self.ema.model}
+        models: dict[str, nn.Module] = {"last": self.model}
+        if self.ema is not None:
+            models = {"ema": self.ema.model}
         return models if self.window is None else {**models, "window": self.window.model}
 
     def advance(self, finite: bool) -> None:
