@@ -36,9 +36,9 @@ from segkit.inference.candidates import (
     comparison_candidates,
     final_candidate,
 )
-from segkit.inference.origin import mark_folders
+from segkit.inference.origin import mark_folders, update_origin
 from segkit.inference.outputs import PALETTES
-from segkit.inference.prediction import classes_of
+from segkit.inference.prediction import predicted_classes
 from segkit.inference.pseudo import Confidence, confident, write_pseudo_labels
 from segkit.inference.results import NEED_PROBABILITIES, Results
 from segkit.inference.run_soups import RunSoups
@@ -75,8 +75,8 @@ def main(argv: Sequence[str]) -> None:
         console.memory_advice(console.MEMORY_TO_PREDICT),
         console.naming_options(allow_leak="--allow-leak", kind="--soup", vote="--vote"),
     ):
-        photos = open_photos(args, cfg)
-        out, folder = prepare_folders(args, runs[0], photos.source)
+        photos = open_photos(args, runs)
+        out, folder = prepare_folders(args, runs[0], photos.source if photos else None)
         predictor = CandidatePredictor(runs, device, folder=folder, allow_leak=args.allow_leak)
         votes = VOTES if args.compare else (args.vote,)
         scorer = Scorer(predictor, votes=votes, details=cfg.infer.details != "off")
@@ -94,13 +94,18 @@ def main(argv: Sequence[str]) -> None:
         temperature = predictor.temperature(final) if args.calibrate else 1.0
 
         # ---- the results
-        results, photos = write_results(predictor, final, photos, out, temperature)
-        if args.pseudo:
+        results = None
+        if photos is not None:
+            results, photos = write_results(predictor, final, photos, out, temperature)
+        elif distributed.is_main():
+            update_origin(out, predictor.origin(final), [SCORES])
+            say("data.test: is missing, so the models are only scored, on the selection set")
+        if args.pseudo and photos is not None:
             write_pseudo(args, predictor, final, photos, temperature)
 
         # ---- scores of the final candidate and of those compared with it, if there are labels
         truth = open_truth(args, cfg, photos)
-        if truth is not None:
+        if results is not None and truth is not None:
             names, true_mask = truth.source.names, truth.source.mask
             masks = ((i, results.mask(names[i]), true_mask(i)) for i in truth.rank_indices())
             scorer.record(final, truth, scorer.count(masks, truth))
@@ -108,7 +113,8 @@ def main(argv: Sequence[str]) -> None:
         selection = common_selection(runs) if args.compare or not args.images else None
         eval_sets = [images for images in (selection, truth) if images is not None]
         candidates = [final] if eval_sets else []
-        if eval_sets and (args.compare or (truth is not None and not args.brief)):
+        compare = not args.brief and (truth is not None or photos is None)
+        if eval_sets and (args.compare or compare):
             few = dict.fromkeys(["uniform", "greedy", args.soup or "greedy"])
             compared = comparison_candidates(
                 runs,
@@ -131,28 +137,33 @@ def main(argv: Sequence[str]) -> None:
                 say(table(rows, eval_sets))
                 say(details_table(rows, eval_sets[-1].title))
             say(f"written: {out}")
-            left_out += [fault.sentence for fault in photos.source.faults]
-            left_out += (photos.left_out or {}).values()
+            if photos is not None:
+                left_out += [fault.sentence for fault in photos.source.faults]
+                left_out += (photos.left_out or {}).values()
             for sentence in left_out:
                 print(f"left out: {sentence}", file=sys.stderr)
-    if args.images and left_out:  # after the session, because only rank 0 raises
+    if photos is not None and args.images and left_out:  # not in the session: only rank 0 raises
         count = len(left_out) + len(photos.indices)
         raise DataError(f"{len(left_out)} of {count} images cannot be read and have no results")
 
 
-def open_photos(args: argparse.Namespace, cfg: Config) -> Images:
-    """Return the images to predict."""
+def open_photos(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Images | None:
+    """Return the images to predict; ``None`` if there are none but a selection set to score on."""
     if args.images:
         source: Source = PhotoSource(paths=tuple(args.images))
-    elif cfg.data.test is not None:
-        source = open_source(cfg, "test")
-    else:
+    elif runs[0].config.data.test is not None:
+        source = open_source(runs[0].config, "test")
+    elif args.pseudo or common_selection(runs) is None:
         raise ConfigError("data.test: is missing, so there is nothing to predict; add --images")
+    else:
+        return None
     # Every test image needs a result; unreadable files among --images are left out.
     return Images("test", source, list(range(len(source))), left_out={} if args.images else None)
 
 
-def prepare_folders(args: argparse.Namespace, run: TrainedRun, source: Source) -> tuple[Path, Path]:
+def prepare_folders(
+    args: argparse.Namespace, run: TrainedRun, source: Source | None
+) -> tuple[Path, Path]:
     """Mark the folders of results, of soups and of --pseudo as segkit's; return the first two."""
     test = args.out or run.folder / "infer"
     out = run.folder / "infer-images" if args.images and not args.out else test
@@ -160,14 +171,17 @@ def prepare_folders(args: argparse.Namespace, run: TrainedRun, source: Source) -
         raise SegkitError(f"--pseudo {args.pseudo}: is the folder of the results; name another")
     if distributed.is_main():
         folders = dict.fromkeys([test, out, *([args.pseudo] if args.pseudo else [])])
-        mark_folders(folders, reads=[source.path(index) for index in range(len(source))])
+        reads = [source.path(index) for index in range(len(source))] if source else []
+        mark_folders(folders, reads=reads)
     distributed.barrier()
     return out, test
 
 
-def open_truth(args: argparse.Namespace, cfg: Config, photos: Images) -> Images | None:
+def open_truth(args: argparse.Namespace, cfg: Config, photos: Images | None) -> Images | None:
     """Return the predicted images with their labels, if there are labels."""
-    if args.images or (cfg.data.test_labels is None and not photos.source.labelled):
+    if photos is None or args.images:
+        return None
+    if cfg.data.test_labels is None and not photos.source.labelled:
         return None
     source = open_source(cfg, "test_labels") if cfg.data.test_labels else photos.source
     return Images("test", source, positions(source, photos.source.names))
@@ -206,7 +220,7 @@ def write_results(
     total = len(missing.rank_indices())
     shown = distributed.Progress(predicted, "predict", total=total, unit="image", delay=0)
     for index, prediction, _ in shown:
-        mask = classes_of(prediction) if soft else prediction
+        mask = predicted_classes(prediction) if soft else prediction
         results.write(index, mask, sharpened(prediction, temperature) if soft else None)
     if photos.left_out is not None:
         parts = distributed.gather(photos.left_out)

@@ -41,7 +41,7 @@ from segkit.training import tracking
 from segkit.training.build import (
     build_training,
     dropout_seeds,
-    losses_per_part,
+    losses_per_micro_batch,
     parallelize,
     step_options,
 )
@@ -305,10 +305,10 @@ def begin_training(job: Job, fold: Fold) -> tuple[TrainState, Criterion, bool]:
         job.say(resumed_message(fold.number, state.step, fold.order, epochs))
     elif distributed.is_main():
         state.init = checkpoint.digest_tensors(checkpoint.merged(state.model.state_dict()))
-    if terms := losses_per_part(criterion, cfg) if cfg.train.accumulate > 1 else []:
+    if terms := losses_per_micro_batch(criterion, cfg) if cfg.train.accumulate > 1 else []:
         job.say(
             f"train.accumulate={cfg.train.accumulate}: {', '.join(terms)}: the mean over the "
-            "parts, not the loss of the whole batch (see docs/training.md)"
+            "micro-batches, not the loss of the whole batch (see docs/training.md)"
         )
     return state, criterion, saved is not None
 

@@ -158,6 +158,26 @@ def test_details_can_be_left_out() -> None:
     assert read(out / "scores.json")[-1]["test"]["details"] == {}
 
 
+def test_without_test_data_the_models_are_scored_on_the_selection_set(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    none = ["--set", "data.test=null", "--set", "data.test_labels=null"]
+    out = run("--soup", "--tta", "--out", "scored", *none)
+    told = capsys.readouterr().out
+    assert told.startswith("data.test: is missing, so the models are only scored, on the selection")
+    rows = read(out / "scores.json")
+    assert {"fold0", "fold1", "uniform soup", "soft vote"} <= {row["name"] for row in rows}
+    assert rows[-1]["name"] == "greedy soup, views"
+    assert all("selection" in row and "test" not in row for row in rows)
+    assert not list(out.rglob("*.png"))
+    run("--soup", "--tta", "--out", "scored")  # a result folder like any other
+    assert (out / "masks").is_dir()
+    run("--soup", "--tta", "--out", "scored", *none)
+    assert len(read(out / "scores.json")) == len(rows)
+    with pytest.raises(ConfigError, match=r"data\.test: is missing, so there is nothing"):
+        run("--out", "none", *none, "--pseudo", "labels")
+
+
 def test_a_long_name_keeps_its_run_and_what_was_done() -> None:
     names = ("bags greedy soup, views", "bags-with-pseudo-labels greedy soup, views")
     assert infer._fit(names[0], 28) == names[0]

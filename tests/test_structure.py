@@ -95,6 +95,16 @@ def test_every_public_thing_has_a_docstring(path: Path) -> None:
             assert ast.get_docstring(node), node.name
 
 
+def test_two_classes_never_share_a_name() -> None:
+    names = [
+        node.name
+        for path in MODULES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 def test_importing_is_no_dearer_than_torch_and_torchvision() -> None:
     code = "import sys; import torch, torchvision, numpy; a = set(sys.modules); "
     code += "import signal as s; handlers = [*map(s.getsignal, s.valid_signals())]; import segkit; "

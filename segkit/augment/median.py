@@ -23,7 +23,7 @@ Plane = tuple[int, int, int]
 Pair = Callable[[Plane, Plane], tuple[Plane, Plane]]
 
 
-class Step(NamedTuple):
+class Extremum(NamedTuple):
     """A minimum or maximum of two planes.
 
     Args:
@@ -75,7 +75,7 @@ def _run(library: Any, image: Any, size: int, width: int) -> Any:
 
 
 @functools.cache
-def network(size: int) -> tuple[Step, ...]:
+def network(size: int) -> tuple[Extremum, ...]:
     """Return the steps that compute the median of squares of an odd size."""
     steps: dict[tuple[str, Plane, Plane], int] = {}  # equal steps are stored once
 
@@ -98,7 +98,7 @@ def network(size: int) -> tuple[Step, ...]:
     for (function, first, second), number in reversed(steps.items()):
         if number in alive:
             done = frozenset({first[0], second[0]} - alive)
-            needed.append(Step(number, function, first, second, done))
+            needed.append(Extremum(number, function, first, second, done))
             alive |= done
     return tuple(reversed(needed))
 

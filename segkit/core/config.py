@@ -152,13 +152,14 @@ class TrainConfig:
     batch_size: int = _setting(8, "images per optimizer step, over all ranks", 1)
     accumulate: int = _setting(
         1,
-        "number of parts that a rank's batch is computed in (gradient accumulation); dice, jaccard "
-        "and tversky are then the mean over parts, unless accumulate_exact is set; "
-        "ohem_cross_entropy, lovasz, ms_ssim and BatchNorm are computed per part",
+        "number of micro-batches that a rank's batch is computed in (gradient accumulation); dice, "
+        "jaccard and tversky are then their mean, unless accumulate_exact is set; "
+        "ohem_cross_entropy, lovasz, ms_ssim and BatchNorm are computed per micro-batch",
         1,
     )
     accumulate_exact: bool = _setting(
-        False, "dice, jaccard and tversky over the whole batch, by a second forward pass per part"
+        False,
+        "dice, jaccard and tversky over the whole batch, by a second forward pass per micro-batch",
     )
     seed: int = _setting(0, "seed of weights, folds, order and augmentation", 0, 2**31)
     amp: Literal["auto", "off", "bf16", "fp16"] = _setting(

@@ -272,8 +272,9 @@ class Progress:
     def _line(self, seconds: float, note: Callable[[], str] | None) -> str:
         rate = (self._done - self._initial) / max(seconds, 1e-9)
         of = f" of {self._total:,}" if self._total else ""
-        fields = [f"{self._description}: {self._done:,}{of} {self._unit}s"]
-        fields.append(f"{rate:{'.1f' if rate >= 10 else '.2g'}} {self._unit}s/s")
+        units = self._unit + ("es" if self._unit.endswith("ch") else "s")
+        fields = [f"{self._description}: {self._done:,}{of} {units}"]
+        fields.append(f"{rate:{'.1f' if rate >= 10 else '.2g'}} {units}/s")
         if self._total:
             left = timedelta(seconds=round((self._total - self._done) / rate))
             ended = f"done in {timedelta(seconds=round(seconds))}"

@@ -208,7 +208,7 @@ def read_groups(
     return {name: str(group) for name, group in groups.items()}
 
 
-class Part(NamedTuple):
+class PartShares(NamedTuple):
     """Class shares of a fold or the selection set: of its images and of its pixels."""
 
     title: str
@@ -217,7 +217,7 @@ class Part(NamedTuple):
     of_pixels: list[float]
 
 
-def shares(split: Split, names: Sequence[str], pixels: np.ndarray) -> list[Part]:
+def shares(split: Split, names: Sequence[str], pixels: np.ndarray) -> list[PartShares]:
     """Return the class shares of each part; arguments as in :func:`table`."""
     index = {name: i for i, name in enumerate(names)}
     parts = {"selection": split.selection} if split.selection else {}
@@ -227,7 +227,7 @@ def shares(split: Split, names: Sequence[str], pixels: np.ndarray) -> list[Part]
         counts = pixels[[index[name] for name in members]]
         of_pixels = counts.sum(0) / max(1, counts.sum())
         with_class = (counts > 0).mean(0).tolist()
-        described.append(Part(title, len(members), with_class, of_pixels.tolist()))
+        described.append(PartShares(title, len(members), with_class, of_pixels.tolist()))
     return described
 
 

@@ -37,20 +37,21 @@ class TrainOrder(Sampler):
     """Sampler of training images, independent of the number of ranks, workers and restarts.
 
     Each epoch has a different permutation; images beyond the last full batch are not used in that
-    epoch. A step's batch is divided into ``accumulate`` parts, and each part among the ranks.
+    epoch. A step's batch is divided into ``accumulate`` micro-batches, and each of
+    these among the ranks.
 
     Args:
         indices: Images that are in every epoch.
         epochs: Number of epochs.
         batch_size: Images per step, over all ranks.
-        accumulate: Number of parts of a batch (gradient accumulation).
+        accumulate: Number of micro-batches of a batch (gradient accumulation).
         seed: Seed of the permutations.
         start_step: The first step.
         extra: Images of which each epoch draws a different subset.
         extra_share: Size of that subset as a share of ``extra``.
 
     Yields:
-        For each part of each step, this rank's list of (epoch, image index).
+        For each micro-batch of each step, this rank's list of (epoch, image index).
     """
 
     indices: Sequence[int]

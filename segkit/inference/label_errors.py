@@ -26,7 +26,7 @@ from segkit.core.run import Run
 from segkit.data.areas import Box, connected_areas
 from segkit.data.loader import EvalBatch, EvalBatches
 from segkit.inference.model_file import load
-from segkit.inference.prediction import classes_of
+from segkit.inference.prediction import predicted_classes
 from segkit.inference.predictor import Predictor
 from segkit.inference.trained_run import Images, TrainedRun
 
@@ -232,7 +232,7 @@ def _likelihoods(
         rows = slice(top, top + scores.shape[2])
         labels = masks[:, None, rows].to(scores.device).long().clamp_max(scores.shape[1] - 1)
         likelihood[:, rows] = scores.gather(1, labels)[:, 0].cpu()
-        predicted[:, rows] = classes_of(scores).cpu()
+        predicted[:, rows] = predicted_classes(scores).cpu()
     yield from zip(batch.indices, likelihood, predicted, masks, strict=True)
 
 

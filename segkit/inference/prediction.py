@@ -70,7 +70,7 @@ class Prediction:
         )
 
 
-def classes_of(scores: Tensor) -> Tensor:
+def predicted_classes(scores: Tensor) -> Tensor:
     """Return the class with the largest score at every pixel: (..., C, H, W) -> (..., H, W), uint8.
 
     The lowest index wins among equal scores.

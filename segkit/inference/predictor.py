@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from segkit.core.backend import cudnn_autotuning
 from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
 from segkit.inference.calibration import sharpened
-from segkit.inference.prediction import Photo, Prediction, as_tensor, classes_of
+from segkit.inference.prediction import Photo, Prediction, as_tensor, predicted_classes
 from segkit.inference.tiling import STRIDE, concat_bands, resized_rows, tiles
 from segkit.inference.tta import Merge, Views, merge_views, parse_views
 from segkit.models.kernels.graphs import Graphs
@@ -130,7 +130,7 @@ class Predictor:
         image = as_tensor(photo)
         with torch.inference_mode():
             unscaled = concat_bands(self._unscaled_bands(image), image.shape[-2])
-            mask, scores = classes_of(unscaled), sharpened(unscaled, self.temperature)
+            mask, scores = predicted_classes(unscaled), sharpened(unscaled, self.temperature)
         binary = scores.shape[-3] == 2 and len(self.classes) == 1
         classes = ("background", *self.classes) if binary else self.classes
         return Prediction(image.cpu(), mask.cpu(), scores.cpu(), classes)
@@ -161,7 +161,7 @@ class Predictor:
             The first row of the band, and its classes, uint8, (h, W) or (B, h, W).
         """
         for top, scores in self._unscaled_bands(image):
-            classes = classes_of(scores)
+            classes = predicted_classes(scores)
             del scores  # frees the memory before the next band is computed
             yield top, classes
 

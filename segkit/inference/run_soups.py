@@ -70,7 +70,7 @@ class RunSoups:
         origin = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
         known = _origin_of(path) if path.exists() else None
         if distributed.broadcast(known) != origin:
-            state = self._make(run, kind, paths, selection, Candidate("", (path,)))
+            state = self._make(run, kind, paths, selection, Candidate(f"{kind} soup", (path,)))
             state["soup"] |= {"leaked": leaked, "origin": origin}
             if distributed.is_main():
                 checkpoint.save(state, path)
@@ -90,7 +90,7 @@ class RunSoups:
         barriers: list[dict[str, Any]] = []
         ingredient_scores: list[float] = []
         if selection is not None:
-            alone = [Candidate("", (path,)) for path in paths]
+            alone = [Candidate(path.parent.name, (path,)) for path in paths]
             evaluations = [self._scorer.evaluation(each, selection) for each in alone]
             ingredient_scores = [mean_iou(evaluation) for evaluation in evaluations]
             if run.folder not in self._barriers:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segkit.inference.prediction import classes_of
+from segkit.inference.prediction import predicted_classes
 
 Shape = tuple[int, ...]
 
@@ -168,7 +168,7 @@ class SoftVote(Vote):
         winner = torch.empty(self.shapes[image], dtype=torch.uint8)
         for rows in _bands(self.shapes[image], self.num_classes):
             sums = torch.tensor(self._sums[image][:, rows])
-            winner[rows] = classes_of(sums)
+            winner[rows] = predicted_classes(sums)
         return winner
 
     @cached_property

@@ -28,7 +28,7 @@ DETAILS = {
 """Shape of the ``details`` of a score in ``scores.json``."""
 
 
-class Fold:
+class LoggedFold:
     """The logged events of a fold, without evaluations of another number of classes.
 
     ``records`` are the evaluations that scored higher than all before them; the last is the best.
@@ -83,7 +83,7 @@ class RunLog:
         for event in events:
             if "fold" in EVENTS.get(event["event"], {}):
                 logged.setdefault(event["fold"], []).append(event)
-        self.folds = {n: Fold(n, logged[n], len(self.classes)) for n in sorted(logged)}
+        self.folds = {n: LoggedFold(n, logged[n], len(self.classes)) for n in sorted(logged)}
         self.best = {n: fold.records[-1] for n, fold in self.folds.items() if fold.records}
         self.notes = [event for event in events if event["event"] in ("fault", "non-finite")]
 

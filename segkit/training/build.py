@@ -106,21 +106,21 @@ def train_order(cfg: Config, training: Sequence[int], extra: Sequence[int]) -> T
     )
 
 
-def losses_per_part(criterion: Criterion, cfg: Config) -> list[str]:
-    """Return the names of the losses that are computed on each part of a step separately."""
+def losses_per_micro_batch(criterion: Criterion, cfg: Config) -> list[str]:
+    """Return the names of the losses that are computed on each micro-batch separately."""
     sums = [] if cfg.train.accumulate_exact else criterion.accumulated("two_pass")
     return [*sums, *criterion.accumulated("mean")]
 
 
 def dropout_seeds(cfg: Config, step: int) -> list[int]:
-    """Return a dropout seed for each part of a step on this rank; no random state is saved.
+    """Return a dropout seed for each micro-batch of this rank; no random state is saved.
 
-    Parts are numbered over all ranks: 4 parts on one rank use the same seeds as 2 parts on each of
-    two ranks.
+    Micro-batches are numbered over all ranks: 4 on one rank use the same seeds as 2 on each of two
+    ranks.
     """
     world_size, rank = distributed.world_size(), distributed.rank()
-    parts = range(cfg.train.accumulate)
-    return [mix(cfg.train.seed, step, part * world_size + rank) for part in parts]
+    numbers = range(cfg.train.accumulate)
+    return [mix(cfg.train.seed, step, number * world_size + rank) for number in numbers]
 
 
 def mix(*numbers: int) -> int:

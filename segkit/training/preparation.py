@@ -183,8 +183,8 @@ def check_memory(
 ) -> float:
     """Run training steps with a temporary model, so that too little memory fails at once.
 
-    Only the second step includes the memory of the optimizer's state. Each part repeats the first
-    training image.
+    Only the second step includes the memory of the optimizer's state. Each micro-batch repeats the
+    first training image.
 
     Returns:
         The seconds of the fastest step.

@@ -17,7 +17,7 @@ from segkit.training.losses import Criterion
 from segkit.training.pixels import StepTotals
 
 MicroBatch = tuple[Tensor, Tensor]
-"""Images and masks: a part of a batch that is computed at once."""
+"""Images and masks: a micro-batch, which is computed at once."""
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def test_progress_lines_without_a_terminal(
     for _ in distributed.Progress(iter(range(20)), "search", clock=clock):
         clock.now += 5
     assert capsys.readouterr().err == "search: 12 items, 0.2 items/s\n"
+    list(distributed.Progress(range(1), "BatchNorm", unit="batch", delay=0))
+    assert capsys.readouterr().err.startswith("BatchNorm: 1 of 1 batches, ")
 
 
 def test_progress_lines_of_epochs(capsys: pytest.CaptureFixture) -> None:

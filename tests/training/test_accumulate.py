@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from segkit import train
 from segkit.core import config, distributed
 from segkit.core.labels import IGNORE
-from segkit.training.build import losses_per_part
+from segkit.training.build import losses_per_micro_batch
 from segkit.training.losses import LOSSES, Criterion, Loss, build_loss
 from segkit.training.step import StepResult, train_step
 
@@ -212,6 +212,6 @@ def test_losses_of_parts_are_named() -> None:
     parts = ["train.accumulate=2"]
     criterion = build_loss(["cross_entropy", "dice", "lovasz"], num_classes=3)
     cfg = config.override(config.Config(), parts)
-    assert losses_per_part(criterion, cfg) == ["dice", "lovasz"]
+    assert losses_per_micro_batch(criterion, cfg) == ["dice", "lovasz"]
     cfg = config.override(cfg, ["train.accumulate_exact=true"])
-    assert losses_per_part(criterion, cfg) == ["lovasz"]
+    assert losses_per_micro_batch(criterion, cfg) == ["lovasz"]

@@ -231,7 +231,7 @@ def test_a_run_says_which_losses_are_computed_on_each_part(
     settings = ["accumulate=2", "accumulate_exact=true", "epochs=1", "batch_size=4"]
     words = [word for setting in settings for word in ("--set", f"train.{setting}")]
     train.main([*tiny, *words, "--set", 'loss.terms=["dice","lovasz"]'])
-    assert "train.accumulate=2: lovasz: the mean over the parts" in capsys.readouterr().out
+    assert "train.accumulate=2: lovasz: the mean over the micro-batches" in capsys.readouterr().out
     assert len({seed for step in seeds for seed in step}) == 2 * len(seeds) > 0
 
 
