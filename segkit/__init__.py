@@ -1,7 +1,7 @@
 """Semantic segmentation of photographs in pure PyTorch: folds, soups, views and votes."""
 
 from segkit.augment import Pipeline, list_augmentations
-from segkit.commands.plan import Plan, plan
+from segkit.commands.plan import TrainingPlan, plan
 from segkit.core import __version__
 from segkit.core.config import Config
 from segkit.core.errors import CheckpointError, ConfigError, DataError, SegkitError
@@ -36,11 +36,11 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Pipeline",
-    "Plan",
     "Prediction",
     "Predictor",
     "SegkitError",
     "Segmenter",
+    "TrainingPlan",
     "__version__",
     "build_loss",
     "build_model",

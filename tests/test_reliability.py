@@ -383,7 +383,8 @@ def reverse(labels: dict[str, Any], _: Path) -> None:
 
 
 def relabel(labels: dict[str, Any], _: Path) -> None:
-    labels["annotations"][0]["segmentation"] = [[1, 1, 30, 1, 30, 30]]
+    triangle = {"segmentation": [[1, 1, 30, 1, 30, 30]], "bbox": [1, 1, 29, 29], "area": 420.5}
+    labels["annotations"][0].update(triangle)
 
 
 def repaint(labels: dict[str, Any], images: Path) -> None:

@@ -55,7 +55,7 @@ MARK = "Planned by segkit"
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A planned training.
 
     Args:
@@ -89,7 +89,7 @@ def plan(
     hours: float = 2.0,
     weights: Path | str | None = None,
     device: torch.device | str | None = None,
-) -> Plan:
+) -> TrainingPlan:
     """Plan a training on the labelled photographs of a folder.
 
     Args:
@@ -128,7 +128,7 @@ def plan(
     note = f"{MARK} for {data.images} images of {folder}. {why}"
     raw = {"note": note, **rules.nested(choices)}
     config.parse(raw, "the plan")
-    return Plan(
+    return TrainingPlan(
         raw,
         choices,
         data,
@@ -281,7 +281,7 @@ def _seconds_to_load(cfg: Config, source: Source) -> float:
     return (time.perf_counter() - start) / len(chosen)
 
 
-def lines(made: Plan) -> Iterator[str]:
+def lines(made: TrainingPlan) -> Iterator[str]:
     """Yield the lines of a report of at most 80 columns."""
     data = made.data
     height, width = data.size

@@ -15,7 +15,7 @@ Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of the angles of rotary positions, each (patches, width of a head)."""
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Self-attention and an MLP, each normalized before, scaled after, and added to its input.
 
     Args:
@@ -43,7 +43,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads)
+        self.attn = SelfAttention(width, heads)
         self.ls1 = LayerScale(width)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = SwiGLU(width, hidden) if gated else MLP(width, hidden)
@@ -61,7 +61,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Multi-head self-attention; rotary positions apply to the last tokens, the patches."""
 
     def __init__(self, width: int, heads: int) -> None:

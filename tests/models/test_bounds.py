@@ -120,7 +120,9 @@ def test_training_refuses_it_before_anything_is_made(
     setting: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("tiny.json").write_text('{"data": {"train": {"name": "demo", "root": "demo"}}}')
+    Path("tiny.json").write_text(
+        '{"data": {"train": {"name": "demo", "root": "demo"}}, "model": {"decoder": "upernet"}}'
+    )
     with pytest.raises(ConfigError, match=words) as caught:
         train.main(["--cfg", "tiny.json", "--set", setting])
     assert "\n" not in str(caught.value)

@@ -29,7 +29,7 @@ MAX_MASKS = 1000
 """Number of masks that are read to find their values."""
 
 
-class Pair(NamedTuple):
+class MaskFolders(NamedTuple):
     """A folder of images, the folder of their masks, and the end of the masks' names."""
 
     images: Path
@@ -91,7 +91,7 @@ def _few_colors(path: Path) -> bool:
         return False
 
 
-def _pairs(folder: Path) -> list[Pair]:
+def _pairs(folder: Path) -> list[MaskFolders]:
     folders = _folders(folder)
     masks = {path: names for path, names in folders.items() if _masks_alone(path, tuple(names[:3]))}
     stems = {path: {Path(name).stem for name in names} for path, names in folders.items()}
@@ -106,7 +106,7 @@ def _pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
-def _together(folder: Path, names: Sequence[str]) -> Pair | None:
+def _together(folder: Path, names: Sequence[str]) -> MaskFolders | None:
     """Return the pair of a folder that holds photographs and, by an ending, their masks."""
     stems = {Path(name).stem for name in names}
     firsts = sorted(stems)[:20]
@@ -118,18 +118,18 @@ def _together(folder: Path, names: Sequence[str]) -> Pair | None:
             and stem.removesuffix(ending) in stems
         ]  # fmt: skip
         if 3 * len(masks) > len(names) and all(_few_colors(folder / x) for x in masks[:3]):
-            return Pair(folder, folder, ending, len(masks))
+            return MaskFolders(folder, folder, ending, len(masks))
     return None
 
 
-def _paired(images: Path, masks: Path, stems: dict[Path, set[str]]) -> Pair:
+def _paired(images: Path, masks: Path, stems: dict[Path, set[str]]) -> MaskFolders:
     """Return a pair with the number of images that have a mask."""
     endings = {""}
     first = min(stems[masks])
     endings |= {first.removeprefix(stem) for stem in stems[images] if first.startswith(stem)}
     counts = {x: sum(f"{stem}{x}" in stems[masks] for stem in stems[images]) for x in endings}
     ending = max(sorted(counts, key=len), key=lambda x: counts[x])
-    return Pair(images, masks, ending, counts[ending])
+    return MaskFolders(images, masks, ending, counts[ending])
 
 
 def _shared(first: Path, second: Path) -> int:
@@ -137,7 +137,7 @@ def _shared(first: Path, second: Path) -> int:
     return len(set(first.parts) & set(second.parts))
 
 
-def _of_part(folder: Path, pairs: Sequence[Pair], part: str) -> Pair | None:
+def _of_part(folder: Path, pairs: Sequence[MaskFolders], part: str) -> MaskFolders | None:
     """Return the pair of a part; several are joined if they are below the same two folders."""
     said = {pair: part_of(pair.images.relative_to(folder).as_posix()) for pair in pairs}
     chosen = [pair for pair in pairs if said[pair] == part]
@@ -149,11 +149,13 @@ def _of_part(folder: Path, pairs: Sequence[Pair], part: str) -> Pair | None:
     if len(roots) == 1:
         images, masks = roots.pop()
         if {pair.ending for pair in chosen} == {chosen[0].ending} and images != masks:
-            return Pair(images, masks, chosen[0].ending, sum(pair.matches for pair in chosen))
+            return MaskFolders(
+                images, masks, chosen[0].ending, sum(pair.matches for pair in chosen)
+            )
     return max(chosen, key=lambda pair: pair.matches)
 
 
-def _roots(pair: Pair) -> tuple[Path, Path]:
+def _roots(pair: MaskFolders) -> tuple[Path, Path]:
     """Return the pair's folders without the end of their paths that is the same."""
     images, masks = pair.images, pair.masks
     while images.name == masks.name and images != masks:
@@ -161,7 +163,7 @@ def _roots(pair: Pair) -> tuple[Path, Path]:
     return images, masks
 
 
-def _classes(folder: Path, pair: Pair) -> dict[str, Any]:
+def _classes(folder: Path, pair: MaskFolders) -> dict[str, Any]:
     """Return the arguments about classes, from a file of names or from the values of the masks."""
     places = dict.fromkeys((folder, pair.masks, pair.images, pair.masks.parent, pair.images.parent))
     files = [place / name for place in places for name in CLASS_FILES]
@@ -213,7 +215,7 @@ def named_by_color(colors: Sequence[Color]) -> dict[str, Any]:
     return {"classes": names, "values": {text: i for i, text in enumerate(texts)}}
 
 
-def _contents(pair: Pair) -> tuple[list[int], list[Color]]:
+def _contents(pair: MaskFolders) -> tuple[list[int], list[Color]]:
     """Return the values and the colors of a pair's masks, or of a thousand of them."""
     names = ((path, name) for path, names in _folders(pair.masks).items() for name in names)
     paths = [path / name for path, name in names if Path(name).stem.endswith(pair.ending)]

@@ -14,7 +14,7 @@ from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.neck import PyramidNeck
 from segkit.models.backbones.stages import refuse_dilation
 from segkit.models.layers import BatchNorm2d, resize
-from segkit.models.transformer import Block
+from segkit.models.transformer import TransformerBlock
 
 PATCH = 16
 
@@ -96,7 +96,7 @@ class BEiT(nn.Module):
         return self.neck(maps, height, width)
 
 
-class RelativeBlock(Block):
+class RelativeBlock(TransformerBlock):
     """A block of a Vision Transformer whose attention has a relative position bias.
 
     Shape:

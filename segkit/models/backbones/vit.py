@@ -17,7 +17,7 @@ from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.neck import PyramidNeck
 from segkit.models.backbones.stages import refuse_dilation
 from segkit.models.layers import resize
-from segkit.models.transformer import Block, Rotary, rotary_positions
+from segkit.models.transformer import Rotary, TransformerBlock, rotary_positions
 
 Output = Literal["pyramid", "map", "tokens"]
 """``pyramid``: strides 4 to 32, by a neck; ``map``: the patches of the last block alone;
@@ -85,7 +85,9 @@ class ViT(nn.Module):
         self.cls_token = _tokens(1, width)
         self.register_tokens = _tokens(registers, width) if registers else None
         self.pos_embed = _tokens(positions**2 + 1, width) if positions else None
-        block = partial(Block, width, heads, hidden=hidden or 4 * width, gated=gated, eps=eps)
+        block = partial(
+            TransformerBlock, width, heads, hidden=hidden or 4 * width, gated=gated, eps=eps
+        )
         rates = (drop_path * i / max(1, depth - 1) for i in range(depth))
         blocks = [block(drop_path=rate) for rate in rates]
         depth -= omitted_blocks

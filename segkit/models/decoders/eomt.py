@@ -11,7 +11,7 @@ from segkit.core.config import check_bounds
 from segkit.core.errors import ConfigError
 from segkit.models.layers import resize
 from segkit.models.queries import QueryClassifier, semantic_logits
-from segkit.models.transformer import Block, rotary_positions
+from segkit.models.transformer import TransformerBlock, rotary_positions
 
 
 class EoMT(nn.Module):
@@ -79,7 +79,9 @@ class EoMT(nn.Module):
             raise ConfigError(f"heads: expected a divisor of {width} channels, got {heads}")
         self.num_classes, self.rotary, self.annealing = num_classes, rotary, annealing
         eps = 1e-5 if rotary else 1e-6
-        block = partial(Block, width, self.heads, hidden=4 * width, eps=eps, drop_path=drop_path)
+        block = partial(
+            TransformerBlock, width, self.heads, hidden=4 * width, eps=eps, drop_path=drop_path
+        )
         self.query = nn.Embedding(queries, width)
         self.blocks = nn.ModuleList(block() for _ in range(blocks))
         self.norm = nn.LayerNorm(width, eps=eps)

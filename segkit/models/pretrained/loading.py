@@ -329,7 +329,8 @@ def _fit_decoder(
         moved = {
             name: x for name, x in theirs.items() if name in own and x.shape == own[name].shape
         }
-        return moved, dict.fromkeys(own.keys() - moved, weights.reason), weights.reason
+        left = {k: weights.reason for k in own if k not in moved}
+        return moved, left, weights.reason
     modules = decoder.named_modules()
     classifiers = Classifier, QueryClassifier
     heads = {f"decoder.{name}" for name, module in modules if isinstance(module, classifiers)}
