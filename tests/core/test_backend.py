@@ -162,7 +162,8 @@ def test_every_configuration_trains_deterministically(name: str) -> None:
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("decoder", PYRAMID_DECODERS)
 def test_every_decoder_trains_deterministically(decoder: str) -> None:
-    assert not refused_in_a_step("resnet18_half", decoder, ["cross_entropy"])
+    small = {"queries": 3, "layers": 3, "pixel_layers": 1} if decoder == "mask2former" else {}
+    assert not refused_in_a_step("resnet18_half", {"name": decoder, **small}, ["cross_entropy"])
 
 
 @pytest.mark.slow

@@ -329,8 +329,11 @@ def _fit_decoder(
         moved = {
             name: x for name, x in theirs.items() if name in own and x.shape == own[name].shape
         }
-        left = {k: weights.reason for k in own if k not in moved}
-        return moved, left, weights.reason
+        return (
+            moved,
+            dict.fromkeys((k for k in own if k not in moved), weights.reason),
+            weights.reason,
+        )
     modules = decoder.named_modules()
     classifiers = Classifier, QueryClassifier
     heads = {f"decoder.{name}" for name, module in modules if isinstance(module, classifiers)}
