@@ -36,10 +36,24 @@ NAMES = (
     "ocrnet_w48",
     "stlnet_r101",
     "deeplabv3plus_se152",
+    "segformer_b5",
+    "convnext_xl",
+    "beit_l",
+    "vit_l_upernet",
+    "vit_b_eomt",
+    "swin_l_mask",
 )
 """Configurations of the table in docs/models.md."""
 
-CHECKPOINTED = ("swin", "swin_b", "ocrnet_w48")
+CHECKPOINTED = (
+    "swin",
+    "swin_b",
+    "ocrnet_w48",
+    "segformer_b5",
+    "convnext_xl",
+    "vit_b_eomt",
+    "swin_l_mask",
+)
 """Configurations that are also measured with the backbone's ``checkpointing``."""
 
 
@@ -66,8 +80,12 @@ def cost(model: nn.Module, name: str, size: int) -> Cost:
     """Measure a model that was built on the meta device."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     image = torch.empty(BATCH, 3, size, size, device="meta")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)  # the counter fails on modules that are called with a parameter
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(image[:1])
+    for parameter in trained:
+        parameter.requires_grad_()
     return Cost(
         name=name,
         parameters=parameters,

@@ -37,7 +37,7 @@ from segkit.models.backbones.swin import (
     shift_mask,
 )
 from segkit.models.backbones.torchvision import SameConv2d, convnext
-from segkit.models.backbones.vit import ViT, resized
+from segkit.models.backbones.vit import ViT, cubic_weights, resized
 from segkit.models.segmenter import build_model
 from segkit.models.transformer import rotary_positions, rotate
 
@@ -904,6 +904,13 @@ def test_positions_of_the_pretrained_grid_are_not_resized() -> None:
     positions = model.pos_embed[:, 1:]
     assert resized(positions, 5, 5) is positions
     assert resized(positions, 3, 7).shape == (1, 21, 16)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 5), (5, 3), (5, 13), (37, 7), (1, 4)])
+def test_cubic_weights_are_pytorchs(inputs: int, outputs: int) -> None:
+    x = torch.eye(inputs)[None, :, None]  # (1, inputs, 1, inputs)
+    expected = F.interpolate(x, (1, outputs), mode="bicubic")[0, :, 0].T
+    torch.testing.assert_close(cubic_weights(outputs, inputs, x), expected, rtol=0, atol=1e-5)
 
 
 def test_a_pyramid_reads_four_blocks_and_a_map_the_last() -> None:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from segkit.core.backend import is_exporting
@@ -143,13 +142,33 @@ class ViT(nn.Module):
 
 
 def resized(positions: Tensor, rows: int, columns: int) -> Tensor:
-    """Return learned positions of a square grid for another grid, (1, rows * columns, width)."""
+    """Return learned positions of a square grid for another grid, (1, rows * columns, width).
+
+    As bicubic ``F.interpolate``, whose gradient is not deterministic on CUDA.
+    """
     side = round(positions.shape[1] ** 0.5)
     if (rows, columns) == (side, side) and not is_exporting():
         return positions
-    grid = positions.transpose(1, 2).unflatten(2, (side, side)).float()
-    grid = F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False)
-    return grid.to(positions.dtype).flatten(2).transpose(1, 2)
+    grid = positions.mT.unflatten(2, (side, side)).float()
+    grid = cubic_weights(rows, side, grid) @ grid @ cubic_weights(columns, side, grid).mT
+    return grid.to(positions.dtype).flatten(2).mT
+
+
+def cubic_weights(outputs: int, inputs: int, like: Tensor) -> Tensor:
+    """Return the coefficients of bicubic resizing of one axis, (outputs, inputs), as PyTorch's.
+
+    Keys 1981, https://doi.org/10.1109/TASSP.1981.1163711, with a = -0.75; beyond the edges, the
+    values at the edges are repeated.
+    """
+    a = -0.75
+    at = (torch.arange(outputs, device=like.device) + 0.5) * (inputs / outputs) - 0.5
+    taps = at.floor()[:, None] + torch.arange(-1, 3, device=like.device)
+    apart = (at[:, None] - taps).abs()
+    near = ((a + 2) * apart - (a + 3)) * apart**2 + 1
+    far = ((a * apart - 5 * a) * apart + 8 * a) * apart - 4 * a
+    shares = torch.where(apart <= 1, near, far)
+    places = taps.clamp(0, inputs - 1)[..., None] == torch.arange(inputs, device=like.device)
+    return (places * shares[..., None]).sum(1)
 
 
 def _tokens(number: int, width: int) -> nn.Parameter:
