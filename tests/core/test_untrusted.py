@@ -321,7 +321,10 @@ CHANGES: dict[str, tuple[str, Change]] = {
         "holds NaN or infinity",
         lambda state: state["ema"]["model"]["backbone.conv1.weight"].fill_(math.nan),
     ),
-    "no average": ("has no moving average", lambda state: state.update(ema=None)),
+    "no average": (
+        "has no average, which train.ema asks for",
+        lambda state: state.update(ema=None),
+    ),
     "no groups": ("cannot be read", lambda state: state["optimizer"].pop("param_groups")),
     "fewer groups": ("cannot be read", lambda state: state["optimizer"]["param_groups"].pop()),
     "no group": ("cannot be read", lambda state: state["optimizer"].update(param_groups=[3])),
