@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from segkit.augment.ranges import Operation, Range, between, draw, height_and_width
+from segkit.core.config import check_bounds
 from segkit.core.errors import ConfigError
 from segkit.core.labels import IGNORE, Size
 
 IDENTITY = np.eye(3)
 
 _CAP_TRIES = 10
-_CAP_GRID = 32
+_CAP_GRID, _AIM_GRID = 32, 64
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,37 @@ class Canvas:
         """
         if self.source is None:
             return 0.0
-        (height, width), n = size, _CAP_GRID
-        x = left + (np.arange(n) + 0.5) * (width / n)
-        y = top + (np.arange(n) + 0.5) * (height / n)
+        labels, _ = self._labels(top, left, size, _CAP_GRID)
+        counts = torch.bincount(labels)
+        return float(counts.max() / counts.sum()) if len(counts) else 1.0
+
+    def point_of_a_class(self, rng: np.random.Generator) -> tuple[int, int] | None:
+        """Return row and column of a pixel of a class drawn at random from those in the image.
+
+        Looked up in the source at a grid; ``None`` if it has no labelled pixel.
+        """
+        if self.source is None:
+            return None
+        labels, places = self._labels(0, 0, self.size, _AIM_GRID)
+        if not len(labels):
+            return None
+        chosen = rng.choice(labels.unique().numpy())
+        x, y = rng.choice(places[:, labels.numpy() == chosen], axis=1)
+        return int(y), int(x)
+
+    def _labels(self, top: int, left: int, size: Size, n: int) -> tuple[Tensor, np.ndarray]:
+        """Return the labelled classes at n x n points of a part, and the points' x and y."""
+        assert self.source is not None
+        x = left + (np.arange(n) + 0.5) * (size[1] / n)
+        y = top + (np.arange(n) + 0.5) * (size[0] / n)
         points = np.stack([*np.meshgrid(x, y), np.ones((n, n))]).reshape(3, -1)
         px, py, w = self.before @ self.matrix @ points
         px, py = np.floor(px / w).astype(int), np.floor(py / w).astype(int)
         rows, columns = self.source.shape
         inside = (px >= 0) & (px < columns) & (py >= 0) & (py < rows)
-        labels = self.source[torch.from_numpy(py[inside]), torch.from_numpy(px[inside])]
-        counts = torch.bincount(labels[labels != IGNORE].int())
-        return float(counts.max() / counts.sum()) if len(counts) else 1.0
+        labels = self.source[torch.from_numpy(py[inside]), torch.from_numpy(px[inside])].int()
+        known = labels != IGNORE
+        return labels[known], points[:2, inside][:, known.numpy()]
 
 
 def shift_matrix(x: float, y: float) -> np.ndarray:
@@ -290,10 +311,13 @@ class Crop(Operation):
         max_class_share: A crop in which one class has a larger share of the labelled pixels is
             rejected, at most 10 crops are drawn, and the last one is kept. Evaluated at a 32×32
             grid of the source.
+        aim: Probability of a crop around a pixel of a class drawn at random from those in the
+            image, so that rare classes are seen more often.
     """
 
     size: tuple[int, int] = height_and_width()
     max_class_share: float = 1.0
+    aim: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,17 +325,30 @@ class Crop(Operation):
             raise ConfigError(
                 f"max_class_share: expected above 0, to 1; got {self.max_class_share}"
             )
+        check_bounds(0, 1, aim=self.aim)
 
     def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        spare = [have - want for have, want in zip(canvas.size, self.size, strict=True)]
         tries = 1 if self.max_class_share == 1 else _CAP_TRIES
         for _ in range(tries):
-            top, left = (int(rng.integers(min(0, s), max(0, s) + 1)) for s in spare)
+            top, left = self._corner(canvas, rng)
             if tries == 1:
                 break
             if canvas.largest_class_share(top, left, self.size) <= self.max_class_share:
                 break
         return canvas.then(shift_matrix(left, top), self.size)
+
+    def _corner(self, canvas: Canvas, rng: np.random.Generator) -> tuple[int, int]:
+        """Draw the first row and column."""
+        spare = [have - want for have, want in zip(canvas.size, self.size, strict=True)]
+        if self.aim and rng.random() < self.aim and (point := canvas.point_of_a_class(rng)):
+            corner = (
+                min(max(at - int(rng.integers(side)), min(0, s)), max(0, s))
+                for at, side, s in zip(point, self.size, spare, strict=True)
+            )
+        else:
+            corner = (int(rng.integers(min(0, s), max(0, s) + 1)) for s in spare)
+        top, left = corner
+        return top, left
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,13 @@ class DataConfig:
     group_pattern: str | None = _setting(
         None, "regular expression with one group: the image's group in its file name"
     )
+    repeat_threshold: float = _setting(
+        0.0,
+        "images of a class that is in a smaller share f of the images than this are drawn more "
+        "often, in proportion to sqrt(repeat_threshold / f); 0: all images equally",
+        0,
+        1,
+    )
     mean: tuple[float, float, float] = _setting(IMAGENET_MEAN, "mean of R, G, B in 0..1")
     std: tuple[float, float, float] = _setting(
         IMAGENET_STD, "standard deviation of R, G, B in 0..1", 1e-6

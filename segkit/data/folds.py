@@ -93,6 +93,22 @@ def class_pixels(source: Source, workers: int = 0) -> np.ndarray:
     return np.array(counts, np.int64)
 
 
+def repeat_factors(pixels: np.ndarray, threshold: float) -> tuple[float, ...]:
+    """Return how often each image is used, more often if it has a class that few images have.
+
+    A class that is in a share f of the images has the factor max(1, sqrt(threshold / f)), an image
+    the largest factor of its classes (Gupta et al. 2019, https://arxiv.org/abs/1908.03195).
+
+    Args:
+        pixels: (N, num_classes), result of :func:`class_pixels`.
+        threshold: Classes in a larger share of the images are not repeated.
+    """
+    present = pixels > 0
+    share = present.mean(0)
+    factors = np.sqrt(np.maximum(1.0, threshold / np.maximum(share, 1 / len(pixels))))
+    return tuple(np.maximum(1.0, (present * factors).max(1)).tolist())
+
+
 def make_folds(
     names: Sequence[str],
     pixels: np.ndarray,

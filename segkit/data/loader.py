@@ -29,6 +29,9 @@ CPU = torch.device("cpu")
 GPU_BATCH, GPU_PIXELS = 8, 2**21
 """Largest number of images, and of pixels, that a GPU predicts together by default."""
 
+COPY = 2**24
+"""Added to the epoch in the keys of further copies of an image, so that they are augmented anew."""
+
 _ORDER = 2**32 - 1  # in place of a sample's index: a random stream that no image uses
 
 
@@ -49,6 +52,9 @@ class TrainOrder(Sampler):
         start_step: The first step.
         extra: Images of which each epoch draws a different subset.
         extra_share: Size of that subset as a share of ``extra``.
+        repeats: How often each of ``indices`` stands in a pool that an epoch draws as many images
+            from as there are, without putting back; default: each once. See
+            :func:`segkit.data.folds.repeat_factors`.
 
     Yields:
         For each micro-batch of each step, this rank's list of (epoch, image index).
@@ -62,6 +68,7 @@ class TrainOrder(Sampler):
     start_step: int = 0
     extra: Sequence[int] = ()
     extra_share: float = 1.0
+    repeats: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         parts = self.accumulate * world_size()
@@ -105,7 +112,15 @@ class TrainOrder(Sampler):
         chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
         drawn = _permutation(self.seed, epoch, len(self.extra)) if self.extra else []
         own = len(self.indices)
-        return [(epoch, self.indices[i] if i < own else self.extra[drawn[i - own]]) for i in chosen]
+        pool = _repeated(self.seed, epoch, self.repeats) if self.repeats else None
+        batch = []
+        for i in chosen:
+            if i >= own:
+                batch.append((epoch, self.extra[drawn[i - own]]))
+            else:
+                place, copy = pool[i] if pool else (i, 0)
+                batch.append((epoch + copy * COPY, self.indices[place]))
+        return batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch_size // (self.accumulate * world_size())
@@ -119,6 +134,18 @@ class TrainOrder(Sampler):
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> list[int]:
     return np.random.default_rng((seed, epoch, _ORDER)).permutation(count).tolist()
+
+
+@functools.lru_cache(maxsize=4)
+def _repeated(seed: int, epoch: int, repeats: tuple[float, ...]) -> list[tuple[int, int]]:
+    """Return (place in ``repeats``, number of the copy) of an epoch's images, as many as places.
+
+    A place stands ``repeats`` times in the pool on average: the fraction is rounded at random.
+    """
+    rng = np.random.default_rng((seed, epoch, _ORDER - 1))
+    counts = np.floor(np.array(repeats) + rng.random(len(repeats))).astype(int)
+    pool = [(place, copy) for place, count in enumerate(counts) for copy in range(count)]
+    return [pool[i] for i in rng.permutation(len(pool))[: len(repeats)]]
 
 
 Sample = tuple[Tensor, Tensor, Plan]

@@ -93,8 +93,10 @@ def parallelize(model: nn.Module, cfg: Config, device: torch.device) -> nn.Modul
     )
 
 
-def train_order(cfg: Config, training: Sequence[int], extra: Sequence[int]) -> TrainOrder:
-    """Return the order of a fold's training images."""
+def train_order(
+    cfg: Config, training: Sequence[int], extra: Sequence[int], repeats: tuple[float, ...] = ()
+) -> TrainOrder:
+    """Return the order of a fold's training images; ``repeats`` as in :class:`TrainOrder`."""
     return TrainOrder(
         indices=training,
         epochs=cfg.train.epochs,
@@ -103,6 +105,7 @@ def train_order(cfg: Config, training: Sequence[int], extra: Sequence[int]) -> T
         seed=cfg.train.seed,
         extra=extra,
         extra_share=cfg.data.pseudo_weight,
+        repeats=repeats,
     )
 
 

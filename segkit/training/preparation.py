@@ -16,7 +16,15 @@ from segkit.core.errors import DataError
 from segkit.core.run import Run
 from segkit.data import open_source
 from segkit.data.doubts import label_doubts, split_doubts
-from segkit.data.folds import Split, class_pixels, make_folds, read_groups, shares, table
+from segkit.data.folds import (
+    Split,
+    class_pixels,
+    make_folds,
+    read_groups,
+    repeat_factors,
+    shares,
+    table,
+)
 from segkit.data.loader import TrainImages, TrainOrder, digests
 from segkit.data.pseudo_labelled import PseudoLabelled
 from segkit.data.record import data_changes, data_record
@@ -126,10 +134,18 @@ def plan_folds(cfg: Config, data: TrainData, numbers: Sequence[int]) -> tuple[Co
         ConfigError: The schedule is invalid, or a fold has less images than a batch.
         DataError: An image of a fold is missing.
     """
-    folds = []
+    folds, pixels = [], None
+    if cfg.data.repeat_threshold and distributed.is_main():
+        pixels = class_pixels(data.labelled, workers=cfg.data.workers)
+    pixels = distributed.broadcast(pixels)
     for number in numbers:
         training = positions(data.labelled, data.split.training(number))
-        order = train_order(cfg, training, data.pseudo.extra if data.pseudo else ())
+        repeats = (
+            ()
+            if pixels is None
+            else repeat_factors(pixels[list(training)], cfg.data.repeat_threshold)
+        )
+        order = train_order(cfg, training, data.pseudo.extra if data.pseudo else (), repeats)
         validation = positions(data.validation, data.split.folds[number])
         folds.append(Fold(number, validation, order))
     steps = min(fold.order.steps for fold in folds)

@@ -354,6 +354,37 @@ def test_crop_of_a_smaller_canvas_keeps_all_of_it() -> None:
         assert (result != 255).sum() == 30
 
 
+def test_an_aimed_crop_shows_rare_classes_as_often_as_others() -> None:
+    mask = torch.zeros(64, 96, dtype=torch.uint8)
+    mask[40:44, 70:76] = 3
+    mask[:, :2] = 255
+
+    def share(aim: float) -> float:
+        crop, shown = Crop(size=(16, 16), aim=aim), 0
+        for seed in range(300):
+            canvas = crop(Canvas((64, 96), source=mask), np.random.default_rng(seed))
+            left, top = canvas.matrix[0, 2], canvas.matrix[1, 2]
+            assert 0 <= top <= 64 - 16
+            assert 0 <= left <= 96 - 16
+            shown += bool((mask[int(top) :, int(left) :][:16, :16] == 3).any())
+        return shown / 300
+
+    # of 49 x 81 crops, those from 25 to 43 and from 55 to 75 show the object
+    by_chance = 19 * 21 / (49 * 81)
+    assert share(0.0) == pytest.approx(by_chance, abs=0.06)
+    assert share(1.0) > 0.5  # one of two classes, and others by chance
+    assert share(0.5) == pytest.approx((share(0.0) + share(1.0)) / 2, abs=0.08)
+
+
+def test_a_crop_aims_at_nothing_in_an_image_without_labels() -> None:
+    empty = torch.full((64, 96), 255, dtype=torch.uint8)
+    for source in (empty, None):
+        canvas = Crop(size=(16, 16), aim=1.0)(
+            Canvas((64, 96), source=source), np.random.default_rng(0)
+        )
+        assert canvas.size == (16, 16)
+
+
 def test_crop_avoids_one_class() -> None:
     """A second class covers 5 % of the mask; crops with a limit contain it far more often."""
     mask = torch.zeros((200, 200), dtype=torch.uint8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from segkit.core.errors import ConfigError, DataError
-from segkit.data.folds import Split, class_pixels, make_folds, read_groups, table
+from segkit.data.folds import Split, class_pixels, make_folds, read_groups, repeat_factors, table
 
 
 def example(images: int = 120, seed: int = 0) -> tuple[list[str], np.ndarray]:
@@ -251,3 +251,13 @@ def test_groups_from_the_name() -> None:
             read_groups(None, pattern, names)
     with pytest.raises(ConfigError, match="not both"):
         read_groups("groups.json", "(a)", names)
+
+
+def test_repeat_factors_by_hand() -> None:
+    pixels = np.zeros((8, 3), int)
+    pixels[:, 0] = 5  # in all images
+    pixels[:4, 1] = 1  # in half of them
+    pixels[7, 2] = 2  # in an eighth
+    assert repeat_factors(pixels, 0.5) == (1,) * 7 + (2.0,)  # sqrt(0.5 / 0.125)
+    assert repeat_factors(pixels, 0.1) == (1,) * 8
+    assert repeat_factors(pixels, 1.0) == pytest.approx((2**0.5,) * 4 + (1,) * 3 + (8**0.5,))

@@ -254,3 +254,27 @@ def test_a_share_of_extra_images_is_drawn_anew_each_epoch() -> None:
         range(6), epochs=1, batch_size=2, accumulate=1, seed=0, extra=range(6, 14), extra_share=0
     )
     assert [plain.batch(step) for step in range(3)] == [none.batch(step) for step in range(3)]
+
+
+def test_rare_images_are_drawn_more_often() -> None:
+    repeats = (1.0, 1.0, 1.5, 4.0)
+    order = TrainOrder(
+        range(10, 14), epochs=2000, batch_size=4, accumulate=1, seed=0, repeats=repeats
+    )
+    keys = [key for step in range(order.steps) for key in order.batch(step)]
+    assert len(set(keys)) == len(keys)  # copies are augmented anew
+    assert all(len({index for _, index in order.batch(step)}) <= 4 for step in range(5))
+    drawn = np.bincount([index - 10 for _, index in keys], minlength=4) / order.steps
+    # a pool has 7 or 8 images, each with probability 1/2, of which 4 are drawn
+    expected = [(4 / 7 + 4 / 8) / 2] * 2 + [(4 / 7 + 2 * 4 / 8) / 2, (4 * 4 / 7 + 4 * 4 / 8) / 2]
+    np.testing.assert_allclose(drawn, expected, atol=0.06)
+    again = TrainOrder(
+        range(10, 14), epochs=5, batch_size=4, accumulate=1, seed=0, repeats=repeats, start_step=3
+    )
+    assert again.batch(3) == order.batch(3)  # whatever the number of epochs, as a resumed run needs
+
+
+def test_equal_repeats_are_each_image_once() -> None:
+    order = TrainOrder(range(6), epochs=3, batch_size=6, accumulate=1, seed=1, repeats=(1.0,) * 6)
+    for step in range(3):
+        assert sorted(order.batch(step)) == [(step, index) for index in range(6)]
