@@ -5,6 +5,7 @@ from pathlib import Path
 
 from segkit.core import distributed
 from segkit.core.config import Config, build
+from segkit.core.errors import ConfigError
 from segkit.data.cache import CachedSource, cache_keys
 from segkit.data.coco import CocoSource
 from segkit.data.demo import open_demo
@@ -46,11 +47,16 @@ def open_source(config: Config, part: str, *, cached: bool = True) -> Source:
         cached: If false, the files are read without the cache.
 
     Raises:
-        ConfigError: The component is invalid.
+        ConfigError: The component is invalid, or has other than 3 channels.
         DataError: The data cannot be used.
     """
     main = distributed.is_main()
     spec = getattr(config.data, part)
+    if spec.get("channels", 3) != 3:
+        raise ConfigError(
+            f"data.{part}.channels: is {spec['channels']}, but training and prediction by commands "
+            "take 3; remove it, or train from Python with segkit.create_model(in_channels=...)"
+        )
     folder = Path(config.data.cache)
     with MEMO.kept_in(folder):
         # Only rank 0 reads the data; the others get the result.

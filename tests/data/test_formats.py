@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit.core.config import build
-from segkit.core.errors import DataError
-from segkit.data import SOURCES
+from segkit.core.config import Config, DataConfig, build
+from segkit.core.errors import ConfigError, DataError
+from segkit.data import SOURCES, open_source
 from segkit.data.formats import FORMATS, cvat, label_studio, recognize, yolo
 from segkit.data.formats.cityscapes import LABEL_IDS
 
@@ -405,3 +405,10 @@ def test_images_of_one_name_in_two_folders(tmp_path: Path) -> None:
     photograph(tmp_path / "y/a.jpg")
     with pytest.raises(DataError, match=r"'a\.jpg' is there 2 times"):
         opened("via", arguments)
+
+
+def test_commands_refuse_other_bands() -> None:
+    source = {"name": "masks", "images": "a", "masks": "b", "classes": ["x", "y"], "channels": 4}
+    cfg = Config(data=DataConfig(train=source))
+    with pytest.raises(ConfigError, match=r"data\.train\.channels: is 4, but .* take 3; remove it"):
+        open_source(cfg, "train")
