@@ -62,7 +62,7 @@ const smoothed = (values) => {
 };
 
 /** Width of a chart's vertical axis, in pixels. */
-const LEFT = 62;
+const LEFT = 70;
 
 /**
  * Draw a chart, again after each resize; pointer or arrow keys read its values.
