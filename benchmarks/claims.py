@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.core import config
+from segkit.inference.candidates import SOUPS
 
 LOSSES = {
     "cross_entropy": ["cross_entropy"],
@@ -41,11 +42,14 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     **{name: (f"loss.terms={json.dumps(terms)}",) for name, terms in LOSSES.items()},
     "random_weights": ("model.weights=null", "optim.backbone_lr_factor=1"),
     "equal_rates": ("optim.backbone_lr_factor=1",),
+    "repeated": ("data.repeat_threshold=0.5",),
+    "average": ("train.average=0.01",),
     "copy_paste": (),
     "pseudo": (),
 }
-"""Settings of each training, on top of the configuration and :data:`COMMON`; see also
-:meth:`Trainings.make`."""
+"""Settings of each training, on top of the configuration and :data:`COMMON`.
+
+Those of ``copy_paste`` and ``pseudo`` depend on the configuration and on the base training."""
 
 COMMON = ("data.selection=0.15", "optim.backbone_lr_factor=0.1", "data.workers=0")
 
@@ -102,13 +106,15 @@ CLAIMS = (
     Claim("views", "views over none, vote", Side("base", "soft vote, views"), VOTE),
     *(
         Claim("soups", f"{kind} soup over the best fold", Side("base", f"{kind} soup"), BEST)
-        for kind in ("uniform", "greedy", "learned")
+        for kind in SOUPS
     ),
     Claim("votes", "vote of folds over the best fold", VOTE, BEST),
     Claim("votes", "vote of folds over their greedy soup", VOTE, Side("base", "greedy soup")),
     Claim("rates", "backbone at 0.1 of the rate over equal rates", BASE, Side("equal_rates")),
     Claim("weights", "ImageNet weights over random ones", BASE, Side("random_weights")),
-    Claim("mixing", "copy-paste over none", Side("copy_paste"), BASE),
+    Claim("rare", "copy-paste over none", Side("copy_paste"), BASE),
+    Claim("rare", "repeated rare images over none", Side("repeated"), BASE),
+    Claim("average", "mean of the last 1 % of the steps over EMA alone", Side("average"), BASE),
     Claim("pseudo", "pseudo labels of the test images over none", Side("pseudo"), BASE),
 )
 
