@@ -112,6 +112,7 @@ def test_a_masked_query_ignores_the_patches_outside_of_its_mask() -> None:
     assert mask[..., :-patches].all()  # and all see the queries
 
 
+@pytest.mark.slow
 def test_four_images_are_learned() -> None:
     torch.manual_seed(0)
     model = small(annealing=150)

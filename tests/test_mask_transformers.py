@@ -1,4 +1,4 @@
-"""Mask2Former from end to end: it overfits, and the commands treat it as any other model."""
+"""Mask transformers from end to end: they overfit, and are as any other model to the commands."""
 
 import json
 import os
@@ -31,11 +31,20 @@ SMALL = {
     "pixel_feedforward": 64,
 }
 LOSS = {"name": "mask_classification", "points": 256}
+MODELS: dict[str, dict[str, Any]] = {
+    "mask2former": {"backbone": "resnet18_half", "decoder": SMALL},
+    "eomt": {
+        "backbone": {
+            "name": "vit_s_dinov2", "positions": 5, "output": "tokens", "omitted_blocks": 8,
+        },
+        "decoder": {"name": "eomt", "blocks": 2, "queries": 16, "annealing": 12},
+    },
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pixel_decoder", ["deformable", "fpn"])
-def test_it_overfits_four_images(tmp_path: Path, pixel_decoder: str) -> None:
+def test_mask2former_overfits_four_images(tmp_path: Path, pixel_decoder: str) -> None:
     source = open_demo(root=str(tmp_path / "demo"), train=4, test=1, size=64)
     images = torch.stack([source.image(i).float() for i in range(4)])
     images = (images - images.mean((0, 2, 3), keepdim=True)) / images.std((0, 2, 3), keepdim=True)
@@ -53,8 +62,8 @@ def test_it_overfits_four_images(tmp_path: Path, pixel_decoder: str) -> None:
     assert scores(confusion_matrix(predicted, masks, classes)).miou > 0.9
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=MODELS)
+def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a configuration and a run of two folds on two ranks, ``mask``."""
     home = tmp_path_factory.mktemp("home")
     draw_demo(home / "demo", train=20, test=4, size=64)
@@ -62,7 +71,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = {part: {**demo, "part": part} for part in ("train", "test", "test_labels")}
     cfg = {
         "data": {**parts, "folds": 2, "selection": 0.2, "workers": 0},
-        "model": {"weights": None, "backbone": "resnet18_half", "decoder": SMALL},
+        "model": {"weights": None, **MODELS[request.param]},
         "augment": {"train": [{"name": "crop", "size": [64, 64]}]},
         "loss": {"terms": [LOSS]},
         "optim": {"lr": 1e-3, "warmup_steps": 1, "clip_norm": 1.0},
@@ -106,7 +115,8 @@ def test_soups_and_votes_with_a_upernet_of_another_run(
 ) -> None:
     monkeypatch.chdir(home)
     upernet = json.dumps({"name": "upernet", "width": 8, "aux_width": None})
-    other = (f"model.decoder={upernet}", 'loss.terms=["cross_entropy"]', "train.epochs=1")
+    other = [f"model.decoder={upernet}", "model.backbone=resnet18_half"]
+    other += ['loss.terms=["cross_entropy"]', "train.epochs=1"]
     settings = [word for setting in other for word in ("--set", setting)]
     train.main([*options("upernet"), "--folds", "0", *settings])
     infer.main(["--run-dir", "mask", "--soup", "--compare", "--out", "soup"])
