@@ -504,11 +504,12 @@ def check_components(cfg: Config) -> None:
         )
     with torch.device("meta"):
         build_training(set_rates(cfg), None, torch.device("meta"))
-        plain = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=2)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         if cfg.model.weights == "auto":
             obtain(cfg.model.backbone["name"])  # downloads once per machine
         elif cfg.model.weights is not None:
+            with torch.device("meta"):
+                plain = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=2)
             check_weights(plain, cfg.model.backbone, cfg.model.weights)
     build_schedule(cfg.optim.schedule, total=100, warmup=min(99, cfg.optim.warmup_steps or 0))
     parse_views(cfg.infer.tta)

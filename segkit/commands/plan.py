@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from segkit.augment.pipeline import build_pipeline
 from segkit.commands import console
@@ -39,10 +38,10 @@ from segkit.data.source import Source
 from segkit.models.pretrained.loading import fitting, identify
 from segkit.models.pretrained.published import obtain
 from segkit.models.pretrained.reading import read_file
-from segkit.models.segmenter import build_model
 from segkit.report.duplicates import near_duplicates
 from segkit.report.survey import Photo, read_photo
 from segkit.training import rules
+from segkit.training.defaults import has_batch_norm
 from segkit.training.memory import training_memory
 from segkit.training.preparation import check_memory
 from segkit.training.rules import Choice, Cost
@@ -229,9 +228,7 @@ def plan_training(data: Fingerprint, machine: Machine, cfg: Config) -> list[Choi
     )
     room = (rules.MEMORY_SHARE * machine.memory * 1e9 - state) / activations
     longest = round(max(data.size) * factor)
-    with torch.device("meta"):
-        model = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=2)
-    norms = any(isinstance(module, _BatchNorm) for module in model.backbone.modules())
+    norms = has_batch_norm(cfg.model)
     pretrained = cfg.model.weights is not None
     return [
         Choice("infer.size", longest if factor < 1 else None, why),

@@ -21,20 +21,7 @@ class Instance(NamedTuple):
 
 def connected_areas(mask: np.ndarray) -> list[Instance]:
     """Return the 4-connected areas of each class; ignored pixels belong to none."""
-    starts = np.ones(mask.shape, bool)  # of runs: equal values side by side
-    starts[:, 1:] = mask[:, 1:] != mask[:, :-1]
-    run = starts.cumsum().reshape(mask.shape) - 1
-    first = np.flatnonzero(starts)
-    below = mask[1:] == mask[:-1]
-    pairs = np.unique(run[:-1][below] * len(first) + run[1:][below])
-    upper, lower = np.divmod(pairs, len(first))
-    label = np.arange(len(first))  # of each run: in the end, the first run of its area
-    while (label[upper] != label[lower]).any():
-        a, b = label[upper], label[lower]
-        np.minimum.at(label, a, b)
-        np.minimum.at(label, b, a)
-        while (label != label[label]).any():
-            label = label[label]
+    first, _, label = _joined_runs(mask)
     order = np.argsort(label, kind="stable")
     roots, area_starts = np.unique(label[order], return_index=True)
 
@@ -48,3 +35,40 @@ def connected_areas(mask: np.ndarray) -> list[Instance]:
     values = mask.ravel()[first[roots]].tolist()
     areas = zip(values, over_areas(np.add, length), zip(*low, *high, strict=True), strict=True)
     return [Instance(value, area, box) for value, area, box in areas if value != IGNORE]
+
+
+def connected_regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of each pixel's region of connected equal values, and each region's value.
+
+    Shape:
+        mask: (H, W)
+        numbers: (H, W) int64, from 0
+        values: (regions,), of the mask's type
+    """
+    first, run, label = _joined_runs(mask)
+    roots, number = np.unique(label, return_inverse=True)
+    return number.reshape(-1)[run], mask.ravel()[first[roots]]
+
+
+def _joined_runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join the runs of equal values in rows to 4-connected areas.
+
+    Returns:
+        The first pixel of each run, as an index of the flat mask; the run of each pixel, (H, W);
+        and for each run the first run of its area.
+    """
+    starts = np.ones(mask.shape, bool)
+    starts[:, 1:] = mask[:, 1:] != mask[:, :-1]
+    run = starts.cumsum().reshape(mask.shape) - 1
+    first = np.flatnonzero(starts)
+    below = mask[1:] == mask[:-1]
+    pairs = np.unique(run[:-1][below] * len(first) + run[1:][below])
+    upper, lower = np.divmod(pairs, len(first))
+    label = np.arange(len(first))
+    while (label[upper] != label[lower]).any():
+        a, b = label[upper], label[lower]
+        np.minimum.at(label, a, b)
+        np.minimum.at(label, b, a)
+        while (label != label[label]).any():
+            label = label[label]
+    return first, run, label

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from segkit.core.config import Config, parse, to_dict
+from segkit.core.config import Config, ModelConfig, parse, to_dict
 from segkit.data.source import Source
 from segkit.models.pretrained.published import obtain
 from segkit.models.segmenter import build_model
@@ -88,14 +88,19 @@ def describe(operations: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{spec['name']}{size}" for spec, size in zip(operations, sizes, strict=True))
 
 
+def has_batch_norm(model: ModelConfig) -> bool:
+    """Return True if the backbone has BatchNorm."""
+    with torch.device("meta"):
+        built = build_model(model.backbone, model.decoder, num_classes=2)
+    return any(isinstance(module, _BatchNorm) for module in built.backbone.modules())
+
+
 def set_rates(cfg: Config) -> Config:
     """Return the configuration with its learning rates; weights are ``"auto"`` or known."""
     if None not in (cfg.optim.lr, cfg.optim.backbone_lr_factor):
         return cfg
-    with torch.device("meta"):
-        model = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=2)
-    norms = any(isinstance(module, _BatchNorm) for module in model.backbone.modules())
     name, pretrained = cfg.optim.optimizer["name"], cfg.model.weights not in (None, "auto")
+    norms = has_batch_norm(cfg.model)
     lr, factor = learning_rate(name, pretrained=pretrained, batch_norm=norms)
     optim = cfg.optim
     lr = lr if optim.lr is None else optim.lr

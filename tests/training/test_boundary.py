@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from segkit.data.areas import connected_regions
 from segkit.training.boundary import boundary_counts, boundary_f, contour_counts, near_boundary
 from segkit.training.details import DetailCounter
 from segkit.training.metrics import class_iou, summary
-from segkit.training.objects import SIZES, connected_regions, object_counts
+from segkit.training.objects import SIZES, object_counts
 
 CLASSES = 11
 

@@ -11,9 +11,8 @@ import numpy as np
 
 from segkit.core.errors import DataError
 from segkit.data.formats.labelme import circle
-from segkit.data.formats.shapes import Shapes, part_folder, shape_source
+from segkit.data.formats.shapes import Shapes, recognize_file, shape_source
 from segkit.data.inputs import read_text
-from segkit.data.pairing import search
 
 MAX_CHARACTERS = 1 << 28
 """Longest XML file: its tree takes several times as much memory."""
@@ -104,14 +103,12 @@ def _mask(element: Element, height: int, width: int) -> np.ndarray:
 
 def recognize(folder: Path, part: str) -> dict[str, Any] | None:
     """Return the arguments that read a part of a folder, or ``None``."""
-    root = part_folder(folder, part)
-    for name in search(root, (".xml",))[0][:3] if root else []:
-        path = Path(root or "", name)
-        with path.open("rb") as file:
-            head = file.read(4096)
-        if b"<annotations" in head and (b"<version>" in head or b"<image " in head):
-            return {"labels": str(path), "images": str(root)}
-    return None
+    return recognize_file(folder, part, ".xml", _is_cvat)
+
+
+def _is_cvat(head: bytes) -> bool:
+    head = head[:4096]
+    return b"<annotations" in head and (b"<version>" in head or b"<image " in head)
 
 
 open_cvat = shape_source(read, "CVAT XML", "Images with an XML file of CVAT for images.")

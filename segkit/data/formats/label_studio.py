@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from segkit.core.errors import DataError
-from segkit.data.formats.shapes import Shapes, numbers, part_folder, shape_source
+from segkit.data.formats.shapes import Shapes, numbers, recognize_file, shape_source
 from segkit.data.images import SUFFIXES
 from segkit.data.inputs import read_json_list
 from segkit.data.objects import is_number
-from segkit.data.pairing import search
 
 
 def read(labels: Path, shapes: Shapes) -> None:
@@ -133,14 +132,12 @@ _DIGITS = bytes.maketrans(b"\0\1", b"01")
 
 def recognize(folder: Path, part: str) -> dict[str, Any] | None:
     """Return the arguments that read a part of a folder, or ``None``."""
-    root = part_folder(folder, part)
-    for name in search(root, (".json",))[0][:3] if root else []:
-        path = Path(root or "", name)
-        with path.open("rb") as file:
-            head = file.read(1 << 16)
-        if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[") and b'"original_width"' in head:
-            return {"labels": str(path), "images": str(root)}
-    return None
+    return recognize_file(folder, part, ".json", _is_list_of_tasks)
+
+
+def _is_list_of_tasks(head: bytes) -> bool:
+    is_list = head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
+    return is_list and b'"original_width"' in head
 
 
 open_label_studio = shape_source(

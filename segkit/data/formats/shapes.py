@@ -37,6 +37,30 @@ def part_folder(folder: Path, part: str) -> Path | None:
     return folder if part == "train" and not divided else None
 
 
+def recognize_file(
+    folder: Path, part: str, suffix: str, fits: Callable[[bytes], bool]
+) -> dict[str, Any] | None:
+    """Return the arguments for the first file of labels in a part's folder, or ``None``.
+
+    Args:
+        folder: The data set.
+        part: ``train``, ``val`` or ``test``.
+        suffix: Of the files; the first three are looked at.
+        fits: Returns True if the first :data:`HEAD` bytes are of the format.
+    """
+    root = part_folder(folder, part)
+    for name in search(root, (suffix,))[0][:3] if root else []:
+        path = Path(root or "", name)
+        with path.open("rb") as file:
+            if fits(file.read(HEAD)):
+                return {"labels": str(path), "images": str(root)}
+    return None
+
+
+HEAD = 1 << 16
+"""Bytes of a file that are looked at to recognize its format."""
+
+
 def numbers(table: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
     """Return the numbers of a shape under ``keys``.
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from segkit.core.errors import DataError
 from segkit.data.formats.labelme import circle
-from segkit.data.formats.shapes import Shapes, numbers, part_folder, shape_source
+from segkit.data.formats.shapes import Shapes, numbers, recognize_file, shape_source
 from segkit.data.inputs import read_json
-from segkit.data.pairing import search
 
 PREFERRED = ("class", "label", "name", "category", "type", "object")
 """Attributes that hold the class, if there are several."""
@@ -89,14 +88,11 @@ def _add(path: str, label: Any, shape: dict[str, Any], shapes: Shapes) -> None:
 
 def recognize(folder: Path, part: str) -> dict[str, Any] | None:
     """Return the arguments that read a part of a folder, or ``None``."""
-    root = part_folder(folder, part)
-    for name in search(root, (".json",))[0][:3] if root else []:
-        path = Path(root or "", name)
-        with path.open("rb") as file:
-            head = file.read(1 << 16)
-        if b'"_via_img_metadata"' in head or (b'"filename"' in head and b'"regions"' in head):
-            return {"labels": str(path), "images": str(root)}
-    return None
+    return recognize_file(folder, part, ".json", _has_regions)
+
+
+def _has_regions(head: bytes) -> bool:
+    return b'"_via_img_metadata"' in head or (b'"filename"' in head and b'"regions"' in head)
 
 
 open_via = shape_source(read, "VIA regions", "Images with JSON of the VGG Image Annotator.")
