@@ -1,15 +1,20 @@
-"""A block of a plain Vision Transformer, and rotary positions.
+"""Blocks of plain Vision Transformers, and rotary positions.
 
 Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929; as DINOv2 and DINOv3 have it (Oquab et
 al. 2023, https://arxiv.org/abs/2304.07193; Simeoni et al. 2025, https://arxiv.org/abs/2508.10104).
 """
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
+
+from segkit.models.layers import resize
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of the angles of rotary positions, each (patches, width of a head)."""
@@ -113,6 +118,52 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+def whole_patches(image: Tensor, patch: int) -> tuple[Tensor, int, int]:
+    """Return an image resized to the next whole patches, and its rows and columns of patches.
+
+    Shape:
+        image: (B, C, H, W) -> (B, C, rows * patch, columns * patch)
+    """
+    rows, columns = ((side + patch - 1) // patch for side in image.shape[-2:])
+    return resize(image, (rows * patch, columns * patch)), rows, columns
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    *arguments: Any,
+    outputs: Sequence[int],
+    recompute: bool,
+) -> Iterator[Tensor]:
+    """Run blocks one after the other, and yield the results of some of them.
+
+    Args:
+        blocks: Each maps tokens, (B, tokens, width), and the arguments to tokens.
+        x: The tokens.
+        arguments: Further arguments of every block.
+        outputs: Numbers of the blocks whose results are yielded, from 1.
+        recompute: Do not store activations inside blocks; recompute them in backward.
+    """
+    for number, block in enumerate(blocks, 1):
+        if recompute:
+            x = checkpoint(block, x, *arguments, use_reentrant=False)
+        else:
+            x = block(x, *arguments)
+        if number in outputs:
+            yield x
+
+
+def block_stages(ends: Sequence[int], first: Sequence[str]) -> list[list[str]]:
+    """Return a backbone's ``stages``: the names before the first block, and of blocks up to ends.
+
+    See :func:`segkit.models.backbones.depth.layers`.
+    """
+    bounds = zip((0, *ends), ends, strict=False)
+    stages = [[f"blocks.{i}" for i in range(start, end)] for start, end in bounds]
+    stages[0] = [*first, *stages[0]]
+    return stages
 
 
 def rotary_positions(height: int, width: int, head: int, like: Tensor) -> Rotary:

@@ -6,15 +6,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.neck import PyramidNeck
 from segkit.models.backbones.stages import refuse_dilation
-from segkit.models.layers import BatchNorm2d, resize
-from segkit.models.transformer import TransformerBlock
+from segkit.models.layers import BatchNorm2d
+from segkit.models.transformer import (
+    TransformerBlock,
+    block_stages,
+    run_blocks,
+    whole_patches,
+)
 
 PATCH = 16
 
@@ -70,29 +74,19 @@ class BEiT(nn.Module):
         self.channels = (width,) * 4
         self.outputs = [depth * twelfths // 12 for twelfths in (4, 6, 8, 12)]
         self.output_modules = [f"neck.levels.{i}" for i in range(4)]
-        self.stages = tuple(
-            (
-                *(("patch_embed.proj", "cls_token") * (start == 0)),
-                *(f"blocks.{i}" for i in range(start, end)),
-            )
-            for start, end in zip((0, *self.outputs), self.outputs, strict=False)
-        )
+        self.stages = block_stages(self.outputs, ["patch_embed.proj", "cls_token"])
 
     def forward(self, image: Tensor) -> list[Tensor]:
         height, width = image.shape[-2:]
-        rows, columns = ((side + PATCH - 1) // PATCH for side in (height, width))
-        image = resize(image, (rows * PATCH, columns * PATCH))
+        image, rows, columns = whole_patches(image, PATCH)
         x = self.patch_embed(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
         offsets = relative_offsets(rows, columns, x)
-        maps = []
-        for number, block in enumerate(self.blocks, 1):
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, offsets, rows, columns, use_reentrant=False)
-            else:
-                x = block(x, offsets, rows, columns)
-            if number in self.outputs:
-                maps.append(x[:, 1:].transpose(1, 2).unflatten(2, (rows, columns)))
+        results = run_blocks(
+            self.blocks, x, offsets, rows, columns,
+            outputs=self.outputs, recompute=self.checkpointing and self.training,
+        )  # fmt: skip
+        maps = [x[:, 1:].mT.unflatten(2, (rows, columns)) for x in results]
         return self.neck(maps, height, width)
 
 

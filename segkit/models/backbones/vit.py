@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
@@ -15,8 +14,14 @@ from segkit.core.errors import ConfigError
 from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.neck import PyramidNeck
 from segkit.models.backbones.stages import refuse_dilation
-from segkit.models.layers import resize
-from segkit.models.transformer import Rotary, TransformerBlock, rotary_positions
+from segkit.models.transformer import (
+    Rotary,
+    TransformerBlock,
+    block_stages,
+    rotary_positions,
+    run_blocks,
+    whole_patches,
+)
 
 Output = Literal["pyramid", "map", "tokens"]
 """``pyramid``: strides 4 to 32, by a neck; ``map``: the patches of the last block alone;
@@ -99,33 +104,23 @@ class ViT(nn.Module):
         self.channels = (width,) * len(self.strides)
         if self.neck:
             self.output_modules = [f"neck.levels.{i}" for i in range(4)]
-        self.stages = tuple(
-            (
-                *(("patch_embed.proj", "cls_token", "register_tokens", "pos_embed") * (start == 0)),
-                *(f"blocks.{i}" for i in range(start, end)),
-                *(["norm"] if end == depth and self.norm else []),
-            )
-            for start, end in zip((0, *ends), ends, strict=False)
-        )
+        first = ["patch_embed.proj", "cls_token", "register_tokens", "pos_embed"]
+        self.stages = block_stages(ends, first)
+        if self.norm:
+            self.stages[-1].append("norm")
 
     def forward(self, image: Tensor) -> list[Tensor]:
         height, width = image.shape[-2:]
-        rows, columns = ((side + self.patch - 1) // self.patch for side in (height, width))
-        x = resize(image, (rows * self.patch, columns * self.patch))
+        x, rows, columns = whole_patches(image, self.patch)
         x = self.embed(x, rows, columns)
         rotary: Rotary | None = None
         if self.pos_embed is None:
             rotary = rotary_positions(rows, columns, x.shape[2] // self.heads, x)
         maps = []
-        for number, block in enumerate(self.blocks, 1):
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, rotary, use_reentrant=False)
-            else:
-                x = block(x, rotary)
-            if number in self.outputs:
-                normalized = self.norm(x) if self.norm else x
-                patches = normalized[:, -rows * columns :]
-                maps.append(patches.mT.unflatten(2, (rows, columns)))
+        recompute = self.checkpointing and self.training
+        for x in run_blocks(self.blocks, x, rotary, outputs=self.outputs, recompute=recompute):
+            patches = (self.norm(x) if self.norm else x)[:, -rows * columns :]
+            maps.append(patches.mT.unflatten(2, (rows, columns)))
         if self.norm is None:
             return [*maps, x[:, : -rows * columns].mT[..., None]]
         return self.neck(maps, height, width) if self.neck else maps
