@@ -43,6 +43,9 @@ class DataConfig:
     pseudo_weight: float = _setting(1.0, "share of the pseudo-labelled images in an epoch", 0, 1)
     folds: int = _setting(5, "number of folds; each is used for validation once", 2, 1000)
     selection: float = _setting(0.1, "share of images in no fold, which choose soups", 0, 0.9)
+    stratify: bool = _setting(
+        True, "folds have similar shares of each class; false: images are divided at random"
+    )
     groups: str | None = _setting(None, "JSON file {file name: group}; a group is never split")
     group_pattern: str | None = _setting(
         None, "regular expression with one group: the image's group in its file name"

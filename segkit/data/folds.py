@@ -117,6 +117,7 @@ def make_folds(
     selection: float,
     seed: int,
     groups: Mapping[str, str | int] | None = None,
+    stratify: bool = True,
 ) -> Split:
     """Divide images into a selection set and folds with similar class distributions.
 
@@ -133,6 +134,7 @@ def make_folds(
         selection: Share of the images, 0 to below 1; with 0 there is no selection set.
         seed: Seed of the random order that breaks ties.
         groups: Group of each file name; images of a group stay together.
+        stratify: Divide by the labels; if false, at random, to parts of the same sizes.
 
     Raises:
         ConfigError: ``folds`` or ``selection`` is out of range.
@@ -147,7 +149,7 @@ def make_folds(
             f"expected at least 2 folds and a selection of 0 to below 1, got {folds}, {selection}"
         )
     order = sorted(range(len(names)), key=lambda i: names[i])
-    labels = _labels(pixels)[order]
+    labels = _labels(pixels if stratify else np.zeros((len(names), 0)))[order]
     ordered = [names[i] for i in order]
     keys = [str(groups[name]) if groups else name for name in ordered]
     unit_of = {key: unit for unit, key in enumerate(dict.fromkeys(keys))}

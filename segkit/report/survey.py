@@ -217,7 +217,7 @@ def _places(cfg: Config, parts: Sequence[Part]) -> list[str]:
     if data.val is None:
         split = make_folds(
             names, parts[0].pixels, folds=data.folds, selection=data.selection, seed=cfg.train.seed,
-            groups=read_groups(data.groups, data.group_pattern, names),
+            groups=read_groups(data.groups, data.group_pattern, names), stratify=data.stratify,
         )  # fmt: skip
         places |= dict.fromkeys(split.selection, "selection")
         for number, fold in enumerate(split.folds):

@@ -96,7 +96,7 @@ def split_data(
             groups = read_groups(cfg.data.groups, cfg.data.group_pattern, names)
             split = make_folds(
                 names, pixels, folds=cfg.data.folds, selection=cfg.data.selection,
-                seed=cfg.train.seed, groups=groups,
+                seed=cfg.train.seed, groups=groups, stratify=cfg.data.stratify,
             )  # fmt: skip
             say(table(split, names, pixels, labelled.classes))
             doubts += split_doubts(split, names, pixels, labelled.classes)

@@ -127,6 +127,20 @@ def test_images_without_any_class_are_divided_evenly() -> None:
     assert [len(fold) for fold in split.folds] == [3, 3, 3]
 
 
+def test_at_random_groups_stay_together_and_classes_do_not_count() -> None:
+    names, pixels = example()
+    groups = {name: i // 3 for i, name in enumerate(names)}
+    split = make(groups=groups, stratify=False)
+    assert split != make(groups=groups)
+    assert split == make_folds(
+        names, pixels[::-1], folds=5, selection=0.1, seed=0, groups=groups, stratify=False
+    )
+    for part in parts(split):
+        assert all(len({groups[name] for name in part} & {groups[n] for n in other}) == 0
+                   for other in parts(split) if other is not part)  # fmt: skip
+    assert max(len(fold) for fold in split.folds) - min(len(fold) for fold in split.folds) <= 3
+
+
 def test_too_few_images_or_groups() -> None:
     names, pixels = example(4)
     with pytest.raises(DataError, match="4 images are too few for 5 folds"):
