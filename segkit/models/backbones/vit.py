@@ -116,13 +116,12 @@ class ViT(nn.Module):
         rotary: Rotary | None = None
         if self.pos_embed is None:
             rotary = rotary_positions(rows, columns, x.shape[2] // self.heads, x)
-        maps = []
         recompute = self.checkpointing and self.training
-        for x in run_blocks(self.blocks, x, rotary, outputs=self.outputs, recompute=recompute):
-            patches = (self.norm(x) if self.norm else x)[:, -rows * columns :]
-            maps.append(patches.mT.unflatten(2, (rows, columns)))
+        chosen = run_blocks(self.blocks, x, rotary, outputs=self.outputs, recompute=recompute)
+        results = [self.norm(x) if self.norm else x for x in chosen]
+        maps = [x[:, -rows * columns :].mT.unflatten(2, (rows, columns)) for x in results]
         if self.norm is None:
-            return [*maps, x[:, : -rows * columns].mT[..., None]]
+            return [*maps, results[-1][:, : -rows * columns].mT[..., None]]
         return self.neck(maps, height, width) if self.neck else maps
 
     def embed(self, image: Tensor, rows: int, columns: int) -> Tensor:
