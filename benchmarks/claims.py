@@ -59,6 +59,8 @@ SMALL = (
     "train.evaluate_every=5",
     "optim.warmup_steps=20",
     "infer.size=192",
+    "infer.batch_norm_images=64",
+    "infer.details=off",
     'augment.train=[{"name": "scale", "range": [0.25, 0.5]}, '
     '{"name": "crop", "size": [128, 128], "max_class_share": 0.9}, {"name": "hflip"}]',
 )
