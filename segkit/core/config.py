@@ -163,13 +163,15 @@ class TrainConfig:
     accumulate: int = _setting(
         1,
         "number of micro-batches that a rank's batch is computed in (gradient accumulation); dice, "
-        "jaccard and tversky are then their mean, unless accumulate_exact is set; "
-        "ohem_cross_entropy, lovasz, ms_ssim and BatchNorm are computed per micro-batch",
+        "jaccard, tversky and their forms for soft labels are then their mean, unless "
+        "accumulate_exact is set; ohem_cross_entropy, lovasz, ms_ssim and BatchNorm are computed "
+        "per micro-batch",
         1,
     )
     accumulate_exact: bool = _setting(
         False,
-        "dice, jaccard and tversky over the whole batch, by a second forward pass per micro-batch",
+        "dice, jaccard, tversky and their forms for soft labels over the whole batch, by a second "
+        "forward pass per micro-batch",
     )
     seed: int = _setting(0, "seed of weights, folds, order and augmentation", 0, 2**31)
     amp: Literal["auto", "off", "bf16", "fp16"] = _setting(

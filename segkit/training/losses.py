@@ -42,24 +42,38 @@ class Loss(nn.Module):
             ``"exact"``: they are equal; ``"two_pass"``: they are equal if a first pass over the
             micro-batches collects :attr:`Pixels.sums`; ``"mean"``: each has a loss of its own.
         smoothed: True if the loss reads :attr:`Pixels.log_area`.
+        soft: True if the loss reads :attr:`Pixels.soft_labels`.
 
     Shape:
         outputs: logits (B, C, H, W), or a decoder's outputs, of which ``out`` is scored
         target: (B, H, W), uint8 or int64; ``IGNORE`` for ignored pixels
+        soft_labels: (B, C, H, W), see :class:`Pixels`; only read by losses of soft labels
         loss: (), fp32 (float64 for float64 logits)
     """
 
     accumulation: Literal["exact", "two_pass", "mean"] = "exact"
     smoothed = False
+    soft = False
 
     def of(self, pixels: Pixels) -> Tensor:
         """Return the loss of pixels, whose quantities other losses may share."""
         raise NotImplementedError
 
-    def forward(self, outputs: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
+    def forward(
+        self,
+        outputs: Tensor | Mapping[str, Tensor],
+        target: Tensor,
+        soft_labels: Tensor | None = None,
+    ) -> Tensor:
         logits = outputs if isinstance(outputs, Tensor) else outputs["out"]
         with no_autocast(logits):
-            pixels = Pixels(logits, target, across_ranks=self.training, smoothed=self.smoothed)
+            pixels = Pixels(
+                logits,
+                target,
+                across_ranks=self.training,
+                smoothed=self.smoothed,
+                soft_labels=soft_labels,
+            )
             return pixels.guarded(self.of(pixels))
 
 
@@ -95,6 +109,23 @@ class CrossEntropy(Loss):
             log_area = pixels.log_area if weights is None else pixels.log_area * weights.to(loss)
             loss = torch.lerp(loss, -log_area.mean(1).sum(), self.label_smoothing)
         return pixels.step_mean(loss, count)
+
+
+class SoftCrossEntropy(Loss):
+    """Mean cross-entropy of soft labels, the probabilities of a teacher (``data.teacher``).
+
+    Hinton et al. 2015, https://arxiv.org/abs/1503.02531
+
+    It is least where the predicted probabilities equal the soft labels; their difference from the
+    least value is the Kullback-Leibler divergence. Without soft labels it is cross-entropy.
+
+    Departs from the paper: the temperature is 1.
+    """
+
+    soft = True
+
+    def of(self, pixels: Pixels) -> Tensor:
+        return pixels.step_mean(-pixels.soft_log, pixels.step_valid)
 
 
 class Focal(Loss):
@@ -184,11 +215,13 @@ class Tversky(Loss):
         self.accumulation = "exact" if per_image else "two_pass"
 
     def of(self, pixels: Pixels) -> Tensor:
-        sums = pixels.sums
         if self.per_image:
-            sums = torch.stack([pixels.intersection, pixels.area, pixels.count])
-        counted = self._counted(sums[2], pixels)
-        index = _TverskyIndex.apply(pixels.of_regions(sums), self.alpha, self.beta, self.smooth)
+            sums = pixels.soft_image_sums if self.soft else pixels.image_sums
+        else:
+            sums = pixels.soft_sums if self.soft else pixels.sums
+        counted = self._counted(sums[-1], pixels)
+        sums = pixels.of_regions(sums[:3])
+        index = _TverskyIndex.apply(sums, self.alpha, self.beta, self.smooth)
         loss = ((1 - index) * counted).sum()
         if self.per_image:
             return pixels.step_mean(loss, self._counted(pixels.step_count, pixels).sum())
@@ -246,6 +279,38 @@ class Jaccard(Tversky):
         classes: Literal["present", "all"] = "present",
     ) -> None:
         super().__init__(alpha=1.0, beta=1.0, smooth=smooth, per_image=per_image, classes=classes)
+
+
+class JaccardMetric(Jaccard):
+    """Jaccard metric loss of soft labels q, ``1 - sum(min(p, q)) / sum(max(p, q))``.
+
+    Wang et al. 2023, https://arxiv.org/abs/2302.05666; their first form, written there as
+    ``1 - (|p| + |q| - |p - q|) / (|p| + |q| + |p - q|)``. It is a metric, so it is 0 only for
+    p = q; with ``sum(p q)`` as the intersection, the loss would be least elsewhere. Without soft
+    labels, which ``data.teacher`` gives, it is the Jaccard loss.
+
+    Args:
+        smooth: Added to numerator and denominator, in pixels.
+        per_image: Mean of the loss of each image; else one for the whole batch.
+        classes: Mean over classes present in the target, or over all.
+    """
+
+    soft = True
+
+
+class DiceSemimetric(Dice):
+    """Dice semimetric loss of soft labels q, ``1 - 2 sum(min(p, q)) / (sum(p) + sum(q))``.
+
+    Wang et al. 2023, https://arxiv.org/abs/2303.16296; ``|p - q| / (|p| + |q|)``, 0 only for p = q.
+    Without soft labels, which ``data.teacher`` gives, it is the Dice loss.
+
+    Args:
+        smooth: Added to numerator and denominator, in pixels.
+        per_image: Mean of the loss of each image; else one for the whole batch.
+        classes: Mean over classes present in the target, or over all.
+    """
+
+    soft = True
 
 
 class OHEMCrossEntropy(Loss):
@@ -341,8 +406,7 @@ class MSSSIM(Loss):
     sigma = 1.5
 
     def of(self, pixels: Pixels) -> Tensor:
-        x = pixels.probabilities * pixels.valid[:, None]
-        y = torch.zeros_like(x).scatter_(1, pixels.index[:, None], 1.0) * pixels.valid[:, None]
+        x, y = pixels.probabilities * pixels.valid[:, None], pixels.one_hot
         if pixels.binary:
             x, y = x[:, 1:], y[:, 1:]
         side = min(x.shape[2:])
@@ -423,6 +487,7 @@ class Criterion(nn.Module):
         self.weights = dict.fromkeys(_OF_OTHER_OUTPUTS, 1.0)
         self.weights |= {name: weight for name, weight, _ in terms}
         self.losses = nn.ModuleDict({name: loss for name, _, loss in terms})
+        self.soft = any(getattr(loss, "soft", False) for loss in self.losses.values())
         self.needs_presence = "presence" in self.losses
         self.needs_queries = "mask_classification" in self.losses
         for name, make in _OF_OTHER_OUTPUTS.items():
@@ -444,22 +509,39 @@ class Criterion(nn.Module):
         check_labels(target, max(2, logits.shape[1]))
 
     @torch.no_grad()
-    def collect(self, outputs: Mapping[str, Tensor], target: Tensor, totals: StepTotals) -> None:
+    def collect(
+        self,
+        outputs: Mapping[str, Tensor],
+        target: Tensor,
+        totals: StepTotals,
+        soft_labels: Tensor | None = None,
+    ) -> None:
         """Add a micro-batch's sums to those of its step; called before any is scored."""
         for name, logits in outputs.items():
-            if logits.dim() == 4 and name not in QUERY_OUTPUTS:
-                with no_autocast(logits):
-                    sums = Pixels(logits, target, across_ranks=self.training).sums
-                totals.sums[name] = totals.sums.get(name, 0) + sums
+            if logits.dim() != 4 or name in QUERY_OUTPUTS:
+                continue
+            with no_autocast(logits):
+                pixels = Pixels(logits, target, across_ranks=self.training, soft_labels=soft_labels)
+                sums = {(name, False): pixels.sums}
+                if self.soft:
+                    sums[name, True] = pixels.soft_sums
+            for key, value in sums.items():
+                totals.sums[key] = totals.sums.get(key, 0) + value
 
-    def forward(self, outputs: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
-        return self.with_terms(outputs, target)[0]
+    def forward(
+        self,
+        outputs: Tensor | Mapping[str, Tensor],
+        target: Tensor,
+        soft_labels: Tensor | None = None,
+    ) -> Tensor:
+        return self.with_terms(outputs, target, soft_labels=soft_labels)[0]
 
     def with_terms(
         self,
         outputs: Tensor | Mapping[str, Tensor],
         target: Tensor,
         totals: StepTotals | None = None,
+        soft_labels: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and its unweighted values: each term on ``out``, each other output.
 
@@ -468,6 +550,7 @@ class Criterion(nn.Module):
             target: Class indices.
             totals: Totals of the step that has this batch as a micro-batch; None if it is all of
                 the step. The mean over the micro-batches is the loss of the step.
+            soft_labels: A teacher's probabilities, (B, C, H, W); read by the terms of soft labels.
 
         Raises:
             ConfigError: The decoder's outputs do not fit the configured terms or weights.
@@ -488,7 +571,8 @@ class Criterion(nn.Module):
             )
         others = [name for name in outputs if name not in ("out", *QUERY_OUTPUTS)]
         with no_autocast(outputs["out"]):
-            pixels = self._pixels("out", outputs["out"], target, totals)
+            given = target, totals, soft_labels
+            pixels = self._pixels("out", outputs["out"], *given)
             terms = self._terms(pixels)
             if has_queries:
                 queries = self.losses["mask_classification"](outputs, target, totals)
@@ -500,14 +584,19 @@ class Criterion(nn.Module):
                 if logits.dim() == 2:
                     terms = {"presence": self.losses["presence"](logits, target, totals)}
                 else:
-                    terms = self._terms(self._pixels(name, logits, target, totals))
+                    terms = self._terms(self._pixels(name, logits, *given))
                 value = self._weighted_sum(terms)
                 values[name] = value.detach()
                 loss = loss + weight * value
             return pixels.guarded(loss), values
 
     def _pixels(
-        self, output: str, logits: Tensor, target: Tensor, totals: StepTotals | None
+        self,
+        output: str,
+        logits: Tensor,
+        target: Tensor,
+        totals: StepTotals | None,
+        soft_labels: Tensor | None,
     ) -> Pixels:
         return Pixels(
             logits,
@@ -516,6 +605,7 @@ class Criterion(nn.Module):
             totals=totals,
             output=output,
             smoothed=any(getattr(loss, "smoothed", False) for loss in self.losses.values()),
+            soft_labels=soft_labels,
         )
 
     def _terms(self, pixels: Pixels) -> dict[str, Tensor]:
@@ -593,11 +683,14 @@ def list_losses(filter: str = "") -> list[str]:
 
 LOSSES: dict[str, type[nn.Module]] = {
     "cross_entropy": CrossEntropy,
+    "soft_cross_entropy": SoftCrossEntropy,
     "focal": Focal,
     "sigmoid_focal": SigmoidFocal,
     "dice": Dice,
     "jaccard": Jaccard,
     "tversky": Tversky,
+    "jaccard_metric": JaccardMetric,
+    "dice_semimetric": DiceSemimetric,
     "ohem_cross_entropy": OHEMCrossEntropy,
     "lovasz": Lovasz,
     "ms_ssim": MSSSIM,

@@ -29,8 +29,8 @@ class StepTotals:
     Attributes:
         micro_batches: Number of micro-batches.
         count: (images, 256), pixels of each target value in all images of the step.
-        sums: :attr:`Pixels.sums` of each output over all micro-batches and ranks, from
-            :meth:`Criterion.collect`.
+        sums: :attr:`Pixels.sums` of each output over all micro-batches and ranks, by the output's
+            name and whether they are of soft labels, from :meth:`Criterion.collect`.
 
     Shape:
         targets: (B, H, W) each
@@ -39,7 +39,7 @@ class StepTotals:
     def __init__(self, targets: Sequence[Tensor]) -> None:
         self.micro_batches = len(targets)
         self.count = torch.cat([_count(target) for target in targets])
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[tuple[str, bool], Tensor] = {}
 
 
 class Pixels:
@@ -55,10 +55,12 @@ class Pixels:
             the step.
         output: Name of the decoder's output.
         smoothed: Also compute :attr:`log_area`.
+        soft_labels: Probabilities to learn; default: the target's, 1 for its class.
 
     Shape:
         logits: (B, C, H, W)
         target: (B, H, W), uint8 or int64
+        soft_labels: (B, C, H, W), with two planes if there is one plane of logits
 
     Raises:
         ValueError: The shapes do not match.
@@ -74,6 +76,7 @@ class Pixels:
         totals: StepTotals | None = None,
         output: str = "out",
         smoothed: bool = False,
+        soft_labels: Tensor | None = None,
     ) -> None:
         if logits.dim() != 4 or target.shape != logits.shape[:1] + logits.shape[2:]:
             raise ValueError(
@@ -82,6 +85,11 @@ class Pixels:
             )
         self.binary = logits.shape[1] == 1
         self.logits = torch.cat([torch.zeros_like(logits), logits], 1) if self.binary else logits
+        if soft_labels is not None and soft_labels.shape != self.logits.shape:
+            raise ValueError(
+                f"expected soft labels {tuple(self.logits.shape)}, got {tuple(soft_labels.shape)}"
+            )
+        self._soft_labels = soft_labels
         self.target = target
         self.across_ranks = across_ranks
         self.totals = totals
@@ -165,15 +173,55 @@ class Pixels:
         return self._class_sums[1]
 
     @cached_property
+    def one_hot(self) -> Tensor:
+        """(B, C, H, W): 1 for the true class, 0 for other classes and where ignored."""
+        planes = torch.zeros_like(self.logits, dtype=at_least_fp32(self.logits))
+        return planes.scatter_(1, self.index[:, None], 1.0) * self.valid[:, None]
+
+    @cached_property
+    def soft_labels(self) -> Tensor:
+        """(B, C, H, W): probabilities to learn, 0 where ignored; without any, :attr:`one_hot`."""
+        if self._soft_labels is None:
+            return self.one_hot
+        return self._soft_labels * self.valid[:, None]
+
+    @property
+    def soft_log(self) -> Tensor:
+        """(): sum over pixels and classes of the soft label times the log-probability."""
+        log_p, axis = self._log_softmax
+        return (self.soft_labels * log_p.movedim(axis, 1)).sum()
+
+    @cached_property
+    def image_sums(self) -> Tensor:
+        """(3, B, C): intersection, area and count."""
+        return torch.stack([self.intersection, self.area, self.count])
+
+    @cached_property
+    def soft_image_sums(self) -> Tensor:
+        """(4, B, C): sums over valid pixels of min(p, q), p, and q, the soft label; then count."""
+        log_p, axis = self._log_softmax
+        q = self.soft_labels
+        common = torch.minimum(log_p.movedim(axis, 1).exp(), q).sum((2, 3))
+        return torch.stack([common, self.area, q.sum((2, 3)), self.count])
+
+    @cached_property
     def sums(self) -> Tensor:
-        """(3, 1, C): intersection, area and count of the batch, or of the step if collected."""
-        sums = torch.stack([self.intersection, self.area, self.count]).sum(1, keepdim=True)
-        if self.totals is None or self.output not in self.totals.sums:
+        """(3, 1, C): :attr:`image_sums` of the batch, or of the step if collected."""
+        return self._of_step(self.image_sums, soft=False)
+
+    @cached_property
+    def soft_sums(self) -> Tensor:
+        """(4, 1, C): :attr:`soft_image_sums` of the batch, or of the step if collected."""
+        return self._of_step(self.soft_image_sums, soft=True)
+
+    def _of_step(self, sums: Tensor, *, soft: bool) -> Tensor:
+        sums, key = sums.sum(1, keepdim=True), (self.output, soft)
+        if self.totals is None or key not in self.totals.sums:
             return self.total(sums)
         # The value of the step with the gradient of this micro-batch; the factor undoes the average
         # of gradients over micro-batches and ranks.
         averaged = self.totals.micro_batches * (world_size() if self.across_ranks else 1)
-        return self.totals.sums[self.output] + averaged * (sums - sums.detach())
+        return self.totals.sums[key] + averaged * (sums - sums.detach())
 
     @property
     def step_count(self) -> Tensor:

@@ -17,12 +17,15 @@ from segkit.training.losses import (
     Criterion,
     CrossEntropy,
     Dice,
+    DiceSemimetric,
     Focal,
     Jaccard,
+    JaccardMetric,
     Lovasz,
     OHEMCrossEntropy,
     Presence,
     SigmoidFocal,
+    SoftCrossEntropy,
     Tversky,
     build_loss,
 )
@@ -35,6 +38,7 @@ MAP_LOSSES = {
     "sigmoid focal alpha": lambda: SigmoidFocal(gamma=1.5, alpha=0.3),
     "dice per image": lambda: Dice(smooth=1.0, per_image=True),
     "tversky all": lambda: Tversky(classes="all"),
+    "jaccard metric per image": lambda: JaccardMetric(smooth=1.0, per_image=True, classes="all"),
     "lovasz per image": lambda: Lovasz(per_image=True),
     "ohem kept": lambda: OHEMCrossEntropy(threshold=0.3, min_kept=20),
 }
@@ -392,6 +396,124 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
         CrossEntropy()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 5, dtype=torch.uint8))
 
 
+# Soft labels
+
+HARD_FORMS = {SoftCrossEntropy: CrossEntropy, JaccardMetric: Jaccard, DiceSemimetric: Dice}
+soft_losses = pytest.mark.parametrize("make", HARD_FORMS)
+
+
+def teacher_of(logits: Tensor) -> Tensor:
+    """Soft labels for a batch."""
+    rng = torch.Generator().manual_seed(3)
+    noise = torch.randn(logits.shape, generator=rng, dtype=torch.float64)
+    return (logits.detach() + noise).to(logits).softmax(1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (
+            SoftCrossEntropy(),
+            -(0.6 * math.log(0.8) + 0.4 * math.log(0.2) + 0.1 * math.log(0.4) + 0.9 * math.log(0.6))
+            / 2,
+        ),
+        # class 0: min .6 + .1, max .8 + .4; class 1: min .2 + .6, max .4 + .9
+        (JaccardMetric(), 1 - (0.7 / 1.2 + 0.8 / 1.3) / 2),
+        (JaccardMetric(smooth=1.0), 1 - (1.7 / 2.2 + 1.8 / 2.3) / 2),
+        # class 0: P 1.2, Q .7; class 1: P .8, Q 1.3
+        (DiceSemimetric(), 1 - (1.4 / 1.9 + 1.6 / 2.1) / 2),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
+)
+def test_soft_labels_of_two_pixels_worked_by_hand(loss: torch.nn.Module, expected: float) -> None:
+    soft = from_probabilities([[0.6, 0.4], [0.1, 0.9]]).exp()
+    assert loss(TWO_PIXELS, ZERO_ONE, soft).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_jaccard_metric_is_the_paper_s_first_form() -> None:
+    logits, target = batch(dtype=torch.float64)
+    soft, valid = teacher_of(logits), (target != IGNORE)[:, None]
+    x, y = (logits.softmax(1) * valid).transpose(0, 1), (soft * valid).transpose(0, 1)
+    both, apart = (x + y).sum((1, 2, 3)), (x - y).abs().sum((1, 2, 3))
+    expected = 1 - ((both - apart) / (both + apart)).mean()
+    torch.testing.assert_close(JaccardMetric()(logits, target, soft), expected)
+    torch.testing.assert_close(DiceSemimetric()(logits, target, soft), (apart / both).mean())
+
+
+@soft_losses
+def test_losses_of_soft_labels_are_the_common_ones_on_labels(make) -> None:
+    logits, target = batch(dtype=torch.float64)
+    one_hot = F.one_hot(target.long() % IGNORE, 3).permute(0, 3, 1, 2).double()
+    expected = HARD_FORMS[make]()(logits, target)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    for soft in (None, one_hot):
+        ours = make()(logits, target, soft)
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(*torch.autograd.grad(ours, logits), gradient)
+
+
+@soft_losses
+def test_losses_of_soft_labels_are_least_at_the_soft_labels(make) -> None:
+    logits, target = batch(dtype=torch.float64)
+    soft = teacher_of(logits)
+    at = soft.log().requires_grad_()
+    least = make()(at, target, soft)
+    assert least < make()(logits, target, soft)
+    assert least < make()(2 * at, target, soft)
+    if make is SoftCrossEntropy:  # a metric has a corner there
+        assert torch.autograd.grad(least, at)[0].abs().max() < 1e-9
+        entropy = -(soft * soft.log()).sum(1)[target != IGNORE].mean()
+        torch.testing.assert_close(least, entropy)
+    else:
+        assert least.item() == pytest.approx(0, abs=1e-9)
+
+
+def test_a_soft_jaccard_loss_of_products_would_be_least_elsewhere() -> None:
+    soft = from_probabilities([[0.6, 0.4], [0.3, 0.7]])
+
+    def products(logits: Tensor) -> Tensor:
+        p, q = logits.softmax(1), soft.exp()
+        both = (p * q).sum((0, 2, 3))
+        return 1 - (both / (p.sum((0, 2, 3)) + q.sum((0, 2, 3)) - both)).mean()
+
+    assert products(2 * soft) < products(soft)
+    assert JaccardMetric()(2 * soft, ZERO_ONE, soft.exp()) > 0.1
+    assert JaccardMetric()(soft, ZERO_ONE, soft.exp()).item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("make", [JaccardMetric, DiceSemimetric])
+def test_metric_losses_are_symmetric(make) -> None:
+    logits, target = batch(dtype=torch.float64)
+    soft = teacher_of(logits)
+    ours = make()(logits, target, soft)
+    torch.testing.assert_close(make()(soft.log(), target, logits.softmax(1)), ours)
+
+
+@soft_losses
+def test_derivative_with_soft_labels(make) -> None:
+    logits, target = batch(size=(3, 5), dtype=torch.float64)
+    soft, loss = teacher_of(logits), make()
+    assert torch.autograd.gradcheck(lambda x: loss(x, target, soft), logits)
+
+
+@soft_losses
+def test_soft_labels_of_ignored_pixels_have_no_say(make) -> None:
+    logits, target = batch()
+    soft = teacher_of(logits)
+    other = torch.where((target == IGNORE)[:, None], soft.flip(1), soft)
+    assert torch.equal(make()(logits, target, other), make()(logits, target, soft))
+
+
+def test_soft_labels_of_a_binary_model_have_two_planes() -> None:
+    logits = torch.tensor([0.8, 0.4]).logit().view(1, 1, 1, 2)
+    soft = torch.tensor([[0.4, 0.6], [0.9, 0.1]]).T[None, :, None]
+    target = torch.tensor([[[1, 0]]])  # class 1: min .6 + .1, max .8 + .4
+    loss = build_loss("jaccard_metric", num_classes=1)
+    assert loss(logits, target, soft).item() == pytest.approx(1 - 0.7 / 1.2)
+    with pytest.raises(ValueError, match=r"soft labels \(1, 2, 1, 2\), got \(1, 1, 1, 2\)"):
+        loss(logits, target, soft[:, 1:])
+
+
 # Criterion
 
 
@@ -492,7 +614,10 @@ def test_every_loss_is_built_by_its_name(name: str) -> None:
 
 # Ranks
 
-SPREAD = ["cross_entropy", "focal", "sigmoid_focal", "dice", "dice per image", "jaccard", "tversky"]
+SPREAD = [
+    *("cross_entropy", "focal", "sigmoid_focal", "dice", "dice per image", "jaccard", "tversky"),
+    *("soft_cross_entropy", "jaccard_metric", "jaccard metric per image", "dice_semimetric"),
+]
 
 
 def _one_rank(rank: int, store: str, results: str) -> None:
@@ -501,10 +626,11 @@ def _one_rank(rank: int, store: str, results: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     logits, target = batch(images=3)
     mine = slice(0, 1) if rank == 0 else slice(1, 3)
+    soft = teacher_of(logits)
     computed = {}
     for name in SPREAD:
         part = logits[mine].detach().requires_grad_()
-        loss = MAP_LOSSES[name]()(part, target[mine])
+        loss = MAP_LOSSES[name]()(part, target[mine], soft[mine])
         computed[name] = loss.detach(), *torch.autograd.grad(loss, part)
     pooled = logits[mine].detach().amax((2, 3)).requires_grad_()
     loss = Presence()(pooled, target[mine])
@@ -522,7 +648,10 @@ def test_two_uneven_ranks_have_the_loss_and_the_gradient_of_the_whole_batch(tmp_
         logits, target = batch(images=3)
         whole = logits.detach().amax((2, 3)) if name == "presence" else logits.detach()
         whole.requires_grad_()
-        loss = {**MAP_LOSSES, "presence": Presence}[name]()(whole, target)
+        if name == "presence":
+            loss = Presence()(whole, target)
+        else:
+            loss = MAP_LOSSES[name]()(whole, target, teacher_of(logits))
         (gradient,) = torch.autograd.grad(loss, whole)
         torch.testing.assert_close(first[name][0], loss.detach())
         torch.testing.assert_close(second[name][0], loss.detach())
@@ -610,7 +739,9 @@ def test_losses_as_users_write_them() -> None:
 def test_losses_are_listed_by_name_and_pattern() -> None:
     assert segkit.list_losses() == list(LOSSES)
     assert segkit.list_losses("focal") == ["focal", "sigmoid_focal"]
-    assert segkit.list_losses("*entropy") == ["cross_entropy", "ohem_cross_entropy"]
+    names = ["cross_entropy", "soft_cross_entropy", "ohem_cross_entropy"]
+    assert segkit.list_losses("*entropy") == names
+    assert segkit.list_losses("metric") == ["jaccard_metric", "dice_semimetric"]
 
 
 def test_coefficients_of_a_binary_loss_are_two() -> None:
