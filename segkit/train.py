@@ -240,8 +240,10 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
             )  # fmt: skip
         state.advance(result.finite)
         clock.start()
-        if state.step == first_step and distributed.is_main():
-            job.background.start(partial(job.host.reserve, state.state_dict()))
+        if state.step == first_step:
+            val_batches.start_workers()
+            if distributed.is_main():
+                job.background.start(partial(job.host.reserve, state.state_dict()))
 
         # ---- log
         epoch, step_of_epoch = divmod(state.step, order.steps_per_epoch)

@@ -1,6 +1,7 @@
 """Evaluation: each pixel counts once, whatever the batches, their padding and the ranks."""
 
 from collections.abc import Callable
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -123,6 +124,9 @@ def test_two_ranks_count_what_one_does() -> None:
 
 def test_batches_can_be_read_again_by_the_same_workers() -> None:
     batches = EvalBatches(Mixed(), range(9), labels=True, batch_size=4, pad=32, workers=2)
+    before = len(active_children())
+    batches.start_workers()
+    assert len(active_children()) == before + 2
     first, second = ([batch.indices for batch in batches] for _ in range(2))
     assert first == second
     assert sorted(index for indices in first for index in indices) == list(range(9))
