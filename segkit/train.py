@@ -33,6 +33,7 @@ from segkit.data.memo import MEMO
 from segkit.data.source import Source
 from segkit.inference.model_file import build_predictor
 from segkit.inference.predictor import Predictor
+from segkit.inference.teacher import Teacher, open_teacher, teacher_checkpoints
 from segkit.inference.tta import parse_views
 from segkit.models.pretrained.published import obtain
 from segkit.models.segmenter import build_model, check_weights
@@ -57,9 +58,9 @@ from segkit.training.preparation import (
     TrainData,
     check_data,
     check_memory,
-    open_pseudo,
     plan_folds,
     split_data,
+    with_pseudo,
 )
 from segkit.training.state import TrainState
 from segkit.training.step import train_step
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     with distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device:
         say = console.printer(quiet=args.quiet, verbose=args.verbose)
         cfg, run, resume = find_run(args, cfg)
-        cfg, data, folds = prepare(args, cfg, run, device, say)
+        cfg, data, folds, teacher = prepare(args, cfg, run, device, say)
         before = run.read_or_default("summary.json", {})
         summary = {}
         with (
@@ -101,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
             console.Stop() as stop,
             Background() as background,
         ):
-            job = Job(cfg, run, data, device, resume, stop, say, trackers, background)
+            job = Job(cfg, run, data, teacher, device, resume, stop, say, trackers, background)
             log_data(job)
             for fold in folds:
                 with console.memory_advice(MEMORY_TO_TRAIN.format(run=run.folder)):
@@ -135,29 +136,29 @@ def prepare(
     run: Run,
     device: torch.device,
     say: Callable[[str], None],
-) -> tuple[Config, TrainData, list[Fold]]:
+) -> tuple[Config, TrainData, list[Fold], Teacher | None]:
     """Read the data, check all that can fail before training, and create the run's folder.
 
     Returns:
-        The configuration with the settings that were open, the data, and the folds.
+        The configuration with the settings that were open, the data, the folds, and the teacher.
     """
     with MEMO.kept_in(Path(cfg.data.cache)):
         labelled = open_source(cfg, "train")
         cfg = settled(cfg, labelled, say)
         validation = open_source(cfg, "val") if cfg.data.val else labelled
         split, files = split_data(cfg, labelled, validation, run, say)
-        pseudo = open_pseudo(cfg, labelled, validation, split, say)
-        data = TrainData(labelled, validation, split, pseudo)
+        data = with_pseudo(cfg, TrainData(labelled, validation, split), say)
         if distributed.is_main():
             files |= check_data(run, data)
     cfg, folds = plan_folds(cfg, data, chosen_folds(args.folds, len(split.folds)))
+    teacher = open_teacher(cfg, data, folds, device, say)
     if device.type in CHECKED_FOR_MEMORY and not distributed.broadcast(run.exists):
         with console.memory_advice(MEMORY_TO_BEGIN):
-            check_memory(cfg, labelled, folds[0].order.indices, device)
+            check_memory(cfg, labelled, folds[0].order.indices, device, teacher=teacher)
     if distributed.is_main():
         run.begin(config.to_dict(cfg), files)
     distributed.barrier()
-    return cfg, data, folds
+    return cfg, data, folds, teacher
 
 
 def settled(cfg: Config, source: Source, say: Callable[[str], None]) -> Config:
@@ -181,6 +182,7 @@ class Job:
     cfg: Config
     run: Run
     data: TrainData
+    teacher: Teacher | None
     device: torch.device
     resume: bool
     stop: console.Stop
@@ -236,7 +238,8 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
         with backend.cudnn_autotuning(shapes == last_shapes):
             result = train_step(
                 net, criterion, state.optimizer, parts,
-                scaler=state.scaler, seeds=dropout_seeds(cfg, state.step), **options,
+                scaler=state.scaler, seeds=dropout_seeds(cfg, state.step), teacher=job.teacher,
+                **options,
             )  # fmt: skip
         state.advance(result.finite)
         clock.start()
@@ -302,7 +305,13 @@ def begin_training(job: Job, fold: Fold) -> tuple[TrainState, Criterion, bool]:
         window = max(1, round(cfg.train.average * total))
         state.window = WindowMean(state.model, window=window, every=every, total=total)
     if saved is not None:
-        state.load_state_dict(saved, job.run.fold(fold.number) / "last.pt")
+        path = job.run.fold(fold.number) / "last.pt"
+        state.load_state_dict(saved, path)
+        if saved.get("teacher", []) != (job.teacher.digests if job.teacher else []):
+            raise SegkitError(
+                f"data.teacher: has other checkpoints than {path} began with; restore them, or "
+                "start a new run with another --run-dir"
+            )
         epochs = saved["config"]["train"]["epochs"]
         job.say(resumed_message(fold.number, state.step, fold.order, epochs))
     elif distributed.is_main():
@@ -318,13 +327,19 @@ def begin_training(job: Job, fold: Fold) -> tuple[TrainState, Criterion, bool]:
 def checkpoint_entries(job: Job, fold: Fold) -> dict[str, Any]:
     """Return the entries of a fold's checkpoints that do not change."""
     source, order = job.data.source, fold.order
-    trained_on = [*order.indices, *order.extra]
+    trained_on = digests(source, [*order.indices, *order.extra]) if distributed.is_main() else []
+    teacher = {}
+    if job.teacher is not None:
+        # The student learns from the labels that its teacher has learned from.
+        trained_on = sorted({*trained_on, *job.teacher.trained_on})
+        teacher = {"teacher": job.teacher.digests}
     return {
         "config": config.to_dict(job.cfg),
         "classes": list(source.classes),
         "fold": fold.number,
-        "trained_on": digests(source, trained_on) if distributed.is_main() else [],
+        "trained_on": trained_on,
         "pseudo_round": job.data.pseudo.round if job.data.pseudo else 0,
+        **teacher,
     }
 
 
@@ -498,6 +513,8 @@ def check_components(cfg: Config) -> None:
     for part in ("train", "val", "test", "test_labels", "pseudo"):
         if (spec := getattr(cfg.data, part)) is not None:
             config.bind(SOURCES, spec, f"data.{part}")
+    if cfg.data.teacher is not None:
+        teacher_checkpoints(cfg.data.teacher)
     build_pipeline(cfg)
     if (channels := cfg.model.backbone.get("in_channels", 3)) != 3:
         raise ConfigError(

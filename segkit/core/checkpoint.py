@@ -300,6 +300,7 @@ _SCHEMAS: dict[str, tuple[str, Any]] = {
     "soup": ("a recipe", {str: Any}),
     "classes": ("a list of names", [str]),
     "trained_on": ("a list of digests", [str]),
+    "teacher": ("a list of digests", [str]),
     "init": ("a digest", str),
     "score": ("a number", (float, None)),
     "iou": ("a list of numbers", [(float, None)]),

@@ -41,6 +41,11 @@ class DataConfig:
     test_labels: Component | None = _setting(None, "the test images with labels, to score only")
     pseudo: Component | None = _setting(None, "images with pseudo labels (infer.py --pseudo)")
     pseudo_weight: float = _setting(1.0, "share of the pseudo-labelled images in an epoch", 0, 1)
+    teacher: str | tuple[str, ...] | None = _setting(
+        None,
+        "a trained run, whose folds vote, or a list of runs and checkpoints: soft labels for the "
+        "training images (distillation)",
+    )
     folds: int = _setting(5, "number of folds; each is used for validation once", 2, 1000)
     selection: float = _setting(0.1, "share of images in no fold, which choose soups", 0, 0.9)
     stratify: bool = _setting(
@@ -121,6 +126,10 @@ class LossConfig:
 
     terms: tuple[Component, ...] = _setting(
         ({"name": "cross_entropy"},), "losses, each with an optional 'weight'"
+    )
+    teacher_terms: tuple[Component, ...] = _setting(
+        ({"name": "soft_cross_entropy"}, {"name": "jaccard_metric"}),
+        "with data.teacher, losses of its soft labels, in addition to terms",
     )
     aux_weight: float | tuple[float, ...] = _setting(
         0.4, "weight of the auxiliary outputs: one number, or one per output", 0

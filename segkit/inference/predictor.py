@@ -206,7 +206,7 @@ class Predictor:
         for (top, bottom, down_window), next_top in zip(down, later_tops, strict=True):
             band: Tensor | None = None
             for left, right, across_window in across:
-                part = self._probabilities(image[..., top:bottom, left:right])
+                part = self.batch_probabilities(image[..., top:bottom, left:right])
                 if len(down) == len(across) == 1:
                     yield 0, part
                     return
@@ -221,7 +221,12 @@ class Predictor:
             overlap_rows = band[:, :, finished_rows:].clone()
             yield top, band[:, :, :finished_rows]
 
-    def _probabilities(self, image: Tensor) -> Tensor:
+    def batch_probabilities(self, image: Tensor) -> Tensor:
+        """Return the probabilities of images as they are: not resized, tiled or calibrated.
+
+        Shape:
+            image: (B, 3, H, W), 0 to 255 of any type -> (B, C, H, W), float32
+        """
         image = torch.addcmul(
             self._shift, image.to(self.device, non_blocking=True).float(), self._scale
         )

@@ -56,8 +56,9 @@ def build_training(
     if cfg.train.sync_batch_norm:
         convert_sync_batch_norm(model, device)
     criterion = build_loss(
-        cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=num_classes
-    ).to(device)
+        cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=num_classes,
+        teacher_terms=cfg.loss.teacher_terms if cfg.data.teacher is not None else (),
+    ).to(device)  # fmt: skip
     if cfg.optim.lr is None or cfg.optim.backbone_lr_factor is None:
         raise ConfigError("optim.lr: is null; expected a number, as defaults.set_rates sets it")
     optimizer = build_optimizer(

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from segkit.core.config import Component, build, check_bounds, matching
 from segkit.core.distributed import sum_over_ranks
-from segkit.core.errors import ConfigError
+from segkit.core.errors import ConfigError, closest, quoted
 from segkit.core.labels import IGNORE, check_labels
 from segkit.models.queries import QUERY_OUTPUTS
 from segkit.training.mask_classification import MaskClassification
@@ -639,6 +639,7 @@ def build_loss(
     *,
     num_classes: int | None = None,
     aux_weight: float | tuple[float, ...] = 0.4,
+    teacher_terms: Sequence[Component] = (),
 ) -> Criterion:
     """Build a loss, such as ``build_loss(["cross_entropy", "dice"])``.
 
@@ -651,17 +652,26 @@ def build_loss(
         num_classes: Checked against coefficients per class; ``None`` if not known yet. 1 is binary
             and has two coefficients.
         aux_weight: See :class:`Criterion`.
+        teacher_terms: Further terms, all of them losses of soft labels.
 
     Raises:
         ConfigError: Invalid configuration; the message has the path of the key.
     """
     listed = [terms] if isinstance(terms, str | Mapping) else terms
-    components = [{"name": term} if isinstance(term, str) else dict(term) for term in listed]
-    if all(term.get("name") == "presence" for term in components):
+    components = {
+        f"loss.terms[{i}]": {"name": term} if isinstance(term, str) else dict(term)
+        for i, term in enumerate(listed)
+    }
+    soft = [name for name, loss in LOSSES.items() if getattr(loss, "soft", False)]
+    for i, term in enumerate(teacher_terms):
+        path = f"loss.teacher_terms[{i}]"
+        if (name := term.get("name")) not in soft:
+            raise ConfigError(f"{path}.name: {quoted(name)} has no soft labels{closest('', soft)}")
+        components[path] = dict(term)
+    if all(term.get("name") == "presence" for term in components.values()):
         raise ConfigError("loss.terms: expected at least one loss of the output map")
     built = []
-    for i, term in enumerate(components):
-        path = f"loss.terms[{i}]"
+    for path, term in components.items():
         weight = term.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
             raise ConfigError(f"{path}.weight: expected a number of at least 0, got {weight!r}")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from segkit.augment.pipeline import build_pipeline
 from segkit.core import distributed
@@ -55,6 +56,13 @@ class TrainData:
     def source(self) -> Source:
         """Return all images for training."""
         return self.pseudo or self.labelled
+
+    def chooses(self) -> list[str]:
+        """Return the digests of the selection set, or of the fixed validation images."""
+        names = self.split.selection
+        if self.validation is not self.labelled:
+            names = self.validation.names
+        return digests(self.validation, positions(self.validation, names))
 
 
 @dataclass(frozen=True)
@@ -109,20 +117,17 @@ def split_data(
     return distributed.broadcast(split), files
 
 
-def open_pseudo(
-    cfg: Config, labelled: Source, validation: Source, split: Split, say: Callable[[str], None]
-) -> PseudoLabelled | None:
-    """Return the training images followed by those of ``data.pseudo``, or None without any.
+def with_pseudo(cfg: Config, data: TrainData, say: Callable[[str], None]) -> TrainData:
+    """Return the data with the images of ``data.pseudo``, if it is set.
 
     Images that validate or select models may not be pseudo-labelled.
     """
     if cfg.data.pseudo is None:
-        return None
-    names = split.selection if validation is labelled else validation.names
-    held_out = digests(validation, positions(validation, names))
-    joined = PseudoLabelled(labelled, open_source(cfg, "pseudo"), chooses=held_out)
+        return data
+    chooses = data.chooses()
+    joined = PseudoLabelled(data.labelled, open_source(cfg, "pseudo"), chooses=chooses)
     say(f"pseudo labels, round {joined.round}: {len(joined.extra)} images")
-    return joined
+    return replace(data, pseudo=joined)
 
 
 def plan_folds(cfg: Config, data: TrainData, numbers: Sequence[int]) -> tuple[Config, list[Fold]]:
@@ -195,7 +200,13 @@ def check_data(run: Run, data: TrainData) -> dict[str, Any]:
 
 
 def check_memory(
-    cfg: Config, source: Source, training: Sequence[int], device: torch.device, *, steps: int = 2
+    cfg: Config,
+    source: Source,
+    training: Sequence[int],
+    device: torch.device,
+    *,
+    steps: int = 2,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Run training steps with a temporary model, so that too little memory fails at once.
 
@@ -218,7 +229,7 @@ def check_memory(
         start = time.perf_counter()
         train_step(
             net, criterion, state.optimizer, [(images, masks)] * parts,
-            scaler=state.scaler, **step_options(cfg, device),
+            scaler=state.scaler, teacher=teacher, **step_options(cfg, device),
         )  # fmt: skip
         seconds.append(time.perf_counter() - start)
     del state, net, criterion

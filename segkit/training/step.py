@@ -49,6 +49,7 @@ def train_step(
     recompute: bool = False,
     seeds: Sequence[int] | None = None,
     exact: bool = False,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> StepResult:
     """Run forward, loss and backward over the micro-batches, then one optimizer step.
 
@@ -69,6 +70,7 @@ def train_step(
         seeds: Dropout seed of each micro-batch; default: torch's own generator.
         exact: Run the forward pass twice if a loss needs sums over all micro-batches (such as
             Dice), so that it equals the loss of the whole batch.
+        teacher: Returns the soft labels (B, C, H, W) of a micro-batch's images, for losses of them.
 
     Raises:
         DataError: The masks have an invalid label.
@@ -88,19 +90,24 @@ def train_step(
         with recompute_context(), torch.autocast(images.device.type, amp, enabled=amp is not None):
             return model(images)
 
+    def soft_labels(number: int) -> Tensor | None:
+        return None if teacher is None else teacher(micro_batches[number][0])
+
     without_sync = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
     if totals is not None and exact and criterion.accumulated("two_pass"):
         seeds = seeds or torch.randint(2**62, (len(micro_batches),)).tolist()
         # Not under no_grad: attention could choose another kernel, with different dropout masks.
         for number, (_, masks) in enumerate(micro_batches):
+            soft = soft_labels(number)
             with without_sync():
-                criterion.collect(forward(number), masks, totals)
+                criterion.collect(forward(number), masks, totals, soft)
         statistics.restore()
     values: list[Tensor] = []
     for number, (_, masks) in enumerate(micro_batches):
         with without_sync() if number < len(micro_batches) - 1 else nullcontext():
+            soft = soft_labels(number)  # first, while nothing of the forward pass is held
             outputs = forward(number)
-            loss, terms = criterion.with_terms(outputs, masks, totals)
+            loss, terms = criterion.with_terms(outputs, masks, totals, soft)
             scaled = loss / len(micro_batches)
             (scaled if scaler is None else scaler.scale(scaled)).backward()
         values.append(torch.stack([loss.detach(), *terms.values()]))

@@ -24,6 +24,7 @@ TERMS: dict[str, Any] = {
     "dice per image": {"name": "dice", "smooth": 1.0, "per_image": True},
     "tversky all": {"name": "tversky", "classes": "all"},
     "jaccard all per image": {"name": "jaccard", "classes": "all", "per_image": True},
+    "jaccard metric all": {"name": "jaccard_metric", "classes": "all", "smooth": 1.0},
 }
 
 
@@ -74,13 +75,18 @@ def parts_of_rank(parts: int) -> list[tuple[Tensor, Tensor]]:
     return [(images[i], masks[i]) for i in mine]
 
 
+def teacher(images: Tensor) -> Tensor:
+    return torch.cat([images, images.flip(1)], 3)[..., ::2].softmax(1)
+
+
 def step(
     net: nn.Module, criterion: Criterion, batches: list[tuple[Tensor, Tensor]], **options: Any
 ) -> StepResult:
     """A step of learning rate 0: what it leaves are the gradients and BatchNorm's statistics."""
     return train_step(
         net, criterion, torch.optim.SGD(net.parameters(), lr=0.0), batches,
-        amp=None, scaler=torch.amp.GradScaler("cpu", enabled=False), clip_norm=None, **options,
+        amp=None, scaler=torch.amp.GradScaler("cpu", enabled=False), clip_norm=None,
+        teacher=teacher, **options,
     )  # fmt: skip
 
 
@@ -178,7 +184,7 @@ def test_the_first_pass_draws_the_same_dropout_and_leaves_statistics_alone(
     seeds: list[int] | None,
 ) -> None:
     twice, once = (Network(norm=nn.BatchNorm2d(6), dropout=0.5) for _ in range(2))
-    criterion = build_loss(["cross_entropy", "jaccard"], num_classes=3)
+    criterion = build_loss(["cross_entropy", "jaccard", "jaccard_metric"], num_classes=3)
     torch.manual_seed(9)
     done = step(twice, criterion, parts_of_rank(4), seeds=seeds, exact=True)
     first, second = twice.seen[:4], twice.seen[4:]
@@ -194,7 +200,8 @@ def test_the_first_pass_draws_the_same_dropout_and_leaves_statistics_alone(
         for name, output in once(images).items():
             joined.setdefault(name, []).append(output)
     outputs = {name: torch.cat(parts) for name, parts in joined.items()}
-    loss = criterion(outputs, batch()[1])
+    images, masks = batch()
+    loss = criterion(outputs, masks, teacher(images))
     loss.backward()
     torch.testing.assert_close(done.loss, loss.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients(twice), gradients(once), rtol=0, atol=1e-12)
