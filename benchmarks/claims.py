@@ -47,10 +47,14 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "random_folds": ("data.stratify=false",),
     "copy_paste": (),
     "pseudo": (),
+    "student": (),
 }
 """Settings of each training, on top of the configuration and :data:`COMMON`.
 
-Those of ``copy_paste`` and ``pseudo`` depend on the configuration and on the base training."""
+Those of ``copy_paste`` depend on the configuration, those of :data:`AFTER` on another training."""
+
+AFTER = {"pseudo": "base", "student": "base"}
+"""Trainings that use the run of another training with the same seed, which is made before."""
 
 COMMON = ("data.selection=0.15", "optim.backbone_lr_factor=0.1", "data.workers=0")
 
@@ -131,6 +135,8 @@ CLAIMS = (
     Claim("rare", "repeated rare images over none", Side("repeated"), BASE),
     Claim("average", "mean of the last 1 % of the steps over EMA alone", Side("average"), BASE),
     Claim("pseudo", "pseudo labels of the test images over none", Side("pseudo"), BASE),
+    Claim("distillation", "student of the vote over the same model", Side("student"), BASE),
+    Claim("distillation", "vote over its student", VOTE, Side("student")),
 )
 
 
@@ -229,6 +235,8 @@ class Trainings:
         """Train and score a run, unless that is done."""
         if self.rows(training, seed) is not None:
             return
+        if training in AFTER and self.rows(AFTER[training], seed) is None:
+            raise RuntimeError(f"{training}, seed {seed}: needs {AFTER[training]}, not finished")
         folder = self.folder(training, seed)
         settings = [*COMMON, *self.settings, f"train.seed={seed}", *self._own(training, seed)]
         train = ["train.py", "--cfg", self.name, "--run-dir", str(folder), "--resume", "--quiet"]
@@ -247,12 +255,13 @@ class Trainings:
             return (f"augment.train={json.dumps(['copy_paste', *(operations or [])])}",)
         if training == "pseudo":
             return (f"data.pseudo={json.dumps(self._pseudo_labels(seed))}",)
+        if training == "student":
+            return (f"data.teacher={self.folder(AFTER[training], seed)}",)
         return TRAININGS[training]
 
     def _pseudo_labels(self, seed: int) -> dict[str, str]:
         """Label the test images by the vote of the base run's folds; return a data source."""
-        self.make("base", seed)
-        base = self.folder("base", seed)
+        base = self.folder(AFTER["pseudo"], seed)
         folder = base.with_name(f"{base.name}-pseudo")
         scratch = base.with_name(f"{base.name}-predicted")
         if not (folder / "pseudo.json").is_file():
@@ -281,13 +290,8 @@ def measure(
     claims: Sequence[Claim], trainings: Trainings, seeds: int, jobs: int, minutes: float
 ) -> Iterator[Evidence]:
     """Train what is missing, then yield the evidence of each claim with a finished pair."""
-    needed = dict.fromkeys(
-        (side.training, seed)
-        for seed in range(seeds)
-        for claim in claims
-        for side in (claim.worse, claim.better)
-    )
-    order = sorted(needed, key=lambda pair: (pair[1], pair[0] == "pseudo"))
+    names = dict.fromkeys(s.training for claim in claims for s in (claim.worse, claim.better))
+    names |= dict.fromkeys(AFTER[name] for name in names if name in AFTER)
     end = time.monotonic() + 60 * minutes
     failures: list[str] = []
 
@@ -301,10 +305,10 @@ def measure(
             failures.append(str(error))
             print(error, file=sys.stderr, flush=True)
 
-    for group in ([pair for pair in order if pair[0] != "pseudo"],
-                  [pair for pair in order if pair[0] == "pseudo"]):  # fmt: skip
+    for later in (False, True):
+        group = [name for name in names if (name in AFTER) == later]
         with ThreadPoolExecutor(jobs) as pool:  # each waits for a process
-            list(pool.map(make, group))
+            list(pool.map(make, [(name, seed) for seed in range(seeds) for name in group]))
     for claim in claims:
         pairs = []
         for seed in range(seeds):

@@ -225,6 +225,25 @@ def test_the_best_fold_is_chosen_on_the_selection_set() -> None:
     assert claims.score(rows, "greedy soup") is None
 
 
+def test_a_training_that_uses_another_is_made_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(claims.Trainings, "make", lambda _, *pair: made.append(pair))
+    chosen = [claim for claim in claims.CLAIMS if claim.topic in ("rates", "distillation")]
+    both = [claim for claim in claims.CLAIMS if claim.sentence == "vote over its student"]
+    for some in (chosen, both):
+        made.clear()
+        trainings = claims.Trainings("demo", (), tmp_path, threads=1)
+        assert not [*claims.measure(some, trainings, seeds=2, jobs=1, minutes=1)]
+        assert made[-2:] == [("student", 0), ("student", 1)]
+        assert {("base", 0), ("base", 1)} <= {*made[:-2]}
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="student, seed 0: needs base, not finished"):
+        trainings.make("student", 0)
+    assert trainings._own("student", 1) == (f"data.teacher={tmp_path / 'demo-base-1'}",)
+
+
 def test_finished_trainings_are_not_repeated(tmp_path: Path) -> None:
     trainings = claims.Trainings("demo", (), tmp_path, threads=1)
     for training, miou in (("base", 0.5), ("dice", 0.4)):
