@@ -21,10 +21,10 @@ from segkit.commands import console
 from segkit.core import files
 from segkit.core.errors import DataError, SegkitError
 from segkit.data.loader import EvalImages, TrainImages
-from segkit.training import tracking
+from segkit.training import fold_checkpoints, tracking
 
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "start": (train, "build_training", 2),  # the first checks the configuration
+    "start": (fold_checkpoints, "build_training", 1),
     "step": (train, "train_step", 3),
     "evaluation": (train, "evaluate", 1),
     "save": (files, "flush", 2),  # of the first epoch's last.pt: rank 0 has written its draft

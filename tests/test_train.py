@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_run import Drawn
 from PIL import Image
 from ranks import share_of_the_way
 
@@ -26,9 +25,7 @@ from segkit.core import checkpoint
 from segkit.core.errors import DataError, SegkitError
 from segkit.core.run import Run
 from segkit.data.demo import draw_demo
-from segkit.data.source import Fault
 from segkit.models.segmenter import build_model
-from segkit.train import keep_best, report_faults
 from segkit.train import main as train_main
 from segkit.training import preparation
 from segkit.training.evaluate import Evaluation
@@ -157,14 +154,6 @@ def test_folds_and_selection_divide_the_images(trained: Path) -> None:
     names = [name for part in parts for name in part]
     assert len(names) == len(set(names)) == DRAWN["train"]
     assert all(parts)
-
-
-def test_only_checkpoints_leave_with_the_best_epochs(tmp_path: Path) -> None:
-    keep_best(tmp_path, {"epoch": 1}, [(0.5, 1)], 1)
-    (tmp_path / "epoch0002.pt").write_text("a note")
-    keep_best(tmp_path, {"epoch": 2}, [(0.5, 1), (0.4, 2)], 1)
-    keep_best(tmp_path, {"epoch": 3}, [(0.6, 3), (0.5, 1)], 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "epoch0002.pt", "epoch0003.pt"}
 
 
 def test_checkpoints_tell_what_they_trained_on(trained: Path) -> None:
@@ -520,17 +509,6 @@ def test_a_fold_that_is_trained_further_is_not_in_the_summary(tmp_path: Path) ->
     run.reopen(1)
     run.reopen(1)
     assert not (tmp_path / "summary.json").exists()
-
-
-def test_each_fault_is_told_once(tmp_path: Path) -> None:
-    data = Drawn(4)
-    data.faults = tuple(Fault(f"{name}.jpg is empty", file=f"{name}.jpg") for name in "ab")
-    run = Run(tmp_path)
-    for _ in range(2):  # a start, and a resumed one: training and validation share the source
-        said: list[str] = []
-        report_faults((data, data), run, said.append)
-        assert said == ["left out: a.jpg is empty", "left out: b.jpg is empty"]
-        assert [event["file"] for event in run.events()] == ["a.jpg", "b.jpg"]
 
 
 def test_a_run_is_not_overwritten(folder: Path, trained: Path) -> None:

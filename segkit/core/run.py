@@ -422,6 +422,24 @@ def runs(name: str | None = None) -> list[Run]:
     return [Run(folder) for folder in sorted(folders, key=_started, reverse=True)]
 
 
+def find_run(name: str, folder: Path | None, *, resume: bool) -> tuple[Run, bool]:
+    """Return the run that a command begins or resumes, and whether it resumes it.
+
+    Its folder may not exist yet. A run that torchrun is restarting is always resumed.
+
+    Args:
+        name: Name of the configuration.
+        folder: Folder of the run; default a new one, or that of the newest run of ``name``.
+        resume: Resume the run.
+    """
+    candidates = [Run(folder)] if folder else runs(name)
+    interrupted = bool(candidates) and candidates[0].interrupted_here()
+    if not folder and not interrupted:
+        candidates = [run for run in candidates if resume and run.resumable()]
+    run = candidates[0] if candidates else Run(new_folder(name))
+    return run, resume or interrupted
+
+
 def _started(folder: Path) -> float:
     return (folder / "config.json").stat().st_mtime
 

@@ -3,8 +3,9 @@
 Hinton et al. 2015, https://arxiv.org/abs/1503.02531
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,11 @@ class Teacher:
         for model in others:
             total += model.batch_probabilities(pixels)
         return total / len(self._models)
+
+    def recorded_in(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a student's checkpoint entries; it learns the labels that its teacher learned."""
+        trained_on = sorted({*entries["trained_on"], *self.trained_on})
+        return {**entries, "trained_on": trained_on, "teacher": self.digests}
 
 
 def teacher_checkpoints(names: str | Sequence[str]) -> list[Path]:

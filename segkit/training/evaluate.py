@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from segkit.core.config import Config
 from segkit.core.distributed import Progress, all_reduce, rank, world_size
 from segkit.core.labels import Size
 from segkit.data.loader import EvalBatches
@@ -158,3 +159,19 @@ def count(
         assert truth is not None
         counter.add([index], mask[None], truth[None], [(truth.shape[0], truth.shape[1])])
     return counter.result()
+
+
+def validation_batches(
+    cfg: Config, source: Source, validation: Sequence[int], device: torch.device
+) -> EvalBatches:
+    """Return the batches of evaluations; images are padded as the predictor pads them."""
+    whole = cfg.infer.size is None and cfg.infer.tile is None
+    return EvalBatches(
+        source,
+        validation,
+        labels=True,
+        batch_size=cfg.infer.batch_size,
+        workers=cfg.data.workers,
+        pad=cfg.infer.pad or 1 if whole else 1,
+        device=device,
+    )

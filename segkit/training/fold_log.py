@@ -5,72 +5,100 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from segkit.core import distributed
+from segkit.core.config import TrainConfig
 from segkit.core.errors import SegkitError
 from segkit.core.run import Run
-from segkit.data.loader import TrainOrder
+from segkit.training.preparation import Fold
 from segkit.training.state import TrainState
 from segkit.training.step import StepResult
 
 
 class FoldLog:
-    """Logs the steps of a fold on rank 0; rates exclude the time of evaluations."""
+    """Logs the steps of a fold on rank 0 and shows their progress; rates exclude evaluations.
 
-    def __init__(self, run: Run, fold: int, batch_size: int) -> None:
-        self.run, self.fold, self.batch_size = run, fold, batch_size
-        self.restart(0)
+    Args:
+        run: The run, whose log is written.
+        fold: The fold.
+        names: Names of the training images.
+        cfg: Settings of the training.
+    """
 
-    def begin(
-        self, state: TrainState, order: TrainOrder, validation: int, *, resume: bool, saved: bool
-    ) -> None:
+    def __init__(self, run: Run, fold: Fold, names: Sequence[str], cfg: TrainConfig) -> None:
+        self.run, self.number, self.order = run, fold.number, fold.order
+        self.validation, self.names, self.cfg = len(fold.validation), names, cfg
+
+    def begin(self, state: TrainState, *, resume: bool, saved: bool) -> None:
         """Log that the fold starts or resumes; remove later events of an interrupted run.
 
         Args:
             state: Training state of the fold.
-            order: Order of its training images.
-            validation: Number of its validation images.
             resume: True if the run is resumed.
             saved: True if the fold resumes from a saved state.
         """
-        if not distributed.is_main():
-            return
-        if resume:
-            self.run.rewind(self.fold, state.step if saved else -1)
-        if state.step < order.steps:
-            self.run.reopen(self.fold)
-        self.run.log(
-            event="resume" if saved else "start", fold=self.fold, step=state.step,
-            steps_per_epoch=order.steps_per_epoch,
-            parameters=sum(parameter.numel() for parameter in state.model.parameters()),
-            images=len(order.indices), validation=validation,
+        order, size = self.order, self.cfg.batch_size
+        if distributed.is_main():
+            if resume:
+                self.run.rewind(self.number, state.step if saved else -1)
+            if state.step < order.steps:
+                self.run.reopen(self.number)
+            self.run.log(
+                event="resume" if saved else "start", fold=self.number, step=state.step,
+                steps_per_epoch=order.steps_per_epoch,
+                parameters=sum(parameter.numel() for parameter in state.model.parameters()),
+                images=len(order.indices), validation=self.validation,
+            )  # fmt: skip
+        self._progress = distributed.Progress(
+            None, f"fold {self.number}", total=order.steps * size, initial=state.step * size,
+            unit="image", parts=self.cfg.epochs, delay=0,
         )  # fmt: skip
+        self.restart(state.step)
 
     def restart(self, step: int) -> None:
         """Restart the measurement of the rate."""
         self._since, self._since_step = time.perf_counter(), step
 
-    def step(self, step: int, epoch: int, result: StepResult, lr: float) -> None:
-        """Log a step's loss and the rate since the last logged step."""
-        if not distributed.is_main():
+    def step(self, state: TrainState, result: StepResult, *, lr: float) -> None:
+        """Show a step's progress, and log it if its turn has come or its gradient is not finite.
+
+        Raises:
+            SegkitError: The gradients of ``train.max_bad_steps`` steps in a row were not finite.
+        """
+        epoch, step_of_epoch = divmod(state.step, self.order.steps_per_epoch)
+
+        def note() -> str:
+            epochs = f"epoch {state.step / self.order.steps_per_epoch:.3g} of {self.order.epochs}"
+            return f"{epochs}, loss {float(result.loss):.4g}, lr {lr:.3g}"
+
+        self._progress.update(self.cfg.batch_size, note)
+        if not result.finite:
+            self._bad_step(state)
+        turn = state.step % self.cfg.log_every == 0 or step_of_epoch == 0
+        if not turn or not distributed.is_main():
             return
         seconds = time.perf_counter() - self._since
-        rate = (step - self._since_step) * self.batch_size / seconds
-        self.restart(step)
+        rate = (state.step - self._since_step) * self.cfg.batch_size / seconds
+        self.restart(state.step)
         self.run.log(
-            event="step", fold=self.fold, epoch=epoch, step=step,
+            event="step", fold=self.number, epoch=epoch, step=state.step,
             loss=round(float(result.loss), 6),
             parts={name: round(float(part), 6) for name, part in result.terms.items()},
             lr=lr, gradient_norm=float(result.gradient_norm), images_per_s=round(rate, 2),
         )  # fmt: skip
 
-    def bad_step(self, state: TrainState, names: Sequence[str], *, limit: int) -> None:
-        """Log a step with a non-finite gradient; ``limit`` of them in a row end the run."""
+    def _bad_step(self, state: TrainState) -> None:
+        names = [self.names[index] for _, index in self.order.batch(state.step - 1)]
         if distributed.is_main():
-            self.run.log(event="non-finite", fold=self.fold, step=state.step, images=names)
-        if state.bad_in_row >= limit:
+            self.run.log(event="non-finite", fold=self.number, step=state.step, images=names)
+        if state.bad_in_row >= self.cfg.max_bad_steps:
             raise SegkitError(
-                f"fold {self.fold}: loss or gradient was not finite in {state.bad_in_row} steps in "
-                f"a row, the last on {', '.join(names[:4])}; lower optim.lr, or set optim.clip_norm"
+                f"fold {self.number}: loss or gradient was not finite in {state.bad_in_row} steps "
+                f"in a row, the last on {', '.join(names[:4])}; lower optim.lr, or set "
+                "optim.clip_norm"
             )
+
+    def close(self) -> None:
+        """Remove the progress bar."""
+        self._progress.close()
 
 
 class Clock:

@@ -1,6 +1,7 @@
-"""Data and folds of a run, and checks of data and memory before the first step."""
+"""Data and folds of a run, and checks of settings, data and memory before the first step."""
 
 import gc
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from segkit.augment.pipeline import build_pipeline
-from segkit.core import distributed
+from segkit.core import config, distributed
 from segkit.core.config import Config
-from segkit.core.errors import DataError
+from segkit.core.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.core.run import Run
-from segkit.data import open_source
-from segkit.data.doubts import label_doubts, split_doubts
+from segkit.data import SOURCES, open_source
+from segkit.data.doubts import describe, label_doubts, split_doubts
 from segkit.data.folds import (
     Split,
     class_pixels,
@@ -30,10 +31,39 @@ from segkit.data.loader import TrainImages, TrainOrder, digests
 from segkit.data.pseudo_labelled import PseudoLabelled
 from segkit.data.record import data_changes, data_record
 from segkit.data.source import Source, positions
+from segkit.models.pretrained.published import obtain
+from segkit.models.segmenter import build_model, check_weights
+from segkit.training import tracking
 from segkit.training.build import build_training, parallelize, step_options, train_order
-from segkit.training.defaults import warmup_steps
+from segkit.training.defaults import set_rates, settle, warmup_steps
 from segkit.training.optim import build_schedule
 from segkit.training.step import train_step
+
+
+def check_components(cfg: Config) -> None:
+    """Build every component once, without data or memory, so that errors are reported early."""
+    if cfg.data.train is None:
+        raise ConfigError("data.train: is missing; expected the labelled images to train on")
+    for part in ("train", "val", "test", "test_labels", "pseudo"):
+        if (spec := getattr(cfg.data, part)) is not None:
+            config.bind(SOURCES, spec, f"data.{part}")
+    build_pipeline(cfg)
+    if (channels := cfg.model.backbone.get("in_channels", 3)) != 3:
+        raise ConfigError(
+            f"model.backbone.in_channels: is {channels}, but photographs are read with 3 channels; "
+            "remove it, or train from Python with segkit.create_model"
+        )
+    with torch.device("meta"):
+        build_training(set_rates(cfg), None, torch.device("meta"))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        if cfg.model.weights == "auto":
+            obtain(cfg.model.backbone["name"])  # downloads once per machine
+        elif cfg.model.weights is not None:
+            with torch.device("meta"):
+                plain = build_model(cfg.model.backbone, cfg.model.decoder, num_classes=2)
+            check_weights(plain, cfg.model.backbone, cfg.model.weights)
+    build_schedule(cfg.optim.schedule, total=100, warmup=min(99, cfg.optim.warmup_steps or 0))
+    tracking.check(cfg.track.trackers)
 
 
 @dataclass(frozen=True)
@@ -72,6 +102,20 @@ class Fold:
     number: int
     validation: list[int]
     order: TrainOrder
+
+
+def settled(cfg: Config, source: Source, say: Callable[[str], None]) -> Config:
+    """Return the configuration with the settings that it leaves open, the same on all ranks."""
+    if distributed.is_main():
+        if cfg.model.weights is None:
+            say(
+                "model.weights is null: the model starts from random weights; pretrained ones "
+                "(imagenet, or a file) usually score higher"
+            )
+        cfg, sentences = settle(cfg, source)
+        for sentence in sentences:
+            say(sentence)
+    return distributed.broadcast(cfg)
 
 
 def split_data(
@@ -128,6 +172,19 @@ def with_pseudo(cfg: Config, data: TrainData, say: Callable[[str], None]) -> Tra
     joined = PseudoLabelled(data.labelled, open_source(cfg, "pseudo"), chooses=chooses)
     say(f"pseudo labels, round {joined.round}: {len(joined.extra)} images")
     return replace(data, pseudo=joined)
+
+
+def chosen_folds(text: str, count: int) -> list[int]:
+    """Return the fold numbers given by ``--folds``."""
+    if text == "all":
+        return list(range(count))
+    known = {str(number): number for number in range(count)}
+    numbers = [known.get(part.strip(), -1) for part in text.split(",")]
+    if -1 in numbers:
+        raise SegkitError(
+            f"--folds {shorten(text)}: expected all, or numbers from 0 to {count - 1}"
+        )
+    return numbers
 
 
 def plan_folds(cfg: Config, data: TrainData, numbers: Sequence[int]) -> tuple[Config, list[Fold]]:
@@ -237,3 +294,22 @@ def check_memory(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return min(seconds)
+
+
+def report_data(data: TrainData, run: Run, say: Callable[[str], None]) -> None:
+    """Report what is read; report and log images left out, and pseudo labels."""
+    say(f"data.train: {describe(data.labelled)}")
+    if data.validation is not data.labelled:
+        say(f"data.val: {describe(data.validation)}")
+    report_faults((data.source, data.validation), run, say)
+    if data.pseudo is not None and distributed.is_main():
+        run.log(event="pseudo", round=data.pseudo.round, images=len(data.pseudo.extra))
+
+
+def report_faults(sources: Sequence[Source], run: Run, say: Callable[[str], None]) -> None:
+    """Report the faults that were left out of the data; log those that are not in the log yet."""
+    logged = {event["sentence"] for event in run.events() if event["event"] == "fault"}
+    for fault in dict.fromkeys(fault for source in sources for fault in source.faults):
+        say(f"left out: {fault.sentence}")
+        if distributed.is_main() and fault.sentence not in logged:
+            run.log(event="fault", file=fault.file, sentence=fault.sentence)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from segkit import train
 from segkit.commands import console
 from segkit.core import config
 from segkit.core.config import parse
@@ -18,6 +17,7 @@ from segkit.data.photos import PhotoSource
 from segkit.inference.results import Results
 from segkit.inference.tta import parse_views
 from segkit.models.decoders import DECODERS
+from segkit.training import preparation
 
 LONG = "a long name " * 500
 
@@ -35,7 +35,7 @@ def test_a_long_name_is_quoted_shortened(name: str) -> None:
         lambda: config.bind(DECODERS, {"name": "fcn", name: 1}, "model.decoder"),
         lambda: Run.open(name),
         lambda: parse_views([name]),
-        lambda: train.chosen_folds(name, 5),
+        lambda: preparation.chosen_folds(name, 5),
     ]
     for refuse in refusals:
         with pytest.raises(SegkitError) as caught:

@@ -17,12 +17,11 @@ from typing import Any
 import pytest
 from made_run import begin_run, made_run
 
-from segkit import train
 from segkit.commands.report import main as report
 from segkit.core import files
 from segkit.core.config import Config, override, to_dict
 from segkit.core.errors import ArgumentError, SegkitError
-from segkit.core.run import Run, runs
+from segkit.core.run import Run, find_run, runs
 from segkit.data.folds import Split
 from segkit.training.tracking import CSVTracker
 
@@ -281,10 +280,9 @@ def test_a_run_keeps_how_it_ended(tmp_path: Path) -> None:
 
 def test_resume_picks_no_run_that_failed_before_it_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "check", lambda *_, **__: None)
-    arguments = train.parse_arguments(["--cfg", "one", "--resume"])
 
     def picked() -> Path:
-        return train.find_run(arguments, Config())[1].folder
+        return find_run("one", None, resume=True)[0].folder
 
     first = add_run("one-20260101-000000", 1)
     second = add_run("one-20260101-000001", 2)
