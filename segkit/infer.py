@@ -6,27 +6,21 @@ python infer.py --run-dir a --run-dir b --vote hard --images photographs/
 """
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from segkit.commands import console, reference
 from segkit.core import checkpoint, distributed
 from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError
 from segkit.core.files import write_json
-from segkit.core.labels import IGNORE
 from segkit.core.run import Run
 from segkit.data import open_source
 from segkit.data.photos import PhotoSource
 from segkit.data.source import Source, background_of, positions
-from segkit.inference import soup
 from segkit.inference.calibration import sharpened
 from segkit.inference.candidate_predictor import CandidatePredictor
 from segkit.inference.candidates import (
@@ -39,24 +33,15 @@ from segkit.inference.candidates import (
 from segkit.inference.origin import mark_folders, update_origin
 from segkit.inference.outputs import PALETTES
 from segkit.inference.prediction import predicted_classes
-from segkit.inference.pseudo import Confidence, confident, write_pseudo_labels
+from segkit.inference.pseudo import label_confident
 from segkit.inference.results import NEED_PROBABILITIES, Results
 from segkit.inference.run_soups import RunSoups
 from segkit.inference.scoring import Scorer
-from segkit.inference.trained_run import Images, TrainedRun, common_selection, labelled_digests
+from segkit.inference.trained_run import Images, TrainedRun, common_selection
 from segkit.inference.tta import parse_views
-from segkit.report import write_run_page
-from segkit.training.metrics import FEW_IMAGES
-from segkit.training.objects import SIZES
+from segkit.report import candidate_table, details_table, write_run_page
 
 SCORES = "scores.json"
-SHORT = {
-    "boundary_iou": "bIoU",
-    "boundary_f": "bF",
-    **{f"recall_{size}": size for size in SIZES},
-    "ece": "ECE",
-}
-"""Headings of the second table, by key of ``details`` in ``scores.json``."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -101,7 +86,13 @@ def main(argv: Sequence[str]) -> None:
             update_origin(out, predictor.origin(final), [SCORES])
             say("data.test: is missing, so the models are only scored, on the selection set")
         if args.pseudo and photos is not None:
-            write_pseudo(args, predictor, final, photos, temperature)
+            given = args.quantile or args.confidence
+            sentence = label_confident(
+                args.pseudo, predictor, final, photos, given,
+                quantiles=args.quantile is not None, temperature=temperature,
+            )  # fmt: skip
+            if distributed.is_main():
+                print(sentence)
 
         # ---- scores of the final candidate and of those compared with it, if there are labels
         truth = open_truth(args, cfg, photos)
@@ -134,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
             if out.resolve() == (runs[0].folder / "infer").resolve():
                 write_run_page(runs[0].run)  # the page shows only these results
             if rows:
-                say(table(rows, eval_sets))
+                say(candidate_table(rows, eval_sets))
                 say(details_table(rows, eval_sets[-1].title))
             say(f"written: {out}")
             if photos is not None:
@@ -236,144 +227,6 @@ def write_results(
     if distributed.is_main():
         results.finish(photos.indices, category_ids=category_ids)
     return results, photos
-
-
-def write_pseudo(
-    args: argparse.Namespace,
-    predictor: CandidatePredictor,
-    candidate: Candidate,
-    photos: Images,
-    temperature: float,
-) -> None:
-    """Write the candidate's confident predictions as labels to train on, and link the images."""
-    folder, source = args.pseudo, photos.source
-    needs = (*checkpoint.MODEL, "trained_on")
-    states = [checkpoint.entries(path, needs) for path in candidate.paths]
-    classes = states[0]["classes"]
-    known = labelled_digests(predictor.runs)
-    digests = zip(photos.indices, photos.digests(), strict=True)
-    images = replace(photos, indices=[index for index, digest in digests if digest not in known])
-    thresholds = find_thresholds(args, predictor, candidate, images, temperature)
-    info = {
-        "round": 1 + max(state.get("pseudo_round") or 0 for state in states),
-        "candidate": candidate.name,
-        "models": [predictor.digest(path) for path in candidate.paths],
-        "thresholds": thresholds,
-        "temperature": temperature,
-        "trained_on": sorted(soup.trained_on(states)),
-    }
-    labels = Results(folder, source, indices=images.indices, classes=classes, outputs=())
-    links = {index: f"images/{source.names[index]}" for index in images.indices}
-    missing = labels.start(
-        {**predictor.origin(candidate), **info}, others=["pseudo.json", *links.values()]
-    )
-    unlabelled = replace(images, indices=missing)
-    for index, scored, _ in predictor.predict(candidate, unlabelled, soft=True):
-        labels.write(index, confident(sharpened(scored, temperature), thresholds))
-    distributed.barrier()
-    if not distributed.is_main():
-        return
-    names: list[str] = []
-
-    def labelled() -> Iterator[tuple[str, Tensor]]:
-        for index in images.indices:
-            name = source.names[index]
-            mask = labels.mask(name)
-            if (mask != IGNORE).any():
-                checkpoint.link(source.path(index), folder / links[index])
-                names.append(name)
-                yield name, mask
-
-    write_pseudo_labels(folder / "pseudo.json", labelled(), classes=classes, info=info)
-    left = len(photos.indices) - len(images.indices)
-    spec = {
-        "name": "coco",
-        "annotations": str(folder / "pseudo.json"),
-        "images": str(folder / "images"),
-        "background": classes[0],
-    }
-    print(
-        f"pseudo labels of {len(names)} images ({left} are labelled already): {folder}\n"
-        f"train on them too with: --set 'data.pseudo={json.dumps(spec)}'"
-    )
-
-
-def find_thresholds(
-    args: argparse.Namespace,
-    predictor: CandidatePredictor,
-    candidate: Candidate,
-    images: Images,
-    temperature: float,
-) -> list[float]:
-    """Return the lowest probability of a pseudo label, for each class."""
-    classes = len(checkpoint.entries(candidate.paths[0])["classes"])
-    given = args.quantile or args.confidence
-    if len(given) not in (1, classes):
-        raise SegkitError(
-            f"{len(given)} thresholds were given for {classes} classes; give one, or one per class"
-        )
-    each = given * classes if len(given) == 1 else given
-    if not args.quantile:
-        return each
-    count = Confidence(classes)
-    for _, scored, _ in predictor.predict(candidate, images, soft=True):
-        count.add(sharpened(scored, temperature))
-    count.counts = distributed.all_reduce(count.counts.to(predictor.device)).cpu()
-    return count.thresholds(each)
-
-
-def table(rows: Sequence[dict[str, Any]], eval_sets: Sequence[Images]) -> str:
-    """Return the candidates' mean IoU with 95 % intervals as a table of 80 columns.
-
-    A sign says whether a line is significantly better or worse than the last one on the same images
-    (paired bootstrap: difficult images affect both).
-    """
-    titles = [f"{images.title} ({len(images.indices)} images)  " for images in eval_sets]
-    lines = ["mean IoU".ljust(28) + "".join(title.rjust(26) for title in titles)]
-    for row in rows:
-        cells = []
-        for images in eval_sets:
-            score = row[images.title]
-            low, high = score["interval"]
-            cells.append(f"{score['miou']:.3f} [{low:.3f}, {high:.3f}] {_sign(score)}".rjust(26))
-        lines.append(_fit(row["name"], 28).ljust(28) + "".join(cells))
-    notes = ["> better, < worse, = not significantly different from the last (paired bootstrap)"]
-    for images in eval_sets:
-        if len(images.indices) < FEW_IMAGES:
-            count = len(images.indices)
-            notes.append(f"few {images.title} images ({count}): its intervals are rough")
-        if trained := max(row[images.title]["trained_on"] for row in rows):
-            notes.append(f"up to {trained} of the {images.title} images were trained on")
-    width = len(lines[0].rstrip())
-    return "\n".join(
-        [*lines[:-1], "-" * width, console.bold(lines[-1]), *(notes if rows[1:] else notes[1:])]
-    )
-
-
-def details_table(rows: Sequence[dict[str, Any]], title: str) -> str:
-    """Return the candidates' other scores on a set of images as a table of 80 columns."""
-    keys = [key for key in SHORT if key in rows[-1][title]["details"]]
-    if not keys:
-        return ""
-    lines = [f"on {title}".ljust(28) + "".join(f"{SHORT[key]:>9}" for key in keys)]
-    for row in rows:
-        means = [row[title]["details"].get(key, {}).get("mean") for key in keys]
-        cells = ["-" if mean is None else f"{mean:.3f}" for mean in means]
-        lines.append(_fit(row["name"], 28).ljust(28) + "".join(f"{cell:>9}" for cell in cells))
-    note = "bIoU, bF: boundary IoU and F-score; small to large: share of objects recognized"
-    return "\n".join([*lines, note])
-
-
-def _fit(name: str, width: int) -> str:
-    """Return a name, without its middle if it is too long; the end says what the candidate is."""
-    return name if len(name) <= width else f"{name[: width - 19]}…{name[-18:]}"
-
-
-def _sign(score: dict[str, Any]) -> str:
-    if "final_minus_this" not in score:
-        return " "
-    low, high = score["final_minus_this"]["interval"]
-    return "<" if low > 0 else ">" if high < 0 else "="
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,20 +175,6 @@ def test_without_test_data_the_models_are_scored_on_the_selection_set(
     assert len(read(out / "scores.json")) == len(rows)
     with pytest.raises(ConfigError, match=r"data\.test: is missing, so there is nothing"):
         run("--out", "none", *none, "--pseudo", "labels")
-
-
-def test_a_long_name_keeps_its_run_and_what_was_done() -> None:
-    names = ("bags greedy soup, views", "bags-with-pseudo-labels greedy soup, views")
-    assert infer._fit(names[0], 28) == names[0]
-    assert infer._fit(names[1], 28) == "bags-with…greedy soup, views"
-
-
-@pytest.mark.parametrize(("images", "few"), [(29, True), (30, False)])
-def test_few_images_are_said_to_be_few(images: int, few: bool) -> None:
-    row = {"miou": 0.5, "interval": [0.4, 0.6], "trained_on": 0}
-    columns = [SimpleNamespace(title="test", indices=range(images))]
-    shown = infer.table([{"name": "fold0", "test": row}], columns)
-    assert (f"few test images ({images})" in shown) == few
 
 
 def test_differences_are_paired_with_the_last_line(

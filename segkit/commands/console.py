@@ -118,11 +118,7 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 @contextmanager
 def naming_options(**options: str) -> Iterator[None]:
-    """Name options of a command in errors of the library, which name arguments.
-
-    Args:
-        options: Option for each argument, such as ``resume="--resume"``.
-    """
+    """Name options, such as ``resume="--resume"``, in errors, which name arguments."""
 
     def write(name: str, value: object) -> str:
         return options[name] if value is True else f"{options[name]} {value}"
@@ -136,10 +132,7 @@ def naming_options(**options: str) -> Iterator[None]:
 def parser(command: str, doc: str | None, **options: Any) -> argparse.ArgumentParser:
     """Return a parser with ``--debug``, whose help fits 80 columns.
 
-    Args:
-        command: Name of the subcommand.
-        doc: Docstring; paragraphs with indented lines, such as examples, are kept as they are.
-        **options: Passed to :class:`argparse.ArgumentParser`.
+    Paragraphs of ``doc`` with indented lines, such as examples, are kept as they are.
     """
     paragraphs = (doc or "").replace("``", "").strip().split("\n\n")
     made = argparse.ArgumentParser(
@@ -198,12 +191,6 @@ def printer(*, quiet: bool = False, verbose: bool = False) -> Callable[[str], No
 def is_verbose() -> bool:
     """Return True if ``--verbose`` was given."""
     return logging.getLogger("segkit").level == logging.DEBUG
-
-
-def bold(text: str) -> str:
-    """Return text in bold on a terminal, unless NO_COLOR is set (https://no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
-    return text if plain else f"\033[1m{text}\033[0m"
 
 
 def _show(message: Warning | str, *_: object, **__: object) -> None:

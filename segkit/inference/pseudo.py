@@ -1,17 +1,25 @@
 """Pseudo labels: confident predictions as training labels; all other pixels are ignored."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from segkit.core.errors import DataError
+from segkit.core import checkpoint, distributed
+from segkit.core.errors import DataError, SegkitError
 from segkit.core.files import write_text
 from segkit.core.labels import IGNORE
+from segkit.inference import soup
+from segkit.inference.calibration import sharpened
+from segkit.inference.candidate_predictor import CandidatePredictor
+from segkit.inference.candidates import Candidate
 from segkit.inference.outputs import NamedMasks, encode_rle
+from segkit.inference.results import Results
+from segkit.inference.trained_run import Images, labelled_digests
 
 
 class Confidence:
@@ -83,9 +91,7 @@ def write_pseudo_labels(
     classes: pixels without an annotation are class 0.
 
     Args:
-        path: The JSON file.
         masks: File names, each once, and masks.
-        classes: Class names of the model.
         info: Origin of the labels (checkpoints, round, thresholds).
 
     Raises:
@@ -118,3 +124,94 @@ def write_pseudo_labels(
         "annotations": annotations,
     }
     write_text(path, json.dumps(content))
+
+
+def label_confident(
+    folder: Path,
+    predictor: CandidatePredictor,
+    candidate: Candidate,
+    photos: Images,
+    given: Sequence[float],
+    *,
+    quantiles: bool,
+    temperature: float,
+) -> str:
+    """Write a candidate's confident predictions as labels to train on, and link the images.
+
+    Images of which the runs have labels are left out. ``given`` has the least probability of a
+    label, or with ``quantiles`` the share of pixels to leave unlabelled: one, or one per class.
+    ``temperature`` calibrates the probabilities.
+
+    Returns:
+        A message with the number of images, and the setting that trains on them.
+    """
+    source = photos.source
+    needs = (*checkpoint.MODEL, "trained_on")
+    states = [checkpoint.entries(path, needs) for path in candidate.paths]
+    classes = states[0]["classes"]
+    known = labelled_digests(predictor.runs)
+    digests = zip(photos.indices, photos.digests(), strict=True)
+    images = replace(photos, indices=[index for index, digest in digests if digest not in known])
+    if len(given) not in (1, len(classes)):
+        raise SegkitError(
+            f"{len(given)} thresholds were given for {len(classes)} classes; give one, or one per "
+            "class"
+        )
+    thresholds = list(given) * len(classes) if len(given) == 1 else list(given)
+    if quantiles:
+        thresholds = _quantiles(thresholds, predictor, candidate, images, temperature)
+    info = {
+        "round": 1 + max(state.get("pseudo_round") or 0 for state in states),
+        "candidate": candidate.name,
+        "models": [predictor.digest(path) for path in candidate.paths],
+        "thresholds": thresholds,
+        "temperature": temperature,
+        "trained_on": sorted(soup.trained_on(states)),
+    }
+    labels = Results(folder, source, indices=images.indices, classes=classes, outputs=())
+    links = {index: f"images/{source.names[index]}" for index in images.indices}
+    origin = {**predictor.origin(candidate), **info}
+    missing = labels.start(origin, others=["pseudo.json", *links.values()])
+    unlabelled = replace(images, indices=missing)
+    for index, scored, _ in predictor.predict(candidate, unlabelled, soft=True):
+        labels.write(index, confident(sharpened(scored, temperature), thresholds))
+    distributed.barrier()
+    names: list[str] = []
+
+    def labelled() -> Iterator[tuple[str, Tensor]]:
+        for index in images.indices:
+            name = source.names[index]
+            mask = labels.mask(name)
+            if (mask != IGNORE).any():
+                checkpoint.link(source.path(index), folder / links[index])
+                names.append(name)
+                yield name, mask
+
+    if distributed.is_main():
+        write_pseudo_labels(folder / "pseudo.json", labelled(), classes=classes, info=info)
+    spec = {
+        "name": "coco",
+        "annotations": str(folder / "pseudo.json"),
+        "images": str(folder / "images"),
+        "background": classes[0],
+    }
+    left = len(photos.indices) - len(images.indices)
+    return (
+        f"pseudo labels of {len(names)} images ({left} are labelled already): {folder}\n"
+        f"train on them too with: --set 'data.pseudo={json.dumps(spec)}'"
+    )
+
+
+def _quantiles(
+    shares: Sequence[float],
+    predictor: CandidatePredictor,
+    candidate: Candidate,
+    images: Images,
+    temperature: float,
+) -> list[float]:
+    """Return the threshold of each class that leaves a share of its pixels unlabelled."""
+    count = Confidence(len(shares))
+    for _, scored, _ in predictor.predict(candidate, images, soft=True):
+        count.add(sharpened(scored, temperature))
+    count.counts = distributed.all_reduce(count.counts.to(predictor.device)).cpu()
+    return count.thresholds(shares)

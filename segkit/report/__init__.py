@@ -2,6 +2,14 @@
 
 from segkit.report.gallery import Gallery, record
 from segkit.report.run_page import write_run_page
-from segkit.report.text import class_table, score_table
+from segkit.report.text import candidate_table, class_table, details_table, score_table
 
-__all__ = ["Gallery", "class_table", "record", "score_table", "write_run_page"]
+__all__ = [
+    "Gallery",
+    "candidate_table",
+    "class_table",
+    "details_table",
+    "record",
+    "score_table",
+    "write_run_page",
+]

@@ -102,14 +102,3 @@ def test_other_ranks_print_nothing(
     monkeypatch.setenv("RANK", "1")
     console.printer()("hello")
     assert capsys.readouterr().out == ""
-
-
-def test_bold_text_respects_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout", Terminal())
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert console.bold("a") == "\033[1ma\033[0m"
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert console.bold("a") == "a"
-    monkeypatch.delenv("NO_COLOR")
-    monkeypatch.setattr("sys.stdout", io.StringIO())
-    assert console.bold("a") == "a"
