@@ -29,13 +29,7 @@ _CELL, _MARGIN, _CAPTION = 192, 6, 18
 
 
 def contact_sheet(cfg: config.Config, source: Source, *, images: int) -> Image.Image:
-    """Draw the sheet.
-
-    Args:
-        cfg: Configuration; ``augment``, ``data.mean``, ``data.std`` and ``train.seed`` are used.
-        source: Labelled images, of which evenly spaced ones are shown.
-        images: Number of columns.
-    """
+    """Draw the sheet of a configuration's augmentation, with evenly spaced ones of the images."""
     chosen = np.linspace(0, len(source) - 1, min(images, len(source))).astype(int).tolist()
     alone = [{**spec, "p": 1} for spec in cfg.augment.train or ()]
     rows: list[tuple[str, list, tuple[int, int] | None]] = [("as it is", [], None)]

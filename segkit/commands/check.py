@@ -22,11 +22,8 @@ PARTS = ("train", "val", "test", "test_labels")
 def faults(data: config.DataConfig, sources: dict[str, Source] | None = None) -> Iterator[Fault]:
     """Yield every fault of the data that a configuration names, part by part.
 
-    Every image and mask is read. A part that cannot be opened at all is one fault.
-
-    Args:
-        data: The section of the configuration.
-        sources: Filled with the sources that could be opened, without faulty images.
+    Every image and mask is read. A part that cannot be opened at all is one fault. ``sources`` is
+    filled with the sources that could be opened, without faulty images.
 
     Raises:
         ConfigError: There is no part, or a part has no source or invalid arguments.

@@ -163,12 +163,7 @@ def find_parts(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_fingerprint(source: Source, pixels: np.ndarray) -> tuple[Fingerprint, dict[str, str]]:
-    """Return the fingerprint of a source, and the group of each image if there are duplicates.
-
-    Args:
-        source: Labelled images.
-        pixels: (N, num_classes), result of :func:`segkit.data.folds.class_pixels`.
-    """
+    """Return the fingerprint of labelled images, and the group of each if there are duplicates."""
     step = max(1, math.ceil(len(source) / MOST_READ))
     chosen = range(0, len(source), step)
     photos: list[Photo] = on_threads(lambda i: read_photo(source, i), chosen, "reading")

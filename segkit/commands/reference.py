@@ -127,13 +127,9 @@ def _setting(field: dataclasses.Field) -> Setting:
 
 
 def arguments(target: Callable[..., Any], given: Sequence[str] = ()) -> list[Setting]:
-    """Return the arguments of a component, in the order of its signature.
+    """Return the arguments of a component, in the order of its signature, without those ``given``.
 
     Their meaning is taken from its docstring, and from that of the class that it builds.
-
-    Args:
-        target: Class or function.
-        given: Arguments that segkit passes itself.
     """
     hints = config.hints(target)
     made = target if inspect.isclass(target) else hints.get("return", object)

@@ -67,13 +67,9 @@ class HostCopy:
         self._pinned = torch.empty(0, dtype=torch.uint8)
 
     def take(self, state: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
-        """Begin to copy a state.
+        """Begin to copy a state; return a function that waits for the copy and returns it.
 
-        Args:
-            state: Nested dicts and lists with tensors; all other values are used as they are.
-
-        Returns:
-            A function that waits for the copy and returns it.
+        Tensors in nested dicts and lists are copied; all other values are used as they are.
         """
         self.reserve(state)
         on_cuda = [tensor for tensor in _tensors(state) if tensor.is_cuda]

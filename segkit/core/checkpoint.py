@@ -160,10 +160,6 @@ def entries(path: Path, needs: Sequence[str] = MODEL) -> dict[str, Any]:
     """Return a checkpoint's entries, its tensors left in the file until they are used.
 
     The file is not verified, so that this is fast: :func:`digest` does that, once.
-
-    Args:
-        path: As in :func:`load`.
-        needs: As in :func:`load`.
     """
     return load(path, mmap=True, verify=False, needs=needs)
 
@@ -171,12 +167,7 @@ def entries(path: Path, needs: Sequence[str] = MODEL) -> dict[str, Any]:
 def load_latest(path: Path, *, needs: Sequence[str] = ()) -> dict[str, Any] | None:
     """Load ``path``; if it is damaged, warn and load the file that ``keep_previous`` kept.
 
-    Args:
-        path: As in :func:`load`.
-        needs: As in :func:`load`.
-
-    Returns:
-        The state, or ``None`` if neither file exists.
+    Return ``None`` if neither file exists.
     """
     candidates = [file for file in (path, previous(path)) if os.path.lexists(file)]
     failures: list[CheckpointError] = []

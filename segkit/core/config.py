@@ -324,12 +324,7 @@ def _search(name: str | Path, *paths: Path) -> Path | None:
 
 
 def _read_merged(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a configuration and its base, whose values it replaces.
-
-    Args:
-        path: The file.
-        children: The files that build on it.
-    """
+    """Read a configuration and its base, whose values it replaces; ``children`` build on it."""
     raw = _read_json(path)
     base = raw.pop("base", None)
     if {"images", "annotations"} <= raw.keys():

@@ -244,12 +244,7 @@ class Progress:
             self.close()
 
     def update(self, count: int = 1, note: Callable[[], str] | None = None) -> None:
-        """Count items as done.
-
-        Args:
-            count: Number of items.
-            note: Returns the text at the end of a bar or line; called only when one is shown.
-        """
+        """Count items as done; ``note`` returns the text at the end of a bar or line."""
         before, self._done = self._done, self._done + count
         if self._hidden:
             return

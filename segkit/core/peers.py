@@ -22,13 +22,7 @@ def watch_ranks(
 
     Every rank has a TCP connection to rank 0, which the kernel closes when a process ends, also
     when it is killed. NCCL does not detect such an end, and gloo not always. When rank 0 loses a
-    rank, it ends too, so that all other ranks detect it.
-
-    Args:
-        store: Store of the process group.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        on_lost: Must end the process.
+    rank, it ends too, so that all other ranks detect it: ``on_lost`` must end the process.
 
     Returns:
         A function that announces the regular end of this rank.

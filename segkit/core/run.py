@@ -190,12 +190,7 @@ class Run:
             )
 
     def begin(self, config: Mapping[str, Any], files: Mapping[str, Any] = {}) -> None:
-        """Create the folder, or continue in it.
-
-        Args:
-            config: The configuration given to :meth:`check`.
-            files: JSON files of a new run, by name.
-        """
+        """Create the folder, or continue in it; ``files`` are JSON files of a new run, by name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._take_lock()
@@ -425,12 +420,8 @@ def runs(name: str | None = None) -> list[Run]:
 def find_run(name: str, folder: Path | None, *, resume: bool) -> tuple[Run, bool]:
     """Return the run that a command begins or resumes, and whether it resumes it.
 
-    Its folder may not exist yet. A run that torchrun is restarting is always resumed.
-
-    Args:
-        name: Name of the configuration.
-        folder: Folder of the run; default a new one, or that of the newest run of ``name``.
-        resume: Resume the run.
+    Without ``folder``, it is a new run, or the newest one of the configuration ``name``. Its folder
+    may not exist yet. A run that torchrun is restarting is always resumed.
     """
     candidates = [Run(folder)] if folder else runs(name)
     interrupted = bool(candidates) and candidates[0].interrupted_here()

@@ -117,13 +117,8 @@ class CocoSource:
     ) -> "CocoSource":
         """Return a source of the content of a COCO file, for example converted from another format.
 
-        Args:
-            content: ``images``, ``annotations`` and ``categories`` as in a COCO file.
-            file: Name of the content's origin in messages.
-            root: Folder that the file names are relative to.
-            notes: First items of the source's ``notes``.
-            faults: Faults that were found before.
-            background: As for a file, and so are the other arguments.
+        ``file`` names the content's origin in messages; ``notes`` and ``faults`` are put before
+        those of the source. The other arguments are as for a file.
         """
         source = cls.__new__(cls)
         source._file, source._root, source._crowd = file, root, "ignore"

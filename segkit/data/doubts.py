@@ -22,9 +22,7 @@ def describe(source: Source) -> str:
 def label_doubts(source: Source, pixels: np.ndarray) -> list[str]:
     """Return a sentence for each thing about the labels that is probably not meant.
 
-    Args:
-        source: Labelled images.
-        pixels: (N, num_classes), result of :func:`segkit.data.folds.class_pixels`.
+    ``pixels`` is the result of :func:`segkit.data.folds.class_pixels`.
     """
     totals, ground = pixels.sum(0), background(source)
     sentences = []
@@ -56,11 +54,7 @@ def split_doubts(
 ) -> list[str]:
     """Return a sentence for each class that a part of the split lacks, though the data have it.
 
-    Args:
-        split: The folds and the selection set.
-        names: File names of the images, in the order of ``pixels``.
-        pixels: (N, num_classes), result of :func:`segkit.data.folds.class_pixels`.
-        classes: Class names.
+    ``pixels`` is the result of :func:`segkit.data.folds.class_pixels`, in the order of ``names``.
     """
     index = {name: i for i, name in enumerate(names)}
 

@@ -71,10 +71,6 @@ class Split:
 def class_pixels(source: Source, workers: int = 0) -> np.ndarray:
     """Count the pixels of each class in each mask; counts in the memo are used again.
 
-    Args:
-        source: Labelled images.
-        workers: Number of threads that read masks; 0 is the same as 1.
-
     Returns:
         (N, num_classes) int64; ignored pixels are not counted.
     """
@@ -98,10 +94,6 @@ def repeat_factors(pixels: np.ndarray, threshold: float) -> tuple[float, ...]:
 
     A class that is in a share f of the images has the factor max(1, sqrt(threshold / f)), an image
     the largest factor of its classes (Gupta et al. 2019, https://arxiv.org/abs/1908.03195).
-
-    Args:
-        pixels: (N, num_classes), result of :func:`class_pixels`.
-        threshold: Classes in a larger share of the images are not repeated.
     """
     present = pixels > 0
     share = present.mean(0)

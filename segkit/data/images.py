@@ -104,9 +104,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
 def open_image(path: Path | str, *, load: bool = True) -> Iterator[Image.Image]:
     """Open a file with Pillow; errors in the block become a DataError.
 
-    Args:
-        path: The file.
-        load: Decode the pixels; without, only the header is read.
+    Without ``load``, only the header is read.
     """
     try:
         with _open(require_regular_file(path), load) as image:

@@ -148,9 +148,7 @@ class MaskSource:
     def _find_masks(self, images: list[str], together: bool) -> list[str]:
         """Set the masks by the keys of their images; return those without an image.
 
-        Args:
-            images: All images of the folder.
-            together: Images and masks are in one folder.
+        ``together``: images and masks are in one folder.
         """
         self._mask_names: dict[str, str] = {}
         if self._masks is None:

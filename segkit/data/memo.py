@@ -141,11 +141,7 @@ def on_threads(
 
     Each task has several items, because submitting a task costs more than a lookup in the memo.
 
-    Args:
-        function: Function of one item.
-        items: Indices of images.
-        description: Label of the progress bar.
-        threads: Number of threads; default: one per core.
+    By default, there is one thread per core.
     """
     threads = threads or os.cpu_count() or 1
     size = max(1, min(32, len(items) // (4 * threads)))

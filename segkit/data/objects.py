@@ -56,11 +56,6 @@ def contradiction(
 
     A box that holds two corners in place of a corner and a size is accepted, and so is the area of
     the box in place of that of the object.
-
-    Args:
-        record: The annotation.
-        shape: Its polygons or its RLE.
-        size: Height and width of the image.
     """
     extent, painted = _extent(shape)
     height, width = size

@@ -22,12 +22,9 @@ def search(
 ) -> tuple[list[str], list[str]]:
     """Return the images below a folder, and the other files, as sorted relative paths.
 
-    Hidden files, such as those that macOS and Windows add to folders, are in neither list.
-
-    Args:
-        folder: The folder; paths have forward slashes.
-        suffixes: Suffixes in any letter case; default: those that Pillow decodes.
-        ending: End that the names have before the suffix.
+    Paths have forward slashes. Hidden files, such as those that macOS and Windows add to folders,
+    are in neither list. Names end with ``ending`` and one of ``suffixes``, in any letter case;
+    default: those that Pillow decodes.
     """
     wanted = tuple(suffix.lower() for suffix in suffixes or SUFFIXES)
     images: list[str] = []

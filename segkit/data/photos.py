@@ -79,12 +79,7 @@ class PhotoSource:
 
 
 def _files(path: Path, notes: list[str]) -> Sequence[tuple[str, Path]]:
-    """Return (name, file) of an image, or of every image in a folder, named relative to it.
-
-    Args:
-        path: The image or the folder.
-        notes: A sentence about the folder's other files is added.
-    """
+    """Return (name, file) of an image, or of every image in a folder, and note its other files."""
     if path.is_file():
         return [(path.name, path.parent.resolve() / path.name)]
     if not path.is_dir():

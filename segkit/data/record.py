@@ -15,8 +15,7 @@ FORMAT = 1
 def data_record(parts: Mapping[str, tuple[Source, Sequence[int]]]) -> dict[str, Any]:
     """Return the classes, and the digests of each image and its label by the image's name.
 
-    Args:
-        parts: The source and the image indices of each part of the data; ``train`` is required.
+    ``parts`` has the source and the image indices of each part; ``train`` is required.
     """
     first, _ = parts["train"]
     category_ids = getattr(first, "category_ids", None)

@@ -41,10 +41,6 @@ def load_deep(image: Image.Image, file: Path | BytesIO) -> None:
 
     Pillow has no mode for colors of 16 bits: it decodes their high bytes, or in the raw mode of the
     other byte order their low bytes.
-
-    Args:
-        image: The image, not decoded yet.
-        file: What it was opened from.
     """
     modes = {_raw_mode(tile[3]) for tile in getattr(image, "tile", ())}
     image.load()
@@ -150,9 +146,7 @@ def _in_range(image: Image.Image, range: SampleRange | None, *, colors: bool) ->
 def _samples(image: Image.Image, *, colors: bool) -> np.ndarray:
     """Return (H, W, bands) uint8, uint16, int32 or float32; palettes and the like as colors.
 
-    Args:
-        image: A decoded image.
-        colors: Convert what is neither gray nor RGB, with or without alpha, to RGB.
+    ``colors``: convert what is neither gray nor RGB, with or without alpha, to RGB.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return np.asarray(image).astype(np.uint16)[..., None]

@@ -76,12 +76,7 @@ def background(source: Source) -> int | None:
 
 
 def background_of(classes: Sequence[str], category_ids: Mapping | None) -> int | None:
-    """Return :func:`background` of a source that is not open.
-
-    Args:
-        classes: Class names.
-        category_ids: Category ids of a COCO file; ``None`` for other sources.
-    """
+    """Return :func:`background` of a source that is not open."""
     return 0 if category_ids is not None or classes[0].casefold() == "background" else None
 
 

@@ -38,12 +38,9 @@ def sharpened(probabilities: Tensor, temperature: float) -> Tensor:
 class TemperatureFit:
     """Fits the temperature with the highest likelihood of the true classes.
 
-    All images count equally. The likelihood of 97 temperatures from 1/8 to 8 is computed at 1024
-    pixels of each image, in one pass; a parabola through the best and its neighbors gives the
-    result.
-
-    Args:
-        images: Number of images, over all ranks.
+    All ``images``, a number over all ranks, count equally. The likelihood of 97 temperatures from
+    1/8 to 8 is computed at 1024 pixels of each image, in one pass; a parabola through the best and
+    its neighbors gives the result.
     """
 
     def __init__(self, images: int) -> None:
@@ -77,12 +74,7 @@ class TemperatureFit:
 
 
 class CalibrationCounter:
-    """Sums for the expected calibration error and the Brier score of each class.
-
-    Args:
-        indices: All evaluated images, over all ranks.
-        num_classes: Number of classes.
-    """
+    """Sums for the expected calibration error and the Brier score of each class."""
 
     def __init__(self, indices: Sequence[int], num_classes: int) -> None:
         self._row = {index: number for number, index in enumerate(indices)}

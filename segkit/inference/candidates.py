@@ -84,12 +84,8 @@ def comparison_candidates(
 ) -> list[Candidate]:
     """Return other candidates of the same runs: folds, soups, votes, and these with views.
 
-    Args:
-        runs: Trained runs.
-        final: The candidate to compare with, whose views are used; it is not in the result.
-        kinds, votes: Kinds of soups and votes.
-        views_for_all: Use views with every candidate, not only with soups and votes.
-        soup_of: Makes soups.
+    ``final``, the candidate to compare with, is not among them; its views are used, with
+    ``views_for_all`` for every candidate, else for soups and votes.
     """
     alone, mixed, voters = [], [], []
     for run in runs:

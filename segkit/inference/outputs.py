@@ -94,13 +94,9 @@ def _writing(path: Path) -> Iterator[TextIO]:
 
 
 def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color] = SAFE) -> Path:
-    """Write a mask as an index PNG with a palette.
+    """Write a mask, (H, W) of 0 to 255, as an index PNG with a palette.
 
-    Args:
-        folder: Folder of the masks.
-        name: Base name of the image's results; see :func:`result_names`. ``.png`` is added.
-        mask: Class indices (H, W), 0 to 255.
-        colors: Colors of the classes.
+    ``name`` is of :func:`result_names`; ``.png`` is added.
     """
     path = inside(folder, f"{name}.png")
     image = Image.fromarray(_pixels(mask))
@@ -111,12 +107,9 @@ def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color]
 
 
 def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
-    """Write an image's probabilities as a float16 NumPy file, one plane per class.
+    """Write an image's probabilities, (C, H, W), as a float16 NumPy file, one plane per class.
 
-    Args:
-        folder: Folder of the probability maps.
-        name: As in :func:`write_mask`; ``.npy`` is added.
-        probabilities: (C, H, W); ``numpy.load(path, mmap_mode="r")`` reads only parts of them.
+    ``numpy.load(path, mmap_mode="r")`` reads only parts of them.
     """
     path = inside(folder, f"{name}.npy")
     with atomic_write(path) as draft, draft.open("wb") as file:
@@ -125,13 +118,7 @@ def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
 
 
 def write_confidence(folder: Path, name: str, probabilities: Tensor) -> Path:
-    """Write the probability of an image's most probable classes as a gray PNG: 255 is certain.
-
-    Args:
-        folder: Folder of the confidence maps.
-        name: As in :func:`write_mask`.
-        probabilities: (C, H, W).
-    """
+    """Write the probability of an image's most probable classes as a gray PNG: 255 is certain."""
     path = inside(folder, f"{name}.png")
     levels = (probabilities.amax(0) * 255).round().clamp(0, 255).to(torch.uint8)
     with atomic_write(path) as draft:
@@ -186,12 +173,7 @@ def comparison_image(
     colors: Sequence[Color] = SAFE,
     background: int | None = 0,
 ) -> Image.Image:
-    """Return panels side by side: photograph, truth, prediction, errors.
-
-    Args:
-        image, mask, colors, background: As in :func:`overlay`.
-        truth: True class indices; without them only photograph and prediction are shown.
-    """
+    """Return panels side by side: photograph, truth (if it is known), prediction, errors."""
     draw = partial(overlay, image, classes=(), legend=False)
     masks = [mask] if truth is None else [truth, mask]
     panels = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy())]
@@ -247,10 +229,7 @@ def write_submission(path: Path, masks: NamedMasks, *, size: int = 256) -> None:
     and columns likewise. For 512 pixels that is ``mask[::2, ::2]``, as in the contest's own code;
     a smaller mask is enlarged.
 
-    Args:
-        path: The file.
-        masks: In the order of the test file; read one at a time.
-        size: Number of rows and columns of a prediction.
+    ``masks`` are in the order of the test file, and are read one at a time.
     """
     with _writing(path) as file:
         write = csv.writer(file, lineterminator="\n").writerow
@@ -272,8 +251,6 @@ def write_coco(
     https://cocodataset.org/#format-results; each has the score 1, which COCO's tools require.
 
     Args:
-        path: The JSON file.
-        masks: Read one at a time.
         image_ids: Image id by file name.
         category_ids: Class index by category id; default: the class index is the id.
         background: Index of a class to leave out, or None; ignored pixels are always left out.

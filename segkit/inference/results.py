@@ -44,13 +44,10 @@ class Results:
 
     Args:
         folder: Contains ``masks/``, and the other outputs such as ``overlays/`` or ``coco.json``.
-        source: The images.
         indices: Indices of the images to predict; default: all.
-        classes: Class names, for the overlays.
         outputs: Outputs besides masks: ``overlays``, ``sheets``, ``soft``, ``confidence``,
             ``coco``, ``csv``.
         background: Index of a class that overlays do not color and COCO results omit, or None.
-        colors: Colors of the classes.
     """
 
     def __init__(
@@ -76,9 +73,7 @@ class Results:
         results are kept, and an interrupted inference continues; else they are removed.
         The folder must be marked; see :func:`segkit.inference.origin.mark_folders`.
 
-        Args:
-            origin: JSON values of everything that predictions depend on, except the images.
-            others: Names of further files that the caller writes to the folder.
+        ``others`` are names of further files that the caller writes to the folder.
         """
         missing: list[int] = []
         if distributed.is_main():

@@ -280,10 +280,7 @@ def build_model(
 def check_weights(model: Segmenter, backbone: Component | str, weights: str) -> None:
     """Raise what :func:`build_model` would raise for ``weights``; torchvision's are downloaded.
 
-    Args:
-        model: A model built without weights, which is not changed; may be on the device ``meta``.
-        backbone: The backbone it was built with.
-        weights: As in :func:`build_model`.
+    ``model`` is built without weights, may be on the device ``meta``, and is not changed.
     """
     path, source = locate(_name(backbone), weights, argument="model.weights")
     fit(model, identify(read_file(path), path, source=source), source=source)

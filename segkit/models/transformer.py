@@ -139,12 +139,7 @@ def run_blocks(
 ) -> Iterator[Tensor]:
     """Run blocks one after the other, and yield the results of some of them.
 
-    Args:
-        blocks: Each maps tokens, (B, tokens, width), and the arguments to tokens.
-        x: The tokens.
-        arguments: Further arguments of every block.
-        outputs: Numbers of the blocks whose results are yielded, from 1.
-        recompute: Do not store activations inside blocks; recompute them in backward.
+    ``outputs`` are numbers from 1; ``arguments`` are further arguments of every block.
     """
     for number, block in enumerate(blocks, 1):
         if recompute:

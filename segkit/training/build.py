@@ -31,13 +31,8 @@ def build_training(
 ) -> tuple[TrainState, Criterion]:
     """Return the training state before the first step, and the loss.
 
-    Args:
-        cfg: All settings.
-        num_classes: Number of classes of the data; None while it is not known.
-        device: Device of this rank.
-        weights: Pretrained weights to start from, as in ``model.weights``.
-        initialize: Initialize weights that are not loaded; ``False`` if a checkpoint will replace
-            all of them.
+    ``num_classes`` is None while it is not known. Weights that are not loaded are initialized;
+    ``initialize`` is False if a checkpoint will replace all of them.
     """
     model = build_model(
         cfg.model.backbone,

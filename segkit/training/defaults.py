@@ -34,12 +34,7 @@ RANDOM_LR, RANDOM_LR_WITHOUT_BATCH_NORM = 2e-3, 3e-4
 
 
 def crop_size(sizes: Sequence[tuple[int, int]], largest: int = LARGEST_CROP) -> tuple[int, int]:
-    """Return height and width of a crop that nine of ten images contain.
-
-    Args:
-        sizes: Height and width of each image.
-        largest: Largest side of the crop.
-    """
+    """Return (height, width) of a crop that nine of ten images contain, at most ``largest``."""
     return tuple(_side(sorted(sides), largest) for sides in zip(*sizes, strict=True))  # type: ignore[return-value]
 
 
@@ -54,11 +49,6 @@ def learning_rate(optimizer: str, *, pretrained: bool, batch_norm: bool) -> tupl
     SGD with 0.01 is what DeepLab and mmsegmentation fine-tune with. With AdamW, a pretrained
     backbone has a tenth of the decoder's rate. Random weights have the rate of segkit's small
     configurations, and less without BatchNorm, where training diverges earlier.
-
-    Args:
-        optimizer: Name of the optimizer.
-        pretrained: The backbone starts from pretrained weights.
-        batch_norm: The backbone has BatchNorm.
     """
     if optimizer == "sgd":
         return SGD_LR, 1.0
@@ -118,10 +108,6 @@ def set_augmentation(cfg: Config, source: Source) -> Config:
 
 def settle(cfg: Config, source: Source) -> tuple[Config, list[str]]:
     """Set all settings that are open, except the warm-up, which depends on the folds.
-
-    Args:
-        cfg: The configuration.
-        source: The images to train on.
 
     Returns:
         The configuration, and a sentence for each choice.

@@ -40,12 +40,7 @@ class Details:
 
 
 class DetailCounter:
-    """Counts boundaries and objects of images; :meth:`add` is a callback of an evaluation.
-
-    Args:
-        indices: All evaluated images, over all ranks.
-        num_classes: Number of classes.
-    """
+    """Counts boundaries and objects of images; :meth:`add` is a callback of an evaluation."""
 
     def __init__(self, indices: Sequence[int], num_classes: int) -> None:
         self._row = {index: number for number, index in enumerate(indices)}

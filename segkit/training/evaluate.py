@@ -41,7 +41,6 @@ class Counter:
     """Counts pixels of predicted masks on their device, and waits for it only from time to time.
 
     Args:
-        source: The images.
         indices: All evaluated images, over all ranks.
         device: Device on which ranks exchange their counts.
         callback: Called with each image of this rank's share, some batches later.
@@ -145,13 +144,8 @@ def count(
 ) -> Evaluation:
     """Compare predicted masks with labels; each image counts once for any number of ranks.
 
-    Args:
-        predicted: (index, predicted mask, true mask) of this rank's share.
-        source: The images.
-        indices: All evaluated images, over all ranks.
-        device: Device on which ranks exchange their counts.
-        description: Label of the progress bar.
-        callback: Called with each image of this rank's share.
+    As :func:`evaluate`; ``predicted`` has (index, predicted mask, true mask) of this rank's share,
+    ``indices`` all images.
     """
     counter = Counter(source, indices, device, callback)
     share = len(indices[rank() :: world_size()])

@@ -115,12 +115,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Saver:
-    """Saves the checkpoints of a run's folds on rank 0, in the background.
-
-    Args:
-        background: The thread that writes.
-        keep: Number of best checkpoints of a fold, ``train.keep``.
-    """
+    """Saves the last and the ``keep`` best checkpoints of folds on rank 0, in the background."""
 
     background: Background
     keep: int
@@ -134,13 +129,9 @@ class Saver:
     def save(
         self, folder: Path, state: TrainState, entries: dict[str, Any], evaluated: Evaluated | None
     ) -> None:
-        """Save the state, and the evaluated model if it is among the best.
+        """Save the state, and the ``evaluated`` model if it is among the best.
 
-        Args:
-            folder: Folder of the fold.
-            state: Training state.
-            entries: Entries of the checkpoints other than the state.
-            evaluated: Evaluation after this step, if there was one.
+        ``entries`` are those of the checkpoints other than the state.
         """
         if not distributed.is_main():
             return

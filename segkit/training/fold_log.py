@@ -14,26 +14,16 @@ from segkit.training.step import StepResult
 
 
 class FoldLog:
-    """Logs the steps of a fold on rank 0 and shows their progress; rates exclude evaluations.
-
-    Args:
-        run: The run, whose log is written.
-        fold: The fold.
-        names: Names of the training images.
-        cfg: Settings of the training.
-    """
+    """Logs the steps of a fold on rank 0 and shows their progress; rates exclude evaluations."""
 
     def __init__(self, run: Run, fold: Fold, names: Sequence[str], cfg: TrainConfig) -> None:
         self.run, self.number, self.order = run, fold.number, fold.order
         self.validation, self.names, self.cfg = len(fold.validation), names, cfg
 
     def begin(self, state: TrainState, *, resume: bool, saved: bool) -> None:
-        """Log that the fold starts or resumes; remove later events of an interrupted run.
+        """Log that the fold starts, or resumes from a ``saved`` state.
 
-        Args:
-            state: Training state of the fold.
-            resume: True if the run is resumed.
-            saved: True if the fold resumes from a saved state.
+        If the run is resumed, later events of an interrupted run are removed.
         """
         order, size = self.order, self.cfg.batch_size
         if distributed.is_main():

@@ -17,10 +17,7 @@ BATCH = 2
 def kept_for_backward(model: nn.Module, image: Tensor, *, recomputed: bool = True) -> int:
     """Return the bytes that a forward pass saves for backward, in addition to the model's own.
 
-    Args:
-        model: In training mode.
-        image: Its input.
-        recomputed: With ``recompute_activations``, as in a training step on the CPU.
+    ``recomputed``: with ``recompute_activations``, as in a training step on the CPU.
     """
     hooks = recompute.Hooks()
     own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}

@@ -92,13 +92,7 @@ def crop(data: Fingerprint, factor: float, machine: Machine) -> Size:
 
 
 def batch(images: int, room: float, machine: Machine) -> list[Choice]:
-    """Return the batch and its parts.
-
-    Args:
-        images: Number of training images of a fold.
-        room: Number of images whose activations fit into the memory.
-        machine: The hardware.
-    """
+    """Return the batch and its parts; the activations of ``room`` images fit into the memory."""
     want = 8 if machine.device == "cpu" else 16
     size = _power_of_two(min(want, max(2, images // 4)))
     parts = max(1, size // _power_of_two(max(1, min(size, room))))
@@ -207,14 +201,9 @@ def epochs_within(hours: float, cost: Cost, folds: int, steps: int, validation: 
 def schedule(
     data: Fingerprint, hours: float, cost: Cost, batch_size: int, validation: int | None
 ) -> list[Choice]:
-    """Return folds, selection set and epochs.
+    """Return folds, selection set and epochs that take ``hours`` for all folds.
 
-    Args:
-        data: The fingerprint.
-        hours: Time for all folds.
-        cost: Measured on the machine.
-        batch_size: Images per step.
-        validation: Number of images of a fixed validation part; ``None``: folds.
+    ``validation`` is the number of images of a fixed validation part; ``None``: folds.
     """
     if validation is not None:
         steps = max(1, data.images // batch_size)

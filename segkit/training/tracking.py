@@ -25,13 +25,7 @@ Pictures = Sequence[tuple[str, Image.Image]]
 
 
 class Tracker(Protocol):
-    """A tracker of one fold of a run.
-
-    Args:
-        run: The run.
-        fold: Number of the fold.
-        step: Step from which the fold continues.
-    """
+    """A tracker of one fold of a run, which continues from ``step``."""
 
     def __init__(self, *, run: Run, fold: int, step: int) -> None: ...
 

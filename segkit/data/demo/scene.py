@@ -221,12 +221,9 @@ LITTER = (
 
 
 def draw_scene(rng: np.random.Generator, *, size: int, classes: Sequence[int]) -> Scene:
-    """Draw a picture with one object for each of the given class indices.
+    """Draw a square picture with one object for each of the given class indices, 1 to 10.
 
-    Args:
-        rng: Source of all random numbers; the same state gives the same scene.
-        size: Side of the square picture in pixels.
-        classes: Class indices, 1 to 10; repeats are allowed.
+    The same state of ``rng`` gives the same scene.
     """
     canvas, angle = _ground(rng, size * OVERSAMPLING), rng.uniform(0, 2 * np.pi)
     shadow = canvas.width * rng.uniform(0.03, 0.08) * np.array([np.cos(angle), np.sin(angle)])

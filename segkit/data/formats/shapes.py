@@ -42,11 +42,8 @@ def recognize_file(
 ) -> dict[str, Any] | None:
     """Return the arguments for the first file of labels in a part's folder, or ``None``.
 
-    Args:
-        folder: The data set.
-        part: ``train``, ``val`` or ``test``.
-        suffix: Of the files; the first three are looked at.
-        fits: Returns True if the first :data:`HEAD` bytes are of the format.
+    ``fits`` returns True if the first :data:`HEAD` bytes of a file are of the format. The first
+    three files are looked at.
     """
     root = part_folder(folder, part)
     for name in search(root, (suffix,))[0][:3] if root else []:
@@ -227,10 +224,7 @@ Reader = Callable[[Path, Shapes], None]
 def shape_source(read: Reader, kind: str, description: str) -> Callable[..., CocoSource]:
     """Return the source of a format whose ``read(labels, shapes)`` adds images and shapes.
 
-    Args:
-        read: Reads the file or folder of labels.
-        kind: The format in words, for messages.
-        description: First line of the source's documentation.
+    ``kind`` names the format in messages; ``description`` is the first line of the documentation.
     """
 
     def open_shapes(

@@ -115,13 +115,7 @@ def capturable(image: Tensor) -> bool:
 
 
 class Graph:
-    """A captured forward pass.
-
-    Args:
-        forward: The pass.
-        image: Its input.
-        pool: Memory pool of earlier graphs, which this one may overwrite; None for a new one.
-    """
+    """A captured forward pass; it may overwrite the memory ``pool`` of earlier graphs."""
 
     def __init__(self, forward: Forward, image: Tensor, pool: Any) -> None:
         self.used = 0

@@ -66,10 +66,8 @@ _EFFICIENTNET_BLOCK = r"^blocks\.([0-6])\.(\d+)\.(.+)\.(?=\w+$)"
 def _efficientnet_block(match: re.Match[str], first: str, others: str) -> str:
     """Return segkit's name of a part of a block; blocks of the first stage do not expand.
 
-    Args:
-        match: Of :data:`_EFFICIENTNET_BLOCK`.
-        first: The project's names of the parts of a block of the first stage, in order.
-        others: Those of the other stages.
+    ``first`` and ``others`` are the project's names of the parts of a block of the first and of
+    other stages.
     """
     parts, places = others.split(), ["0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"]
     if match[1] == "0":

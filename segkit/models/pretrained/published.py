@@ -59,11 +59,8 @@ def obtain(backbone: str, *, option: str = "model.weights=PATH") -> tuple[str | 
     """Return a value of ``model.weights`` that works here and now, and a sentence about it.
 
     The value is ``"imagenet"`` if torchvision's weights of the backbone are in torch's cache or can
-    be downloaded, else ``None``: random weights.
-
-    Args:
-        backbone: A name of ``BACKBONES``.
-        option: The setting or option that gives a file.
+    be downloaded, else ``None``: random weights. ``option`` is the setting or option that gives a
+    file.
     """
     advice = f"give pretrained weights as a file, by {option}"
     if backbone not in models.list_models():

@@ -66,10 +66,6 @@ class Weights:
 def recognize(state: State, *, source: str) -> Weights:
     """Return the weights of a file by segkit's names.
 
-    Args:
-        state: The file's entries.
-        source: The file, for errors.
-
     Raises:
         CheckpointError: If no architecture of segkit has these names.
     """

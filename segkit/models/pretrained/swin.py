@@ -49,9 +49,6 @@ def _substitutions(first_merging: int) -> Substitutions:
     """Return substitutions for the names of all four projects, which no two use differently.
 
     In torchvision and here ``features.0`` embeds patches; then stages and mergings alternate.
-
-    Args:
-        first_merging: Number of the merging after the first stage.
     """
     stages = r"^(?:swin\.)?(?:encoder\.)?(?:layers|stages)\.(\d)\."
     embedding = r"^(?:patch_embed\.|(?:swin\.)?embeddings\.(?:patch_embeddings\.)?)"
