@@ -232,6 +232,7 @@ def plan_training(data: Fingerprint, machine: Machine, cfg: Config) -> list[Choi
         *rules.augmentation(data, factor, crop),
         *rules.normalization(data, pretrained=pretrained),
         *rules.losses(data),
+        *rules.repeats(data),
     ]
 
 

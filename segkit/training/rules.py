@@ -23,6 +23,12 @@ EVALUATIONS = 10
 FOLDS, FEWEST_FOLDS = 5, 2
 IMBALANCE = 10.0
 RARE = 0.001
+SELDOM = 0.1
+"""Share of the images below which a class's images are drawn more often."""
+
+SMALL, AIM = 0.02, 0.33
+"""Share of the pixels below which crops aim at classes, and nnU-Net's share of such crops."""
+
 MEMORY_SHARE = 0.8
 
 
@@ -127,19 +133,45 @@ def augmentation(data: Fingerprint, factor: float, size: Size) -> list[Choice]:
     ]
     if few:
         operations.append({"name": "rotate", "degrees": [-10, 10], "p": 0.5})
-    operations += [{"name": "crop", "size": list(size), "max_class_share": 0.9}, {"name": "hflip"}]
+    aim, aimed = _aim(data, factor, size)
+    crop = {"name": "crop", "size": list(size), "max_class_share": 0.9, **aim}
+    operations += [crop, {"name": "hflip"}]
     if data.gray:
         operations += [{"name": "brightness", "range": [0.8, 1.2]}]
     else:
         operations += [{"name": "photometric", "p": 0.5}]
     why = "few images, so more rotation and scale" if few else "light: scale, mirroring"
+    why += f"; {'gray' if data.gray else 'color'} images; nine of ten contain the crop{aimed}"
     return [
-        Choice(
-            "augment.train", operations,
-            f"{why}; {'gray' if data.gray else 'color'} images; nine of ten contain the crop",
-        ),
+        Choice("augment.train", operations, why),
         Choice("infer.tta", ["identity", "hflip"], "the views that training has seen"),
-    ]  # fmt: skip
+    ]
+
+
+def _aim(data: Fingerprint, factor: float, size: Size) -> tuple[dict[str, float], str]:
+    """Return the crop's ``aim`` and its reason, if a small class would often be out of the crop."""
+    total = sum(data.pixels)
+    share, name = min(
+        ((n / total, name) for n, name in zip(data.pixels, data.classes, strict=True) if n),
+        default=(1.0, ""),
+    )
+    part = math.prod(size) / (math.prod(data.size) * factor**2)
+    if share >= SMALL or part > 0.5:
+        return {}, ""
+    why = f"a third of the crops aim at a class, as {name} has {100 * share:.2g} % of the pixels"
+    return {"aim": AIM}, f"; {why}"
+
+
+def repeats(data: Fingerprint) -> list[Choice]:
+    """Return the threshold of repeated images, if a class is in few images."""
+    shares = [count / max(1, data.images) for count in data.shown]
+    seldom = [(f, name) for f, name in zip(shares, data.classes, strict=True) if 0 < f < SELDOM]
+    if not seldom:
+        return []
+    share, name = min(seldom)
+    often = math.sqrt(SELDOM / share)
+    why = f"{name} is in {100 * share:.2g} % of the images, drawn {often:.1f} times as often"
+    return [Choice("data.repeat_threshold", SELDOM, why)]
 
 
 def normalization(data: Fingerprint, *, pretrained: bool) -> list[Choice]:

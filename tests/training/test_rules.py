@@ -82,6 +82,25 @@ def test_losses_follow_the_imbalance() -> None:
     assert [term["name"] for term in skewed] == ["cross_entropy", "dice"]
 
 
+def test_images_of_seldom_classes_are_repeated() -> None:
+    assert rules.repeats(data(shown=(300, 30))) == []  # a tenth of the images
+    (seldom,) = rules.repeats(data(shown=(300, 3)))
+    assert (seldom.key, seldom.value) == ("data.repeat_threshold", 0.1)
+    assert "can is in 1 % of the images, drawn 3.2 times as often" in seldom.reason  # sqrt(10)
+
+
+def test_crops_aim_at_classes_if_one_is_small() -> None:
+    def crop(factor: float, **changes: Any) -> dict[str, Any]:
+        (made, _) = rules.augmentation(data(**changes), factor, (150, 200))
+        return next(spec for spec in made.value if spec["name"] == "crop")
+
+    assert "aim" not in crop(1.0)  # a tenth of the pixels
+    assert crop(1.0, pixels=(990, 10))["aim"] == 0.33
+    assert "aim" not in crop(0.5, pixels=(990, 10))  # the crop is the whole image
+    (made, _) = rules.augmentation(data(pixels=(990, 10)), 1.0, (150, 200))
+    assert "aim at a class, as can has 1 % of the pixels" in made.reason
+
+
 def test_rare_classes_are_said() -> None:
     assert rules.warnings_about(data()) == []
     (rare,) = rules.warnings_about(data(pixels=(90_000, 9), shown=(10, 9)))
