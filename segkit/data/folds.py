@@ -241,17 +241,11 @@ def shares(split: Split, names: Sequence[str], pixels: np.ndarray) -> list[PartS
     return described
 
 
-def table(
-    split: Split, names: Sequence[str], pixels: np.ndarray, classes: Sequence[str], width: int = 80
-) -> str:
+def table(split: Split, names: Sequence[str], pixels: np.ndarray, classes: Sequence[str]) -> str:
     """Return a table of class shares: percent of a part's images with a class, and of its pixels.
 
-    Args:
-        split: The folds and the selection set.
-        names: File names of the images, in the order of ``pixels``.
-        pixels: (N, num_classes), result of :func:`class_pixels`.
-        classes: Class names.
-        width: Maximum characters per line; parts that do not fit are in further blocks below.
+    It has at most 80 columns; parts that do not fit are in further blocks below. ``pixels`` is the
+    result of :func:`class_pixels`, in the order of ``names``.
     """
     columns = []
     for part in shares(split, names, pixels):
@@ -259,7 +253,7 @@ def table(
         cells = [f"{100 * a:3.0f} {100 * b:5.1f}" for a, b in pairs]
         columns.append([part.title, f"{part.images}", "img   px%", *cells])
     first = ["", "images", "", *(f"{name:.16}" for name in classes)]
-    fit = max(1, (width - 16) // 10)
+    fit = 6  # in 80 columns
     blocks = []
     for start in range(0, len(columns), fit):
         rows = zip(first, *columns[start : start + fit], strict=True)

@@ -409,12 +409,13 @@ def _kill_workers() -> None:
 
 
 def _sendable(collate: Callable[[list], Any], samples: list) -> Any:
-    """Return a batch; in a worker, move its tensors to shared memory.
+    """Return a batch, or the first error in it; in a worker, move tensors to shared memory.
 
     PyTorch would do so in the thread that sends the batch, where an error, such as a full /dev/shm,
     loses the batch: the main process would wait for it forever.
     """
-    batch = collate(samples)
+    error = next((sample for sample in samples if isinstance(sample, DataError)), None)
+    batch = error or collate(samples)
     if get_worker_info() is None or isinstance(batch, DataError):
         return batch
     groups = (batch.images, batch.masks) if isinstance(batch, EvalBatch) else batch
@@ -431,22 +432,17 @@ def _sendable(collate: Callable[[list], Any], samples: list) -> Any:
     return batch
 
 
-def _list_samples(samples: list[Sample | DataError]) -> list[tuple] | DataError:
+def _list_samples(samples: list[Sample]) -> list[tuple] | DataError:
     """Return images, masks and plans whose results have equal size, or an error."""
-    valid = []
-    for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
-        valid.append(sample)
-    if len({plan.size for _, _, plan in valid}) > 1:
+    if len({plan.size for _, _, plan in samples}) > 1:
         return DataError(
             "training images end the augmentation with different sizes; "
             "set augment.size, or end augment.train with a crop"
         )
-    return list(zip(*valid, strict=True))
+    return list(zip(*samples, strict=True))
 
 
-def _stack_pairs(samples: list[Sample | DataError]) -> tuple[Tensor, Tensor] | DataError:
+def _stack_pairs(samples: list[Sample]) -> tuple[Tensor, Tensor] | DataError:
     listed = _list_samples(samples)
     if isinstance(listed, DataError):
         return listed
@@ -454,10 +450,7 @@ def _stack_pairs(samples: list[Sample | DataError]) -> tuple[Tensor, Tensor] | D
     return torch.stack(images), torch.stack(masks)
 
 
-def _stack_eval(samples: list, *, pad: int) -> EvalBatch | DataError:
-    for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
+def _stack_eval(samples: list, *, pad: int) -> EvalBatch:
     left_out = dict(sample for sample in samples if len(sample) == 2)
     valid = [sample for sample in samples if len(sample) == 3]
     if not valid:

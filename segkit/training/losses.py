@@ -192,7 +192,7 @@ class Tversky(Loss):
         alpha: Coefficient of false positives.
         beta: Coefficient of false negatives.
         smooth: Added to numerator and denominator, in pixels.
-        per_image: Mean of the index of each image; else one index for the whole batch.
+        per_image: Mean of the loss of each image; else one for the whole batch.
         classes: Mean over classes present in the target, or over all.
     """
 
@@ -238,12 +238,7 @@ class Tversky(Loss):
 class Dice(Tversky):
     """1 - Dice coefficient ``(2 I + smooth) / (P + T + smooth)``, mean over classes.
 
-    Milletari et al. 2016, https://arxiv.org/abs/1606.04797
-
-    Args:
-        smooth: Added to numerator and denominator, in pixels.
-        per_image: Mean of the coefficient of each image; else one for the whole batch.
-        classes: Mean over classes present in the target, or over all.
+    Milletari et al. 2016, https://arxiv.org/abs/1606.04797. Arguments as for :class:`Tversky`.
 
     Departs from the paper: the denominator has plain sums, not sums of squares, as is now usual.
     """
@@ -263,12 +258,8 @@ class Dice(Tversky):
 class Jaccard(Tversky):
     """1 - intersection over union ``(I + smooth) / (P + T - I + smooth)``, mean over classes.
 
-    Rahman and Wang 2016, https://doi.org/10.1007/978-3-319-50835-1_22
-
-    Args:
-        smooth: Added to numerator and denominator, in pixels.
-        per_image: Mean of the IoU of each image; else one for the whole batch.
-        classes: Mean over classes present in the target, or over all.
+    Rahman and Wang 2016, https://doi.org/10.1007/978-3-319-50835-1_22. Arguments as for
+    :class:`Tversky`.
     """
 
     def __init__(
@@ -288,11 +279,6 @@ class JaccardMetric(Jaccard):
     ``1 - (|p| + |q| - |p - q|) / (|p| + |q| + |p - q|)``. It is a metric, so it is 0 only for
     p = q; with ``sum(p q)`` as the intersection, the loss would be least elsewhere. Without soft
     labels, which ``data.teacher`` gives, it is the Jaccard loss.
-
-    Args:
-        smooth: Added to numerator and denominator, in pixels.
-        per_image: Mean of the loss of each image; else one for the whole batch.
-        classes: Mean over classes present in the target, or over all.
     """
 
     soft = True
@@ -303,11 +289,6 @@ class DiceSemimetric(Dice):
 
     Wang et al. 2023, https://arxiv.org/abs/2303.16296; ``|p - q| / (|p| + |q|)``, 0 only for p = q.
     Without soft labels, which ``data.teacher`` gives, it is the Dice loss.
-
-    Args:
-        smooth: Added to numerator and denominator, in pixels.
-        per_image: Mean of the loss of each image; else one for the whole batch.
-        classes: Mean over classes present in the target, or over all.
     """
 
     soft = True

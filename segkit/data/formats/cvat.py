@@ -32,7 +32,8 @@ def read(labels: Path, shapes: Shapes) -> None:
     if names and shapes.classes is None:
         shapes.classes = tuple(dict.fromkeys(names))
     for image in images:
-        shapes.attempt(str(labels), lambda image=image: _read_image(image, shapes))  # type: ignore[misc]
+        with shapes.reading(str(labels)):
+            _read_image(image, shapes)
 
 
 def parse(path: Path) -> Element:

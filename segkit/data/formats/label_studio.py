@@ -24,8 +24,8 @@ def read(labels: Path, shapes: Shapes) -> None:
             "as JSON-MIN"
         )
     for number, task in enumerate(tasks):
-        name = f"{labels}, task {task.get('id', number)!r:.40}"
-        shapes.attempt(name, lambda task=task: _read_task(task, shapes))  # type: ignore[misc]
+        with shapes.reading(f"{labels}, task {task.get('id', number)!r:.40}"):
+            _read_task(task, shapes)
 
 
 def _read_task(task: dict[str, Any], shapes: Shapes) -> None:

@@ -22,7 +22,8 @@ def read(labels: Path, shapes: Shapes) -> None:
     if not files:
         raise DataError(f"{labels} has no JSON file; expected files of labelme")
     for name in files:
-        shapes.attempt(name, lambda name=name: _read_file(labels, name, shapes))  # type: ignore[misc]
+        with shapes.reading(name):
+            _read_file(labels, name, shapes)
 
 
 def _read_file(labels: Path, name: str, shapes: Shapes) -> None:

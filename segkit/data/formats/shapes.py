@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -174,11 +175,12 @@ class Shapes:
             )
         self._shapes.append((path, label, record))
 
-    def attempt(self, file: str, read: Callable[[], None]) -> None:
-        """Call ``read``; a DataError of it is a fault of ``file``, and the others are read on."""
+    @contextmanager
+    def reading(self, file: str) -> Iterator[None]:
+        """Make a DataError in the block a fault of ``file``, whose shapes are left out."""
         before = len(self._shapes)
         try:
-            read()
+            yield
         except DataError as error:
             del self._shapes[before:]
             self.faults.append(Fault(f"{file}: {error}", file=file))

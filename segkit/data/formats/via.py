@@ -25,10 +25,8 @@ def read(labels: Path, shapes: Shapes) -> None:
     regions = [_regions(entry) for entry in entries]
     attribute = _attribute(str(labels), [region for of_file in regions for region in of_file])
     for entry, of_file in zip(entries, regions, strict=True):
-        shapes.attempt(
-            str(labels),
-            lambda e=entry, r=of_file: _read_file(e, r, attribute, shapes),  # type: ignore[misc]
-        )
+        with shapes.reading(str(labels)):
+            _read_file(entry, of_file, attribute, shapes)
 
 
 def _regions(entry: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ benchmarks.inference``.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,15 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
 
 SIDE = 64
-"""Side of the image whose forward pass shows which convolution a BatchNorm follows."""
+"""Side of the image whose forward pass shows which modules follow each other."""
 
 
 @torch.no_grad()
 def fuse_batch_norm(model: nn.Module) -> nn.Module:
     """Return a copy of a model with each BatchNorm fused into the convolution it follows.
-
-    A BatchNorm follows a convolution if, in a forward pass of a small image, its input is the very
-    tensor that the convolution returned.
 
     Args:
         model: Maps images to any kind of output.
@@ -34,40 +32,44 @@ def fuse_batch_norm(model: nn.Module) -> nn.Module:
     """
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, shared).eval()
-    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    conv_before: dict[_BatchNorm, nn.Conv2d] = {}
-
-    def record_output(conv: nn.Module, _: object, output: Tensor) -> None:
-        assert isinstance(conv, nn.Conv2d)
-        outputs[id(output)] = conv, output  # kept alive, so that its id is not reused
-
-    def match_input(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        assert isinstance(norm, _BatchNorm)
-        conv, _ = outputs.get(id(inputs[0]), (None, None))
-        if conv is not None:
-            conv_before[norm] = conv
-
-    hooks = [
-        module.register_forward_hook(record_output)
-        if isinstance(module, nn.Conv2d)
-        else module.register_forward_pre_hook(match_input)
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d | _BatchNorm)
-    ]
-    try:
-        model(small_image(model))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    pairs = successive(
+        model, lambda x: isinstance(x, nn.Conv2d), lambda x: isinstance(x, _BatchNorm)
+    )
     names = {module: name for name, module in model.named_modules()}
-    for norm, conv in conv_before.items():
+    for norm, conv in {norm: conv for conv, norm in pairs}.items():
         fused = fuse_conv_bn_eval(conv, norm)
         conv.weight, conv.bias = fused.weight, fused.bias
         model.set_submodule(names[norm], nn.Identity())
     return model
 
 
-def small_image(model: nn.Module) -> Tensor:
-    """Return an image of zeros with as many channels as the model's first convolution."""
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    return first.weight.new_zeros(1, first.in_channels, SIDE, SIDE)
+def successive(
+    model: nn.Module, first: Callable[[nn.Module], bool], second: Callable[[nn.Module], bool]
+) -> list[tuple[Any, Any]]:
+    """Return pairs of a ``first`` and a ``second`` module that follow each other.
+
+    In a forward pass of a small image, the input of the second is the very tensor that the first
+    returned, unchanged.
+    """
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+
+    def record_output(module: nn.Module, _: object, output: Tensor) -> None:
+        outputs[id(output)] = module, output, output._version  # kept: its id is not reused
+
+    def match_input(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        before, _, version = outputs.get(id(inputs[0]), (None, None, None))
+        if before is not None and version == inputs[0]._version:
+            pairs.append((before, module))
+
+    modules = list(model.modules())
+    hooks = [m.register_forward_hook(record_output) for m in modules if first(m)]
+    hooks += [m.register_forward_pre_hook(match_input) for m in modules if second(m)]
+    conv = next(module for module in modules if isinstance(module, nn.Conv2d))
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # tensors with a version
+            model(conv.weight.new_zeros(1, conv.in_channels, SIDE, SIDE))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pairs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from segkit.models.kernels.fuse import fuse_batch_norm, small_image
+from segkit.models.kernels.fuse import fuse_batch_norm, successive
 
 
 def for_prediction(model: nn.Module, amp: torch.dtype | None = None) -> nn.Module:
@@ -81,8 +81,7 @@ _BLOCKS: dict[type, type] = {BasicBlock: _FusedBasicBlock, Bottleneck: _FusedBot
 def fuse_relu(model: nn.Module) -> None:
     """Fuse ReLU into the convolutions of a model without BatchNorm, in place.
 
-    A ReLU follows a convolution if, in a forward pass of a small image, its input is the very
-    tensor that the convolution returned, unchanged.
+    See :func:`segkit.models.kernels.fuse.successive`.
     """
     for block in model.modules():
         convs = [child for name, child in block.named_children() if name.startswith("conv")]
@@ -91,30 +90,7 @@ def fuse_relu(model: nn.Module) -> None:
             block.__class__ = _BLOCKS[type(block)]
             for conv in convs:
                 conv.__class__ = ConvReLU
-    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
-
-    def record_output(conv: nn.Module, _: object, output: Tensor) -> None:
-        outputs[id(output)] = conv, output, output._version
-
-    def match_input(relu: nn.Module, inputs: tuple[Tensor]) -> None:
-        conv, _, version = outputs.get(id(inputs[0]), (None, None, None))
-        if conv is not None and version == inputs[0]._version:
-            pairs.append((conv, relu))
-
-    hooks = [
-        module.register_forward_hook(record_output)
-        if isinstance(module, nn.Conv2d)
-        else module.register_forward_pre_hook(match_input)
-        for module in model.modules()
-        if _fusable(module) or type(module) is nn.ReLU
-    ]
-    try:
-        model(small_image(model))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for conv, relu in pairs:
+    for conv, relu in successive(model, _fusable, lambda x: type(x) is nn.ReLU):
         conv.__class__, relu.__class__ = ConvReLU, ReLUAfterConv
 
 
