@@ -20,6 +20,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import segkit
 from segkit import infer, train
 from segkit.augment import Pipeline
 from segkit.augment.pipeline import generator
@@ -31,6 +32,7 @@ from segkit.data import open_source
 from segkit.data.loader import EvalBatches
 from segkit.inference import soup
 from segkit.inference.predictor import Predictor
+from segkit.inference.teacher import Teacher
 from segkit.inference.tta import parse_views
 from segkit.models.kernels.fuse_relu import for_prediction
 from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
@@ -429,6 +431,17 @@ def test_soups_are_those_of_the_cpu() -> None:
         assert soup.reestimate_batchnorm(model, (x.to(device) for x in batches))
         buffers.append({name: x.cpu() for name, x in model.named_buffers()})
     torch.testing.assert_close(buffers[1], buffers[0], rtol=1e-4, atol=1e-4)
+
+
+def test_soft_labels_are_those_of_the_cpu(tmp_path: Path) -> None:
+    paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    for seed, path in enumerate(paths):
+        model = build_model("resnet18_half", "fcn", num_classes=3, seed=seed)
+        segkit.save(model, path, classes=["a", "b", "c"])
+    images = torch.randn(2, 3, 65, 97, generator=torch.Generator().manual_seed(0))
+    expected = Teacher(paths, **IMAGENET, device=torch.device("cpu"))(images)
+    soft = Teacher(paths, **IMAGENET, device=DEVICE)(images.to(DEVICE))
+    torch.testing.assert_close(soft.cpu(), expected, rtol=0, atol=0.02)  # bf16
 
 
 # ---- ranks and memory
