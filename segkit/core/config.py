@@ -131,6 +131,9 @@ class LossConfig:
         ({"name": "soft_cross_entropy"}, {"name": "jaccard_metric"}),
         "with data.teacher, losses of its soft labels, in addition to terms",
     )
+    teacher_weight: float = _setting(
+        0.5, "with data.teacher, share of teacher_terms in the loss; terms have the rest", 0, 1
+    )
     aux_weight: float | tuple[float, ...] = _setting(
         0.4, "weight of the auxiliary outputs: one number, or one per output", 0
     )

@@ -53,6 +53,7 @@ def build_training(
     criterion = build_loss(
         cfg.loss.terms, aux_weight=cfg.loss.aux_weight, num_classes=num_classes,
         teacher_terms=cfg.loss.teacher_terms if cfg.data.teacher is not None else (),
+        teacher_weight=cfg.loss.teacher_weight,
     ).to(device)  # fmt: skip
     if cfg.optim.lr is None or cfg.optim.backbone_lr_factor is None:
         raise ConfigError("optim.lr: is null; expected a number, as defaults.set_rates sets it")

@@ -621,6 +621,7 @@ def build_loss(
     num_classes: int | None = None,
     aux_weight: float | tuple[float, ...] = 0.4,
     teacher_terms: Sequence[Component] = (),
+    teacher_weight: float = 0.5,
 ) -> Criterion:
     """Build a loss, such as ``build_loss(["cross_entropy", "dice"])``.
 
@@ -634,25 +635,24 @@ def build_loss(
             and has two coefficients.
         aux_weight: See :class:`Criterion`.
         teacher_terms: Further terms, all of them losses of soft labels.
+        teacher_weight: If there are any, factor of their weights; 1 - this is that of the others.
 
     Raises:
         ConfigError: Invalid configuration; the message has the path of the key.
     """
     listed = [terms] if isinstance(terms, str | Mapping) else terms
-    components = {
-        f"loss.terms[{i}]": {"name": term} if isinstance(term, str) else dict(term)
+    share = 1 - teacher_weight if teacher_terms else 1.0
+    components = [
+        (f"loss.terms[{i}]", share, {"name": term} if isinstance(term, str) else dict(term))
         for i, term in enumerate(listed)
-    }
-    soft = [name for name, loss in LOSSES.items() if getattr(loss, "soft", False)]
+    ]
     for i, term in enumerate(teacher_terms):
-        path = f"loss.teacher_terms[{i}]"
-        if (name := term.get("name")) not in soft:
-            raise ConfigError(f"{path}.name: {quoted(name)} has no soft labels{closest('', soft)}")
-        components[path] = dict(term)
-    if all(term.get("name") == "presence" for term in components.values()):
+        _check_soft(term.get("name"), f"loss.teacher_terms[{i}].name")
+        components.append((f"loss.teacher_terms[{i}]", teacher_weight, dict(term)))
+    if all(term.get("name") == "presence" for _, _, term in components):
         raise ConfigError("loss.terms: expected at least one loss of the output map")
     built = []
-    for path, term in components.items():
+    for path, share, term in components:
         weight = term.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
             raise ConfigError(f"{path}.weight: expected a number of at least 0, got {weight!r}")
@@ -663,8 +663,14 @@ def build_loss(
                     f"{path}.{name}: expected {max(2, num_classes)} numbers, one per class, "
                     f"got {len(values)}"
                 )
-        built.append((term["name"], float(weight), loss))
+        built.append((term["name"], share * weight, loss))
     return Criterion(built, aux_weight=aux_weight)
+
+
+def _check_soft(name: Any, path: str) -> None:
+    soft = [known for known, loss in LOSSES.items() if getattr(loss, "soft", False)]
+    if name not in soft:
+        raise ConfigError(f"{path}: {quoted(name)} has no soft labels{closest('', soft)}")
 
 
 def list_losses(filter: str = "") -> list[str]:

@@ -144,7 +144,7 @@ def test_a_student_says_what_its_teacher_saw(
     terms = next(event["parts"] for event in events if event["event"] == "step")
     assert [*terms] == ["cross_entropy", "dice", "soft_cross_entropy", "jaccard_metric", "aux"]
     # The teacher of the same fold has not seen its validation images.
-    student("runs/alone", {"data.teacher": ["runs/vote/fold0/best.pt"], "loss.terms": []})
+    student("runs/alone", {"data.teacher": ["runs/vote/fold0/best.pt"], "loss.teacher_weight": 1})
     said = capsys.readouterr().out
     assert "data.teacher: runs/vote/fold0/best.pt\n" in said
     assert "trained on validation images" not in said

@@ -603,6 +603,17 @@ def test_bad_terms_fail_with_their_path(terms: list, sentence: str) -> None:
         build_loss(terms, num_classes=3)
 
 
+def test_terms_of_a_teacher_have_their_share_of_the_loss() -> None:
+    logits, target = batch()
+    soft = teacher_of(logits)
+    twice = {"name": "jaccard_metric", "weight": 2.0}
+    criterion = build_loss("dice", teacher_terms=[twice], teacher_weight=0.3)
+    expected = 0.7 * Dice()(logits, target) + 0.6 * JaccardMetric()(logits, target, soft)
+    torch.testing.assert_close(criterion(logits, target, soft), expected)
+    with pytest.raises(ConfigError, match=r"loss\.teacher_terms\[0\]\.weight: expected a number"):
+        build_loss("dice", teacher_terms=[{"name": "jaccard_metric", "weight": -1}])
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_built_by_its_name(name: str) -> None:
     criterion = build_loss(
