@@ -23,8 +23,8 @@ from benchmarks.models import NAMES
 from segkit.core import config
 from segkit.data.coco import CocoSource
 from segkit.inference.soup import reestimate_batchnorm
-from segkit.models.segmenter import build_model
-from segkit.training.losses import build_loss
+from segkit.models.segmenter import Segmenter, build_model
+from segkit.training.losses import Criterion, build_loss
 from segkit.training.metrics import classes_of, confusion_matrix, scores
 from segkit.training.optim import build_optimizer, build_schedule, set_lr
 from segkit.training.step import train_step
@@ -52,7 +52,7 @@ class Result:
     reached: bool
 
 
-def crops(folder: Path, size: int) -> tuple[Tensor, Tensor, int]:
+def crops(folder: Path, size: int, candidates: int = 200) -> tuple[Tensor, Tensor, int]:
     """Return the clearest photographs as normalized images and masks, and the number of classes."""
     source = CocoSource(
         annotations=str(folder / "annotations" / "train.json"), images=str(folder / "images")
@@ -74,7 +74,7 @@ def crops(folder: Path, size: int) -> tuple[Tensor, Tensor, int]:
         counts = pair[1].flatten().bincount(minlength=classes)
         return int((counts > 0).sum()), int(counts[counts > 0].min())
 
-    spread = range(0, len(source), max(1, len(source) // 200))
+    spread = range(0, len(source), max(1, len(source) // candidates))
     images, masks = zip(
         *sorted(map(small, spread), key=clearness, reverse=True)[:PHOTOGRAPHS], strict=True
     )
@@ -90,27 +90,42 @@ def overfit(
     settings = config.load(name)
     model = build_model(
         settings.model.backbone, settings.model.decoder, num_classes=num_classes, seed=0
-    ).train()
+    )
     criterion = build_loss(
         settings.loss.terms, num_classes=num_classes, aux_weight=settings.loss.aux_weight
     )
-    optimizer = build_optimizer(model, "adamw", lr=lr)
+    start = time.perf_counter()
+    miou, taken = fit(model, criterion, images, masks, num_classes, name, steps, lr, every)
+    return Result(name, miou, taken, time.perf_counter() - start, miou > GOAL)
+
+
+def fit(
+    model: Segmenter,
+    criterion: Criterion,
+    images: Tensor,
+    masks: Tensor,
+    num_classes: int,
+    name: str,
+    steps: int,
+    lr: float,
+    every: int,
+) -> tuple[float, int]:
+    """Train a model until the goal is reached; return its mean IoU and the steps taken."""
+    optimizer = build_optimizer(model.train(), "adamw", lr=lr)
     schedule = build_schedule("cosine", total=steps, warmup=20)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    start, miou = time.perf_counter(), 0.0
     torch.manual_seed(0)  # of dropout
+    miou = 0.0
     for step in range(1, steps + 1):
         set_lr(optimizer, schedule(step - 1))
         train_step(
-            model, criterion, optimizer, [(images, masks)], amp=None, scaler=scaler, clip_norm=5.0,
-            recompute=True,
+            model, criterion, optimizer, [(images, masks)], clip_norm=5.0, recompute=True,
         )  # fmt: skip
         if step % every == 0 or step == steps:
             miou = score(model, images, masks, num_classes)
             print(f"{name}: step {step}, mIoU {miou:.3f}", file=sys.stderr, flush=True)
             if miou > GOAL:
                 break
-    return Result(name, miou, step, time.perf_counter() - start, miou > GOAL)
+    return miou, step
 
 
 @torch.no_grad()

@@ -688,6 +688,27 @@ def test_timms_dinov2(registers: bool) -> None:
     equal(feature.flatten(2).transpose(1, 2), tokens)
 
 
+@pytest.mark.parametrize(
+    ("theirs_name", "name"),
+    [
+        ("vit_small_patch16_dinov3", "vit_s_dinov3"),
+        ("vit_small_patch16_dinov3_qkvb", "vit_s_dinov3"),
+        ("vit_small_plus_patch16_dinov3", "vit_s_plus_dinov3"),
+    ],
+)
+@torch.no_grad()
+def test_timms_dinov3(theirs_name: str, name: str) -> None:
+    timm = pytest.importorskip("timm")
+    theirs = fill(timm.create_model(theirs_name))
+    for parameter, value in theirs.state_dict().items():
+        if parameter.endswith(("token", "gamma_1", "gamma_2")):
+            value.normal_(0.2, 0.1, generator=torch.Generator().manual_seed(2))
+    model = backbone(name, theirs, output="map")
+    tokens = theirs.forward_features(image(64, 96))[:, 5:]
+    (feature,) = model.backbone(image(64, 96))
+    equal(feature.flatten(2).transpose(1, 2), tokens)
+
+
 def eomt(annealing: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Segmenter, nn.Module]:
     """A model of transformers, and here with its weights."""
     transformers = pytest.importorskip("transformers")

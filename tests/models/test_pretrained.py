@@ -33,6 +33,7 @@ from segkit.models.decoders import DECODERS
 from segkit.models.pretrained import Report, load_file
 from segkit.models.pretrained.beit import resize_table, spline_matrix
 from segkit.models.pretrained.loading import windows
+from segkit.models.pretrained.mit import find_mit
 from segkit.models.pretrained.reading import read_file
 from segkit.models.pretrained.recognition import recognize
 from segkit.models.pretrained.safetensors import read_safetensors
@@ -1276,6 +1277,7 @@ NAMES: list[tuple[str | None, str, tuple[str, ...]]] = [
     ("ocrnet", "backbone.", ("decode_head.0.convs.0.", "decode_head.1.object_context_block.")),
     ("upernet", "backbone.", ("decode_head.lateral_convs.0.batch_norm.",)),
     ("upernet", "backbone.", ("decode_head.lateral_convs.0.bn.",)),
+    ("segformer", "backbone.", ("decode_head.fusion_conv.",)),
     ("pspnet", "backbone.", ("decode_head.psp_modules.0.",)),
     ("deeplabv3plus", "backbone.", ("decode_head.sep_bottleneck.0.",)),
     ("fcn", "backbone.", ("decode_head.convs.1.", "decode_head.conv_cat.")),
@@ -1309,6 +1311,221 @@ def test_every_setting_of_a_project_is_one_of_a_model(
         part, _, name = path.rpartition(".")
         owners = backbones if part == "backbone" else [model.get_submodule(part)]
         assert any(hasattr(owner, name) for owner in owners), path
+
+
+# ---- transformers
+
+
+def in_proj(state: State, prefix: str, parts: tuple[str, ...]) -> State:
+    """Linear layers as nn.MultiheadAttention joins them, with the names of their parts removed."""
+    joined: State = {}
+    groups: dict[str, list[Tensor]] = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(rf"(.*{prefix})\.({'|'.join(parts)})\.(weight|bias)", name)
+        if match:
+            groups.setdefault(f"{match[1]}.in_proj_{match[3]}", []).append(tensor)
+        else:
+            joined[name] = tensor
+    return joined | {name: torch.cat(tensors) for name, tensors in groups.items()}
+
+
+def openmmlab_segformer(model: Segmenter, state: State) -> State:
+    """A SegFormer by mmsegmentation's names; ``state`` is that of the model."""
+    named = renamed(
+        in_proj(state, r"\.attn", ("q", "kv")),
+        (r"^(backbone)\.levels\.(\d)\.embed\.", r"\1.layers.\2.0.projection."),
+        (r"^(backbone)\.levels\.(\d)\.embed_norm\.", r"\1.layers.\2.0.norm."),
+        (r"^(backbone)\.levels\.(\d)\.norm\.", r"\1.layers.\2.2.norm."),
+        (r"^(backbone)\.levels\.(\d)\.blocks\.", r"\1.layers.\2.1."),
+        (r"^decoder\.projections\.(\d)\.0\.", r"decode_head.convs.\1.conv."),
+        (r"^decoder\.projections\.(\d)\.1\.", r"decode_head.convs.\1.bn."),
+        (r"^decoder\.fuse\.0\.", "decode_head.fusion_conv.conv."),
+        (r"^decoder\.fuse\.1\.", "decode_head.fusion_conv.bn."),
+        (r"^decoder\.classifier\.", "decode_head.conv_seg."),
+    )
+    named = renamed(
+        named,
+        (r"\.2\.norm\.", ".2."),
+        (r"\.attn\.(in_proj_|proj)", r".attn.attn.\1"),
+        (r"\.attn\.reduce\.", ".attn.sr."),
+        (r"\.attn\.reduce_norm\.", ".attn.norm."),
+        (
+            r"\.mlp\.(fc1|dwconv|fc2)\.",
+            lambda m: f".ffn.layers.{ {'fc1': 0, 'dwconv': 1, 'fc2': 4}[m[1]] }.",
+        ),
+    )
+    named = renamed(named, (r"\.attn\.attn\.proj\.", ".attn.attn.out_proj."))
+    return {
+        name: x[..., None, None]
+        if re.search(r"ffn\.layers\.[0-9]\.weight", name) and x.ndim == 2
+        else x
+        for name, x in named.items()
+    }
+
+
+def test_mmsegmentations_segformer_whole() -> None:
+    decoder = {"name": "segformer", "width": 16, "level_norms": True}
+    model = build_model("mit_b0", decoder, num_classes=3)
+    state = random_state(model)
+    theirs = openmmlab_segformer(model, state)
+    assert theirs["backbone.layers.1.1.0.ffn.layers.4.weight"].shape == (64, 256, 1, 1)
+    assert theirs["backbone.layers.0.1.1.attn.attn.in_proj_bias"].shape == (96,)
+    assert {"decode_head.convs.3.bn.running_var", "backbone.layers.3.2.bias"} < set(theirs)
+    report = load_state(model, theirs, source="theirs")
+    same(model, state)
+    assert not report.initialized
+    assert not report.skipped
+    assert report.notes[0].startswith("mmsegmentation's norms of embeddings")
+    features = [
+        torch.randn(2, width, 16 >> i, 24 >> i) for i, width in enumerate((32, 64, 160, 256))
+    ]
+    norm = lambda x, name: F.batch_norm(  # noqa: E731
+        x,
+        *(
+            theirs[f"decode_head.{name}.{key}"]
+            for key in ("running_mean", "running_var", "weight", "bias")
+        ),
+    ).relu()
+    levels = [
+        norm(F.conv2d(x, theirs[f"decode_head.convs.{i}.conv.weight"]), f"convs.{i}.bn")
+        for i, x in enumerate(features)
+    ]
+    joined = torch.cat([F.interpolate(x, (16, 24), mode="bilinear") for x in levels], 1)
+    fused = norm(F.conv2d(joined, theirs["decode_head.fusion_conv.conv.weight"]), "fusion_conv.bn")
+    weight, bias = (theirs[f"decode_head.conv_seg.{part}"] for part in ("weight", "bias"))
+    expected = F.conv2d(fused, weight, bias)
+    torch.testing.assert_close(
+        model.eval().decoder(features)["out"], expected, rtol=1e-4, atol=1e-3
+    )
+    plain = build_model("mit_b0", {"name": "segformer", "width": 16}, num_classes=3)
+    report = load_state(plain, theirs, source="theirs")
+    same(plain.backbone, {name.removeprefix("backbone."): x for name, x in state.items()})
+    assert "the file's decoder, segformer, differs" in first(report.initialized)
+
+
+def test_attention_of_mmsegmentations_segformer_is_pytorchs() -> None:
+    """nn.MultiheadAttention has query, key and value in this order in ``in_proj``."""
+    state = {"layers.0.1.0.attn.attn.in_proj_weight": torch.arange(12.0).reshape(6, 2)}
+    project = find_mit(state)
+    assert project is not None
+    tensors = project.rename(state).tensors
+    assert tensors["levels.0.blocks.0.attn.q.weight"].tolist() == [[0, 1], [2, 3]]
+    assert tensors["levels.0.blocks.0.attn.kv.weight"].flatten().tolist() == [*range(4, 12)]
+
+
+def meta_mask2former(state: State) -> State:
+    """A Mask2Former by Meta's names, on a ResNet by detectron2's."""
+    parts = ("query", "key", "value")
+    pixels, predictor = "sem_seg_head.pixel_decoder", "sem_seg_head.predictor"
+    kinds = {"cross": "cross_attention", "itself": "self_attention", "mlp": "ffn"}
+    layer = lambda kind, rest: f"{predictor}.transformer_{kind}_layers.{rest}."  # noqa: E731
+    mask_head = lambda m: f"{predictor}.mask_embed.layers.{int(m[1]) // 2}."  # noqa: E731
+    attention = {"cross": "multihead_attn", "itself": "self_attn"}
+    linear = lambda m: f"{m[1]}.linear{int(m[2]) // 2 + 1}."  # noqa: E731
+    rules: list = [
+        (r"^decoder\.pixel_decoder\.projections", f"{pixels}.input_proj"),
+        (r"^decoder\.pixel_decoder\.level_embed", f"{pixels}.transformer.level_embed"),
+        (r"^decoder\.pixel_decoder\.embed", f"{pixels}.mask_features"),
+        *(
+            (rf"^decoder\.pixel_decoder\.{ours}\.{i}\.", f"{pixels}.{theirs}.{'norm.' * i}")
+            for ours, theirs in (("lateral", "adapter_1"), ("smooth", "layer_1"))
+            for i in (0, 1)
+        ),
+        *(
+            (
+                rf"^decoder\.pixel_decoder\.layers\.(\d)\.attention\.{ours}",
+                rf"{pixels}.transformer.encoder.layers.\1.self_attn.{theirs}",
+            )
+            for ours, theirs in (
+                ("offsets", "sampling_offsets"), ("shares", "attention_weights"),
+                ("value", "value_proj"), ("project", "output_proj"),
+            )
+        ),
+        (r"^decoder\.pixel_decoder\.layers", f"{pixels}.transformer.encoder.layers"),
+        *(
+            (rf"^decoder\.layers\.(\d)\.{ours}\.", layer(kind, rf"\1.{ours}"))
+            for ours, kind in kinds.items()
+        ),
+        *(
+            (rf"^decoder\.layers\.(\d)\.norm{n}\.", layer(kind, r"\1.norm"))
+            for n, kind in enumerate(kinds.values(), 1)
+        ),
+        (r"^decoder\.mask_head\.(\d)\.", mask_head),
+        (r"^decoder\.norm\.", f"{predictor}.decoder_norm."),
+        (r"^decoder\.query_features\.", f"{predictor}.query_feat."),
+        (r"^decoder\.query_positions\.", f"{predictor}.query_embed."),
+        (r"^decoder\.class_head\.", f"{predictor}.class_embed."),
+        (r"^decoder\.level_embed\.", f"{predictor}.level_embed."),
+        (r"^backbone\.(conv1)", r"backbone.stem.\1"),
+        (r"^backbone\.(bn1)", r"backbone.stem.conv1.norm"),
+        (r"^backbone\.layer(\d)", lambda m: f"backbone.res{int(m[1]) + 1}"),
+    ]  # fmt: skip
+    named = renamed(in_proj(in_proj(state, r"\.cross", parts), r"\.itself", parts), *rules)
+    named = renamed(
+        named,
+        (r"\.(cross|itself)\.project\.", lambda m: f".{attention[m[1]]}.out_proj."),
+        (r"\.(cross|itself)\.in", lambda m: f".{attention[m[1]]}.in"),
+        (r"^(sem.*ffn_layers\.\d)\.mlp\.(\d)\.", linear),
+        (r"^(sem.*layers\.\d)\.mlp\.(\d)\.", linear),
+        (r"\.bn(\d)\.", r".conv\1.norm."),
+        (r"\.downsample\.0\.", ".shortcut."),
+        (r"\.downsample\.1\.", ".shortcut.norm."),
+    )
+    return named | {"criterion.empty_weight": torch.ones(4)}
+
+
+def test_metas_mask2former_whole() -> None:
+    sizes = {"width": 32, "queries": 5, "layers": 2, "heads": 4, "feedforward": 40}
+    decoder = {"name": "mask2former", "pixel_layers": 2, "pixel_feedforward": 48, **sizes}
+    model = build_model("resnet50", decoder, num_classes=3)
+    state = random_state(model)
+    theirs = meta_mask2former(state)
+    for name, shape in META_MASK2FORMER.items():
+        assert theirs[name].shape == shape, name
+    assert not [name for name in theirs if name.startswith("decoder.")]
+    report = load_state(model, theirs, source="theirs")
+    same(model, state)
+    assert report.title == "Mask2Former of Meta, ResNet by detectron2's names"
+    assert not report.initialized
+    assert set(report.skipped) == {"criterion.empty_weight"}
+    other = build_model("resnet50", decoder, num_classes=7)
+    report = load_state(other, theirs, source="theirs")
+    assert set(report.initialized) == {"decoder.class_head.weight", "decoder.class_head.bias"}
+
+
+META_MASK2FORMER = {
+    "backbone.stem.conv1.norm.running_mean": (64,),
+    "backbone.res2.0.shortcut.norm.weight": (256,),
+    "backbone.res5.2.conv3.norm.bias": (2048,),
+    "sem_seg_head.pixel_decoder.input_proj.2.1.weight": (32,),
+    "sem_seg_head.pixel_decoder.transformer.level_embed": (3, 32),
+    "sem_seg_head.pixel_decoder.transformer.encoder.layers.1.self_attn.sampling_offsets.bias": (
+        96,
+    ),
+    "sem_seg_head.pixel_decoder.transformer.encoder.layers.1.self_attn.output_proj.bias": (32,),
+    "sem_seg_head.pixel_decoder.transformer.encoder.layers.1.norm2.bias": (32,),
+    "sem_seg_head.pixel_decoder.transformer.encoder.layers.1.linear1.bias": (48,),
+    "sem_seg_head.pixel_decoder.mask_features.weight": (32, 32, 1, 1),
+    "sem_seg_head.pixel_decoder.adapter_1.weight": (32, 256, 1, 1),
+    "sem_seg_head.pixel_decoder.layer_1.norm.weight": (32,),
+    "sem_seg_head.predictor.transformer_self_attention_layers.1.self_attn.in_proj_weight": (96, 32),
+    "sem_seg_head.predictor.transformer_cross_attention_layers.1.multihead_attn.in_proj_bias": (
+        96,
+    ),
+    "sem_seg_head.predictor.transformer_cross_attention_layers.1.multihead_attn.out_proj.bias": (
+        32,
+    ),
+    "sem_seg_head.predictor.transformer_cross_attention_layers.1.norm.weight": (32,),
+    "sem_seg_head.predictor.transformer_ffn_layers.1.linear2.weight": (32, 40),
+    "sem_seg_head.predictor.transformer_ffn_layers.1.norm.weight": (32,),
+    "sem_seg_head.predictor.query_feat.weight": (5, 32),
+    "sem_seg_head.predictor.query_embed.weight": (5, 32),
+    "sem_seg_head.predictor.level_embed.weight": (3, 32),
+    "sem_seg_head.predictor.class_embed.weight": (4, 32),
+    "sem_seg_head.predictor.mask_embed.layers.2.weight": (32, 32),
+    "sem_seg_head.predictor.decoder_norm.weight": (32,),
+}
+"""Some of the names in Meta's files, of the modules in its public code."""
 
 
 # ---- the command

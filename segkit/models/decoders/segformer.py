@@ -1,6 +1,7 @@
 """SegFormer's head: linear layers on each level, joined by another."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ class SegFormer(nn.Module):
         width: Channels of each level and of the joined map; the paper has 256 on MiT-B0 and B1,
             768 on B2 to B5.
         dropout: Dropout probability of channels before the classifier.
+        level_norms: BatchNorm and ReLU after each level's layer, as mmsegmentation has.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
@@ -34,10 +36,13 @@ class SegFormer(nn.Module):
         num_classes: int,
         width: int = 256,
         dropout: float = 0.1,
+        level_norms: bool = False,
     ) -> None:
         super().__init__()
         used = channels[-4:]
-        self.projections = nn.ModuleList(nn.Conv2d(inputs, width, 1) for inputs in used)
+        self.level_norms = level_norms
+        layer = partial(ConvNormAct, kernel=1) if level_norms else partial(nn.Conv2d, kernel_size=1)
+        self.projections = nn.ModuleList(layer(inputs, width) for inputs in used)
         self.fuse = ConvNormAct(len(used) * width, width, kernel=1, conv=PointwisePyramidConv2d)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = Classifier(width, num_classes)

@@ -5,13 +5,11 @@ from torch import Tensor
 
 from segkit.models.pretrained.names import Project, State, Substitutions, has
 from segkit.models.pretrained.swin import side
-from segkit.models.pretrained.vit import with_key_bias
+from segkit.models.pretrained.vit import SEPARATE_BIASES, with_key_bias
 
 _MICROSOFT: Substitutions = (
-    (r"\.attn\.q_bias$", ".attn.qkv.bias/0"),
-    (r"\.attn\.v_bias$", ".attn.qkv.bias/1"),
+    *SEPARATE_BIASES,
     (r"\.attn\.relative_position_", ".position_bias.relative_position_"),
-    (r"\.gamma_([12])$", r".ls\1.gamma"),
 )
 # Names on disk, and those of transformers 5 in memory.
 _HUGGING_FACE: Substitutions = (

@@ -181,6 +181,20 @@ def find_resnet(state: State) -> Project | None:
             ours=r"(conv1|bn1|layer[1-4])\.",
             ignored=rf"{_HEADS}\.",
         )
+    if has(state, r"stem\.conv1\.", r"res2\.0\.conv1\."):
+        return Project(
+            "ResNet by detectron2's names",
+            ("resnet", "resnext", "wide_resnet"),
+            (
+                (r"^stem\.", ""),
+                (r"^res([2-5])\.", lambda m: f"layer{int(m[1]) - 1}."),
+                (r"\.shortcut\.norm\.", ".downsample.1."),
+                (r"\.shortcut\.", ".downsample.0."),
+                (r"(^|\.)conv([123])\.norm\.", r"\1bn\2."),
+            ),
+            ours=r"(conv1|bn1|layer[1-4])\.",
+            caveats=("detectron2's own ResNets have a stride in the 1x1 convolution, BGR images",),
+        )
     if has(state, r"conv1\.", r"layer1\.0\.conv1\."):
         return Project(
             "ResNet",

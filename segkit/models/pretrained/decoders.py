@@ -102,6 +102,14 @@ _FCN = (
 )
 
 
+_SEGFORMER = (
+    (r"^decode_head\.convs\.", "decoder.projections."),
+    (r"^decode_head\.fusion_conv\.", "decoder.fuse."),
+    (r"^decode_head\.conv_seg\.", "decoder.classifier."),
+    *_CONV_NORM,
+)
+
+
 def find_mmsegmentation(state: State) -> Project | None:
     """Return the decoder of a model of mmsegmentation or transformers.
 
@@ -124,6 +132,9 @@ def find_mmsegmentation(state: State) -> Project | None:
             settings=bins | {"backbone.output_stride": 32},
             unrecorded={"align_corners": corners},
         )
+    if has(state, r"decode_head\.fusion_conv\."):
+        settings = {"decoder.level_norms": True}
+        return _mmsegmentation("SegFormer", "segformer", _SEGFORMER, settings=settings)
     if has(state, r"decode_head\.psp_modules\."):
         return _mmsegmentation(
             "PSPNet",

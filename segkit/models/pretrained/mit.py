@@ -1,4 +1,6 @@
-"""Mix Transformers and SegFormer's head by the names of NVIDIA and transformers."""
+"""Mix Transformers and SegFormer's head by the names of NVIDIA, transformers, mmsegmentation."""
+
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +33,18 @@ _BACKBONE: Substitutions = (
     (r"\.mlp\.dense([12])\.", r".mlp.fc\1."),
     (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
 )
+_MIX_FFN = {"0": "fc1", "1": "dwconv", "4": "fc2"}
+_OPENMMLAB: Substitutions = (
+    (r"^layers\.([0-3])\.0\.projection\.", r"levels.\1.embed."),
+    (r"^layers\.([0-3])\.0\.norm\.", r"levels.\1.embed_norm."),
+    (r"^layers\.([0-3])\.1\.", r"levels.\1.blocks."),
+    (r"^layers\.([0-3])\.2\.", r"levels.\1.norm."),
+    (r"^(.*\.attn)\.attn\.in_proj_(\w+)$", r"\1.q.\2|\1.kv.\2|\1.kv.\2"),
+    (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.attn\.sr\.", ".attn.reduce."),
+    (r"\.attn\.norm\.", ".attn.reduce_norm."),
+    (r"\.ffn\.layers\.([014])\.", lambda m: f".mlp.{_MIX_FFN[m[1]]}."),
+)
 _HEAD: Substitutions = (
     (r"^decode_head\.linear_c([1-4])\.proj\.", lambda m: f"decoder.projections.{int(m[1]) - 1}."),
     (r"^decode_head\.(?:linear_c|linear_projections)\.([0-3])\.proj\.", r"decoder.projections.\1."),
@@ -42,16 +56,36 @@ _HEAD: Substitutions = (
 
 def find_mit(state: State) -> Project | None:
     """Return the project whose names of a Mix Transformer these are, if any."""
+    if has(state, r"layers\.0\.1\.0\.attn\.attn\.in_proj_weight"):
+        return _mit(
+            "mmsegmentation",
+            _OPENMMLAB,
+            convert=_linear,
+            differences=(
+                "mmsegmentation's norms of embeddings and of reduced maps have an epsilon of 1e-6, "
+                "this model's, as NVIDIA's, of 1e-5",
+            ),
+        )
     nvidia = has(state, r"patch_embed1\.proj\.", r"block1\.0\.attn\.q\.", r"block1\.0\.mlp\.dwconv")
     if not nvidia and not has(state, _HUGGING_FACE):
         return None
+    return _mit("NVIDIA" if nvidia else "Hugging Face", _BACKBONE)
+
+
+def _mit(project: str, substitutions: Substitutions, **more: Any) -> Project:
     return Project(
-        f"MiT by {'NVIDIA' if nvidia else 'Hugging Face'}'s names",
+        f"MiT by {project}'s names",
         ("mit_",),
-        _BACKBONE,
+        substitutions,
         ours=r"levels\.[0-3]\.(embed|embed_norm|blocks|norm)\.",
         ignored=r"(head|classifier)\.",
+        **more,
     )
+
+
+def _linear(name: str, tensor: Tensor) -> Tensor:
+    """Return the weight of a linear layer that mmsegmentation has as a 1x1 convolution."""
+    return tensor.flatten(1) if name.endswith(("fc1.weight", "fc2.weight")) else tensor
 
 
 def find_segformer(state: State) -> Project | None:

@@ -45,10 +45,11 @@ class Project:
         fits: Prefixes of the backbones' names that it may be; of a decoder, its name.
         substitutions: From the project's names to segkit's. Entries that become ``NAME/0``,
             ``NAME/1``, ... are concatenated to ``NAME``; one that becomes ``NAME|OTHER|...`` is
-            divided into equal parts of these names.
+            divided into equal parts of these names, and parts of one name are concatenated.
         ours: Pattern of the names that may result.
         ignored: Pattern of other names in the project's files, such as a classifier's head.
         convert: Converts a tensor, given its new name.
+        unbiased: Pattern of the new names of weights whose bias, 0, the files do not have.
         settings: Attributes of a model that computes as the project does, where the names tell.
         unrecorded: The same where no name tells, and what the project's files were made with.
         differences: Sentences on what the project computes differently, which no setting changes.
@@ -63,6 +64,7 @@ class Project:
     ours: str = r"decoder\."
     ignored: str = "(?!)"
     convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    unbiased: str = "(?!)"
     settings: Mapping[str, Any] = field(default_factory=dict)
     unrecorded: Mapping[str, str] = field(default_factory=dict)
     differences: tuple[str, ...] = ()
@@ -82,13 +84,17 @@ class Project:
                 rest.append(theirs)
         tensors, origins = {}, {}
         for ours, names in parts.items():
-            values = [state[names[part]] for part in sorted(names)]
-            joined = torch.cat(values) if len(values) > 1 else values[0]
+            joined = _join([state[names[part]] for part in sorted(names)])
             several = ours.split("|")
             pieces = joined.chunk(len(several)) if len(several) > 1 else [joined]
-            for name, piece in zip(several, pieces, strict=False):
-                tensors[name] = self.convert(name, piece)
+            for name in dict.fromkeys(several):
+                own = [x for other, x in zip(several, pieces, strict=False) if other == name]
+                tensors[name] = self.convert(name, _join(own))
                 origins[name] = prefix + [*names.values()][-1]
+        for weight in [name for name in tensors if re.fullmatch(self.unbiased, name)]:
+            bias = weight.removesuffix("weight") + "bias"
+            tensors[bias] = tensors[weight].new_zeros(tensors[weight].shape[:1])
+            origins[bias] = origins[weight]
         ignored = [name for name in rest if re.match(self.ignored, name)]
         return Entries(
             tensors,
@@ -96,6 +102,10 @@ class Project:
             ignored=tuple(prefix + name for name in ignored),
             unknown=tuple(prefix + name for name in rest if name not in ignored),
         )
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def has(state: State, *patterns: str) -> bool:

@@ -28,7 +28,7 @@ _CLASSIFIER = re.compile(
 
 SETTINGS = {
     "backbone": ("output_stride", "contract_dilation", "like", "upsampling", "align_corners"),
-    "decoder": ("align_corners", "rates", "bins", "average", "pruned", "heads"),
+    "decoder": ("align_corners", "rates", "bins", "average", "pruned", "heads", "level_norms"),
 }
 """Attributes of backbones and decoders that change what they compute with the same weights."""
 

@@ -28,14 +28,28 @@ _HUGGING_FACE: Substitutions = (
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.gate_proj\.", ".mlp.w1."),
 )
-
-
+SEPARATE_BIASES: Substitutions = (
+    (r"\.attn\.q_bias$", ".attn.qkv.bias/0"),
+    (r"\.attn\.v_bias$", ".attn.qkv.bias/1"),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),
+)
+"""Names of Microsoft's BEiT, which timm has for DINOv3 too."""
+_TIMM: Substitutions = (
+    (r"^reg_token$", "register_tokens"),
+    *SEPARATE_BIASES,
+    (r"\.mlp\.fc1_g\.", ".mlp.w1."),
+    (r"\.mlp\.fc1_x\.", ".mlp.w2."),
+)
 _PLAIN: Substitutions = ((r"\.mlp\.up_proj\.", ".mlp.fc1."), (r"\.mlp\.down_proj\.", ".mlp.fc2."))
 _GATED: Substitutions = ((r"\.mlp\.up_proj\.", ".mlp.w2."), (r"\.mlp\.down_proj\.", ".mlp.w3."))
 
 
 def find_vit(state: State) -> Project | None:
     """Return the project whose names of a DINOv2 or DINOv3 these are, if any."""
+    if has(state, r"blocks\.0\.gamma_1", r"reg_token"):
+        gated = ((r"\.mlp\.fc2\.", ".mlp.w3."),) if has(state, r".*\.fc1_g\.") else ()
+        unbiased = "(?!)" if has(state, r".*\.q_bias") else r".*\.attn\.qkv\.weight"
+        return _dinov3("timm", (*_TIMM, *gated), with_key_bias, unbiased)
     if has(state, r"blocks\.0\.ls1\.gamma", r"cls_token"):
         names: Substitutions = ((r"^(?:storage_tokens|reg_token)$", "register_tokens"),)
         if has(state, r"rope_embed\.|storage_tokens"):
@@ -65,7 +79,10 @@ def _dinov2(whose: str, substitutions: Substitutions) -> Project:
 
 
 def _dinov3(
-    project: str, substitutions: Substitutions, convert: Callable[[str, Tensor], Tensor]
+    project: str,
+    substitutions: Substitutions,
+    convert: Callable[[str, Tensor], Tensor],
+    unbiased: str = "(?!)",
 ) -> Project:
     return Project(
         f"DINOv3 by {project}'s names",
@@ -74,6 +91,7 @@ def _dinov3(
         ours=_OURS,
         ignored=_IGNORED,
         convert=convert,
+        unbiased=unbiased,
     )
 
 
