@@ -63,17 +63,12 @@ def main(argv: Sequence[str]) -> None:
         photos = open_photos(args, runs)
         out, folder = prepare_folders(args, runs[0], photos.source if photos else None)
         predictor = CandidatePredictor(runs, device, folder=folder, allow_leak=args.allow_leak)
-        votes = VOTES if args.compare else (args.vote,)
-        scorer = Scorer(predictor, votes=votes, details=cfg.infer.details != "off")
+        scorer = Scorer(predictor, votes=votes_of(args), details=cfg.infer.details != "off")
         soups = RunSoups(scorer, folder, allow_leak=args.allow_leak)
         final = final_candidate(
-            runs,
-            kind=args.soup,
-            views=views,
-            fitted=args.weigh_views,
-            vote=args.vote,
+            runs, kind=args.soup, views=views, fitted=args.weigh_views, vote=args.vote,
             soup_of=soups.soup,
-        )
+        )  # fmt: skip
         if args.calibrate == "voters" and len(final.paths) > 1:
             final = replace(final, name=f"{final.name} calibrated", calibrated=True)
         temperature = predictor.temperature(final) if args.calibrate else 1.0
@@ -104,18 +99,9 @@ def main(argv: Sequence[str]) -> None:
         selection = common_selection(runs) if args.compare or not args.images else None
         eval_sets = [images for images in (selection, truth) if images is not None]
         candidates = [final] if eval_sets else []
-        compare = not args.brief and (truth is not None or photos is None)
-        if eval_sets and (args.compare or compare):
-            few = dict.fromkeys(["uniform", "greedy", args.soup or "greedy"])
-            compared = comparison_candidates(
-                runs,
-                final,
-                kinds=SOUPS if args.compare else few,
-                votes=votes,
-                views_for_all=args.compare,
-                soup_of=soups.soup,
-            )
-            candidates = [*compared, final]
+        known = truth is not None or photos is None
+        if eval_sets and (args.compare or (known and not args.brief)):
+            candidates = [*compared_with(final, args, runs, soups), final]
         calibrate = args.calibrate is not None
         rows = [scorer.row(each, final, eval_sets, calibrate=calibrate) for each in candidates]
 
@@ -166,6 +152,22 @@ def prepare_folders(
         mark_folders(folders, reads=reads)
     distributed.barrier()
     return out, test
+
+
+def votes_of(args: argparse.Namespace) -> Sequence[str]:
+    """Return the kinds of vote to score."""
+    return VOTES if args.compare else (args.vote,)
+
+
+def compared_with(
+    final: Candidate, args: argparse.Namespace, runs: Sequence[TrainedRun], soups: RunSoups
+) -> list[Candidate]:
+    """Return the candidates to compare with the final one: all of them with --compare."""
+    few = dict.fromkeys(["uniform", "greedy", args.soup or "greedy"])
+    return comparison_candidates(
+        runs, final, kinds=SOUPS if args.compare else few, votes=votes_of(args),
+        views_for_all=args.compare, soup_of=soups.soup,
+    )  # fmt: skip
 
 
 def open_truth(args: argparse.Namespace, cfg: Config, photos: Images | None) -> Images | None:

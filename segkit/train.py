@@ -246,15 +246,8 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
     with clock.measure("saving"):
         job.saver.background.wait()
     log.close()
-    score, best_epoch = state.top[0] if state.top else (None, None)
-    return {
-        "miou": score,
-        "epoch": best_epoch,
-        "steps": state.step,
-        "bad_steps": state.bad_steps,
-        "seconds": round(time.perf_counter() - started, 1),
-        "shares": clock.shares(),
-    }
+    seconds = round(time.perf_counter() - started, 1)
+    return {**state.summary(), "seconds": seconds, "shares": clock.shares()}
 
 
 class Trial(NamedTuple):

@@ -39,7 +39,7 @@ from segkit.models.pretrained.loading import fitting, identify
 from segkit.models.pretrained.published import obtain
 from segkit.models.pretrained.reading import read_file
 from segkit.report.duplicates import near_duplicates
-from segkit.report.survey import Photo, read_photo
+from segkit.report.survey import Photo, color_statistics, read_photo
 from segkit.training import rules
 from segkit.training.defaults import has_batch_norm
 from segkit.training.memory import training_memory
@@ -167,10 +167,8 @@ def read_fingerprint(source: Source, pixels: np.ndarray) -> tuple[Fingerprint, d
     step = max(1, math.ceil(len(source) / MOST_READ))
     chosen = range(0, len(source), step)
     photos: list[Photo] = on_threads(lambda i: read_photo(source, i), chosen, "reading")
-    histogram = np.sum([photo.histogram for photo in photos], 0).astype(float)
-    levels, total = np.arange(256) / 255, histogram.sum(1)
-    mean = histogram @ levels / total
-    std = np.sqrt(histogram @ levels**2 / total - mean**2)
+    histogram = np.sum([photo.histogram for photo in photos], 0)
+    mean, std = color_statistics(histogram)
     pairs = near_duplicates(np.stack([photo.gray for photo in photos]))
     groups = join([photo.name for photo in photos], [pair[:2] for pair in pairs])
     owner = {name: group[0] for group in groups for name in group}
@@ -182,8 +180,8 @@ def read_fingerprint(source: Source, pixels: np.ndarray) -> tuple[Fingerprint, d
         shown=(pixels > 0).sum(0).tolist(),
         sides=[math.sqrt(x.area) for photo in photos for x in photo.instances],
         gray=bool(np.array_equal(histogram[0], histogram[1])),
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
+        mean=mean,
+        std=std,
         groups=groups,
     )
     return data, {name: owner.get(name, name) for name in source.names} if groups else {}

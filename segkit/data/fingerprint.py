@@ -31,8 +31,8 @@ class Fingerprint(NamedTuple):
     shown: Sequence[int]
     sides: Sequence[float]
     gray: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Sequence[float]
+    std: Sequence[float]
     groups: Sequence[Sequence[str]] = ()
 
     @property

@@ -157,7 +157,7 @@ def label_confident(
             f"{len(given)} thresholds were given for {len(classes)} classes; give one, or one per "
             "class"
         )
-    thresholds = list(given) * len(classes) if len(given) == 1 else list(given)
+    thresholds = list(given) * (len(classes) // len(given))
     if quantiles:
         thresholds = _quantiles(thresholds, predictor, candidate, images, temperature)
     info = {

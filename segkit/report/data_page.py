@@ -11,7 +11,7 @@ from segkit.data.source import background
 from segkit.inference.outputs import PALETTES, Color, overlay
 from segkit.report import html
 from segkit.report.html import cell, escape, percent
-from segkit.report.survey import KINDS, Box, Findings, Part
+from segkit.report.survey import KINDS, Box, Findings, Part, color_statistics
 
 CROPS, CROP_SIDE = 400, 112  # example objects of all classes together, and their longer side
 MAX_SHOWN, SHOWN_SIDE = 24, 352  # pictures of a kind of finding, and their longer side
@@ -159,15 +159,6 @@ def _tiles(figures: Sequence[str], total: int) -> str:
     more = total - len(figures)
     left_out = f"<p>and {more:,} more, listed by --json</p>" if more else ""
     return f'<div class="tiles">{"".join(figures)}</div>{left_out}'
-
-
-def color_statistics(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of R, G, B in 0..1, from the pixels of each value."""
-    levels = np.arange(256) / 255
-    shares = histogram / histogram.sum(1, keepdims=True)
-    mean = shares @ levels
-    std = np.sqrt(shares @ levels**2 - mean**2)
-    return mean.round(4).tolist(), std.round(4).tolist()
 
 
 def _colors(histogram: np.ndarray) -> str:

@@ -88,6 +88,15 @@ class Part:
         return [(i, instance) for i, instance in objects if instance.class_index == c]
 
 
+def color_statistics(histogram: np.ndarray) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of R, G, B in 0..1, from the pixels of each value."""
+    levels = np.arange(256) / 255
+    shares = histogram / histogram.sum(1, keepdims=True)
+    mean = shares @ levels
+    std = np.sqrt(shares @ levels**2 - mean**2)
+    return mean.round(4).tolist(), std.round(4).tolist()
+
+
 def read_photo(source: Source, i: int) -> Photo:
     """Return the statistics of image ``i``."""
     image = source.image(i)

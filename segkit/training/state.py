@@ -65,6 +65,11 @@ class TrainState:
             self.bad_in_row += 1
             self.bad_steps += 1
 
+    def summary(self) -> dict[str, Any]:
+        """Return the best score, its epoch, and the numbers of steps."""
+        score, epoch = self.top[0] if self.top else (None, None)
+        return {"miou": score, "epoch": epoch, "steps": self.step, "bad_steps": self.bad_steps}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the entries of ``last.pt``, :data:`segkit.core.checkpoint.RESUME`."""
         return {

@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 from segkit.commands.explore import main
 from segkit.core import config
 from segkit.core.errors import SegkitError
-from segkit.report.data_page import color_statistics, data_page
+from segkit.report.data_page import data_page
 from segkit.report.duplicates import near_duplicates
-from segkit.report.survey import Part, connected_areas, find_problems
+from segkit.report.survey import Part, color_statistics, connected_areas, find_problems
 
 
 def test_areas_by_brute_force() -> None:
