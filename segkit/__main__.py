@@ -4,17 +4,7 @@ import sys
 from typing import NoReturn
 
 from segkit import infer, train
-from segkit.commands import (
-    augment,
-    check,
-    console,
-    demo,
-    explore,
-    plan,
-    reference,
-    report,
-    weights,
-)
+from segkit.commands import augment, check, console, demo, explore, plan, reference, report, weights
 from segkit.core.errors import closest, quoted
 
 COMMANDS = {

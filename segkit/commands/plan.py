@@ -235,11 +235,7 @@ def plan_training(data: Fingerprint, machine: Machine, cfg: Config) -> list[Choi
 
 
 def measure(
-    choices: list[Choice],
-    source: Source,
-    data: Fingerprint,
-    machine: Machine,
-    device: torch.device,
+    choices: list[Choice], source: Source, data: Fingerprint, machine: Machine, device: torch.device
 ) -> tuple[Cost, list[Choice]]:
     """Return the cost of a step on the device, and the choices with a batch that it can hold."""
     while True:

@@ -282,10 +282,7 @@ _COUNTS = ("fold", "epoch", "step", "bad_in_row", "bad_steps")
 _SCHEMAS: dict[str, tuple[str, Any]] = {
     "model": ("a state dict, names to tensors", {str: Tensor}),
     "ema": ("a moving average of weights", ({"model": {str: Tensor}, "updates": int}, None)),
-    "window": (
-        "a mean of weights",
-        ({"model": {str: Tensor}, "updates": int, "end": int}, None),
-    ),
+    "window": ("a mean of weights", ({"model": {str: Tensor}, "updates": int, "end": int}, None)),
     "average": ("the name of an average", str),
     "config": ("a configuration", {str: Any}),
     "soup": ("a recipe", {str: Any}),

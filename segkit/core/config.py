@@ -148,9 +148,7 @@ class OptimConfig:
         None, "peak learning rate; null: by the optimizer, the weights and the norms", 0
     )
     backbone_lr_factor: float | None = _setting(
-        None,
-        "factor on lr for the backbone; null: 0.1 for AdamW and pretrained weights, else 1",
-        0,
+        None, "factor on lr for the backbone; null: 0.1 for AdamW and pretrained weights, else 1", 0
     )
     layer_decay: float = _setting(
         1.0,

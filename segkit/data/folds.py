@@ -280,14 +280,10 @@ def _labels(pixels: np.ndarray) -> np.ndarray:
 def _distribute(counts: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Assign each unit to a part so that every label is divided according to ``shares``.
 
-    Args:
-        counts: (units, labels + 1) label counts of each unit; the last column is its number of
-            images.
-        shares: (parts,) desired share of each part; their sum is 1.
-        rng: Breaks ties.
-
-    Returns:
-        (units,) the part of each unit.
+    Shape:
+        counts: (units, labels + 1), label counts; the last column is the number of images
+        shares: (parts,), whose sum is 1
+        returns: (units,), the part of each unit
     """
     desired = shares[:, None] * counts.sum(0)
     part = np.full(len(counts), -1)

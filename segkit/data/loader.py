@@ -156,10 +156,8 @@ class TrainImages(Dataset):
     """Augmented images and masks by (epoch, image index).
 
     Args:
-        source: Labelled images.
         indices: The fold's training images, from which mixing operations draw.
         pipeline: Augmentation; all its results must have the same size.
-        seed: Seed of the augmentation.
         render: If false, image and mask are not rendered; their plan is to be rendered on the
             model's device.
     """
@@ -277,12 +275,9 @@ class EvalBatches:
     Over all ranks, each image is in one batch. Worker processes are kept between iterations.
 
     Args:
-        source: The images.
         indices: Images over all ranks.
-        labels: Also read the masks.
         batch_size: Number of images in a batch, which are of equal size; default: on a GPU up to
             :data:`GPU_BATCH` of at most :data:`GPU_PIXELS` in all, else 1.
-        workers: Number of processes that read images.
         pad: Images are padded so that their sides are multiples of this, and are sorted by size, so
             that more of them share a batch.
         device: Device of the model; for CUDA the batches are in pinned memory.

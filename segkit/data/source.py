@@ -107,8 +107,6 @@ def usable(
 
     Args:
         source: The images without known faults. With ``"skip"``, all of them are read once.
-        faults: The known faults.
-        on_error: See :data:`OnError`.
         nothing: Beginning of the error message if no image is usable.
 
     Raises:

@@ -30,7 +30,6 @@ class CandidatePredictor:
     Args:
         runs: Trained runs; view coefficients are fitted on their common selection set. The first
             run's configuration sets the batch size and the workers.
-        device: This rank's.
         folder: Folder of temporary files, for votes too large for memory.
         allow_leak: Fit view coefficients even on images that a checkpoint trained on.
     """

@@ -61,8 +61,6 @@ class LabelScore:
 
     Args:
         part: Part of the run's data, ``train`` or ``val``.
-        index: Index of the image in that part.
-        name: File name of the image.
         score: Soft minimum of the local likelihood of the annotation, 0 to 1.
         regions: At most :data:`MAX_REGIONS`, the lowest score first.
     """
@@ -86,10 +84,7 @@ def soft_minimum(values: Tensor, temperature: float = TEMPERATURE) -> float:
 def local_means(likelihood: Tensor, labelled: Tensor, window: int) -> Tensor:
     """Return the mean likelihood of the labelled pixels in a window around each pixel.
 
-    Args:
-        likelihood: (H, W) floating.
-        labelled: (H, W) bool.
-        window: Side in pixels; an even one is enlarged by 1.
+    ``window`` is its side; an even one is enlarged by 1. All tensors are (H, W).
     """
     reach = window // 2
     planes = torch.stack([likelihood * labelled, labelled.to(likelihood)])[None]

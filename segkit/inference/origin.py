@@ -22,7 +22,6 @@ def mark_folders(folders: Iterable[Path], *, reads: Iterable[Path] = ()) -> None
     """Mark folders as result folders; each must be new, empty, or a result folder already.
 
     Args:
-        folders: The result folders.
         reads: Files that are read while results are written, and so must not be replaced.
 
     Raises:

@@ -79,11 +79,7 @@ def confident(probabilities: Tensor, thresholds: Sequence[float]) -> Tensor:
 
 
 def write_pseudo_labels(
-    path: Path,
-    masks: NamedMasks,
-    *,
-    classes: Sequence[str],
-    info: Mapping[str, Any] | None = None,
+    path: Path, masks: NamedMasks, *, classes: Sequence[str], info: Mapping[str, Any] | None = None
 ) -> None:
     """Write masks as a COCO file, one RLE per class and image; ignored pixels are a crowd region.
 

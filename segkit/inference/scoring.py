@@ -20,7 +20,6 @@ class Scorer:
     """Evaluates candidates, each once.
 
     Args:
-        predictor: Predicts the candidates.
         votes: Kinds of vote to count whenever checkpoints vote: one pass serves all of them.
         details: Count boundaries and objects too.
     """

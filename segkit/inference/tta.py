@@ -212,7 +212,6 @@ def true_class_samples(probabilities: Tensor, target: Tensor, *, samples: int = 
     """Return the probability of the true class at pixels sampled evenly over an image.
 
     Args:
-        probabilities: Of an image, from one view.
         target: Class indices; if all are ignored, the result is NaN.
         samples: Number of pixels, equal for every image so that all images count equally.
 

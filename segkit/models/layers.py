@@ -36,8 +36,6 @@ class ConvNormAct(nn.Sequential):
     """A convolution of unchanged size, BatchNorm and an activation.
 
     Args:
-        inputs: Input channels.
-        outputs: Output channels.
         kernel: Side of the kernel, odd.
         dilation: Dilation of the kernel.
         bias: Give the convolution a bias. BatchNorm cancels it, but some published weights have
@@ -66,13 +64,7 @@ class ConvNormAct(nn.Sequential):
         first: nn.Module
         if separable:
             depthwise = DepthwiseConv2d(
-                inputs,
-                inputs,
-                kernel,
-                padding=padding,
-                dilation=dilation,
-                groups=inputs,
-                bias=bias,
+                inputs, inputs, kernel, padding=padding, dilation=dilation, groups=inputs, bias=bias
             )
             between = [BatchNorm2d(inputs), nn.ReLU(inplace=True)] if norm_between else []
             first = nn.Sequential(depthwise, *between, nn.Conv2d(inputs, outputs, 1, bias=bias))
@@ -136,9 +128,7 @@ class PyramidPooling(nn.Module):
     Zhao et al. 2017, https://arxiv.org/abs/1612.01105
 
     Args:
-        inputs: Input channels.
         width: Channels of each grid of averages.
-        outputs: Output channels.
         bins: Side of each grid.
 
     Shape:
@@ -167,7 +157,6 @@ class ASPP(nn.Module):
     Chen et al. 2017, https://arxiv.org/abs/1706.05587
 
     Args:
-        inputs: Input channels.
         width: Channels of each branch and of the output.
         rates: Dilation of each 3x3 branch; a 1x1 branch and the image's average are always added.
         separable: Use depthwise and pointwise convolutions in the 3x3 branches.

@@ -131,11 +131,7 @@ def whole_patches(image: Tensor, patch: int) -> tuple[Tensor, int, int]:
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
-    x: Tensor,
-    *arguments: Any,
-    outputs: Sequence[int],
-    recompute: bool,
+    blocks: Iterable[nn.Module], x: Tensor, *arguments: Any, outputs: Sequence[int], recompute: bool
 ) -> Iterator[Tensor]:
     """Run blocks one after the other, and yield the results of some of them.
 

@@ -51,8 +51,6 @@ class Gallery:
     its own candidates and rank 0 selects.
 
     Args:
-        source: The images.
-        indices: All evaluated images, over all ranks.
         size: Number of images to select.
     """
 

@@ -84,9 +84,7 @@ def parallelize(model: nn.Module, cfg: Config, device: torch.device) -> nn.Modul
     if distributed.world_size() == 1:
         return model
     return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
 
 

@@ -25,13 +25,7 @@ from segkit.core.errors import ConfigError, closest, quoted
 from segkit.core.labels import IGNORE, check_labels
 from segkit.models.queries import QUERY_OUTPUTS
 from segkit.training.mask_classification import MaskClassification
-from segkit.training.pixels import (
-    Pixels,
-    SigmoidFocalSums,
-    StepTotals,
-    at_least_fp32,
-    no_autocast,
-)
+from segkit.training.pixels import Pixels, SigmoidFocalSums, StepTotals, at_least_fp32, no_autocast
 
 
 class Loss(nn.Module):
@@ -88,10 +82,7 @@ class CrossEntropy(Loss):
     class_weights: Tensor | None
 
     def __init__(
-        self,
-        *,
-        class_weights: tuple[float, ...] | None = None,
-        label_smoothing: float = 0.0,
+        self, *, class_weights: tuple[float, ...] | None = None, label_smoothing: float = 0.0
     ) -> None:
         super().__init__()
         check_bounds(0, 1, label_smoothing=label_smoothing)

@@ -73,10 +73,7 @@ class MaskClassification(nn.Module):
         self.no_object = no_object
 
     def forward(
-        self,
-        outputs: Mapping[str, Tensor],
-        target: Tensor,
-        totals: StepTotals | None = None,
+        self, outputs: Mapping[str, Tensor], target: Tensor, totals: StepTotals | None = None
     ) -> Tensor:
         classes, masks = outputs["query_classes"], outputs["query_masks"]
         with no_autocast(classes):

@@ -201,14 +201,14 @@ def scores(matrix: Tensor, *, include_background: bool = True) -> Scores:
     )
 
 
-def per_image_miou(counts: Tensor, *, include_background: bool = True) -> Tensor:
+def per_image_miou(counts: Tensor) -> Tensor:
     """Return each image's mean IoU over its true or predicted classes; NaN if it has none.
 
     Shape:
         counts: (..., C, 3), from :func:`counts_of`
         miou: (...), float64
     """
-    return class_iou(counts)[..., 0 if include_background else 1 :].nanmean(-1)
+    return class_iou(counts).nanmean(-1)
 
 
 def class_iou(counts: Tensor) -> Tensor:
@@ -223,12 +223,7 @@ count is that of the truth."""
 
 
 def bootstrap_interval(
-    counts: Tensor,
-    *,
-    level: float = 0.95,
-    rounds: int = 1000,
-    seed: int = 0,
-    include_background: bool = True,
+    counts: Tensor, *, level: float = 0.95, rounds: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Return a bootstrap confidence interval of the mean IoU.
 
@@ -240,7 +235,6 @@ def bootstrap_interval(
         level: Confidence level.
         rounds: Number of bootstrap samples.
         seed: Seed of the samples.
-        include_background: Include class 0 in the mean.
 
     Shape:
         counts: (N, C, 3), from :func:`counts_of`
@@ -250,7 +244,7 @@ def bootstrap_interval(
     would count as IoU 0), and the quantiles are Hesterberg's expanded ones. Bias-corrected
     quantiles (BC, BCa) contain the mean IoU less often.
     """
-    values = _bootstrap(counts, class_iou, rounds, seed)[:, 0 if include_background else 1 :]
+    values = _bootstrap(counts, class_iou, rounds, seed)
     return _interval(values.nanmean(-1), _expanded(level, len(counts)))
 
 
@@ -292,7 +286,6 @@ def paired_difference(
     level: float = 0.95,
     rounds: int = 1000,
     seed: int = 0,
-    include_background: bool = True,
 ) -> tuple[float, float, float]:
     """Return the mean IoU of b minus that of a on the same images, and its interval (low, high).
 
@@ -307,8 +300,7 @@ def paired_difference(
     samples = _resamples(len(counts_a), rounds, seed)
     whole = torch.ones(1, len(counts_a), dtype=torch.float64)
     difference, redrawn = (
-        per_image_miou(_resampled(draws, counts_b), include_background=include_background)
-        - per_image_miou(_resampled(draws, counts_a), include_background=include_background)
+        per_image_miou(_resampled(draws, counts_b)) - per_image_miou(_resampled(draws, counts_a))
         for draws in (whole, samples)
     )
     return (float(difference), *_interval(redrawn, level))

@@ -62,12 +62,7 @@ def sgd(
         nesterov: Use Nesterov's momentum.
     """
     return SGD(
-        groups,
-        lr=lr,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        nesterov=nesterov,
-        fused=True,
+        groups, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, fused=True
     )
 
 

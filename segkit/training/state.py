@@ -87,11 +87,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], path: Path) -> None:
-        """Load the state saved in ``last.pt``.
-
-        Args:
-            state: Entries of the file.
-            path: The file, named in errors.
+        """Load the state saved in ``last.pt``; errors name its ``path``.
 
         Raises:
             CheckpointError: The state does not fit the model or the optimizer.

@@ -193,12 +193,11 @@ def test_per_image_miou_is_each_images_own() -> None:
     target[1] = IGNORE
     target[2][target[2] == 3] = IGNORE
     matrices = matrices_of(pixel_counts(logits, target, 4))
-    for background in (True, False):
-        mious = per_image_miou(counts_of(matrices), include_background=background)
-        expected = [scores(matrix, include_background=background).miou for matrix in matrices]
-        assert expected[1] is None
-        assert math.isnan(mious[1])
-        assert mious[[0, 2]].tolist() == pytest.approx([expected[0], expected[2]])
+    mious = per_image_miou(counts_of(matrices))
+    expected = [scores(matrix).miou for matrix in matrices]
+    assert expected[1] is None
+    assert math.isnan(mious[1])
+    assert mious[[0, 2]].tolist() == pytest.approx([expected[0], expected[2]])
 
 
 def noisy_counts(noise: float, images: int = 40, seed: int = 0) -> Tensor:

@@ -13,12 +13,7 @@ from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.neck import PyramidNeck
 from segkit.models.backbones.stages import refuse_dilation
 from segkit.models.layers import BatchNorm2d
-from segkit.models.transformer import (
-    TransformerBlock,
-    block_stages,
-    run_blocks,
-    whole_patches,
-)
+from segkit.models.transformer import TransformerBlock, block_stages, run_blocks, whole_patches
 
 PATCH = 16
 

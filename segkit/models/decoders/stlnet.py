@@ -90,13 +90,7 @@ class Texture(nn.Module):
     """
 
     def __init__(
-        self,
-        inputs: int,
-        *,
-        width: int,
-        levels: int,
-        region_levels: int,
-        scales: Sequence[int],
+        self, inputs: int, *, width: int, levels: int, region_levels: int, scales: Sequence[int]
     ) -> None:
         super().__init__()
         self.start = ConvNormAct(inputs, width, kernel=1)
@@ -283,10 +277,7 @@ def regions(length: int, side: int, device: torch.device) -> Tensor:
 
 def _descriptor(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
-        _bare(inputs, outputs // 2),
-        _leaky(),
-        _bare(outputs // 2, outputs),
-        nn.ReLU(inplace=True),
+        _bare(inputs, outputs // 2), _leaky(), _bare(outputs // 2, outputs), nn.ReLU(inplace=True)
     )
 
 

@@ -86,8 +86,6 @@ class Recomputed(NamedTuple):
 
     Args:
         compute: Computes its values; shape and dtype may differ.
-        shape: Shape of the tensor.
-        dtype: Data type of the tensor.
         operation: Sequence number of the node whose output it is.
         number: Position among all tensors that were saved as ``Recomputed``.
         near: True if the same output was saved less than ``_NEAR`` positions before.
@@ -186,11 +184,7 @@ def _batch_norm(hooks: Hooks, node: Any) -> Compute | None:
     if bias is None or not node._saved_training:
         return None
     return lambda: _normalized(
-        node._saved_input,
-        node._saved_weight,
-        bias.read(),
-        node._saved_result1,
-        node._saved_result2,
+        node._saved_input, node._saved_weight, bias.read(), node._saved_result1, node._saved_result2
     )
 
 

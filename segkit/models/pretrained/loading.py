@@ -100,8 +100,6 @@ def identify(state: State, path: Path, *, source: str) -> Weights:
     """Recognize a file by its entries, and by the configuration in segkit's own checkpoints.
 
     Args:
-        state: Its entries.
-        path: The file.
         source: Its name in errors. If it is not the path, it is the name of torchvision's own
             weights, which cannot be another project's.
 

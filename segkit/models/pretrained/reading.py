@@ -27,7 +27,6 @@ def read_file(path: Path, *, keep_prefixes: bool = False) -> dict[str, Tensor]:
     into memory. A checkpoint of segkit is compared with its digest first.
 
     Args:
-        path: The file.
         keep_prefixes: Keep the prefixes ``module.``, ``model.`` and ``_orig_mod.`` of names, which
             wrappers of modules add.
 
