@@ -1,6 +1,7 @@
 """train.py and infer.py, as a user runs them, on a small demo set."""
 
 import csv
+import gc
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from segkit.models.segmenter import build_model
 from segkit.train import main as train_main
 from segkit.training import preparation
 from segkit.training.evaluate import Evaluation
-from segkit.training.optim import build_schedule
+from segkit.training.optim import WindowMean, build_schedule
 
 ROOT = Path(__file__).parents[1]
 AVERAGES = ("ema", "window")
@@ -335,16 +336,20 @@ def test_too_little_memory_is_known_before_a_folder_is_made(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    shapes = []
+    shapes: list[torch.Size] = []
+    averages = lambda: sum(type(x) is WindowMean for x in gc.get_objects())  # noqa: E731
+    before = averages()
 
     def step(_net: Any, _criterion: Any, _optimizer: Any, parts: Any, **_: Any) -> None:
+        assert averages() == before + 1  # the mean of the window is held meanwhile
         shapes.extend([images.shape for images, _ in parts])
         if len(shapes) == 4:  # the second step, beside the optimizer's state
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(train_module, "CHECKED_FOR_MEMORY", ("cpu",))
     monkeypatch.setattr(preparation, "train_step", step)
-    options = ["--run-dir", "runs/memory", *sets({"train.batch_size": 8, "train.accumulate": 2})]
+    settings = {"train.batch_size": 8, "train.accumulate": 2, "train.average": 0.5}
+    options = ["--run-dir", "runs/memory", *sets(settings)]
     with pytest.raises(SegkitError, match=r"out of memory \(2\.00 GiB.*lower train\.batch_size"):
         train_main(["--cfg", "tiny.json", *options])
     assert shapes == [(4, 3, 64, 64)] * 4

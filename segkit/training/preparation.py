@@ -36,7 +36,7 @@ from segkit.models.segmenter import build_model, check_weights
 from segkit.training import tracking
 from segkit.training.build import build_training, parallelize, step_options, train_order
 from segkit.training.defaults import set_rates, settle, warmup_steps
-from segkit.training.optim import build_schedule
+from segkit.training.optim import WindowMean, build_schedule
 from segkit.training.step import train_step
 
 
@@ -267,8 +267,8 @@ def check_memory(
 ) -> float:
     """Run training steps with a temporary model, so that too little memory fails at once.
 
-    Only the second step includes the memory of the optimizer's state. Each micro-batch repeats the
-    first training image.
+    Only the second step includes the memory of the optimizer's state; averages of the weights are
+    held too. Each micro-batch repeats the first training image.
 
     Returns:
         The seconds of the fastest step.
@@ -280,6 +280,8 @@ def check_memory(
     images, masks = (x.to(device).expand(share, *x.shape).contiguous() for x in sample[:2])
     with device:
         state, criterion = build_training(cfg, len(source.classes), device)
+    if cfg.train.average:
+        state.window = WindowMean(state.model, window=1, every=1, total=steps)
     net, parts = parallelize(state.model, cfg, device), min(2, cfg.train.accumulate)
     seconds = []
     for _ in range(steps):

@@ -81,6 +81,32 @@ def test_the_share_of_masked_queries_falls_block_by_block() -> None:
     assert shares == [[1, 1], [1, 1], [half, 1], [0, 1], [0, 0], [0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("annealing", "passes", "blocks"), [(0, 0, 0), (400, 250, 1), (400, 400, 0)]
+)
+def test_evaluation_predicts_masks_only_for_blocks_that_use_them(
+    annealing: int, passes: int, blocks: int
+) -> None:
+    """At 250 of 400 passes the first block has a masked share of 0, the second of over a half."""
+    saved = small(annealing=annealing)
+    saved.decoder.forward_passes.fill_(passes)
+    model = small(annealing=annealing).double().eval()
+    model.load_state_dict(saved.double().state_dict())
+    calls: list[object] = []
+    model.decoder.class_head.register_forward_hook(lambda *_: calls.append(_))
+    masks: list[Tensor | None] = []
+    for block in model.decoder.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[2]))
+    with torch.no_grad():
+        expected = model(image(1).double())["out"]
+    assert (len(calls), sum(x is not None for x in masks)) == (1 + blocks, blocks)
+    saved.decoder.forward_passes.fill_(0)
+    trained = small(annealing=annealing).double()
+    trained.decoder.forward_passes.fill_(passes)
+    with torch.no_grad():
+        torch.testing.assert_close(trained.eval()(image(1).double())["out"], expected)
+
+
 def test_forward_passes_are_counted_in_training_alone() -> None:
     model = small(annealing=10)
     model(image())

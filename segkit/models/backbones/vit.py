@@ -92,10 +92,9 @@ class ViT(nn.Module):
         block = partial(
             TransformerBlock, width, heads, hidden=hidden or 4 * width, gated=gated, eps=eps
         )
-        rates = (drop_path * i / max(1, depth - 1) for i in range(depth))
-        blocks = [block(drop_path=rate) for rate in rates]
+        steepness = drop_path / max(1, depth - 1)
         depth -= omitted_blocks
-        self.blocks = nn.ModuleList(blocks[:depth])
+        self.blocks = nn.ModuleList(block(drop_path=steepness * i) for i in range(depth))
         self.norm = nn.LayerNorm(width, eps=eps) if output != "tokens" else None
         self.neck = PyramidNeck(width) if output == "pyramid" else None
         ends = [depth * quarter // 4 for quarter in (1, 2, 3, 4)]

@@ -92,6 +92,8 @@ class EoMT(nn.Module):
         )  # fmt: skip
         self.upscale = nn.Sequential(*(upscaling(width) for _ in range(upscalings)))
         self.register_buffer("forward_passes", torch.zeros((), dtype=torch.long))
+        self._masked = [annealing > 0] * blocks  # in evaluation
+        self.register_load_state_dict_post_hook(_read_masked)
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         patches, others = features
@@ -104,10 +106,11 @@ class EoMT(nn.Module):
         predictions = []
         for number, block in enumerate(self.blocks):
             mask = None
-            if self.training or self.annealing:
+            masked = self.annealing > 0 if self.training else self._masked[number]
+            if self.training or masked:
                 predictions.append(self._predict(x, grid))
-                if self.annealing:
-                    mask = self._mask(predictions[-1][1].detach(), x, grid, number)
+            if masked:
+                mask = self._mask(predictions[-1][1].detach(), x, grid, number)
             x = block(x, positions, mask)
         predictions.append(self._predict(x, grid))
         out = {"out": semantic_logits(*predictions[-1], num_classes=self.num_classes)}
@@ -129,14 +132,18 @@ class EoMT(nn.Module):
         """Return which tokens each token sees, (B, 1, tokens, tokens)."""
         batch, queries = masks.shape[:2]
         seen = (resize(masks, grid) > 0).flatten(2)
-        masked = self.masked_share(number)
         if self.training:
-            free = torch.rand(batch, queries, device=x.device) > masked
-        else:
-            free = (masked <= 0.5).expand(batch, queries)
+            free = torch.rand(batch, queries, device=x.device) > self.masked_share(number)
+            seen = seen | free[:, :, None]
         mask = torch.ones(batch, x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
-        mask[:, :queries, -grid[0] * grid[1] :] = seen | free[:, :, None]
+        mask[:, :queries, -grid[0] * grid[1] :] = seen
         return mask[:, None]
+
+    def train(self, mode: bool = True) -> "EoMT":
+        super().train(mode)
+        if not mode:
+            _read_masked(self)
+        return self
 
     def masked_share(self, number: int) -> Tensor:
         """Return the probability that a query's attention is masked in a block.
@@ -146,6 +153,15 @@ class EoMT(nn.Module):
         """
         done = self.forward_passes / max(1, self.annealing) * (len(self.blocks) + 2)
         return (1 - (done - number - 1).clamp(0, 1)) ** 0.9
+
+
+def _read_masked(decoder: EoMT, *_: object) -> None:
+    """Set which blocks use masks in evaluation; forward would wait for the device to read it."""
+    if not decoder.forward_passes.is_meta:
+        numbers = range(len(decoder.blocks))
+        decoder._masked = [
+            decoder.annealing > 0 and bool(decoder.masked_share(i) > 0.5) for i in numbers
+        ]
 
 
 def upscaling(width: int) -> nn.Sequential:
