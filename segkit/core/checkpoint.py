@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.core import untrusted
-from segkit.core.errors import CheckpointError, quoted, reason
+from segkit.core.errors import CheckpointError, first_line, quoted, reason
 from segkit.core.files import atomic_write, matches_schema, require_regular_file
 
 FORMAT = 1
@@ -140,7 +140,7 @@ def load(
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a forged file can make the unpickler raise any type
         raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint ({untrusted.first_line(error)})"
+            f"{path}: cannot be read as a checkpoint ({first_line(error):.200})"
         ) from error
     untrusted.refuse_forged(state, path)
     if not isinstance(state, dict) or "format" not in state:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkit.core.errors import CheckpointError, quoted
+from segkit.core.errors import CheckpointError, first_line, quoted
 
 DEPTH = 64
 """Maximum nesting depth of lists and dicts in a file that is read."""
@@ -46,7 +46,7 @@ def refuse_compressed(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception as error:  # a damaged directory makes zipfile raise errors of many types
-        raise CheckpointError(f"{path}: is a damaged archive ({first_line(error)})") from error
+        raise CheckpointError(f"{path}: is a damaged archive ({first_line(error):.200})") from error
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(
@@ -104,8 +104,3 @@ def _odd(tensor: Tensor) -> str:
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return "is larger than its data in the file"
     return ""
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error of another package, shortened."""
-    return str(error).strip().split("\n")[0][:200]

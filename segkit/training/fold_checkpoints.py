@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Saver:
     def reserve(self, state: TrainState) -> None:
         """Allocate the memory for copies of the state, in the background."""
         if distributed.is_main():
-            self.background.start(lambda: self.host.reserve(state.state_dict()))
+            self.background.start(partial(self.host.reserve, state.state_dict()))
 
     def save(
         self, folder: Path, state: TrainState, entries: dict[str, Any], evaluated: Evaluated | None
