@@ -20,11 +20,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
+    # Ranks are forked from a process of its own, which imports the packages once for all tests.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torchvision", "pytest", "segkit.train"])
     results = context.SimpleQueue()
     processes = mp.start_processes(
-        _one_rank, (function, world_size, port, args, results), nprocs=world_size,
-        start_method="spawn", join=False,
+        _one_rank, (function, world_size, port, args, results, dict(os.environ)),
+        nprocs=world_size, start_method="forkserver", join=False,
     )  # fmt: skip
     by_rank: dict[int, Any] = {}
     while len(by_rank) < world_size:
@@ -50,8 +52,15 @@ def share_of_the_way(start: nn.Module, state: Mapping, other: Mapping) -> float:
 
 
 def _one_rank(
-    rank: int, function: Callable[..., Any], world_size: int, port: int, args: tuple, results: Any
+    rank: int,
+    function: Callable[..., Any],
+    world_size: int,
+    port: int,
+    args: tuple,
+    results: Any,
+    environment: Mapping[str, str],
 ) -> None:
+    os.environ |= environment
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,13 +1,18 @@
 """Depth of parameters: every backbone's layers are all of it, in the order they run."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
+from segkit.models.backbones.beit import beit
 from segkit.models.backbones.depth import depths, first_stages, layers
-from segkit.models.segmenter import build_model
+from segkit.models.backbones.mit import mit
+from segkit.models.backbones.vit import vit
+from segkit.models.segmenter import Segmenter, build_model
 from segkit.training.optim import build_optimizer
 
 
@@ -86,6 +91,40 @@ def test_the_rate_falls_by_the_decay_from_each_layer_to_the_one_before() -> None
     assert rate("backbone.layer1.0.conv1.weight") == 0.25 * 0.5**8
     assert rate("backbone.layer4.1.bn2.weight") == 0.25 * 0.5
     assert {rate(f"decoder.{name}") for name, _ in model.decoder.named_parameters()} == {1.0}
+
+
+VIT = {"patch_embed.proj.bias": 5, "cls_token": 5, "pos_embed": 5, "blocks.0.attn.qkv.weight": 4}
+VIT |= {"blocks.3.ls2.gamma": 1, "norm.weight": 1, "neck.levels.1.weight": 0}
+BEIT = {"cls_token": 13, "blocks.0.position_bias.relative_position_bias_table": 12}
+BEIT |= {"blocks.11.mlp.fc2.bias": 1, "neck.levels.0.1.weight": 0}
+MIT = {
+    "levels.0.embed.weight": 9,
+    "levels.0.embed_norm.bias": 9,
+    "levels.0.blocks.0.attn.q.bias": 8,
+}
+MIT |= {"levels.2.blocks.0.attn.kv.weight": 4, "levels.2.blocks.1.attn.kv.weight": 3}
+MIT |= {"levels.3.embed.bias": 2, "levels.3.blocks.0.mlp.dwconv.weight": 1}
+MIT |= {"levels.3.norm.bias": 1}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "exponents"),
+    [
+        (vit(16, 4, 2, patch=8, positions=4), VIT),
+        (beit(16, 12, 2, 0.1), BEIT),
+        (mit(8, 1, 1, 2, 1), MIT),
+    ],
+    ids=["vit", "beit", "mit"],
+)
+def test_the_rate_of_transformers_falls_block_by_block(
+    backbone: Callable[[], nn.Module], exponents: dict[str, int]
+) -> None:
+    model = Segmenter(backbone(), nn.Conv2d(1, 1, 1))
+    optimizer = build_optimizer(model, lr=1.0, backbone_lr_factor=0.25, layer_decay=0.5)
+    rates = {id(p): group["base_lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, exponent in exponents.items():
+        rate = rates[id(model.backbone.get_parameter(name))]
+        assert rate == 0.25 * 0.5**exponent, name
 
 
 def test_layer_decay_needs_stages() -> None:
