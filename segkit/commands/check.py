@@ -87,13 +87,7 @@ def main(argv: list[str]) -> None:
 
 
 def _labels(sources: dict[str, Source], begin: str, *, as_json: bool) -> Iterator[str]:
-    """Yield what is read from each part, doubts about its labels, and what training would see.
-
-    Args:
-        sources: The sources by the name of their part.
-        begin: Beginning of the last line.
-        as_json: Yield doubts only, as JSON objects.
-    """
+    """Yield what is read from each part, doubts about its labels, and what training would see."""
     last = [begin] if begin else []
     for where, source in sources.items():
         pixels = class_pixels(source, os.cpu_count() or 1) if source.labelled else None

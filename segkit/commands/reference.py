@@ -71,7 +71,7 @@ KINDS = {
     "losses": ComponentKind(LOSSES, "loss.terms"),
     "augmentations": ComponentKind(OPERATIONS, "augment.train"),
     "optimizers": ComponentKind(OPTIMIZERS, "optim.optimizer", given=("groups", "lr")),
-    "schedules": ComponentKind(SCHEDULES, "optim.schedule", given=("step", "total", "warmup")),
+    "schedules": ComponentKind(SCHEDULES, "optim.schedule", given=("progress",)),
     "sources": ComponentKind(SOURCES, "data.train"),
     "trackers": ComponentKind(TRACKERS, "track.trackers", given=("run", "fold", "step")),
 }

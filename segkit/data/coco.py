@@ -374,11 +374,7 @@ def _image_record(record: dict[str, Any], root: Path) -> ImageRecord:
 def _region(
     key: int, record: dict[str, Any], size: tuple[int, int], category_ids: dict[int, int]
 ) -> Region:
-    """Return an annotation as a region, after validation.
-
-    Raises:
-        DataError: The annotation is invalid; the caller puts its id before the message.
-    """
+    """Return an annotation as a region; the id is put before the message of a DataError."""
     category = _id(record, "category_id")
     if category is None or category not in category_ids:
         given = _short(record.get("category_id"))

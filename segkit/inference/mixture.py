@@ -193,10 +193,7 @@ def _digest(ingredient: Ingredient) -> str:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Return whether segkit wrote the file.
-
-    Also True for a missing file, so that loading reports the error.
-    """
+    """Return whether segkit wrote the file; True if it is missing, so that loading reports that."""
     return not path.is_file() or checkpoint.stored_digest(path) is not None
 
 

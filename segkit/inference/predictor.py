@@ -265,12 +265,7 @@ def _forward(model: nn.Module, image: Tensor) -> Tensor:
 
 
 def _logits_of(output: Any, image: Tensor) -> Tensor:
-    """Return the logits in a model's output.
-
-    Raises:
-        TypeError: There are none.
-        ValueError: They have another size than the image.
-    """
+    """Return the logits in a model's output; they need the image's size."""
     logits = output.get("out") if isinstance(output, Mapping) else output
     if not isinstance(logits, Tensor):
         keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""

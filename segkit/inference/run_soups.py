@@ -165,11 +165,7 @@ def _parts_of(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _origin_of(path: Path) -> str | None:
-    """Return the digest, in a soup's file, of all that the soup depended on.
-
-    Raises:
-        CheckpointError: It is no soup, and so must not be overwritten.
-    """
+    """Return the digest of all that a soup's file depended on; refuse a file that is no soup."""
     recipe = checkpoint.entries(path).get("soup")
     if recipe is None:
         raise CheckpointError(f"{path}: holds no soup, which is to be written here; move the file")

@@ -1,7 +1,6 @@
 """Optimizers, learning rate schedules, and the moving average of weights."""
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -125,14 +124,14 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-# A schedule is a pure function of the step, counted from 0; it returns the factor on the learning
-# rate for that step. All schedules rise linearly from WARMUP_START to 1 over `warmup` steps, then
-# fall until step `total`, and never rise after it.
+# A schedule is a pure function of the progress, 0 at the end of the warm-up and 1 at the last step
+# and after it; it returns the factor on the learning rate.
 
 WARMUP_START = 0.1
+"""Factor at the first step of a warm-up, from which it rises linearly to 1."""
 
 
-def cosine(step: int, *, total: int, warmup: int = 0, min_factor: float = 0.0) -> float:
+def cosine(progress: float, *, min_factor: float = 0.0) -> float:
     """Return half a cosine from 1 to ``min_factor``.
 
     Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983
@@ -140,14 +139,10 @@ def cosine(step: int, *, total: int, warmup: int = 0, min_factor: float = 0.0) -
     Args:
         min_factor: Factor on the learning rate at the last step.
     """
-    if step < warmup:
-        return _climb(step, warmup)
-    return _half_cosine(_progress(step, total, warmup), 1.0, min_factor)
+    return _half_cosine(progress, 1.0, min_factor)
 
 
-def poly(
-    step: int, *, total: int, warmup: int = 0, power: float = 0.9, min_factor: float = 0.0
-) -> float:
+def poly(progress: float, *, power: float = 0.9, min_factor: float = 0.0) -> float:
     """Return ``(1 - progress) ** power``, scaled to fall from 1 to ``min_factor``.
 
     Chen et al. 2017, https://arxiv.org/abs/1606.00915
@@ -156,21 +151,17 @@ def poly(
         power: Exponent; 1 is linear.
         min_factor: Factor on the learning rate at the last step.
     """
-    if step < warmup:
-        return _climb(step, warmup)
-    return min_factor + (1 - min_factor) * (1 - _progress(step, total, warmup)) ** power
+    return min_factor + (1 - min_factor) * (1 - progress) ** power
 
 
-def constant(step: int, *, total: int, warmup: int = 0) -> float:
+def constant(progress: float) -> float:
     """Return 1 after the warm-up."""
-    return _climb(step, warmup) if step < warmup else 1.0
+    return 1.0
 
 
 def cosine_restarts(
-    step: int,
+    progress: float,
     *,
-    total: int,
-    warmup: int = 0,
     periods: tuple[float, ...] = (3.0, 5.0),
     peaks: tuple[float, ...] = (1.0, 0.3),
     min_factor: float = 0.0,
@@ -186,9 +177,7 @@ def cosine_restarts(
     """
     if len(periods) != len(peaks) or not periods or min(periods) <= 0:
         raise ConfigError("periods, peaks: expected lists of equal length, every period above 0")
-    if step < warmup:
-        return _climb(step, warmup)
-    at = _progress(step, total, warmup) * sum(periods)
+    at = progress * sum(periods)
     for period, peak in zip(periods[:-1], peaks, strict=False):
         if at < period:
             return _half_cosine(at / period, peak, min_factor)
@@ -218,9 +207,14 @@ def build_schedule(
         ConfigError: A factor is outside 0..1.
     """
     path = "optim.schedule"
-    make = bind(SCHEDULES, schedule, path, given=("step", "total", "warmup"))
-    factor = functools.partial(make, total=total, warmup=warmup)
-    for step in range(0, total + 1, max(1, total // 100)):
+    make = bind(SCHEDULES, schedule, path, given=("progress",))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return WARMUP_START + (1 - WARMUP_START) * step / warmup
+        return make(min(1.0, (step - warmup) / max(1, total - warmup)))
+
+    for step in (warmup, *range(0, total + 1, max(1, total // 100))):
         try:
             value = factor(step)
         except ConfigError as error:
@@ -325,15 +319,6 @@ def _blend(averaged: nn.Module, model: nn.Module, share: float) -> None:
         group[1].append(new)
     for targets, sources in groups.values():
         torch._foreach_copy_(targets, sources)
-
-
-def _climb(step: int, warmup: int) -> float:
-    return WARMUP_START + (1 - WARMUP_START) * step / warmup
-
-
-def _progress(step: int, total: int, warmup: int) -> float:
-    """Return 0 at the end of the warm-up, and 1 at ``total`` and after it."""
-    return min(1.0, (step - warmup) / max(1, total - warmup))
 
 
 def _half_cosine(progress: float, high: float, low: float) -> float:

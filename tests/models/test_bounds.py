@@ -26,7 +26,7 @@ MANY = (-1, 0, 1, 3, 2**31, 2**62, 2**64), (-1e308, -1.0, 0.0, 0.5, 1.5, 1e308)
 """Integers and floats."""
 
 Numbers = tuple[tuple[int, ...], tuple[float, ...]]
-GIVEN = {"channels", "strides", "num_classes", "groups", "lr", "step", "total", "warmup"}
+GIVEN = {"channels", "strides", "num_classes", "groups", "lr", "progress"}
 Registry = Mapping[str, Callable[..., Any]]
 
 

@@ -18,7 +18,6 @@ from segkit.training.optim import (
     build_optimizer,
     build_schedule,
     cosine,
-    cosine_restarts,
     poly,
     set_lr,
 )
@@ -165,26 +164,27 @@ def test_without_warm_up_the_first_step_is_at_the_peak(name: str) -> None:
 
 
 def test_cosine_worked_by_hand() -> None:
-    assert cosine(25, total=100) == pytest.approx((1 + math.sqrt(0.5)) / 2)
-    assert cosine(55, total=100, warmup=10) == pytest.approx(0.5)
-    assert cosine(55, total=100, warmup=10, min_factor=0.2) == pytest.approx(0.6)
-    assert cosine(99, total=100) > 0  # the last step of the run still learns
-    assert cosine(100, total=100, min_factor=0.2) == pytest.approx(0.2)
-    assert cosine(201, total=100) == pytest.approx(0, abs=1e-12)
+    assert cosine(0.25) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    factor = build_schedule({"name": "cosine", "min_factor": 0.2}, total=100, warmup=10)
+    assert factor(55) == pytest.approx(0.6)
+    assert factor(100) == pytest.approx(0.2)
+    factor = build_schedule("cosine", total=100)
+    assert factor(50) == pytest.approx(0.5)
+    assert factor(99) > 0  # the last step of the run still learns
+    assert factor(201) == pytest.approx(0, abs=1e-12)
 
 
 def test_poly_worked_by_hand() -> None:
-    assert poly(75, total=100, power=1.0) == pytest.approx(0.25)
-    assert poly(75, total=100, power=0.5) == pytest.approx(0.5)
-    assert poly(99, total=100) == pytest.approx(0.01**0.9)
-    assert poly(100, total=100, min_factor=0.01) == pytest.approx(0.01)
+    assert poly(0.75, power=1.0) == pytest.approx(0.25)
+    assert poly(0.75, power=0.5) == pytest.approx(0.5)
+    assert poly(0.99) == pytest.approx(0.01**0.9)
+    assert poly(1.0, min_factor=0.01) == pytest.approx(0.01)
 
 
 def test_restarts_as_the_field_report_has_them() -> None:
-    settings = {"total": 80_000, "periods": (30_000, 50_000), "peaks": (1.0, 0.3)}
-    values = {
-        s: cosine_restarts(s, **settings) for s in (0, 15_000, 29_999, 30_000, 55_000, 80_000)
-    }
+    spec = {"name": "cosine_restarts", "periods": [30_000, 50_000], "peaks": [1.0, 0.3]}
+    factor = build_schedule(spec, total=80_000)
+    values = {step: factor(step) for step in (0, 15_000, 29_999, 30_000, 55_000, 80_000)}
     expected = {0: 1.0, 15_000: 0.5, 29_999: 0.0, 30_000: 0.3, 55_000: 0.15, 80_000: 0.0}
     assert values == pytest.approx(expected, abs=1e-6)
 
