@@ -24,6 +24,15 @@ from segkit.models.pretrained.published import locate
 from segkit.models.pretrained.reading import read_file
 from segkit.models.queries import QUERY_OUTPUTS
 
+ON_ONE_MAP = ("deeplabv3", "fcn", "pspnet", "segformer")
+"""Decoders that work on a single feature map, such as that of a plain Vision Transformer."""
+
+ON_PYRAMIDS = (
+    *("deeplabv3plus", "mask2former", "ocrnet", "stlnet"),
+    *("unet", "unet3plus", "unetplusplus", "upernet"),
+)
+"""Decoders that need feature maps of several strides."""
+
 
 class Segmenter(nn.Module):
     """A model that maps images to logits of the same size.
@@ -247,6 +256,7 @@ def build_model(
     with torch.random.fork_rng(devices=()), values:
         torch.default_generator.manual_seed(seed)
         encoder = build(BACKBONES, backbone, f"{where}backbone")
+        _check_strides(encoder.strides, _name(decoder), f"{where}decoder")
         head = build(
             DECODERS,
             decoder,
@@ -275,6 +285,18 @@ def build_model(
         path, source = locate(_name(backbone), weights, argument=f"{where}weights")
         model.report = load_file(model, path, source=source)
     return model
+
+
+def _check_strides(strides: tuple[int, ...], decoder: str, where: str) -> None:
+    """Refuse a plain Vision Transformer's output that the decoder does not work on."""
+    if len(set(strides)) > 1 or decoder not in (ON_ONE_MAP + ON_PYRAMIDS):
+        return
+    if len(strides) > 1 or decoder in ON_PYRAMIDS:
+        kind = "only one feature map" if len(strides) == 1 else "tokens"
+        raise ConfigError(
+            f"{where}: {decoder} does not work on {kind}; set the backbone's output to 'pyramid' "
+            f"for any decoder, to 'map' for {', '.join(ON_ONE_MAP)}, to 'tokens' for eomt"
+        )
 
 
 def check_weights(model: Segmenter, backbone: Component | str, weights: str) -> None:

@@ -28,7 +28,7 @@ from segkit.models.backbones.torchvision import convnext, convnext_of
 from segkit.models.backbones.vit import ViT
 from segkit.models.decoders import DECODERS
 from segkit.models.queries import QUERY_OUTPUTS
-from segkit.models.segmenter import Segmenter, build_model
+from segkit.models.segmenter import ON_ONE_MAP, Segmenter, build_model
 from segkit.training.losses import build_loss
 
 # arguments that make a decoder small enough for tests of whole models
@@ -439,3 +439,17 @@ def test_a_model_without_values_is_whole_once_they_are_loaded(
     again = build_model(backbone, decoder, num_classes=3).state_dict()
     for name, value in whole.state_dict().items():
         assert torch.equal(again[name], value), name
+
+
+@pytest.mark.parametrize("decoder", list(DECODERS))
+@pytest.mark.parametrize("output", ["map", "tokens"])
+def test_outputs_of_a_vit_fit_the_decoder_or_are_refused(decoder: str, output: str) -> None:
+    backbone = {"name": "vit_s_dinov3", "output": output}
+    fits = decoder == "eomt" if output == "tokens" else decoder in ON_ONE_MAP
+    with torch.device("meta"):
+        if fits:
+            model = build_model(backbone, decoder, num_classes=3)
+            assert model(torch.empty(2, 3, 64, 48))["out"].shape == (2, 3, 64, 48)
+        else:
+            with pytest.raises(ConfigError, match=r"decoder: .*(does not work on|needs a)"):
+                build_model(backbone, decoder, num_classes=3)

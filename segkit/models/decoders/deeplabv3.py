@@ -19,7 +19,7 @@ class DeepLabV3(nn.Module):
         width: Channels of the decoder.
         rates: Dilations of the pyramid's branches.
         dropout: Dropout probability of the pyramid's output.
-        aux: Add an auxiliary head on the second deepest map, in training only.
+        aux: Add an auxiliary head on the second deepest map, if there is one, in training only.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
@@ -39,12 +39,12 @@ class DeepLabV3(nn.Module):
         aux: bool = True,
     ) -> None:
         super().__init__()
-        *_, shallower, deepest = channels
+        aux = aux and len(channels) > 1
         self.used_levels = (-2, -1) if aux else (-1,)
         self.rates = rates
-        self.aspp = ASPP(deepest, width=width, rates=rates, dropout=dropout)
+        self.aspp = ASPP(channels[-1], width=width, rates=rates, dropout=dropout)
         self.classifier = fcn_head(width, width, num_classes, dropout=0.0)
-        self.aux = fcn_head(shallower, shallower // 4, num_classes) if aux else None
+        self.aux = fcn_head(channels[-2], channels[-2] // 4, num_classes) if aux else None
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         return with_aux(self.classifier(self.aspp(features[-1])), self.aux, features)

@@ -20,7 +20,7 @@ class FCN(nn.Module):
         num_classes: Number of classes, the channels of the logits.
         width: Channels of the hidden convolution; ``None`` for a quarter of the map's.
         dropout: Dropout probability before the classifier.
-        aux: Add an auxiliary head on the second deepest map, in training only.
+        aux: Add an auxiliary head on the second deepest map, if there is one, in training only.
         layout: ``torchvision`` has one convolution. ``mmsegmentation`` has a second one, and a
             third that joins its output with the map itself.
 
@@ -44,7 +44,7 @@ class FCN(nn.Module):
         layout: Literal["torchvision", "mmsegmentation"] = "torchvision",
     ) -> None:
         super().__init__()
-        *_, shallower, deepest = channels
+        deepest, aux = channels[-1], aux and len(channels) > 1
         self.used_levels = (-2, -1) if aux else (-1,)
         hidden = width or deepest // 4
         concatenate = layout == "mmsegmentation"
@@ -56,7 +56,7 @@ class FCN(nn.Module):
         inputs = deepest + hidden if concatenate else deepest
         self.classifier = fcn_head(inputs, hidden, num_classes, dropout=dropout)
         self.aux_classifier = (
-            fcn_head(shallower, width or shallower // 4, num_classes, dropout=dropout)
+            fcn_head(channels[-2], width or channels[-2] // 4, num_classes, dropout=dropout)
             if aux
             else None
         )

@@ -19,7 +19,7 @@ class PSPNet(nn.Module):
         width: Channels of the decoder.
         bins: Sides of the pooling grids.
         dropout: Dropout probability of channels before the classifier.
-        aux_width: Channels of the auxiliary head; ``None`` for no auxiliary head.
+        aux_width: Channels of the auxiliary head; ``None`` for none. It needs a second map.
 
     Shape:
         features[i]: (B, channels[i], H / strides[i], W / strides[i])
@@ -39,14 +39,14 @@ class PSPNet(nn.Module):
         aux_width: int | None = 256,
     ) -> None:
         super().__init__()
-        *_, shallower, deepest = channels
+        deepest, aux_width = channels[-1], aux_width if len(channels) > 1 else None
         self.used_levels = (-2, -1) if aux_width else (-1,)
         bin_width = deepest // len(bins)
         self.bins = bins
         self.pool = PyramidPooling(deepest, width=bin_width, outputs=width, bins=bins)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = Classifier(width, num_classes)
-        self.aux = fcn_head(shallower, aux_width, num_classes) if aux_width else None
+        self.aux = fcn_head(channels[-2], aux_width, num_classes) if aux_width else None
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         return with_aux(self.classifier(self.dropout(self.pool(features[-1]))), self.aux, features)
