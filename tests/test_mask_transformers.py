@@ -62,16 +62,42 @@ def test_mask2former_overfits_four_images(tmp_path: Path, pixel_decoder: str) ->
     assert scores(confusion_matrix(predicted, masks, classes)).miou > 0.9
 
 
-@pytest.fixture(scope="module", params=MODELS)
+def drawn(home: Path) -> dict[str, Any]:
+    """The parts of ``data``: 20 drawn images and 4 of a test."""
+    draw_demo(home / "demo", train=20, test=4, size=64)
+    demo = {"name": "demo", "root": "demo", "train": 20, "test": 4, "size": 64}
+    return {part: {**demo, "part": part} for part in ("train", "test", "test_labels")}
+
+
+def photographed(home: Path, folder: Path) -> dict[str, Any]:
+    """The same of photographs with COCO labels."""
+    labels = json.loads((folder / "annotations/train.json").read_text())
+    spread = labels["images"][:: len(labels["images"]) // 24]
+    parts = {"train": spread[:20], "test": spread[20:24]}
+    for part, images in parts.items():
+        ids = {image["id"] for image in images}
+        annotations = [x for x in labels["annotations"] if x["image_id"] in ids]
+        subset = {**labels, "images": images, "annotations": annotations}
+        (home / f"{part}.json").write_text(json.dumps(subset))
+    coco = {"name": "coco", "images": str(folder / "images")}
+    return {part: {**coco, "annotations": f"{part}.json"} for part in parts}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[f"{model} {data}" for data in ("drawn", "trashbags") for model in MODELS],
+)
 def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a configuration and a run of two folds on two ranks, ``mask``."""
     home = tmp_path_factory.mktemp("home")
-    draw_demo(home / "demo", train=20, test=4, size=64)
-    demo = {"name": "demo", "root": "demo", "train": 20, "test": 4, "size": 64}
-    parts = {part: {**demo, "part": part} for part in ("train", "test", "test_labels")}
+    model, data = request.param.split()
+    if data == "drawn":
+        parts = drawn(home)
+    else:
+        parts = photographed(home, request.getfixturevalue("shared_data") / "trashbags")
     cfg = {
         "data": {**parts, "folds": 2, "selection": 0.2, "workers": 0},
-        "model": {"weights": None, **MODELS[request.param]},
+        "model": {"weights": None, **MODELS[model]},
         "augment": {"train": [{"name": "crop", "size": [64, 64]}]},
         "loss": {"terms": [LOSS]},
         "optim": {"lr": 1e-3, "warmup_steps": 1, "clip_norm": 1.0},
