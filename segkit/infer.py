@@ -18,7 +18,7 @@ from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError
 from segkit.core.files import write_json
 from segkit.core.run import Run
-from segkit.data import open_source
+from segkit.data import open_source, reading
 from segkit.data.photos import PhotoSource
 from segkit.data.source import Source, background_of, positions
 from segkit.inference.calibration import sharpened
@@ -127,7 +127,10 @@ def main(argv: Sequence[str]) -> None:
 def open_photos(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Images | None:
     """Return the images to predict; ``None`` if there are none but a selection set to score on."""
     if args.images:
-        source: Source = PhotoSource(paths=tuple(args.images))
+        given = PhotoSource(paths=tuple(args.images), **reading(runs[0].config.data))
+        if given.notes and distributed.is_main():
+            print("; ".join(given.notes), file=sys.stderr)
+        source: Source = given
     elif runs[0].config.data.test is not None:
         source = open_source(runs[0].config, "test")
     elif args.pseudo or common_selection(runs) is None:

@@ -35,7 +35,7 @@ from segkit.inference.tta import parse_views
 from segkit.report import Gallery, class_table, record, score_table, write_run_page
 from segkit.training import preparation, tracking
 from segkit.training.build import dropout_seeds, parallelize, step_options
-from segkit.training.defaults import as_recorded
+from segkit.training.defaults import as_recorded, set_channels
 from segkit.training.details import DetailCounter
 from segkit.training.evaluate import Evaluation, evaluate, validation_batches
 from segkit.training.fold_checkpoints import (
@@ -73,7 +73,7 @@ CHECKED_FOR_MEMORY = ("cuda",)
 def main(argv: Sequence[str]) -> None:
     """Train the folds given on the command line."""
     args = parse_arguments(argv)
-    cfg = config.load(args.cfg, args.set)
+    cfg = set_channels(config.load(args.cfg, args.set))
     preparation.check_components(cfg)
     parse_views(cfg.infer.tta)
     if cfg.data.teacher is not None:

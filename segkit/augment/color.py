@@ -1,5 +1,7 @@
 """Color operations: 4×4 matrices on (R, G, B, 1) in 0..1, and curves as lookup tables.
 
+They change what is RGB or gray. Of images with more bands, the first three are taken as R, G, B.
+
 Matrices are multiplied and applied once. Values are clipped to 0..1 only after the product: a value
 that one operation pushes above 1 and the next brings back is kept, where a chain of 8-bit images
 would lose it.
@@ -18,17 +20,36 @@ from segkit.augment.ranges import Operation, Range, between, draw
 from segkit.core.errors import ConfigError
 
 IDENTITY = np.eye(4)
-_UNLIMITED = np.tile([-math.inf, math.inf], (3, 1))
-
 _LUMA = np.array([0.2989, 0.587, 0.114])  # Rec. 601, in torchvision's digits
 _STEPS = 16  # entries of a curve's table per 8-bit level
 
 
 def affine(linear: np.ndarray, offset: np.ndarray | float = 0.0) -> np.ndarray:
-    """Return the 4×4 matrix of a 3×3 matrix followed by an offset."""
-    matrix = IDENTITY.copy()
-    matrix[:3, :3], matrix[:3, 3] = linear, offset
+    """Return the matrix, such as 4×4, of a linear one such as 3×3, followed by an offset."""
+    matrix = np.eye(len(linear) + 1)
+    matrix[:-1, :-1], matrix[:-1, -1] = linear, offset
     return matrix
+
+
+def colored(bands: int) -> int:
+    """Return how many of an image's first bands color operations change."""
+    return {1: 1, 2: 0}.get(bands, 3)
+
+
+def of_bands(matrix: np.ndarray, bands: int) -> np.ndarray:
+    """Return a color matrix (4, 4) for images of another number of bands, (bands + 1, bands + 1).
+
+    A gray image is changed as its RGB copy, whose channels are then averaged.
+    """
+    if bands == 3:
+        return matrix
+    result = np.eye(bands + 1)
+    if bands == 1:
+        result[0] = matrix[:3, :3].sum(1).mean(), matrix[:3, 3].mean()
+    elif bands > 3:
+        places = [0, 1, 2, bands]
+        result[np.ix_(places, places)] = matrix
+    return result
 
 
 def brightness_matrix(factor: float) -> np.ndarray:
@@ -235,32 +256,36 @@ def curve(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
 
 
 def apply_matrix(
-    image: Tensor, matrix: np.ndarray, unit: float = 255.0, limits: np.ndarray = _UNLIMITED
+    image: Tensor, matrix: np.ndarray, unit: float = 255.0, limits: np.ndarray | None = None
 ) -> Tensor:
     """Apply a color matrix.
 
     Args:
         image: Values in 0..255, of any dtype.
-        matrix: (4, 4), for values in 0..1.
+        matrix: (C + 1, C + 1), for values in 0..1.
         unit: Scale of the result: 255 gives values in 0..255 again.
-        limits: (3, 2), the minimum and maximum of each channel, in the result's unit.
+        limits: (C, 2), the minimum and maximum of each channel, in the result's unit.
 
     Shape:
-        image: (3, H, W); the result is float32
+        image: (C, H, W); the result is float32
     """
-    scaled = torch.from_numpy(matrix[:3] * [*[unit / 255] * 3, unit]).float().to(image.device)
-    levels = image.to(torch.float32, memory_format=torch.contiguous_format).reshape(3, -1)
-    result = torch.addmm(scaled[:, 3:], scaled[:, :3], levels).view(image.shape)
-    for channel, (low, high) in zip(result, limits.tolist(), strict=True):
-        channel.clamp_(low, high)  # one at a time: a channel fits in the cache
+    bands = len(image)
+    scaled = torch.from_numpy(matrix[:-1] * [*[unit / 255] * bands, unit]).float().to(image.device)
+    levels = image.to(torch.float32, memory_format=torch.contiguous_format).reshape(bands, -1)
+    result = torch.addmm(scaled[:, bands:], scaled[:, :bands], levels).view(image.shape)
+    if limits is not None:
+        for channel, (low, high) in zip(result, limits.tolist(), strict=True):
+            channel.clamp_(low, high)  # one at a time: a channel fits in the cache
     return result
 
 
 def apply_table(image: Tensor, table: np.ndarray) -> Tensor:
     """Look up each value of an image (0..255) in a curve's table; return float32 in 0..255."""
-    steps = image.float().mul(_STEPS).round_().clamp_(0, 255 * _STEPS).int()
+    rgb, others = image.float().split([bands := colored(len(image)), len(image) - bands])
+    steps = rgb.mul(_STEPS).round_().clamp_(0, 255 * _STEPS).int()
     levels = torch.from_numpy(table).to(image.device).mul(255)
-    return levels.index_select(0, steps.flatten()).view(image.shape)
+    changed = levels.index_select(0, steps.flatten()).view(rgb.shape)
+    return torch.cat([changed, others]) if len(others) else changed
 
 
 COLOR: dict[str, Callable[..., Callable[[np.random.Generator], np.ndarray]]] = {

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from segkit.augment.color import COLOR, CURVES, affine, apply_matrix, apply_table
+from segkit.augment.color import COLOR, CURVES, affine, apply_matrix, apply_table, of_bands
 from segkit.augment.color import IDENTITY as SAME_COLOR
 from segkit.augment.filters import FILTERS
 from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, Resize
@@ -21,8 +21,6 @@ from segkit.core.errors import ConfigError, DataError
 from segkit.core.labels import Size
 
 OPERATIONS: dict[str, Callable[..., Any]] = {**GEOMETRY, **COLOR, **CURVES, **FILTERS, **MIX}
-
-_LEVELS = np.tile([0.0, 255.0], (3, 1))
 
 Picture = Tensor | np.ndarray | Image.Image
 
@@ -93,8 +91,9 @@ class Pipeline:
         operations: ``{"name": ..., "p": ..., arguments}`` in order, or names. ``p`` is the
             probability of applying it, 1 by default (flips 0.5, grayscale 0.1).
         size: Height and width that every result is resized to at the end; ``None``: no resize.
-        mean: Mean of R, G, B in 0..1. Padding has this color, which is 0 in the result.
-        std: Standard deviation of R, G, B in 0..1.
+        mean: Mean of each band, such as R, G, B, in 0..1; as many as the images have bands.
+            Padding has this color, which is 0 in the result.
+        std: Standard deviation of each band in 0..1.
         path: Name of ``operations`` in error messages.
 
     Raises:
@@ -117,6 +116,7 @@ class Pipeline:
         deviations, means = np.array(std, dtype=float), np.array(mean, dtype=float)
         self._normalizing = affine(np.diag(1 / deviations), -means / deviations)
         self._limits = np.stack([-means, 1 - means], axis=1) / deviations[:, None]
+        self._bands = len(means)
 
     @overload
     def __call__(
@@ -152,7 +152,8 @@ class Pipeline:
         """Augment and normalize one image.
 
         Args:
-            image: uint8 pixels: an array (H, W, 3), a PIL image, or a tensor (3, H, W).
+            image: uint8 pixels: an array (H, W, C), a PIL image, or a tensor (C, H, W), with as
+                many bands C as the pipeline's ``mean`` has numbers: 3 by default.
             mask: Class indices (H, W), 255 = ignore: an array of integers or bools, a PIL image,
                 or a uint8 tensor.
             rng: Source of the random numbers, such as :func:`generator`; default: a new one.
@@ -160,12 +161,13 @@ class Pipeline:
             long: Return the mask as int64, as losses of PyTorch need it.
 
         Returns:
-            The image, float32 (3, h, w), normalized; the mask (h, w), uint8 or int64.
+            The image, float32 (C, h, w), normalized; the mask (h, w), uint8 or int64.
 
         Raises:
             DataError: The image or the mask has another type or shape.
         """
-        pixels, labels = _pixels(image), None if mask is None else _labels(mask)
+        pixels = _pixels(image, self._bands)
+        labels = None if mask is None else _labels(mask)
         size = pixels.shape[-2], pixels.shape[-1]
         if labels is not None and labels.shape != size:
             raise DataError(f"mask: has shape {tuple(labels.shape)}; expected {size} as the image")
@@ -208,7 +210,11 @@ class Pipeline:
                 step = Mix(operation(canvas.size, rng, others))
             canvas = _add_warp(steps, canvas)
             if color is not SAME_COLOR and not getattr(operation, "linear", False):
-                recolor = functools.partial(apply_matrix, matrix=color, limits=_LEVELS)
+                recolor = functools.partial(
+                    apply_matrix,
+                    matrix=of_bands(color, self._bands),
+                    limits=np.tile([0.0, 255.0], (self._bands, 1)),
+                )
                 steps.append(Filter(recolor))
                 color = SAME_COLOR
             steps.append(step)
@@ -223,8 +229,8 @@ class Pipeline:
         """Render a batch on its device, with plans of equal size.
 
         Shape:
-            images[i]: (3, H, W) uint8, of any size; masks[i]: (H, W) uint8
-            result: (B, 3, h, w) float32, normalized; (B, h, w) uint8
+            images[i]: (C, H, W) uint8, of any size; masks[i]: (H, W) uint8
+            result: (B, C, h, w) float32, normalized; (B, h, w) uint8
         """
         pairs = [
             self.render_one(image, mask, plan)
@@ -236,7 +242,7 @@ class Pipeline:
     def render_one(
         self, image: Tensor, mask: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor | None]:
-        """Render one image (3, H, W) and its mask (H, W), both uint8, with its plan."""
+        """Render one image (C, H, W) and its mask (H, W), both uint8, with its plan."""
         inside: Tensor | None = None
         for step in plan.steps:
             if isinstance(step, Warp):
@@ -247,7 +253,8 @@ class Pipeline:
                 image = step.run(image)
             elif mask is not None:
                 mask = step.run(mask)
-        image = apply_matrix(image, self._normalizing @ plan.color, unit=1.0, limits=self._limits)
+        matrix = self._normalizing @ of_bands(plan.color, self._bands)
+        image = apply_matrix(image, matrix, unit=1.0, limits=self._limits)
         if inside is not None:
             image.mul_(inside)
         # A mask that was only copied may be a view of its source, which may be a cache.
@@ -276,15 +283,16 @@ def _operation(spec: Mapping[str, Any] | str, path: str) -> tuple[str, float, Ca
     return component["name"], float(probability), operation
 
 
-def _pixels(image: Picture) -> Tensor:
+def _pixels(image: Picture, bands: int) -> Tensor:
     if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise DataError(f"image: has shape {tuple(image.shape)}; a tensor is (3, H, W)")
+        if image.ndim != 3 or image.shape[0] != bands:
+            raise DataError(f"image: has shape {tuple(image.shape)}; a tensor is ({bands}, H, W)")
         return image
-    pixels = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+    is_rgb = isinstance(image, Image.Image) and bands == 3
+    pixels = np.array(image.convert("RGB") if is_rgb else image)  # type: ignore[union-attr]
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != bands:
         raise DataError(
-            f"image: is {pixels.dtype} of shape {pixels.shape}; expected uint8 (H, W, 3)"
+            f"image: is {pixels.dtype} of shape {pixels.shape}; expected uint8 (H, W, {bands})"
         )
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

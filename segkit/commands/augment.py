@@ -23,7 +23,7 @@ from segkit.core.files import atomic_write
 from segkit.data import Source, open_source
 from segkit.inference.origin import check_written_by_segkit
 from segkit.inference.outputs import overlay
-from segkit.training.defaults import set_augmentation
+from segkit.training.defaults import set_augmentation, set_channels
 
 _CELL, _MARGIN, _CAPTION = 192, 6, 18
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="the PNG to write")
     parser.add_argument("--images", type=int, default=6, help="number of columns")
     args = parser.parse_args(argv)
-    cfg = config.load(args.cfg, args.set)
+    cfg = set_channels(config.load(args.cfg, args.set))
     if cfg.data.train is None:
         raise ConfigError("data.train: is missing; expected the labelled images to show")
     if args.images < 1:

@@ -11,7 +11,7 @@ from typing import Any
 from segkit.commands import console
 from segkit.core import config
 from segkit.core.errors import ConfigError, DataError
-from segkit.data import SOURCES
+from segkit.data import SOURCES, part_spec
 from segkit.data.doubts import describe, label_doubts, seen
 from segkit.data.folds import class_pixels, read_groups
 from segkit.data.source import Fault, Source, unreadable
@@ -31,7 +31,7 @@ def faults(data: config.DataConfig, sources: dict[str, Source] | None = None) ->
     makers = {
         part: config.bind(SOURCES, spec, f"data.{part}")
         for part in PARTS
-        if (spec := getattr(data, part)) is not None
+        if (spec := part_spec(data, part)) is not None
     }
     if not makers:
         raise ConfigError(f"data: names no images; expected one of {', '.join(PARTS)}")

@@ -28,6 +28,7 @@ from segkit.core.errors import ConfigError, DataError, SegkitError, is_out_of_me
 from segkit.core.files import write_json
 from segkit.core.machine import Machine, read_machine
 from segkit.data import open_source
+from segkit.data.bands import find_reading
 from segkit.data.doubts import describe, label_doubts
 from segkit.data.fingerprint import Fingerprint, join
 from segkit.data.folds import class_pixels
@@ -41,7 +42,7 @@ from segkit.models.pretrained.reading import read_file
 from segkit.report.duplicates import near_duplicates
 from segkit.report.survey import Photo, color_statistics, read_photo
 from segkit.training import rules
-from segkit.training.defaults import has_batch_norm
+from segkit.training.defaults import has_batch_norm, set_channels
 from segkit.training.memory import training_memory
 from segkit.training.preparation import check_memory
 from segkit.training.rules import Choice, Cost
@@ -108,6 +109,10 @@ def plan(
     machine = read_machine(device, Path())
     with MEMO.kept_in(Path(cfg.data.cache)):
         source = open_source(cfg, "train", cached=False)
+        if needs := find_reading([source.path(i) for i in range(len(source))]):
+            parts["train"] |= needs
+            cfg = config.parse({"data": parts}, str(folder))
+            source = open_source(cfg, "train", cached=False)
         pixels = class_pixels(source, workers=machine.cores)
         data, groups = read_fingerprint(source, pixels)
         validation = len(open_source(cfg, "val", cached=False)) if "val" in parts else None
@@ -138,7 +143,7 @@ def plan(
 
 def nest(choices: Sequence[Choice]) -> Config:
     """Return the configuration of the choices that were made."""
-    return config.parse(rules.nested(choices), "the plan")
+    return set_channels(config.parse(rules.nested(choices), "the plan"))
 
 
 def find_parts(folder: Path) -> dict[str, dict[str, Any]]:
@@ -179,7 +184,7 @@ def read_fingerprint(source: Source, pixels: np.ndarray) -> tuple[Fingerprint, d
         pixels=pixels.sum(0).tolist(),
         shown=(pixels > 0).sum(0).tolist(),
         sides=[math.sqrt(x.area) for photo in photos for x in photo.instances],
-        gray=bool(np.array_equal(histogram[0], histogram[1])),
+        gray=len(histogram) < 3 or bool(np.array_equal(histogram[0], histogram[1])),
         mean=mean,
         std=std,
         groups=groups,

@@ -62,9 +62,13 @@ class DataConfig:
         0,
         1,
     )
-    mean: tuple[float, float, float] = _setting(IMAGENET_MEAN, "mean of R, G, B in 0..1")
-    std: tuple[float, float, float] = _setting(
-        IMAGENET_STD, "standard deviation of R, G, B in 0..1", 1e-6
+    mean: tuple[float, ...] = _setting(
+        IMAGENET_MEAN,
+        "mean of R, G, B in 0..1, or of each band; three are repeated for more bands, and averaged "
+        "for gray",
+    )
+    std: tuple[float, ...] = _setting(
+        IMAGENET_STD, "standard deviation of R, G, B in 0..1, or of each band, as mean", 1e-6
     )
     workers: int = _setting(2, "data-loader workers per rank", 0, 256)
     cache: str = _setting("cache", "folder for decoded training images and masks")

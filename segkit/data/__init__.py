@@ -1,10 +1,12 @@
 """Data sources, folds, and batches."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from segkit.core import distributed
-from segkit.core.config import Config, build
+from segkit.core.config import Component, Config, DataConfig, build
 from segkit.core.errors import ConfigError
 from segkit.data.cache import CachedSource, cache_keys
 from segkit.data.coco import CocoSource
@@ -24,6 +26,8 @@ __all__ = [
     "Source",
     "open_demo",
     "open_source",
+    "part_spec",
+    "reading",
 ]
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -33,6 +37,24 @@ SOURCES: dict[str, Callable[..., Source]] = {
     **{name: label_format.source for name, label_format in FORMATS.items()},
 }
 """Sources by their name in the configuration's ``data`` section."""
+
+
+def reading(data: DataConfig) -> dict[str, Any]:
+    """Return ``range`` and ``channels`` with which the training images are read."""
+    spec = data.train or {}
+    limits = spec.get("range")
+    limits = tuple(limits) if isinstance(limits, list | tuple) else limits
+    return {"range": limits, "channels": spec.get("channels", 3)}
+
+
+def part_spec(data: DataConfig, part: str) -> Component | None:
+    """Return the component of a part, which reads images as ``data.train`` unless it says how."""
+    spec, train = getattr(data, part), data.train or {}
+    if spec is None or spec.get("name") not in SOURCES:
+        return spec
+    arguments = inspect.signature(SOURCES[spec["name"]]).parameters
+    shared = {key: train[key] for key in reading(data) if key in train and key in arguments}
+    return {**shared, **spec}
 
 
 def open_source(config: Config, part: str, *, cached: bool = True) -> Source:
@@ -47,15 +69,16 @@ def open_source(config: Config, part: str, *, cached: bool = True) -> Source:
         cached: If false, the files are read without the cache.
 
     Raises:
-        ConfigError: The component is invalid, or has other than 3 channels.
+        ConfigError: The component is invalid, or has other channels than ``data.train``.
         DataError: The data cannot be used.
     """
     main = distributed.is_main()
-    spec = getattr(config.data, part)
-    if spec.get("channels", 3) != 3:
+    spec: Any = part_spec(config.data, part)
+    channels = reading(config.data)["channels"]
+    if config.data.train is not None and spec.get("channels", 3) != channels:
         raise ConfigError(
-            f"data.{part}.channels: is {spec['channels']}, but training and prediction by commands "
-            "take 3; remove it, or train from Python with segkit.create_model(in_channels=...)"
+            f"data.{part}.channels: is {spec.get('channels', 3)}, but data.train has {channels}; "
+            "expected the same, as one model takes both"
         )
     folder = Path(config.data.cache)
     with MEMO.kept_in(folder):

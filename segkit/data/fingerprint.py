@@ -19,8 +19,8 @@ class Fingerprint(NamedTuple):
         shown: Number of these images with each class.
         sides: Square roots of the objects' areas, in pixels.
         gray: True if the images have no color.
-        mean: Of R, G, B in 0..1.
-        std: Standard deviation of R, G, B in 0..1.
+        mean: Of each band, such as R, G, B, in 0..1.
+        std: Standard deviation of each band in 0..1.
         groups: Names of near-duplicates, at least two per group.
     """
 

@@ -76,14 +76,19 @@ def read_image(path: Path | str, *, range: SampleRange | None = None, channels: 
     return _upright(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image, *, range: SampleRange | None = None, channels: int = 3) -> Tensor:
     """Return a Pillow image as :func:`read_image` returns a file.
 
     Raises:
-        ValueError: The image has 32-bit samples, or 16-bit samples that do not fill 16 bits.
+        ValueError: The image has samples that need a ``range``, or another number of bands.
     """
-    orientation = _orientation(image)
-    return _upright(torch.from_numpy(to_bytes(image, None, 3)).permute(2, 0, 1), orientation)
+    pixels = torch.from_numpy(to_bytes(image, range, channels)).permute(2, 0, 1)
+    return _upright(pixels, _orientation(image))
+
+
+def as_rgb(image: Tensor) -> Tensor:
+    """Return what people see of an image (C, H, W): its first three bands, or the first as gray."""
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

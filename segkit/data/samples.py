@@ -117,7 +117,7 @@ def _of_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 def _in_range(image: Image.Image, range: SampleRange | None, *, colors: bool) -> np.ndarray:
     """Return (H, W, bands) uint8."""
-    samples = _samples(image, colors=colors)
+    samples = stored_samples(image, colors=colors)
     if samples.dtype == np.uint8:
         return samples
     if range is None:
@@ -143,7 +143,7 @@ def _in_range(image: Image.Image, range: SampleRange | None, *, colors: bool) ->
     return np.nan_to_num(scaled).round().clip(0, 255).astype(np.uint8)
 
 
-def _samples(image: Image.Image, *, colors: bool) -> np.ndarray:
+def stored_samples(image: Image.Image, *, colors: bool) -> np.ndarray:
     """Return (H, W, bands) uint8, uint16, int32 or float32; palettes and the like as colors.
 
     ``colors``: convert what is neither gray nor RGB, with or without alpha, to RGB.

@@ -156,6 +156,6 @@ def _content(source: Source, i: int) -> str | None:
     """Return digests of an image's file and label, or ``None`` if one cannot be read."""
     try:
         labels = source.label_digest(i) if source.labelled else ""
-        return f"{MEMO.digest(source.path(i))} {labels} sound"
+        return f"{MEMO.digest(source.path(i))} {labels} sound{getattr(source, 'reading', '')}"
     except (OSError, DataError):
         return None

@@ -10,6 +10,7 @@ from torch import nn
 from segkit.core import checkpoint, config
 from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD, Config
 from segkit.core.errors import CheckpointError
+from segkit.data import reading
 from segkit.inference.predictor import Predictor
 from segkit.inference.tta import Views
 from segkit.models.kernels.fuse_relu import for_prediction
@@ -111,6 +112,7 @@ def build_predictor(
     settings: dict[str, Any] = {
         "mean": cfg.data.mean,
         "std": cfg.data.std,
+        "range": reading(cfg.data)["range"],
         "size": cfg.infer.size,
         "merge": cfg.infer.merge,
         "tile": cfg.infer.tile,

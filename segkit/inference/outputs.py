@@ -20,6 +20,7 @@ from torch import Tensor
 
 from segkit.core.files import atomic_write
 from segkit.core.labels import IGNORE
+from segkit.data.images import as_rgb
 from segkit.data.inputs import inside
 
 Color = tuple[int, int, int]
@@ -139,7 +140,7 @@ def overlay(
     """Return a photograph blended with its classes' colors, with outlines and a legend.
 
     Args:
-        image: The photograph, RGB, uint8 (3, H, W).
+        image: The photograph, uint8 (C, H, W), shown as :func:`segkit.data.images.as_rgb` does.
         mask: Class indices (H, W); ignored pixels are not colored.
         classes: Class names for the legend; its font has Latin letters only.
         colors: Colors of the classes.
@@ -147,7 +148,7 @@ def overlay(
         background: Index of a class that is not colored, or None.
         legend: Add a legend below the image: the classes in the mask and their share of pixels.
     """
-    pixels, values = image.permute(1, 2, 0).cpu().numpy(), _pixels(mask)
+    pixels, values = as_rgb(image).permute(1, 2, 0).cpu().numpy(), _pixels(mask)
     if pixels.shape[:2] != values.shape:
         raise ValueError(f"the image is {pixels.shape[:2]} and its mask {values.shape}")
     table, edges = color_table(colors), outlines(values)
@@ -176,7 +177,7 @@ def comparison_image(
     """Return panels side by side: photograph, truth (if it is known), prediction, errors."""
     draw = partial(overlay, image, classes=(), legend=False)
     masks = [mask] if truth is None else [truth, mask]
-    panels = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy())]
+    panels = [Image.fromarray(as_rgb(image).permute(1, 2, 0).cpu().numpy())]
     panels += [draw(shown, colors=colors, background=background) for shown in masks]
     if truth is not None:
         wrong = (mask.cpu() != truth.cpu()) & (truth.cpu() != IGNORE)

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from segkit.data.images import read_image, to_tensor
+from segkit.data.samples import SampleRange
 from segkit.inference.outputs import SAFE, Color, overlay
 
 Photo: TypeAlias = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
-"""A file, a Pillow image, a uint8 array (H, W, 3), or a uint8 tensor (3, H, W) or (B, 3, H, W)."""
+"""A file, a Pillow image, a uint8 array (H, W, C), or a uint8 tensor (C, H, W) or (B, C, H, W)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +25,14 @@ class Prediction:
     That of a batch has the additional axis B; ``prediction[i]`` is that of one image.
 
     Args:
-        image: The photograph, upright RGB.
+        image: The photograph, upright; RGB, or the bands that the model takes.
         mask: The most probable class at every pixel.
         probabilities: Probabilities of the classes; of background and foreground for a model with
             one plane of logits.
         classes: Class names, or ``()`` if the predictor has none.
 
     Shape:
-        image: uint8 (3, H, W)
+        image: uint8 (3, H, W), or another number of bands
         mask: uint8 (H, W)
         probabilities: float32 (C, H, W)
     """
@@ -79,10 +80,14 @@ def predicted_classes(scores: Tensor) -> Tensor:
     return scores.max(-3).indices.to(torch.uint8)
 
 
-def as_tensor(photo: Photo) -> Tensor:
-    """Return a photograph as a uint8 tensor, (3, H, W), or (B, 3, H, W) for a batch.
+def as_tensor(photo: Photo, *, range: SampleRange | None = None, channels: int = 3) -> Tensor:
+    """Return a photograph as a uint8 tensor, (C, H, W), or (B, C, H, W) for a batch.
 
-    Files and Pillow images are rotated to their EXIF orientation and converted to RGB.
+    Files and Pillow images are rotated to their EXIF orientation and converted to RGB or gray.
+
+    Args:
+        photo: The photograph.
+        range, channels: For files and Pillow images, as in :func:`segkit.data.images.read_image`.
 
     Raises:
         DataError: A file cannot be read.
@@ -90,13 +95,14 @@ def as_tensor(photo: Photo) -> Tensor:
         ValueError: An array has another type or shape.
     """
     if isinstance(photo, str | Path):
-        return read_image(photo)
+        return read_image(photo, range=range, channels=channels)
     if isinstance(photo, Image.Image):
-        return to_tensor(photo)
+        return to_tensor(photo, range=range, channels=channels)
     if isinstance(photo, np.ndarray):
-        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != channels:
             raise ValueError(
-                f"photo: expected a uint8 array (H, W, 3), got {photo.dtype} {photo.shape}; "
+                f"photo: expected a uint8 array (H, W, {channels}), got {photo.dtype} "
+                f"{photo.shape}; "
                 "give images with the channels first as a tensor"
             )
         return torch.from_numpy(np.ascontiguousarray(photo)).permute(2, 0, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from segkit.core.backend import cudnn_autotuning
 from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
+from segkit.data.samples import SampleRange
 from segkit.inference.calibration import sharpened
 from segkit.inference.prediction import Photo, Prediction, as_tensor, predicted_classes
 from segkit.inference.tiling import STRIDE, concat_bands, resized_rows, tiles
@@ -52,6 +53,7 @@ class Predictor:
         graphs: On CUDA, replay a :class:`Segmenter` as a CUDA graph for image sizes that recur.
         temperature: Calibrates the probabilities; see :mod:`segkit.inference.calibration`. The mask
             does not depend on it.
+        range: Samples of files that become 0 and 255; see :func:`segkit.data.images.read_image`.
 
     Raises:
         ValueError: An image has the wrong shape or type.
@@ -75,10 +77,11 @@ class Predictor:
         channels_last: bool = False,
         graphs: bool = True,
         temperature: float = 1.0,
+        range: SampleRange | None = None,
     ) -> None:
         if tile is not None and tile < STRIDE:
             raise ValueError(f"tiles must be at least {STRIDE} pixels wide, not {tile}")
-        self._graphs, self.temperature = graphs, temperature
+        self._graphs, self.temperature, self.range = graphs, temperature, range
         self.model = model
         self.classes = tuple(classes)
         self.size = size
@@ -119,15 +122,15 @@ class Predictor:
         """Predict a photograph, or each of a list.
 
         Args:
-            photo: A file, a Pillow image, a uint8 array (H, W, 3), a uint8 tensor (3, H, W) or
-                (B, 3, H, W), or a list of these.
+            photo: A file, a Pillow image, a uint8 array (H, W, C), a uint8 tensor (C, H, W) or
+                (B, C, H, W), or a list of these. C is the model's number of channels, such as 3.
 
         Raises:
             DataError: A file cannot be read.
         """
         if isinstance(photo, Sequence) and not isinstance(photo, str):
             return [self(part) for part in photo]
-        image = as_tensor(photo)
+        image = as_tensor(photo, range=self.range, channels=len(self._scale))
         with torch.inference_mode():
             unscaled = concat_bands(self._unscaled_bands(image), image.shape[-2])
             mask, scores = predicted_classes(unscaled), sharpened(unscaled, self.temperature)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from segkit.data.images import as_rgb
 from segkit.data.source import Source, background
 from segkit.inference.label_errors import LabelScore
 from segkit.inference.outputs import ERROR, Color, overlay
@@ -63,7 +64,7 @@ def panels(
 ) -> list[Image.Image]:
     """Return photograph, annotation, prediction and contradicted regions of an image, small."""
     truth = small_mask(source.mask(labels.index))
-    photograph = Image.fromarray(source.image(labels.index).permute(1, 2, 0).numpy())
+    photograph = Image.fromarray(as_rgb(source.image(labels.index)).permute(1, 2, 0).numpy())
     scale = truth.shape[1] / photograph.width, truth.shape[0] / photograph.height
     photograph = photograph.resize(truth.shape[::-1], Image.Resampling.BOX, reducing_gap=2)
     pixels = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from segkit.core.config import Config
+from segkit.data.images import as_rgb
 from segkit.data.source import background
 from segkit.inference.outputs import PALETTES, Color, overlay
 from segkit.report import html
@@ -164,9 +165,13 @@ def _tiles(figures: Sequence[str], total: int) -> str:
 def _colors(histogram: np.ndarray) -> str:
     mean, std = color_statistics(histogram)
     shares = (100 * histogram / histogram.sum(1, keepdims=True)).round(4)
-    curves = zip(("red", "green", "blue"), (4, 2, 0), shares.tolist(), strict=True)
-    x = list(range(256))
-    series = [{"name": name, "x": x, "y": y, "color": color} for name, color, y in curves]
+    bands, x = [("red", 4), ("green", 2), ("blue", 0)], list(range(256))
+    if len(histogram) != 3:
+        bands = [(f"band {n + 1}", n % 6) for n in range(len(histogram))]
+    series = [
+        {"name": name, "x": x, "y": y, "color": color}
+        for (name, color), y in zip(bands, shares.tolist(), strict=True)
+    ]
     text = f'"mean": {mean}, "std": {std}'
     return (
         f"<p>For normalization, as entries of <code>data</code>: <code>{text}</code></p>"
@@ -196,7 +201,7 @@ def _picture(
     part: Part, i: int, side: int, colors: Sequence[Color] | None = None, box: Box | None = None
 ) -> str:
     """Return a small image ``i``, or its crop around ``box``; with ``colors`` also its labels."""
-    pixels = part.source.image(i)
+    pixels = as_rgb(part.source.image(i))
     left, top, right, bottom = box or (0, 0, pixels.shape[2], pixels.shape[1])
     margin = max(8, round(0.15 * max(right - left, bottom - top))) if box else 0
     rows = slice(max(0, top - margin), bottom + margin)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from segkit.core import distributed
 from segkit.core.files import write_json
 from segkit.core.run import Run
+from segkit.data.images import as_rgb
 from segkit.data.source import IGNORE, Source, background
 from segkit.inference.outputs import ERROR, PALETTES, Color, color_table, comparison_image, outlines
 from segkit.report.html import data_uri
@@ -93,7 +94,8 @@ class Gallery:
         chosen = kept[:half] + sorted(rest[: self._size - half], key=_order)
         for place, picture in enumerate(chosen):
             picture.worst = place < half
-            photograph = Image.fromarray(self._source.image(picture.index).permute(1, 2, 0).numpy())
+            pixels = as_rgb(self._source.image(picture.index))
+            photograph = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             height, width = picture.truth.shape
             picture.image = photograph.resize((width, height), Image.Resampling.BOX, reducing_gap=2)
         return chosen

@@ -49,7 +49,7 @@ class Photo(NamedTuple):
     """Statistics of an image; ``pixels`` and ``grid`` are empty if it has no labels.
 
     Shape:
-        histogram: (3, 256), pixels of each value of R, G, B
+        histogram: (C, 256), pixels of each value of each band, such as R, G, B
         gray: (SIDE, SIDE), 0 to 255
         pixels: (num_classes,), pixels of each class
         grid: (SIDE, SIDE), mask values
@@ -70,7 +70,7 @@ class Part:
 
     Shape:
         pixels: (N, num_classes), pixels of each class in each image
-        histogram: (3, 256), pixels of each value of R, G, B
+        histogram: (C, 256), pixels of each value of each band
     """
 
     def __init__(self, title: str, source: Source) -> None:
@@ -89,7 +89,7 @@ class Part:
 
 
 def color_statistics(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of R, G, B in 0..1, from the pixels of each value."""
+    """Return mean and standard deviation of each band in 0..1, from the pixels of each value."""
     levels = np.arange(256) / 255
     shares = histogram / histogram.sum(1, keepdims=True)
     mean = shares @ levels

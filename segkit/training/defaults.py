@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from segkit.core.config import Config, ModelConfig, parse, to_dict
+from segkit.augment.color import colored
+from segkit.core.config import Config, ModelConfig, bind, parse, to_dict
+from segkit.core.errors import ConfigError
+from segkit.data import SOURCES
 from segkit.data.source import Source
 from segkit.models.pretrained.published import obtain
 from segkit.models.segmenter import build_model
@@ -31,6 +34,42 @@ MAX_WARMUP = 500
 
 SGD_LR, PRETRAINED_LR, PRETRAINED_FACTOR = 1e-2, 1e-3, 0.1
 RANDOM_LR, RANDOM_LR_WITHOUT_BATCH_NORM = 2e-3, 3e-4
+
+
+def set_channels(cfg: Config) -> Config:
+    """Return the configuration with the model's channels, mean and deviation of the data's bands.
+
+    Raises:
+        ConfigError: ``data.train`` is invalid, or the model or ``data.mean`` has other channels.
+    """
+    if cfg.data.train is None:
+        return cfg
+    channels = bind(SOURCES, cfg.data.train, "data.train").keywords.get("channels", 3)
+    if (given := cfg.model.backbone.get("in_channels", channels)) != channels:
+        raise ConfigError(
+            f"model.backbone.in_channels: is {given}, but data.train is read with {channels} "
+            "channels; set data.train.channels, and leave in_channels out"
+        )
+    backbone = cfg.model.backbone
+    if channels != 3:
+        backbone = {**backbone, "in_channels": channels}
+    mean, std = (_per_band(getattr(cfg.data, key), channels, key) for key in ("mean", "std"))
+    return replace(
+        cfg,
+        data=replace(cfg.data, mean=mean, std=std),
+        model=replace(cfg.model, backbone=backbone),
+    )
+
+
+def _per_band(values: tuple[float, ...], channels: int, key: str) -> tuple[float, ...]:
+    """Return a number per band: three are repeated for more bands, and averaged for gray."""
+    if len(values) not in (3, channels):
+        raise ConfigError(f"data.{key}: has {len(values)} numbers; expected {channels}, one a band")
+    if len(values) == channels:
+        return values
+    if channels == 1:
+        return (sum(values) / 3,)
+    return tuple(values[band % 3] for band in range(channels))
 
 
 def crop_size(sizes: Sequence[tuple[int, int]], largest: int = LARGEST_CROP) -> tuple[int, int]:
@@ -113,6 +152,9 @@ def settle(cfg: Config, source: Source) -> tuple[Config, list[str]]:
         The configuration, and a sentence for each choice.
     """
     said = []
+    if (bands := cfg.model.backbone.get("in_channels", 3)) != 3:
+        changed = "the first 3, taken as R, G, B" if colored(bands) == 3 else f"{colored(bands)}"
+        said.append(f"images of {bands} bands: color operations change {changed}")
     if cfg.model.weights == "auto":
         weights, sentence = obtain(cfg.model.backbone["name"])
         cfg = replace(cfg, model=replace(cfg.model, weights=weights))

@@ -46,7 +46,7 @@ def training_memory(
     """
     with torch.device("meta"):
         net = build_model(model.backbone, model.decoder, num_classes=num_classes)
-        image = torch.empty(BATCH, 3, *size)
+        image = torch.empty(BATCH, model.backbone.get("in_channels", 3), *size)
     state = 16 * sum(parameter.numel() for parameter in net.parameters())
     kept = kept_for_backward(net.train(), image, recomputed=recomputed) // BATCH
     return state, kept + 8 * num_classes * size[0] * size[1]

@@ -16,7 +16,7 @@ from segkit.core import config, distributed
 from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.core.run import Run
-from segkit.data import SOURCES, open_source
+from segkit.data import SOURCES, open_source, part_spec
 from segkit.data.doubts import describe, label_doubts, split_doubts
 from segkit.data.folds import (
     Split,
@@ -45,14 +45,9 @@ def check_components(cfg: Config) -> None:
     if cfg.data.train is None:
         raise ConfigError("data.train: is missing; expected the labelled images to train on")
     for part in ("train", "val", "test", "test_labels", "pseudo"):
-        if (spec := getattr(cfg.data, part)) is not None:
+        if (spec := part_spec(cfg.data, part)) is not None:
             config.bind(SOURCES, spec, f"data.{part}")
     build_pipeline(cfg)
-    if (channels := cfg.model.backbone.get("in_channels", 3)) != 3:
-        raise ConfigError(
-            f"model.backbone.in_channels: is {channels}, but photographs are read with 3 channels; "
-            "remove it, or train from Python with segkit.create_model"
-        )
     with torch.device("meta"):
         build_training(set_rates(cfg), None, torch.device("meta"))
     if os.environ.get("LOCAL_RANK", "0") == "0":

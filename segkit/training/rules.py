@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
 from segkit.core.labels import Size
 from segkit.core.machine import Machine
 from segkit.data.fingerprint import Fingerprint
@@ -175,13 +176,17 @@ def repeats(data: Fingerprint) -> list[Choice]:
 
 
 def normalization(data: Fingerprint, *, pretrained: bool) -> list[Choice]:
-    """Return mean and deviation of the colors."""
-    if pretrained:
+    """Return mean and deviation of the bands; pretrained weights keep ImageNet's of R, G, B."""
+    bands = len(data.mean)
+    if pretrained and bands == 3:
         return []
-    mean, std = ([round(x, 4) for x in values] for values in (data.mean, data.std))
+    kept = 3 if pretrained and bands > 3 else 0
+    mean, std = ([round(x, 4) for x in values[kept:]] for values in (data.mean, data.std))
+    why = "measured" if pretrained else "measured, as the weights are random"
+    why = f"ImageNet's of R, G, B; the others {why}" if kept else why
     return [
-        Choice("data.mean", mean, "measured, as the weights are random"),
-        Choice("data.std", [max(0.01, x) for x in std], "measured"),
+        Choice("data.mean", [*IMAGENET_MEAN[:kept], *mean], why),
+        Choice("data.std", [*IMAGENET_STD[:kept], *(max(0.01, x) for x in std)], why),
     ]
 
 

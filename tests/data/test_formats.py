@@ -11,7 +11,7 @@ from PIL import Image
 
 from segkit.core.config import Config, DataConfig, build
 from segkit.core.errors import ConfigError, DataError
-from segkit.data import SOURCES, open_source
+from segkit.data import SOURCES, open_source, part_spec
 from segkit.data.formats import FORMATS, cvat, label_studio, recognize, yolo
 from segkit.data.formats.cityscapes import LABEL_IDS
 
@@ -407,8 +407,13 @@ def test_images_of_one_name_in_two_folders(tmp_path: Path) -> None:
         opened("via", arguments)
 
 
-def test_commands_refuse_other_bands() -> None:
-    source = {"name": "masks", "images": "a", "masks": "b", "classes": ["x", "y"], "channels": 4}
-    cfg = Config(data=DataConfig(train=source))
-    with pytest.raises(ConfigError, match=r"data\.train\.channels: is 4, but .* take 3; remove it"):
-        open_source(cfg, "train")
+def test_parts_have_the_bands_of_the_training_images() -> None:
+    source = {"name": "masks", "images": "a", "masks": "b", "classes": ["x", "y"]}
+    deep = {**source, "channels": 4, "range": [0, 4095]}
+    data = DataConfig(
+        train=deep, val=source, test={**source, "channels": 1}, pseudo={"name": "demo"}
+    )
+    assert part_spec(data, "val") == deep
+    assert part_spec(data, "pseudo") == {"name": "demo"}  # has no such arguments
+    with pytest.raises(ConfigError, match=r"data\.test\.channels: is 1, but data\.train has 4"):
+        open_source(Config(data=data), "test")

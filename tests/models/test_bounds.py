@@ -110,7 +110,10 @@ def test_any_number_is_taken_or_refused(part: str, numbers: Numbers) -> None:
         ("model.decoder.aux_width=18446744073709551616", r"model\.decoder\.aux_width: expected an"),
         ("model.decoder.aux_width=4611686018427387904", r"model\.decoder: .*aux_width=46116860184"),
         ("model.decoder.width=-8", r"model\.decoder: .*width=-8 \("),
-        ("model.backbone.in_channels=4", r"model\.backbone\.in_channels: is 4, but photographs"),
+        (
+            "model.backbone.in_channels=4",
+            r"model\.backbone\.in_channels: is 4, but data\.train",
+        ),
         ("model.decoder.width=0", r"model\.decoder: a size is 0"),
         ("model.decoder.bins=[1,0]", r"model\.decoder: bins: expected 1 to 1024, got 0"),
         ("train.epochs=18446744073709551616", r"train\.epochs: expected an integer of 64 bits"),
