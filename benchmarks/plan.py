@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(HAND_MADE), metavar="NAME")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--minutes", type=float, default=2.5, help="processor time of a training")
+    parser.add_argument("--kinds", nargs="+", default=["planned", "hand-made"], metavar="KIND")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: a new one")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per training")
     args = parser.parse_args()
@@ -110,8 +111,9 @@ def main() -> None:
     if not args.json:
         print("| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS), flush=True)
     for name in args.names:
-        for kind, cfg in configurations(name, data, args.minutes).items():
-            row = trained(cfg, f"{name}-{kind}", args.minutes)
+        made = configurations(name, data, args.minutes)
+        for kind in args.kinds:
+            row = trained(made[kind], f"{name}-{kind}", args.minutes)
             low, high = row["interval"]
             score = f"{row['miou']:.3f} [{low:.3f}, {high:.3f}]"
             cells = (name, kind, row["epochs"], row["steps"], row["seconds"], score)

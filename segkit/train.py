@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
             if distributed.is_main():
                 run.write("summary.json", {**before, **summary})
                 say(score_table(write_run_page(run)))
-        say(f"done: {run.folder}, shown by {run.folder / 'report.html'}")
+        say(f"done: {run.folder}\nits page: {run.folder / 'report.html'}")
         say(next_commands(cfg, run))
 
 
@@ -341,8 +341,9 @@ def next_commands(cfg: Config, run: Run) -> str:
     lines = ["next: predict photographs, the test set, or train on", f"{infer} --images PHOTO.jpg"]
     if cfg.data.test is not None:
         lines.append(f"{infer}{' --soup --tta' if len(run.folds()) > 1 else ' --tta'}")
-    further = f"--run-dir {run.folder} --resume --set train.epochs={2 * cfg.train.epochs}"
-    return "\n  ".join([*lines, f"{train} {run.folder / 'config.json'} {further}"])
+    lines.append(f"{train} {run.folder / 'config.json'} \\")
+    lines.append(f"  --run-dir {run.folder} --resume --set train.epochs={2 * cfg.train.epochs}")
+    return "\n  ".join(lines)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from ranks import share_of_the_way
 
 from segkit import train as train_module
 from segkit.core import checkpoint
+from segkit.core.config import Config
 from segkit.core.errors import DataError, SegkitError
 from segkit.core.run import Run
 from segkit.data.demo import draw_demo
@@ -545,3 +546,10 @@ def test_the_contest_s_configuration_starts_on_four_ranks(tmp_path: Path) -> Non
     arguments = ["--cfg", "swin.json", "--folds", "0", "--run-dir", "run", *sets(settings)]
     finish(start(tmp_path, "train.py", *arguments, ranks=4))
     assert Run(tmp_path / "run").read("summary.json")["fold0"]["steps"] == 2
+
+
+def test_the_last_lines_fit_a_terminal() -> None:
+    run = Run(Path("runs/photographs-20261127-123625"))
+    lines = train_module.next_commands(Config(), run).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-2].endswith("\\")  # goes on in the next line

@@ -15,6 +15,7 @@ from segkit.data import SOURCES, part_spec
 from segkit.data.doubts import describe, label_doubts, seen
 from segkit.data.folds import class_pixels, read_groups
 from segkit.data.source import Fault, Source, unreadable
+from segkit.report.survey import shared_images
 
 PARTS = ("train", "val", "test", "test_labels")
 
@@ -98,5 +99,8 @@ def _labels(sources: dict[str, Source], begin: str, *, as_json: bool) -> Iterato
             yield json.dumps(doubt) if as_json else f"{where}: warning: {sentence}"
         if where == "data.train" and pixels is not None:
             last.append(f"training would see {seen(source, pixels)}")
+    compared = {where: source for where, source in sources.items() if where != "data.test_labels"}
+    for sentence in shared_images(compared) if len(compared) > 1 else ():
+        yield json.dumps({"doubt": sentence}) if as_json else f"warning: {sentence}"
     if last and not as_json:
         yield "; ".join(last)

@@ -40,7 +40,7 @@ from segkit.models.pretrained.loading import fitting, identify
 from segkit.models.pretrained.published import obtain
 from segkit.models.pretrained.reading import read_file
 from segkit.report.duplicates import near_duplicates
-from segkit.report.survey import Photo, color_statistics, read_photo
+from segkit.report.survey import Photo, color_statistics, read_photo, shared_images
 from segkit.training import rules
 from segkit.training.defaults import has_batch_norm, set_channels
 from segkit.training.memory import training_memory
@@ -115,7 +115,12 @@ def plan(
             source = open_source(cfg, "train", cached=False)
         pixels = class_pixels(source, workers=machine.cores)
         data, groups = read_fingerprint(source, pixels)
-        validation = len(open_source(cfg, "val", cached=False)) if "val" in parts else None
+        sources = {
+            f"data.{part}": source if part == "train" else open_source(cfg, part, cached=False)
+            for part in parts
+        }
+        shared = shared_images(sources, MOST_READ) if len(sources) > 1 else []
+    validation = len(sources["data.val"]) if "val" in parts else None
     reasons = dict.fromkeys(parts, f"found in {folder}") | {"train": describe(source)}
     choices = [Choice(f"data.{part}", spec, reasons[part]) for part, spec in parts.items()]
     choices += plan_model(machine, weights)
@@ -123,6 +128,9 @@ def plan(
     cost, choices = measure(choices, source, data, machine, device)
     batch_size = nest(choices).train.batch_size
     choices += rules.schedule(data, hours, cost, batch_size, validation)
+    model = nest(choices).model
+    if model.weights is not None and has_batch_norm(model):
+        choices = rules.hasten(choices, data.images)
     choices += rules.loading(data, machine)
     if groups and validation is None:
         count = sum(len(group) for group in data.groups)
@@ -136,7 +144,7 @@ def plan(
         raw,
         choices,
         data,
-        [*label_doubts(source, pixels), *rules.warnings_about(data)],
+        [*label_doubts(source, pixels), *shared, *rules.warnings_about(data)],
         groups if validation is None else {},
     )
 

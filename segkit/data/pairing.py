@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
+from segkit.core.errors import DataError
 from segkit.data.images import SUFFIXES
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jpg", ".jpeg", ".jpe", ".jfif")
@@ -36,9 +37,22 @@ def search(
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Yield all files below a folder that are not hidden; links to folders are not followed."""
+    """Yield all files below a folder that are not hidden.
+
+    A link to another folder inside it is passed over: its files are found where they are.
+
+    Raises:
+        DataError: There is a link to a folder outside, where no file may be read.
+    """
+    root = folder.resolve()
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not _hidden(name)]
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise DataError(
+                    f"{path} is a link to a folder outside {folder}, which is not followed; put "
+                    "the folder itself there, or remove the link"
+                )
         for name in files:
             if not _hidden(name):
                 yield Path(parent, name).relative_to(folder).as_posix()

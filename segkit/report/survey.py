@@ -1,7 +1,7 @@
 """Statistics of a data set, its near-duplicates and its suspicious labels; images are read once."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from segkit.core.distributed import Progress
 from segkit.data.areas import Box, Instance, connected_areas
 from segkit.data.coco import CocoSource, Region, encode
 from segkit.data.folds import make_folds, read_groups
+from segkit.data.memo import on_threads
 from segkit.data.source import IGNORE, Source, background
 from segkit.report.duplicates import FLIPS, Pair, near_duplicates
 
@@ -101,8 +102,8 @@ def read_photo(source: Source, i: int) -> Photo:
     """Return the statistics of image ``i``."""
     image = source.image(i)
     histogram = np.stack([np.bincount(c, minlength=256) for c in image.flatten(1).numpy()])
-    gray = functional.adaptive_avg_pool2d(image.float().mean(0, keepdim=True), SIDE)[0].numpy()
-    photo = Photo(source.names[i], (image.shape[1], image.shape[2]), histogram, gray)
+    size = image.shape[1], image.shape[2]
+    photo = Photo(source.names[i], size, histogram, miniature(image))
     if not source.labelled:
         return photo
     mask, ground = source.mask(i), background(source)
@@ -113,6 +114,42 @@ def read_photo(source: Source, i: int) -> Photo:
         box = (0, 0, mask.shape[1], mask.shape[0])
         suspects.append(Suspect("unlabelled", "nothing is labelled", box))
     return photo._replace(pixels=pixels, grid=grid.numpy(), instances=instances, suspects=suspects)
+
+
+def miniature(image: Tensor) -> np.ndarray:
+    """Return the mean of an image's bands, (SIDE, SIDE)."""
+    return functional.adaptive_avg_pool2d(image.float().mean(0, keepdim=True), SIDE)[0].numpy()
+
+
+def shared_images(parts: Mapping[str, Source], most: int = 1000) -> list[str]:
+    """Return a sentence for each two parts of the data that have near-duplicates of each other.
+
+    Args:
+        parts: The sources by the name of their part.
+        most: Images of a part that are read, evenly spaced.
+    """
+    chosen = [
+        (part, i)
+        for part, source in parts.items()
+        for i in range(0, len(source), max(1, -(-len(source) // most)))
+    ]
+
+    def read(place: int) -> np.ndarray:
+        part, i = chosen[place]
+        return miniature(parts[part].image(i))
+
+    between: dict[tuple[str, str], dict[str, str]] = {}
+    for pair in near_duplicates(np.stack(on_threads(read, range(len(chosen)), "comparing parts"))):
+        (first, i), (second, j) = chosen[pair.first], chosen[pair.second]
+        if first != second:
+            known = between.setdefault((first, second), {})
+            known.setdefault(parts[second].names[j], parts[first].names[i])
+    return [
+        f"{len(images):,} images of {second} are near-duplicates of images of {first}, such as "
+        f"{name} of {like}: scores on them are too high; move them into one part"
+        for (first, second), images in between.items()
+        for name, like in list(images.items())[:1]
+    ]
 
 
 def read_instances(source: Source, i: int, mask: Tensor) -> tuple[list[Instance], list[Suspect]]:

@@ -304,9 +304,14 @@ def report_data(data: TrainData, run: Run, say: Callable[[str], None]) -> None:
 
 
 def report_faults(sources: Sequence[Source], run: Run, say: Callable[[str], None]) -> None:
-    """Report the faults that were left out of the data; log those that are not in the log yet."""
+    """Report the faults of the data; log those that are not in the log yet.
+
+    A faulty image is left out; a faulty object is ignored in its box.
+    """
     logged = {event["sentence"] for event in run.events() if event["event"] == "fault"}
+    names = {name for source in sources for name in source.names}
     for fault in dict.fromkeys(fault for source in sources for fault in source.faults):
-        say(f"left out: {fault.sentence}")
+        effect = "ignored in its box" if fault.file in names else "left out"
+        say(f"{effect}: {fault.sentence}")
         if distributed.is_main() and fault.sentence not in logged:
             run.log(event="fault", file=fault.file, sentence=fault.sentence)

@@ -27,6 +27,9 @@ RARE = 0.001
 SELDOM = 0.1
 """Share of the images below which a class's images are drawn more often."""
 
+SHORT = 1000
+"""Steps below which a pretrained network with BatchNorm learns faster (benchmarks/plan.py)."""
+
 SMALL, AIM = 0.02, 0.33
 """Share of the pixels below which crops aim at classes, and nnU-Net's share of such crops."""
 
@@ -122,6 +125,28 @@ def rates(optimizer: str, *, pretrained: bool, batch_norm: bool) -> list[Choice]
         Choice("optim.backbone_lr_factor", factor, why),
         Choice("optim.warmup_steps", None, "a twentieth of the steps, at most 500"),
         Choice("optim.clip_norm", 5.0, "a batch with wrong labels changes little"),
+    ]
+
+
+def hasten(choices: Sequence[Choice], images: int) -> list[Choice]:
+    """Return the choices with twice the rates, also of the backbone, if there are few steps.
+
+    Args:
+        choices: With epochs, folds and the rates of pretrained weights and BatchNorm.
+        images: Number of training images of all folds.
+    """
+    values = {choice.key: choice.value for choice in choices}
+    share = 1 - 1 / values["data.folds"] if "data.folds" in values else 1.0
+    kept = images * (1 - values.get("data.selection", 0.0))
+    steps = values["train.epochs"] * max(1, int(kept * share) // values["train.batch_size"])
+    if steps >= SHORT:
+        return list(choices)
+    why = f"{steps} steps are few, so twice the usual rate"
+    return [
+        Choice(choice.key, 2 * choice.value, why)
+        if choice.key in ("optim.lr", "optim.backbone_lr_factor")
+        else choice
+        for choice in choices
     ]
 
 

@@ -234,3 +234,30 @@ def test_contradictions_and_crowds_are_said(tmp_path: Path, capsys) -> None:
         "training would see 2 images with background 100 %, can 0 %, bag 0 %, cup 0 % of the "
         f"labelled pixels; {ignored:.3g} % of all pixels are ignored"
     )
+
+
+def test_near_duplicates_between_parts_are_said(tmp_path: Path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for folder in ("images", "masks"):
+            (tmp_path / part / folder).mkdir(parents=True)
+        for i in range(3):
+            pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).resize((64, 64))
+            if (part, i) == ("val", 1):
+                image = Image.open(tmp_path / "train/images/2.png").resize((48, 48))
+            image.save(tmp_path / part / f"images/{i}.png")
+            mask = np.ones(image.size, np.uint8)
+            mask[:9] = 0
+            Image.fromarray(mask).save(tmp_path / part / f"masks/{i}.png")
+    spec = {"name": "masks", "classes": ["a", "b"]}
+    parts = {
+        part: {**spec, **{key: str(tmp_path / part / key) for key in ("images", "masks")}}
+        for part in ("train", "val")
+    }
+    (tmp_path / "cfg.json").write_text(json.dumps({"data": parts}))
+    main(["--cfg", str(tmp_path / "cfg.json")])
+    assert (
+        "warning: 1 images of data.val are near-duplicates of images of data.train, such as 1.png "
+        "of 2.png"
+    ) in capsys.readouterr().out

@@ -9,6 +9,7 @@ from PIL import Image
 
 from segkit.core.errors import DataError
 from segkit.data.masks import MaskSource
+from segkit.data.pairing import search
 
 CLASSES = ("background", "can")
 
@@ -159,3 +160,15 @@ def test_deep_images_need_a_range(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'"range": \[0, 4095\]'):
         opened(tmp_path).image(0)
     assert opened(tmp_path, range=(0, 4095)).image(0)[0, 0, 0] == 128
+
+
+def test_a_link_to_a_folder_outside_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "photos/day").mkdir(parents=True)
+    (tmp_path / "photos/day/a.png").touch()
+    (tmp_path / "photos/again").symlink_to("day")
+    (tmp_path / "photos/loop").symlink_to(".")
+    assert search(tmp_path / "photos") == (["day/a.png"], [])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "photos/more").symlink_to(tmp_path / "other")
+    with pytest.raises(DataError, match="photos/more is a link to a folder outside"):
+        search(tmp_path / "photos")

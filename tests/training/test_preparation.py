@@ -18,3 +18,10 @@ def test_each_fault_is_told_once(tmp_path: Path) -> None:
         report_faults((data, data), run, said.append)
         assert said == ["left out: a.jpg is empty", "left out: b.jpg is empty"]
         assert [event["file"] for event in run.events()] == ["a.jpg", "b.jpg"]
+
+
+def test_an_ignored_object_is_not_told_as_left_out(tmp_path: Path) -> None:
+    data, said = Drawn(4), list[str]()
+    data.faults = (Fault("annotation 7 has no points", file=data.names[0], annotation=7),)
+    report_faults((data,), Run(tmp_path), said.append)
+    assert said == ["ignored in its box: annotation 7 has no points"]

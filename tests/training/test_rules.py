@@ -82,6 +82,16 @@ def test_losses_follow_the_imbalance() -> None:
     assert [term["name"] for term in skewed] == ["cross_entropy", "dice"]
 
 
+def test_few_steps_have_twice_the_rate() -> None:
+    rates = rules.rates("adamw", pretrained=True, batch_norm=True)
+    length = [Choice("train.batch_size", 8, "a"), Choice("data.folds", 4, "b")]
+    # 300 images, three of four folds in batches of 8: 28 steps
+    few = values(rules.hasten([*rates, *length, Choice("train.epochs", 35, "c")], 300))
+    assert (few["optim.lr"], few["optim.backbone_lr_factor"]) == (0.002, 0.2)
+    many = values(rules.hasten([*rates, *length, Choice("train.epochs", 36, "c")], 300))
+    assert (many["optim.lr"], many["optim.backbone_lr_factor"]) == (0.001, 0.1)
+
+
 def test_images_of_seldom_classes_are_repeated() -> None:
     assert rules.repeats(data(shown=(300, 30))) == []  # a tenth of the images
     (seldom,) = rules.repeats(data(shown=(300, 3)))
