@@ -1,4 +1,4 @@
-"""How a folder's images are to be read: their bands, and the range of their samples."""
+"""Bands and sample range of image files, as arguments of the source that reads them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -64,7 +64,9 @@ def set_channels(cfg: Config) -> Config:
 def _per_band(values: tuple[float, ...], channels: int, key: str) -> tuple[float, ...]:
     """Return a number per band: three are repeated for more bands, and averaged for gray."""
     if len(values) not in (3, channels):
-        raise ConfigError(f"data.{key}: has {len(values)} numbers; expected {channels}, one a band")
+        raise ConfigError(
+            f"data.{key}: has {len(values)} numbers; expected {channels}, one per band"
+        )
     if len(values) == channels:
         return values
     if channels == 1:
