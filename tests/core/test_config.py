@@ -79,7 +79,7 @@ def test_configurations_cannot_be_changed() -> None:
         ({"train": {"amp": "bf61"}}, ["train.amp", "'bf16'", "bf61"]),
         ({"optim": {"lr": "1e-3"}}, ["optim.lr", "a number"]),
         ({"optim": {"lr": 10**400}}, ["optim.lr", "finite"]),
-        ({"data": {"mean": [1, 2]}}, ["data.mean", "a list of 3", "2 values"]),
+        ({"augment": {"size": [64, 64, 3]}}, ["augment.size", "a list of 2", "3 values"]),
         ({"data": {"mean": [1, 2, "3"]}}, ["data.mean[2]", "a number"]),
         ({"augment": {"train": {"name": "hflip"}}}, ["augment.train", "a list"]),
         ({"augment": {"train": [3]}}, ["augment.train[0]", "an object", "3"]),
