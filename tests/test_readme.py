@@ -1,5 +1,6 @@
 """The programs of the README and of docs/ run as they stand, and pass mypy --strict."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import pytest
 from PIL import Image
 
 import segkit
+from segkit.core import config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAM = re.compile(r"^<!-- test: program -->\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+DEMO = re.compile(r"^<!-- ci: demo -->\n```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PROGRAMS = {page: programs for page in PAGES if (programs := PROGRAM.findall(page.read_text()))}
 
 
@@ -45,6 +48,31 @@ def test_the_readmes_program_is_short() -> None:
     (program,) = PROGRAMS[ROOT / "README.md"]
     assert len(program.strip().splitlines()) <= 25
     assert "overlay.png" in program
+
+
+def test_the_demos_folds_start_from_its_first_model() -> None:
+    (block,) = DEMO.findall((ROOT / "README.md").read_text())
+    (folder,) = re.findall(r"--cfg demo --folds 0 --run-dir (\S+)", block)
+    start, folds = config.load("demo"), config.load("demo_soup")
+    assert "--cfg demo_soup" in block
+    assert folds.model.weights == f"{folder}/fold0/best.pt"
+    first, second = start.data.train, folds.data.train
+    assert first is not None
+    assert second is not None
+    assert first["root"] != second["root"]
+    assert first.get("seed", 0) != second["seed"]
+
+
+@pytest.mark.slow
+def test_the_demos_soup_is_better_than_its_best_fold() -> None:
+    """Reads the scores of the README's commands, which .ci/run runs before the slow tests."""
+    written = sorted((ROOT / "runs").glob("demo_soup-*/infer/scores.json"))
+    if not written:
+        pytest.skip("the README's demo was not run in this clone")
+    miou = {row["name"]: row["test"]["miou"] for row in json.loads(written[-1].read_text())}
+    folds = [score for name, score in miou.items() if re.fullmatch(r"fold\d+", name)]
+    assert len(folds) == 4
+    assert miou["greedy soup"] > max(folds)
 
 
 @pytest.mark.slow
