@@ -9,8 +9,9 @@ Student's t over the seeds. The test images are the same for all seeds, so the i
 other trainings, not for other photographs.
 
 Runs are kept in ``--cache``, one folder for each training and seed: a second call trains only what
-is missing, and goes on where a stopped one was. ``--minutes`` ends the call early; what is finished
-by then is in the table. ``--jobs`` trainings run side by side.
+is missing, and goes on where a stopped one was. ``--scores`` also keeps the scores in a file, which
+is enough where the runs are gone. ``--minutes`` ends the call early; what is finished by then is in
+the table. ``--jobs`` trainings run side by side.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from segkit.core import config
@@ -216,11 +218,20 @@ class Trainings:
         settings: ``section.key=value`` that all trainings share.
         cache: Folder of the runs.
         threads: CPU threads of each process.
+        scores: JSON file of the scores of finished runs, which need not be in the folder.
     """
 
-    def __init__(self, name: str, settings: Sequence[str], cache: Path, threads: int) -> None:
-        self.name, self.settings, self.cache = name, tuple(settings), cache
+    def __init__(
+        self,
+        name: str,
+        settings: Sequence[str],
+        cache: Path,
+        threads: int,
+        scores: Path | None = None,
+    ) -> None:
+        self.name, self.settings, self.cache, self.scores = name, tuple(settings), cache, scores
         self._environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
+        self._recording, self._again = Lock(), Lock()
 
     def folder(self, training: str, seed: int) -> Path:
         """Return the folder of a run."""
@@ -229,15 +240,45 @@ class Trainings:
     def rows(self, training: str, seed: int) -> list[dict[str, Any]] | None:
         """Return the scores of a finished run, else ``None``."""
         path = self.folder(training, seed) / "infer" / "scores.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        if path.is_file():
+            return json.loads(path.read_text())
+        return self._recorded().get(self.folder(training, seed).name)
 
     def make(self, training: str, seed: int) -> None:
         """Train and score a run, unless that is done."""
-        if self.rows(training, seed) is not None:
+        if self.rows(training, seed) is None:
+            if training in AFTER:
+                with self._again:  # its scores may be known, but its weights gone
+                    self._make(AFTER[training], seed)
+            self._make(training, seed)
+        self._record(training, seed)
+
+    def _recorded(self) -> dict[str, list[dict[str, Any]]]:
+        known = self.scores is not None and self.scores.is_file()
+        return json.loads(self.scores.read_text()) if self.scores and known else {}
+
+    def _record(self, training: str, seed: int) -> None:
+        """Add the mean IoU of a run's candidates to the file of scores."""
+        rows = self.rows(training, seed)
+        if self.scores is None or rows is None:
             return
-        if training in AFTER and self.rows(AFTER[training], seed) is None:
-            raise RuntimeError(f"{training}, seed {seed}: needs {AFTER[training]}, not finished")
+        parts = ("selection", "test")
+        short = [
+            {"name": row["name"], "views": row["views"]}
+            | {part: {"miou": round(row[part]["miou"], 6)} for part in parts if part in row}
+            for row in rows
+        ]
+        with self._recording:
+            known = self._recorded() | {self.folder(training, seed).name: short}
+            lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)]
+            writing = self.scores.with_suffix(".writing")
+            writing.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            writing.replace(self.scores)
+
+    def _make(self, training: str, seed: int) -> None:
         folder = self.folder(training, seed)
+        if (folder / "infer" / "scores.json").is_file():
+            return
         settings = [*COMMON, *self.settings, f"train.seed={seed}", *self._own(training, seed)]
         train = ["train.py", "--cfg", self.name, "--run-dir", str(folder), "--resume", "--quiet"]
         train += ["--folds", FOLDS.get(training, "0")]
@@ -336,6 +377,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--small", action="store_true", help="small crops and few epochs")
     parser.add_argument("--cache", type=Path, default=Path("runs/claims"))
+    parser.add_argument("--scores", type=Path, help="file that keeps the scores of finished runs")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin none after these")
     parser.add_argument("--json", action="store_true", help="print one line of JSON per claim")
@@ -345,7 +387,7 @@ def main() -> None:
     settings = [*(SMALL if options.small else ()), *options.set]
     settings += [f"model.weights={options.weights}"] if options.weights else []
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    trainings = Trainings(options.cfg, settings, options.cache, threads)
+    trainings = Trainings(options.cfg, settings, options.cache, threads, options.scores)
     if not options.json:
         print("| claim | effect on mean IoU, 95 % interval | seeds | mean IoU | verdict |")
         print("| --- | --- | --- | --- | --- |")
