@@ -486,9 +486,11 @@ def test_a_finished_run_goes_on_with_more_epochs(
     before = run.read("summary.json")
     said = resume(2)
     assert "fold 0: all 2 epochs are done; to go on, add --set train.epochs=4" in said
-    folder_of_run = "--cfg runs/longer/config.json --run-dir runs/longer"
-    assert said[-1] == f"  segkit train {folder_of_run} --resume --set train.epochs=4"
-    assert said[-2] == "  segkit infer --run-dir runs/longer --soup --tta"
+    assert said[-3:] == [
+        "  segkit infer --run-dir runs/longer --soup --tta",
+        "  segkit train --cfg runs/longer/config.json \\",
+        "    --run-dir runs/longer --resume --set train.epochs=4",
+    ]
     [line] = [line for line in resume(3) if "going on after step 4" in line]
     assert "train.epochs is 3 now and was 2, so the learning rate follows" in line
     steps = [event for event in run.events() if event["event"] == "step" and event["fold"] == 0]
