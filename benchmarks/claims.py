@@ -30,6 +30,7 @@ from threading import Lock
 from typing import Any
 
 from segkit.core import config
+from segkit.core.files import write_text
 from segkit.inference.candidates import SOUPS
 
 LOSSES = {
@@ -254,8 +255,9 @@ class Trainings:
         self._record(training, seed)
 
     def _recorded(self) -> dict[str, list[dict[str, Any]]]:
-        known = self.scores is not None and self.scores.is_file()
-        return json.loads(self.scores.read_text()) if self.scores and known else {}
+        if self.scores is None or not self.scores.is_file():
+            return {}
+        return json.loads(self.scores.read_text())
 
     def _record(self, training: str, seed: int) -> None:
         """Add the mean IoU of a run's candidates to the file of scores."""
@@ -271,9 +273,7 @@ class Trainings:
         with self._recording:
             known = self._recorded() | {self.folder(training, seed).name: short}
             lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)]
-            writing = self.scores.with_suffix(".writing")
-            writing.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-            writing.replace(self.scores)
+            write_text(self.scores, "{\n" + ",\n".join(lines) + "\n}\n")
 
     def _make(self, training: str, seed: int) -> None:
         folder = self.folder(training, seed)

@@ -33,6 +33,7 @@ from segkit.training.defaults import settle
 from segkit.training.evaluate import evaluate, validation_batches
 from segkit.training.metrics import bootstrap_interval, scores
 from segkit.training.preparation import check_memory
+from segkit.training.rules import steps_per_epoch
 
 HAND_MADE = {"trashnet": "camvid", "trashbags": "trashbags", "camvid": "camvid"}
 CPU = torch.device("cpu")
@@ -70,8 +71,8 @@ def seconds_per_step(cfg: Config) -> float:
 def trained(cfg: Config, name: str, minutes: float) -> dict[str, Any]:
     """Train as many epochs as the time allows, and return the scores on the test images."""
     source = open_source(cfg, "train")
-    share = 1.0 if cfg.data.val else (1 - cfg.data.selection) * (1 - 1 / cfg.data.folds)
-    steps = max(1, int(share * len(source)) // cfg.train.batch_size)
+    divided = {} if cfg.data.val else {"folds": cfg.data.folds, "selection": cfg.data.selection}
+    steps = steps_per_epoch(len(source), cfg.train.batch_size, **divided)
     epochs = max(1, round(60 * minutes / (steps * seconds_per_step(cfg))))
     times = [f"train.epochs={epochs}", f"train.evaluate_every={epochs}"]
     cfg = config.override(cfg, [*times, "train.sync_batch_norm=false"])

@@ -15,6 +15,7 @@ from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError
 from segkit.core.run import Run
 from segkit.data.loader import digests
+from segkit.inference import soup
 from segkit.inference.model_file import load
 from segkit.inference.trained_run import TrainedRun
 from segkit.training.preparation import Fold, TrainData
@@ -50,7 +51,7 @@ class Teacher:
     ) -> None:
         self.digests = [checkpoint.digest(path) for path in paths]
         states = [checkpoint.entries(path) for path in paths]
-        self.trained_on = {image for state in states for image in state.get("trained_on", ())}
+        self.trained_on = soup.trained_on(states)
         self._models = [
             load(path, device=device, overrides=["infer.graphs=false"], verify=False)
             for path in paths

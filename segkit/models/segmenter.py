@@ -24,14 +24,8 @@ from segkit.models.pretrained.published import locate
 from segkit.models.pretrained.reading import read_file
 from segkit.models.queries import QUERY_OUTPUTS
 
-ON_ONE_MAP = ("deeplabv3", "fcn", "pspnet", "segformer")
+ON_ONE_MAP = tuple(name for name, make in DECODERS.items() if getattr(make, "takes", None) == "map")
 """Decoders that work on a single feature map, such as that of a plain Vision Transformer."""
-
-ON_PYRAMIDS = (
-    *("deeplabv3plus", "mask2former", "ocrnet", "stlnet"),
-    *("unet", "unet3plus", "unetplusplus", "upernet"),
-)
-"""Decoders that need feature maps of several strides."""
 
 
 class Segmenter(nn.Module):
@@ -43,7 +37,8 @@ class Segmenter(nn.Module):
         decoder: Maps feature maps to a dict of logits: ``out``, and in training ``aux*`` or, of a
             mask transformer, :data:`segkit.models.queries.QUERY_OUTPUTS`. Its optional attribute
             ``used_levels`` lists the feature maps it uses; ``align_corners`` says how its logits
-            are resized.
+            are resized; ``takes`` is ``"pyramid"`` if it needs feature maps of several strides,
+            ``"map"`` if one is enough.
         freeze_batch_norm: Do not change the backbone's BatchNorm, neither statistics nor weights.
 
     Shape:
@@ -289,9 +284,10 @@ def build_model(
 
 def _check_strides(strides: tuple[int, ...], decoder: str, where: str) -> None:
     """Refuse a plain Vision Transformer's output that the decoder does not work on."""
-    if len(set(strides)) > 1 or decoder not in (ON_ONE_MAP + ON_PYRAMIDS):
+    takes = getattr(DECODERS.get(decoder), "takes", None)
+    if len(set(strides)) > 1 or takes is None:
         return
-    if len(strides) > 1 or decoder in ON_PYRAMIDS:
+    if len(strides) > 1 or takes == "pyramid":
         kind = "only one feature map" if len(strides) == 1 else "tokens"
         raise ConfigError(
             f"{where}: {decoder} does not work on {kind}; set the backbone's output to 'pyramid' "

@@ -136,9 +136,10 @@ def hasten(choices: Sequence[Choice], images: int) -> list[Choice]:
         images: Number of training images of all folds.
     """
     values = {choice.key: choice.value for choice in choices}
-    share = 1 - 1 / values["data.folds"] if "data.folds" in values else 1.0
-    kept = images * (1 - values.get("data.selection", 0.0))
-    steps = values["train.epochs"] * max(1, int(kept * share) // values["train.batch_size"])
+    steps = values["train.epochs"] * steps_per_epoch(
+        images, values["train.batch_size"],
+        folds=values.get("data.folds"), selection=values.get("data.selection", 0.0),
+    )  # fmt: skip
     if steps >= SHORT:
         return list(choices)
     why = f"{steps} steps are few, so twice the usual rate"
@@ -245,6 +246,14 @@ class Cost(NamedTuple):
     image: float
 
 
+def steps_per_epoch(
+    images: int, batch_size: int, *, folds: int | None = None, selection: float = 0.0
+) -> int:
+    """Return the steps of an epoch of a fold, or without folds of a training on all images."""
+    share = 1 - 1 / folds if folds else 1.0
+    return max(1, int(images * (1 - selection) * share) // batch_size)
+
+
 def hours_of(cost: Cost, epochs: int, folds: int, steps: int, validation: int) -> float:
     """Return the hours that a training takes."""
     evaluated = min(epochs, EVALUATIONS) * validation * cost.image
@@ -268,7 +277,7 @@ def schedule(
     ``validation`` is the number of images of a fixed validation part; ``None``: folds.
     """
     if validation is not None:
-        steps = max(1, data.images // batch_size)
+        steps = steps_per_epoch(data.images, batch_size)
         return _epochs(hours, cost, 1, steps, validation, "one training, validated on data.val")
     selection = 0.1 if data.units >= 50 else 0.0
     choices = [
@@ -280,8 +289,8 @@ def schedule(
     ]  # fmt: skip
     most = max(FEWEST_FOLDS, min(FOLDS, data.units // 8))
     for folds in range(most, FEWEST_FOLDS - 1, -1):
-        kept = data.images * (1 - selection)
-        each, steps = int(kept / folds), max(1, int(kept * (1 - 1 / folds)) // batch_size)
+        each = int(data.images * (1 - selection) / folds)
+        steps = steps_per_epoch(data.images, batch_size, folds=folds, selection=selection)
         if epochs_within(hours, cost, folds, steps, each) >= FEW_EPOCHS:
             break
     why = f"{data.units} images or groups" if folds == most else "the time allows no more"

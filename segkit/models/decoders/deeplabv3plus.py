@@ -39,6 +39,8 @@ class DeepLabV3Plus(nn.Module):
         aux: (B, num_classes, H / strides[-2], W / strides[-2]), in training
     """
 
+    takes = "pyramid"
+
     def __init__(
         self,
         *,

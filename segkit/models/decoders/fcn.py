@@ -32,6 +32,8 @@ class FCN(nn.Module):
     Departs from the paper: keeps resolution by dilation instead of adding logits of three levels.
     """
 
+    takes = "map"
+
     def __init__(
         self,
         *,

@@ -48,6 +48,8 @@ class Mask2Former(nn.Module):
     those of masks.
     """
 
+    takes = "pyramid"
+
     def __init__(
         self,
         *,

@@ -33,6 +33,8 @@ class OCRNet(nn.Module):
         out, and aux in training: (B, num_classes, H / strides[-4], W / strides[-4])
     """
 
+    takes = "pyramid"
+
     def __init__(
         self,
         *,

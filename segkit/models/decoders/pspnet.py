@@ -27,6 +27,8 @@ class PSPNet(nn.Module):
         aux: (B, num_classes, H / strides[-2], W / strides[-2]), in training
     """
 
+    takes = "map"
+
     def __init__(
         self,
         *,

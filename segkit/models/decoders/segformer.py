@@ -28,6 +28,8 @@ class SegFormer(nn.Module):
         out: (B, num_classes, H / strides[-4], W / strides[-4])
     """
 
+    takes = "map"
+
     def __init__(
         self,
         *,

@@ -45,6 +45,8 @@ class STLNet(nn.Module):
     full network is not published; here the parts are concatenated and a 3x3 convolution follows.
     """
 
+    takes = "pyramid"
+
     def __init__(
         self,
         *,

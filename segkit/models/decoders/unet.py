@@ -31,6 +31,8 @@ class UNet(nn.Module):
     pads convolutions, so that sizes stay the same.
     """
 
+    takes = "pyramid"
+
     def __init__(
         self,
         *,

@@ -37,6 +37,8 @@ class UNet3Plus(nn.Module):
     the class is present is added to its logits, which multiplies its odds by this probability.
     """
 
+    takes = "pyramid"
+
     def __init__(
         self,
         *,

@@ -43,6 +43,8 @@ class UNetPlusPlus(nn.Module):
     at the size of the encoder's finest map, as encoders have none at the image's size.
     """
 
+    takes = "pyramid"
+
     def __init__(
         self,
         *,

@@ -35,6 +35,8 @@ class UPerNet(nn.Module):
         aux: (B, num_classes, H / strides[-2], W / strides[-2]), in training
     """
 
+    takes = "pyramid"
+
     def __init__(
         self,
         *,
