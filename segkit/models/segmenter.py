@@ -251,7 +251,7 @@ def build_model(
     with torch.random.fork_rng(devices=()), values:
         torch.default_generator.manual_seed(seed)
         encoder = build(BACKBONES, backbone, f"{where}backbone")
-        _check_strides(encoder.strides, _name(decoder), f"{where}decoder")
+        _check_strides(encoder.strides, decoder, f"{where}decoder")
         head = build(
             DECODERS,
             decoder,
@@ -282,15 +282,16 @@ def build_model(
     return model
 
 
-def _check_strides(strides: tuple[int, ...], decoder: str, where: str) -> None:
+def _check_strides(strides: tuple[int, ...], decoder: Component | str, where: str) -> None:
     """Refuse a plain Vision Transformer's output that the decoder does not work on."""
-    takes = getattr(DECODERS.get(decoder), "takes", None)
+    name = decoder if isinstance(decoder, str) else decoder.get("name")
+    takes = getattr(DECODERS.get(name), "takes", None) if isinstance(name, str) else None
     if len(set(strides)) > 1 or takes is None:
         return
     if len(strides) > 1 or takes == "pyramid":
         kind = "only one feature map" if len(strides) == 1 else "tokens"
         raise ConfigError(
-            f"{where}: {decoder} does not work on {kind}; set the backbone's output to 'pyramid' "
+            f"{where}: {name} does not work on {kind}; set the backbone's output to 'pyramid' "
             f"for any decoder, to 'map' for {', '.join(ON_ONE_MAP)}, to 'tokens' for eomt"
         )
 

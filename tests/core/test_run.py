@@ -198,6 +198,7 @@ def test_only_one_process_continues_a_run_until_it_ends(
         "print(child, flush=True) if child else None; time.sleep(60)"
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     worker = int(process.stdout.readline())
@@ -301,7 +302,8 @@ def test_only_the_same_torchrun_goes_on_by_itself(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run = begin_run(tmp_path / "run", {})
     assert run.interrupted_here()
-    monkeypatch.setattr(os, "getppid", lambda: 1)  # started by another one
+    starter = os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: starter + 1)  # started by another process
     assert not run.interrupted_here()
 
 
