@@ -273,7 +273,8 @@ def test_a_mask2former_of_other_classes_loads_all_but_its_class_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = transformers_mask2former(monkeypatch).state_dict()
-    weights = recognize(state, source="theirs")
+    names = {name.removeprefix("model."): value for name, value in state.items()}
+    weights = recognize(names, source="theirs")
     assert (weights.decoder, weights.classes) == ("mask2former", CLASSES)
     decoder = {"name": "mask2former", "pixel_layers": 2, "pixel_feedforward": 48, **MASK2FORMER}
     report = load_state(build_model("swin_t", decoder, num_classes=3), state, source="theirs")

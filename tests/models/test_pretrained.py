@@ -33,7 +33,8 @@ from segkit.models.decoders import DECODERS
 from segkit.models.pretrained import Report, load_file
 from segkit.models.pretrained.beit import resize_table, spline_matrix
 from segkit.models.pretrained.loading import windows
-from segkit.models.pretrained.mit import find_mit
+from segkit.models.pretrained.mit import PROJECTS as MIT
+from segkit.models.pretrained.names import first_project
 from segkit.models.pretrained.reading import read_file
 from segkit.models.pretrained.recognition import recognize
 from segkit.models.pretrained.safetensors import read_safetensors
@@ -1406,7 +1407,7 @@ def test_mmsegmentations_segformer_whole() -> None:
 def test_attention_of_mmsegmentations_segformer_is_pytorchs() -> None:
     """nn.MultiheadAttention has query, key and value in this order in ``in_proj``."""
     state = {"layers.0.1.0.attn.attn.in_proj_weight": torch.arange(12.0).reshape(6, 2)}
-    project = find_mit(state)
+    project = first_project(MIT, state)
     assert project is not None
     tensors = project.rename(state).tensors
     assert tensors["levels.0.blocks.0.attn.q.weight"].tolist() == [[0, 1], [2, 3]]

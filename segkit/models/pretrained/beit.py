@@ -1,60 +1,41 @@
 """BEiT by the names of Microsoft, timm and transformers, and its position biases."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from segkit.models.pretrained.names import Project, State, Substitutions, has
+from segkit.models.pretrained.names import Project, Substitutions
 from segkit.models.pretrained.swin import side
-from segkit.models.pretrained.vit import SEPARATE_BIASES, with_key_bias
+from segkit.models.pretrained.vit import NAMES, key_without_bias
 
-_MICROSOFT: Substitutions = (
-    *SEPARATE_BIASES,
-    (r"\.attn\.relative_position_", ".position_bias.relative_position_"),
-)
-# Names on disk, and those of transformers 5 in memory.
-_HUGGING_FACE: Substitutions = (
-    (r"^beit\.", ""),
-    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
+_NAMES: Substitutions = (
+    *NAMES,
     (r"\.(?:attention\.attention\.)?relative_position_bias\.", ".position_bias."),
-    (r"\.attention\.(?:attention\.query|q_proj)\.(\w+)$", r".attn.qkv.\1/0"),
-    (r"\.attention\.(?:attention\.key|k_proj)\.weight$", ".attn.qkv.weight/1"),
-    (r"\.attention\.(?:attention\.value|v_proj)\.(\w+)$", r".attn.qkv.\1/2"),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.lambda_([12])$", r".ls\1.gamma"),
-)
-_NECK: Substitutions = (
+    (r"\.attn\.relative_position_", ".position_bias.relative_position_"),
     (r"^fpn\.fpn1\.conv_transpose([12])\.", lambda m: f"fpn1.{'03'[int(m[1]) - 1]}."),
     (r"^fpn\.fpn1\.normalization\.", "fpn1.1."),
     (r"^fpn1\.", "neck.levels.0."),
     (r"^(?:fpn\.fpn2|fpn2\.0)\.", "neck.levels.1."),
 )
-
-
-def find_beit(state: State) -> Project | None:
-    """Return the project whose names of a BEiT these are, if any."""
-    hugging_face = has(state, r"(beit\.)?(encoder\.layer|layers)\.0\.lambda_1")
-    if not hugging_face and not has(state, r"blocks\.0\.gamma_1", r"blocks\.0\.attn\.q_bias"):
-        return None
-    return Project(
-        f"BEiT by {'Hugging Face' if hugging_face else 'Microsoft'}'s names",
-        ("beit_",),
-        (*(_HUGGING_FACE if hugging_face else _MICROSOFT), *_NECK),
-        ours=r"(patch_embed\.proj|blocks\.\d+|neck)\.|cls_token$",
-        ignored=r".*mask_token$|(norm|fc_norm|head|lm_head|layernorm|pooler|classifier)\.",
-        convert=with_key_bias,
-        differences=(
-            "transformers' configuration of BEiT for segmentation makes the pyramid from blocks 2, "
-            "4, 6 and 10 of 12, this model, as Microsoft's, from 4, 6, 8 and 12",
-        )
-        if has(state, r"fpn") and hugging_face
-        else (),
-    )
+_beit = partial(
+    Project,
+    fits=("beit_",),
+    names=_NAMES,
+    ours=r"(patch_embed\.proj|blocks\.\d+|neck)\.|cls_token$",
+    ignored=r".*mask_token$|(norm|fc_norm|head|lm_head|layernorm|pooler|classifier)\.",
+    convert=key_without_bias,
+)
+_IN_HUGGING_FACE = r"(beit\.)?(encoder\.layer|layers)\.0\.lambda_1"
+_BLOCKS = (
+    "transformers' configuration of BEiT for segmentation makes the pyramid from blocks 2, 4, 6 "
+    "and 10 of 12, this model, as Microsoft's, from 4, 6, 8 and 12"
+)
+PROJECTS = (
+    _beit("BEiT by Hugging Face's names", marks=(_IN_HUGGING_FACE, "fpn"), differences=(_BLOCKS,)),
+    _beit("BEiT by Hugging Face's names", marks=(_IN_HUGGING_FACE,)),
+    _beit("BEiT by Microsoft's names", marks=(r"blocks\.0\.gamma_1", r"blocks\.0\.attn\.q_bias")),
+)
 
 
 def resize_table(table: Tensor, entries: int) -> Tensor:

@@ -1,29 +1,30 @@
 """Mix Transformers and SegFormer's head by the names of NVIDIA, transformers, mmsegmentation."""
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
-from segkit.models.pretrained.names import Project, State, Substitutions, has
+from segkit.models.pretrained.names import Project, Substitutions
 
-_HUGGING_FACE = (
-    r"(?:segformer\.)?(?:encoder\.block\.0\.0\.attention\.self|stages\.0\.blocks\.0\.attention)\."
-)
-
-# NVIDIA's names, those of transformers on disk, and those of transformers 5 in memory.
-_BACKBONE: Substitutions = (
+_MIX_FFN = {"0": "fc1", "1": "dwconv", "4": "fc2"}
+# Names of NVIDIA, mmsegmentation, transformers on disk, and of transformers 5 in memory.
+_NAMES: Substitutions = (
     (r"^segformer\.", ""),
     (r"^stages\.", "levels."),
     (r"^(patch_embed|block|norm)([1-4])\.", lambda m: f"levels.{int(m[2]) - 1}.{m[1]}."),
     (r"^encoder\.(patch_embeddings|block|layer_norm)\.([0-3])\.", r"levels.\2.\1."),
-    (r"\.(?:patch_embed|patch_embeddings)\.proj\.", ".embed."),
+    (r"^layers\.([0-3])\.0\.(projection|norm)\.", r"levels.\1.patch_embed.\2."),
+    (r"^layers\.([0-3])\.1\.", r"levels.\1.blocks."),
+    (r"^layers\.([0-3])\.2\.", r"levels.\1.norm."),
+    (r"\.(?:patch_embed|patch_embeddings)\.proj(?:ection)?\.", ".embed."),
     (r"\.(?:patch_embed|patch_embeddings)\.(?:norm|layer_norm)\.", ".embed_norm."),
     (r"^(levels\.[0-3])\.layer_norm\.", r"\1.norm."),
     (r"\.block\.(?=\d)", ".blocks."),
     (r"\.attention\.(?:self\.query|q_proj)\.", ".attn.q."),
     (r"\.attention\.(?:self\.key|k_proj)\.(\w+)$", r".attn.kv.\1/0"),
     (r"\.attention\.(?:self\.value|v_proj)\.(\w+)$", r".attn.kv.\1/1"),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"^(.*\.attn)\.attn\.in_proj_(\w+)$", r"\1.q.\2|\1.kv.\2|\1.kv.\2"),
+    (r"\.(?:attention\.(?:output\.dense|o_proj)|attn\.attn\.out_proj)\.", ".attn.proj."),
     (r"\.attention\.(?:self\.sr|sequence_reduction\.sequence_reduction)\.", ".attn.sr."),
     (r"\.attention\.(?:self|sequence_reduction)\.layer_norm\.", ".attn.norm."),
     (r"\.attn\.sr\.", ".attn.reduce."),
@@ -32,17 +33,6 @@ _BACKBONE: Substitutions = (
     (r"\.(?:layer_norm_2|layernorm_after)\.", ".norm2."),
     (r"\.mlp\.dense([12])\.", r".mlp.fc\1."),
     (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
-)
-_MIX_FFN = {"0": "fc1", "1": "dwconv", "4": "fc2"}
-_OPENMMLAB: Substitutions = (
-    (r"^layers\.([0-3])\.0\.projection\.", r"levels.\1.embed."),
-    (r"^layers\.([0-3])\.0\.norm\.", r"levels.\1.embed_norm."),
-    (r"^layers\.([0-3])\.1\.", r"levels.\1.blocks."),
-    (r"^layers\.([0-3])\.2\.", r"levels.\1.norm."),
-    (r"^(.*\.attn)\.attn\.in_proj_(\w+)$", r"\1.q.\2|\1.kv.\2|\1.kv.\2"),
-    (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
-    (r"\.attn\.sr\.", ".attn.reduce."),
-    (r"\.attn\.norm\.", ".attn.reduce_norm."),
     (r"\.ffn\.layers\.([014])\.", lambda m: f".mlp.{_MIX_FFN[m[1]]}."),
 )
 _HEAD: Substitutions = (
@@ -54,53 +44,9 @@ _HEAD: Substitutions = (
 )
 
 
-def find_mit(state: State) -> Project | None:
-    """Return the project whose names of a Mix Transformer these are, if any."""
-    if has(state, r"layers\.0\.1\.0\.attn\.attn\.in_proj_weight"):
-        return _mit(
-            "mmsegmentation",
-            _OPENMMLAB,
-            convert=_linear,
-            differences=(
-                "mmsegmentation's norms of embeddings and of reduced maps have an epsilon of 1e-6, "
-                "this model's, as NVIDIA's, of 1e-5",
-            ),
-        )
-    nvidia = has(state, r"patch_embed1\.proj\.", r"block1\.0\.attn\.q\.", r"block1\.0\.mlp\.dwconv")
-    if not nvidia and not has(state, _HUGGING_FACE):
-        return None
-    return _mit("NVIDIA" if nvidia else "Hugging Face", _BACKBONE)
-
-
-def _mit(project: str, substitutions: Substitutions, **more: Any) -> Project:
-    return Project(
-        f"MiT by {project}'s names",
-        ("mit_",),
-        substitutions,
-        ours=r"levels\.[0-3]\.(embed|embed_norm|blocks|norm)\.",
-        ignored=r"(head|classifier)\.",
-        **more,
-    )
-
-
 def _linear(name: str, tensor: Tensor) -> Tensor:
     """Return the weight of a linear layer that mmsegmentation has as a 1x1 convolution."""
     return tensor.flatten(1) if name.endswith(("fc1.weight", "fc2.weight")) else tensor
-
-
-def find_segformer(state: State) -> Project | None:
-    """Return the decoder of a SegFormer of NVIDIA or transformers."""
-    if not has(state, r"decode_head\.linear_fuse\."):
-        return None
-    nvidia = has(state, r"decode_head\.linear_c4\.")
-    return Project(
-        f"SegFormer of {'NVIDIA' if nvidia else 'Hugging Face'}",
-        ("segformer",),
-        _HEAD,
-        ignored=r"decode_head\.conv_seg\.",  # which NVIDIA's files have, but its model does not use
-        convert=shallow_first,
-        prefix="backbone." if nvidia else "segformer.",
-    )
 
 
 def shallow_first(name: str, tensor: Tensor) -> Tensor:
@@ -116,3 +62,44 @@ def shallow_first(name: str, tensor: Tensor) -> Tensor:
     if name != "decoder.fuse.0.weight":
         return tensor
     return tensor.unflatten(1, (4, -1)).flip(1).flatten(1, 2)
+
+
+_mit = partial(
+    Project,
+    fits=("mit_",),
+    names=_NAMES,
+    ours=r"levels\.[0-3]\.(embed|embed_norm|blocks|norm)\.",
+    ignored=r"(head|classifier)\.",
+)
+PROJECTS = (
+    _mit(
+        "MiT by mmsegmentation's names",
+        marks=(r"layers\.0\.1\.0\.attn\.attn\.in_proj_weight",),
+        convert=_linear,
+        differences=(
+            "mmsegmentation's norms of embeddings and of reduced maps have an epsilon of 1e-6, "
+            "this model's, as NVIDIA's, of 1e-5",
+        ),
+    ),
+    _mit(
+        "MiT by NVIDIA's names",
+        marks=(r"patch_embed1\.proj\.", r"block1\.0\.attn\.q\.", r"block1\.0\.mlp\.dwconv"),
+    ),
+    _mit(
+        "MiT by Hugging Face's names",
+        marks=(r"(segformer\.)?(encoder\.block\.0\.0|stages\.0\.blocks\.0)\.attention\.",),
+    ),
+)
+
+_segformer = partial(
+    Project,
+    fits=("segformer",),
+    names=_HEAD,
+    ignored=r"decode_head\.conv_seg\.",  # which NVIDIA's files have, but its model does not use
+    convert=shallow_first,
+)
+_FUSE = r"decode_head\.linear_fuse\."
+SEGFORMERS = (
+    _segformer("SegFormer of NVIDIA", marks=(_FUSE, r"decode_head\.linear_c4\.")),
+    _segformer("SegFormer of Hugging Face", marks=(_FUSE,), prefix="segformer."),
+)

@@ -1,7 +1,7 @@
 """Renaming of a file's entries to segkit's names, and what is known of its project."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,16 @@ HUGGING_FACE_NORM = (
     lambda match: f"norm{int(match[1]) - 1}.",
 )
 """Substitution for the norms of feature maps in backbones of transformers."""
+
+HUGGING_FACE_BLOCK: Substitutions = (
+    (r"\.attention\.(?:\w+\.query|q_proj)\.(\w+)$", r".attn.qkv.\1/0"),
+    (r"\.attention\.(?:\w+\.key|k_proj)\.(\w+)$", r".attn.qkv.\1/1"),
+    (r"\.attention\.(?:\w+\.value|v_proj)\.(\w+)$", r".attn.qkv.\1/2"),
+    (r"\.attention\.(?:output\.dense|o_proj|out_proj)\.", ".attn.proj."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+)
+"""Names of a block of transformers on disk, and those of transformers 5 in memory."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,11 @@ class Project:
     Args:
         title: Architecture and project, for reports.
         fits: Prefixes of the backbones' names that it may be; of a decoder, its name.
-        substitutions: From the project's names to segkit's. Entries that become ``NAME/0``,
-            ``NAME/1``, ... are concatenated to ``NAME``; one that becomes ``NAME|OTHER|...`` is
-            divided into equal parts of these names, and parts of one name are concatenated.
+        marks: Patterns, each of the beginning of a name that the project's files have.
+        names: From the project's names to segkit's, or a function that returns these for
+            the entries of a file. Entries that become ``NAME/0``, ``NAME/1``, ... are concatenated
+            to ``NAME``; one that becomes ``NAME|OTHER|...`` is divided into equal parts of these
+            names, and parts of one name are concatenated.
         ours: Pattern of the names that may result.
         ignored: Pattern of other names in the project's files, such as a classifier's head.
         convert: Converts a tensor, given its new name.
@@ -60,7 +72,8 @@ class Project:
 
     title: str
     fits: tuple[str, ...]
-    substitutions: Substitutions = ()
+    marks: tuple[str, ...] = ()
+    names: Substitutions | Callable[[State], Substitutions] = ()
     ours: str = r"decoder\."
     ignored: str = "(?!)"
     convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
@@ -76,8 +89,12 @@ class Project:
         """Return the entries by segkit's names; ``prefix`` was removed from the file's names."""
         parts: dict[str, dict[str, str]] = {}
         rest = []
+        rules = self.names(state) if callable(self.names) else self.names
         for theirs in state:
-            ours, _, part = substitute(theirs, self.substitutions).partition("/")
+            new = theirs
+            for pattern, replacement in rules:
+                new = re.sub(pattern, replacement, new)
+            ours, _, part = new.partition("/")
             if re.match(self.ours, ours) and part not in parts.get(ours, ()):
                 parts.setdefault(ours, {})[part] = theirs
             else:
@@ -113,8 +130,6 @@ def has(state: State, *patterns: str) -> bool:
     return all(any(re.match(pattern, name) for name in state) for pattern in patterns)
 
 
-def substitute(name: str, substitutions: Substitutions) -> str:
-    """Apply ``re.sub`` with each of the substitutions."""
-    for pattern, replacement in substitutions:
-        name = re.sub(pattern, replacement, name)
-    return name
+def first_project(projects: Iterable[Project], state: State) -> Project | None:
+    """Return the first project all of whose marks are in the names."""
+    return next((project for project in projects if has(state, *project.marks)), None)

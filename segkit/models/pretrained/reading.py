@@ -17,7 +17,8 @@ from segkit.models.pretrained.safetensors import read_safetensors
 WRAPPERS = ("state_dict", "model", "model_state_dict")
 """Keys of training checkpoints whose values are the weights."""
 
-_WRAPPER_PREFIXES = re.compile(r"^((module|model|_orig_mod)\.)+")
+WRAPPER_PREFIXES = re.compile(r"^((module|model|_orig_mod)\.)+")
+"""Prefixes of names that wrappers of modules add."""
 
 
 def read_file(path: Path, *, keep_prefixes: bool = False) -> dict[str, Tensor]:
@@ -27,8 +28,7 @@ def read_file(path: Path, *, keep_prefixes: bool = False) -> dict[str, Tensor]:
     into memory. A checkpoint of segkit is compared with its digest first.
 
     Args:
-        keep_prefixes: Keep the prefixes ``module.``, ``model.`` and ``_orig_mod.`` of names, which
-            wrappers of modules add.
+        keep_prefixes: Keep :data:`WRAPPER_PREFIXES` of names.
 
     Raises:
         CheckpointError: If the file cannot be read, or is not a state dict.
@@ -59,7 +59,7 @@ def read_file(path: Path, *, keep_prefixes: bool = False) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: the name {quoted(name)} has control characters")
     if keep_prefixes:
         return state
-    return {_WRAPPER_PREFIXES.sub("", name): value for name, value in state.items()}
+    return {WRAPPER_PREFIXES.sub("", name): value for name, value in state.items()}
 
 
 def _load(path: Path) -> Any:

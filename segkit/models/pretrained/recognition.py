@@ -13,18 +13,16 @@ from segkit.core.config import build, parse
 from segkit.core.errors import CheckpointError, SegkitError
 from segkit.models.backbones import BACKBONES
 from segkit.models.decoders import DECODERS
-from segkit.models.pretrained import convnets
-from segkit.models.pretrained.beit import find_beit
-from segkit.models.pretrained.decoders import OWN, find_decoder
-from segkit.models.pretrained.mit import find_mit
-from segkit.models.pretrained.names import Entries, Project, State
-from segkit.models.pretrained.swin import find_swin
-from segkit.models.pretrained.vit import find_vit
+from segkit.models.pretrained import beit, convnets, mit, swin, vit
+from segkit.models.pretrained.decoders import ALONE, OWN, PREFIXED, WHOLE_MODELS
+from segkit.models.pretrained.names import Entries, Project, State, first_project
 
 _CLASSIFIER = re.compile(
     r"(?:decoder\.|decode_head\.)?"
     r"(?:head|head\.fc|fc|_fc|last_linear|conv_seg|classifier(?:\.\d)?)\.weight"
 )
+
+_FAMILIES = swin, mit, vit, beit, convnets
 
 SETTINGS = {
     "backbone": ("output_stride", "contract_dilation", "like", "upsampling", "align_corners"),
@@ -69,14 +67,14 @@ def recognize(state: State, *, source: str) -> Weights:
     Raises:
         CheckpointError: If no architecture of segkit has these names.
     """
-    decoder = find_decoder(state)
+    decoder = first_project((*WHOLE_MODELS, PREFIXED), state) or ALONE
     inside = {name for name in state if decoder.prefix and name.startswith(decoder.prefix)}
     head = decoder.rename({name: state[name] for name in state if name not in inside})
     if not decoder.prefix:  # all that is not of the decoder
         inside = set(head.unknown)
         head = replace(head, unknown=())
     trunk = {name.removeprefix(decoder.prefix): state[name] for name in state if name in inside}
-    project = _find_backbone(trunk) if decoder is not OWN else Project("", ("",), ours="")
+    project = Project("", ("",), ours="") if decoder is OWN else _backbone(trunk)
     if project is None:
         raise CheckpointError(
             f"{source}: its names ('{next(iter(state))}', ...) are of no backbone that segkit "
@@ -103,18 +101,8 @@ def recognize(state: State, *, source: str) -> Weights:
     )
 
 
-def _find_backbone(state: State) -> Project | None:
-    return (
-        find_swin(state)
-        or find_mit(state)
-        or find_vit(state)
-        or find_beit(state)
-        or convnets.find_efficientnet(state)
-        or convnets.find_convnext(state)
-        or convnets.find_hrnet(state)
-        or convnets.find_resnet(state)
-        or convnets.find_torchvision(state)
-    )
+def _backbone(state: State) -> Project | None:
+    return first_project((project for family in _FAMILIES for project in family.PROJECTS), state)
 
 
 def _classes(state: State) -> int | None:
