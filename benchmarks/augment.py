@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from benchmarks import Figure, arguments, peak_memory, show, take_turns, version_of
 from segkit.augment import Pipeline, generator
 from segkit.augment.filters import _median
-from segkit.augment.geometry import Canvas, Rotate, shift_matrix
+from segkit.augment.geometry import Canvas, rotate, shift_matrix
 from segkit.augment.warp import _grid
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -192,7 +192,7 @@ def parts(rounds: int) -> Iterator[Figure]:
     cv2.setNumThreads(0)
     image, mask = photograph()
     pixels = image.permute(1, 2, 0).contiguous().numpy()
-    turn = Rotate(degrees=(20, 20))(Canvas(SOURCE), generator(0, 0, 0)).then(shift_matrix(64, 64))
+    turn = rotate(Canvas(SOURCE), generator(0, 0, 0), degrees=(20, 20)).then(shift_matrix(64, 64))
     matrix = (
         shift_matrix(-0.5, -0.5) @ turn.matrix @ shift_matrix(0.5, 0.5)
     )  # OpenCV's pixels are points

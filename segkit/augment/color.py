@@ -9,15 +9,14 @@ would lose it.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
-from segkit.augment.ranges import Operation, Range, between, draw
-from segkit.core.errors import ConfigError
+from segkit.augment.ranges import Angle, Factor, PositiveFactor, Range, between, draw, within
 
 IDENTITY = np.eye(4)
 _LUMA = np.array([0.2989, 0.587, 0.114])  # Rec. 601, in torchvision's digits
@@ -75,22 +74,16 @@ def hue_matrix(degrees: float) -> np.ndarray:
     return affine(keep + math.sin(angle) * cross + (1 - math.cos(angle)) * np.full((3, 3), 1 / 3))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Brightness(Operation):
+def brightness(rng: Generator, *, range: Factor) -> np.ndarray:
     """Multiply all channels by a random factor, as torchvision's ``adjust_brightness`` does.
 
     Args:
         range: Range of the factor; 1 leaves the image unchanged.
     """
-
-    range: Range = between(0)
-
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return brightness_matrix(draw(rng, self.range))
+    return brightness_matrix(draw(rng, range))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contrast(Operation):
+def contrast(rng: Generator, *, range: Factor, pivot: float = 0.5) -> np.ndarray:
     """Multiply differences from a fixed gray.
 
     Departs from torchvision, which uses the mean luma of each image: a matrix that is independent
@@ -100,30 +93,19 @@ class Contrast(Operation):
         range: Range of the factor; 1 leaves the image unchanged.
         pivot: The gray that does not change, in 0..1.
     """
-
-    range: Range = between(0)
-    pivot: float = 0.5
-
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return contrast_matrix(draw(rng, self.range), self.pivot)
+    return contrast_matrix(draw(rng, range), pivot)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Saturation(Operation):
+def saturation(rng: Generator, *, range: Factor) -> np.ndarray:
     """Multiply differences from each pixel's luma, as torchvision's ``adjust_saturation`` does.
 
     Args:
         range: Range of the factor; 0 is grayscale, 1 leaves the image unchanged.
     """
-
-    range: Range = between(0)
-
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return saturation_matrix(draw(rng, self.range))
+    return saturation_matrix(draw(rng, range))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hue(Operation):
+def hue(rng: Generator, *, degrees: Angle) -> np.ndarray:
     """Rotate colors about the gray axis.
 
     Departs from a hue rotation in HSV, which is not linear. In both, grays and the mean of R, G and
@@ -132,39 +114,31 @@ class Hue(Operation):
     Args:
         degrees: Range of the angle; 360 leaves the image unchanged.
     """
-
-    degrees: Range = between()
-
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return hue_matrix(draw(rng, self.degrees))
+    return hue_matrix(draw(rng, degrees))
 
 
-@dataclass(frozen=True, kw_only=True)
-class RGBShift(Operation):
+def rgb_shift(rng: Generator, *, levels: Annotated[Range, between(-255, 255)]) -> np.ndarray:
     """Add a different random number to each channel.
 
     Args:
         levels: Range of the numbers, in 8-bit levels.
     """
-
-    levels: Range = between(-255, 255)
-
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return affine(np.eye(3), rng.uniform(*self.levels, 3) / 255)
+    return affine(np.eye(3), rng.uniform(*levels, 3) / 255)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grayscale(Operation):
+def grayscale(rng: Generator) -> np.ndarray:
     """Replace all three channels by the luma. ``p`` is 0.1 by default."""
-
-    default_p: ClassVar[float] = 0.1
-
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return saturation_matrix(0)
+    return saturation_matrix(0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Photometric(Operation):
+def photometric(
+    rng: Generator,
+    *,
+    levels: Annotated[float, within(0, 255)] = 32.0,
+    contrast: Factor = (0.5, 1.5),
+    saturation: Factor = (0.5, 1.5),
+    degrees: Annotated[float, within(0)] = 36.0,
+) -> np.ndarray:
     """Apply the photometric distortions of SSD, each with probability 0.5.
 
     The order is brightness, then either contrast, saturation, hue or saturation, hue, contrast,
@@ -176,78 +150,55 @@ class Photometric(Operation):
         saturation: Range of the saturation factor.
         degrees: Largest hue rotation; 18 in OpenCV's 8-bit hue is 36 degrees.
 
-    Departs from the paper's code: saturation and hue are linear (:class:`Saturation`,
-    :class:`Hue`), not computed in HSV, and channels are not swapped.
+    Departs from the paper's code: saturation and hue are linear (:func:`saturation`, :func:`hue`),
+    not computed in HSV, and channels are not swapped.
     """
-
-    levels: float = between(0, 255, default=32.0)
-    contrast: Range = between(0, default=(0.5, 1.5))
-    saturation: Range = between(0, default=(0.5, 1.5))
-    degrees: float = between(0, default=36.0)
-
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        apply = rng.random(4) < 0.5
-        contrast_first = rng.random() < 0.5
-        brightness = affine(np.eye(3), draw(rng, (-self.levels, self.levels)) / 255)
-        contrast = contrast_matrix(draw(rng, self.contrast), 0)
-        saturation = saturation_matrix(draw(rng, self.saturation))
-        hue = hue_matrix(draw(rng, (-self.degrees, self.degrees)))
-        brightness, contrast, saturation, hue = (
-            matrix if applied else np.eye(4)
-            for applied, matrix in zip(apply, (brightness, contrast, saturation, hue), strict=True)
-        )
-        if contrast_first:
-            return hue @ saturation @ contrast @ brightness
-        return contrast @ hue @ saturation @ brightness
+    applied = rng.random(4) < 0.5
+    contrast_first = rng.random() < 0.5
+    matrices = [
+        affine(np.eye(3), draw(rng, (-levels, levels)) / 255),
+        contrast_matrix(draw(rng, contrast), 0),
+        saturation_matrix(draw(rng, saturation)),
+        hue_matrix(draw(rng, (-degrees, degrees))),
+    ]
+    light, sharp, vivid, turned = (
+        matrix if use else np.eye(4) for use, matrix in zip(applied, matrices, strict=True)
+    )
+    if contrast_first:
+        return turned @ vivid @ sharp @ light
+    return sharp @ turned @ vivid @ light
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gamma(Operation):
+def gamma(rng: Generator, *, range: PositiveFactor) -> np.ndarray:
     """Raise values to a random power, as torchvision's ``adjust_gamma`` does.
 
     Args:
         range: Range of the power; below 1 brightens.
     """
-
-    range: Range = between(0, above=True)
-
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        power = draw(rng, self.range)
-        return curve(lambda value: value**power)
+    power = draw(rng, range)
+    return curve(lambda value: value**power)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Posterize(Operation):
+def posterize(rng: Generator, *, bits: Annotated[int, within(1, 8)] = 4) -> np.ndarray:
     """Keep only the most significant bits of each channel.
 
     Args:
         bits: Number of bits to keep, 1 to 8.
     """
-
-    bits: int = 4
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ConfigError(f"bits: expected 1 to 8; got {self.bits}")
-
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        step = 2 ** (8 - self.bits)
-        return curve(lambda value: np.floor(np.rint(value * 255) / step) * step / 255)
+    step = 2 ** (8 - bits)
+    return curve(lambda value: np.floor(np.rint(value * 255) / step) * step / 255)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Solarize(Operation):
+def solarize(
+    rng: Generator, *, range: Annotated[Range, between(0, 256)] = (128.0, 255.0)
+) -> np.ndarray:
     """Invert values at or above a random threshold.
 
     Args:
         range: Range of the threshold, in 8-bit levels.
     """
-
-    range: Range = between(0, 256, default=(128.0, 255.0))
-
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        threshold = draw(rng, self.range) / 255
-        return curve(lambda value: np.where(value >= threshold, 1 - value, value))
+    threshold = draw(rng, range) / 255
+    return curve(lambda value: np.where(value >= threshold, 1 - value, value))
 
 
 def curve(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -288,18 +239,11 @@ def apply_table(image: Tensor, table: np.ndarray) -> Tensor:
     return torch.cat([changed, others]) if len(others) else changed
 
 
-COLOR: dict[str, Callable[..., Callable[[np.random.Generator], np.ndarray]]] = {
-    "brightness": Brightness,
-    "contrast": Contrast,
-    "saturation": Saturation,
-    "hue": Hue,
-    "rgb_shift": RGBShift,
-    "grayscale": Grayscale,
-    "photometric": Photometric,
+COLOR: dict[str, Callable[..., np.ndarray]] = {
+    operation.__name__: operation
+    for operation in (brightness, contrast, saturation, hue, rgb_shift, grayscale, photometric)
 }
 
-CURVES: dict[str, Callable[..., Callable[[np.random.Generator], np.ndarray]]] = {
-    "gamma": Gamma,
-    "posterize": Posterize,
-    "solarize": Solarize,
+CURVES: dict[str, Callable[..., np.ndarray]] = {
+    operation.__name__: operation for operation in (gamma, posterize, solarize)
 }

@@ -2,165 +2,131 @@
 
 Calling an operation draws its random numbers and returns a function of an image with values in
 0..255, of any dtype, or of a mask where ``on`` is ``"mask"``. Borders are padded with the outermost
-pixels. A filter is ``linear`` if it commutes with a color matrix.
+pixels.
 """
 
 import functools
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from PIL import Image
 from torch import Tensor
 
 from segkit.augment.median import median
-from segkit.augment.ranges import Operation, Range, between, draw, odd_sizes
-from segkit.core.errors import ConfigError
+from segkit.augment.ranges import Factor, Range, WindowSizes, between, draw, odd
 from segkit.core.labels import IGNORE
 
 Run = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Blur(Operation):
+def blur(rng: Generator, *, sizes: WindowSizes = (3, 5)) -> Run:
     """Blur with the mean of a square.
 
     Args:
         sizes: Side lengths in pixels to choose from, odd.
     """
-
-    sizes: tuple[int, ...] = odd_sizes()
-    linear: ClassVar[bool] = True
-
-    def __call__(self, rng: np.random.Generator) -> Run:
-        size = int(rng.choice(self.sizes))
-        return functools.partial(_convolve, kernel=[1 / size] * size)
+    size = int(rng.choice(sizes))
+    return functools.partial(_convolve, kernel=[1 / size] * size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GaussianBlur(Operation):
+def gaussian_blur(
+    rng: Generator, *, sigma: Annotated[Range, between(0, 100, above=True)] = (0.5, 2.0)
+) -> Run:
     """Blur with a Gaussian, truncated at three standard deviations.
 
     Args:
         sigma: Range of the standard deviation in pixels.
     """
-
-    sigma: Range = between(0, 100, above=True, default=(0.5, 2.0))
-    linear: ClassVar[bool] = True
-
-    def __call__(self, rng: np.random.Generator) -> Run:
-        sigma = draw(rng, self.sigma)
-        reach = math.ceil(3 * sigma)
-        kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-        return functools.partial(_convolve, kernel=(kernel / kernel.sum()).tolist())
+    deviation = draw(rng, sigma)
+    reach = math.ceil(3 * deviation)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
+    return functools.partial(_convolve, kernel=(kernel / kernel.sum()).tolist())
 
 
-@dataclass(frozen=True, kw_only=True)
-class MedianBlur(Operation):
+def median_blur(rng: Generator, *, sizes: Annotated[tuple[int, ...], odd(9)] = (3, 5)) -> Run:
     """Replace each pixel by the median of a square, after rounding to 8 bits.
 
     Args:
         sizes: Side lengths in pixels to choose from, odd, at most 9.
     """
-
-    sizes: tuple[int, ...] = odd_sizes(largest=9)
-
-    def __call__(self, rng: np.random.Generator) -> Run:
-        return functools.partial(_median, size=int(rng.choice(self.sizes)))
+    return functools.partial(_median, size=int(rng.choice(sizes)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sharpen(Operation):
+def sharpen(rng: Generator, *, range: Factor = (1.0, 2.0)) -> Run:
     """Interpolate or extrapolate from a light blur, as torchvision's ``adjust_sharpness`` does.
 
     Args:
         range: Range of the factor: 0 is the blurred image, 1 the image, 2 sharpens.
     """
-
-    range: Range = between(0, default=(1.0, 2.0))
-
-    def __call__(self, rng: np.random.Generator) -> Run:
-        return functools.partial(_sharpen, factor=draw(rng, self.range))
+    return functools.partial(_sharpen, factor=draw(rng, range))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Noise(Operation):
+def noise(rng: Generator, *, levels: Annotated[Range, between(0, 255)] = (2.0, 10.0)) -> Run:
     """Add Gaussian noise, independent for each channel and pixel.
 
     Args:
         levels: Range of the standard deviation, in 8-bit levels.
     """
-
-    levels: Range = between(0, 255, default=(2.0, 10.0))
-
-    def __call__(self, rng: np.random.Generator) -> Run:
-        seed = int(rng.integers(2**63))
-        return functools.partial(_add_noise, deviation=draw(rng, self.levels), seed=seed)
+    seed = int(rng.integers(2**63))
+    return functools.partial(_add_noise, deviation=draw(rng, levels), seed=seed)
 
 
-@dataclass(frozen=True, kw_only=True)
-class JPEG(Operation):
+def jpeg(rng: Generator, *, quality: Annotated[tuple[int, int], between(1, 100)] = (40, 90)) -> Run:
     """Add the artifacts of JPEG compression.
 
     Args:
         quality: Lowest and highest JPEG quality, 1 to 100.
     """
-
-    quality: tuple[int, int] = between(1, 100, default=(40, 90))
-
-    def __call__(self, rng: np.random.Generator) -> Run:
-        low, high = self.quality
-        return functools.partial(_compress, quality=int(rng.integers(low, high + 1)))
+    return functools.partial(_compress, quality=int(rng.integers(quality[0], quality[1] + 1)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Morphology(Operation):
-    """Arguments of :class:`Closing` and :class:`Opening` with a square structuring element.
+def closing(
+    rng: Generator,
+    *,
+    sizes: WindowSizes = (3, 5),
+    on: Literal["image", "mask"] = "image",
+    classes: tuple[int, ...] = (),
+) -> Run:
+    """Remove dark details narrower than a square, or fill gaps in a class of the mask.
+
+    Filled pixels get the class, whichever class they had; ignored pixels stay ignored.
 
     Args:
         sizes: Side lengths in pixels to choose from, odd.
         on: ``"image"`` (each channel independently) or ``"mask"``.
         classes: Classes of the mask to process, in order.
     """
-
-    sizes: tuple[int, ...] = odd_sizes()
-    on: Literal["image", "mask"] = "image"
-    classes: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.on == "mask") != bool(self.classes):
-            raise ConfigError("classes: expected with on='mask', and only there")
+    size = int(rng.choice(sizes))
+    if on == "image":
+        return functools.partial(_close, size=size)
+    return functools.partial(_close_classes, size=size, classes=classes)
 
 
-class Closing(_Morphology):
-    """Remove dark details narrower than a square, or fill gaps in a class of the mask.
-
-    Filled pixels get the class, whichever class they had; ignored pixels stay ignored.
-    """
-
-    def __call__(self, rng: np.random.Generator) -> Run:
-        size = int(rng.choice(self.sizes))
-        if self.on == "image":
-            return functools.partial(_close, size=size)
-        return functools.partial(_close_classes, size=size, classes=self.classes)
-
-
-class Opening(_Morphology):
+def opening(
+    rng: Generator,
+    *,
+    sizes: WindowSizes = (3, 5),
+    on: Literal["image", "mask"] = "image",
+    classes: tuple[int, ...] = (),
+) -> Run:
     """Remove bright details narrower than a square, or small regions of a class of the mask.
 
     Removed pixels of the mask become class 0, the background.
-    """
 
-    def __call__(self, rng: np.random.Generator) -> Run:
-        size = int(rng.choice(self.sizes))
-        if self.on == "image":
-            return functools.partial(_open, size=size)
-        return functools.partial(_open_classes, size=size, classes=self.classes)
+    Args:
+        sizes: Side lengths in pixels to choose from, odd.
+        on: ``"image"`` (each channel independently) or ``"mask"``.
+        classes: Classes of the mask to process, in order.
+    """
+    size = int(rng.choice(sizes))
+    if on == "image":
+        return functools.partial(_open, size=size)
+    return functools.partial(_open_classes, size=size, classes=classes)
 
 
 def _padded(image: Tensor, reach: int, dim: int) -> Tensor:
@@ -253,13 +219,10 @@ def _open_classes(mask: Tensor, size: int, classes: Sequence[int]) -> Tensor:
     return mask
 
 
-FILTERS: dict[str, Callable[..., Callable[[np.random.Generator], Run]]] = {
-    "blur": Blur,
-    "gaussian_blur": GaussianBlur,
-    "median_blur": MedianBlur,
-    "sharpen": Sharpen,
-    "noise": Noise,
-    "jpeg": JPEG,
-    "closing": Closing,
-    "opening": Opening,
+FILTERS: dict[str, Callable[..., Run]] = {
+    operation.__name__: operation
+    for operation in (blur, gaussian_blur, median_blur, sharpen, noise, jpeg, closing, opening)
 }
+
+LINEAR = {"blur", "gaussian_blur"}
+"""Filters that commute with a color matrix."""

@@ -9,14 +9,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
-from segkit.augment.ranges import Operation, Range, between, draw, height_and_width
-from segkit.core.config import check_bounds
+from segkit.augment.ranges import Angle, PositiveFactor, Range, Sides, between, draw, within
 from segkit.core.errors import ConfigError
 from segkit.core.labels import IGNORE, Size
 
@@ -61,7 +61,7 @@ class Canvas:
         counts = torch.bincount(labels)
         return float(counts.max() / counts.sum()) if len(counts) else 1.0
 
-    def point_of_a_class(self, rng: np.random.Generator) -> tuple[int, int] | None:
+    def point_of_a_class(self, rng: Generator) -> tuple[int, int] | None:
         """Return row and column of a pixel of a class drawn at random from those in the image.
 
         Looked up in the source at a grid; ``None`` if it has no labelled pixel.
@@ -115,39 +115,35 @@ def _about_center(matrix: np.ndarray, size: Size) -> np.ndarray:
     return shift_matrix(x, y) @ matrix @ shift_matrix(-x, -y)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resize(Operation):
+def resize(canvas: Canvas, rng: Generator, *, size: Sides) -> Canvas:
     """Resize to a fixed size; the aspect ratio is not kept.
 
     Args:
         size: Height and width.
     """
-
-    size: tuple[int, int] = height_and_width()
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        return canvas.then(resize_matrix(canvas.size, self.size), self.size)
+    return canvas.then(resize_matrix(canvas.size, size), size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scale(Operation):
+def scale(canvas: Canvas, rng: Generator, *, range: PositiveFactor) -> Canvas:
     """Resize the canvas and its content by a random factor.
 
     Args:
         range: Range of the factor, drawn uniformly; 2 doubles height and width.
     """
-
-    range: Range = between(0, above=True)
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        factor = draw(rng, self.range)
-        height, width = canvas.size
-        size = max(1, round(height * factor)), max(1, round(width * factor))
-        return canvas.then(resize_matrix(canvas.size, size), size)
+    factor = draw(rng, range)
+    height, width = canvas.size
+    size = max(1, round(height * factor)), max(1, round(width * factor))
+    return canvas.then(resize_matrix(canvas.size, size), size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResizedCrop(Operation):
+def resized_crop(
+    canvas: Canvas,
+    rng: Generator,
+    *,
+    size: Sides,
+    area: Annotated[Range, between(0, 1, above=True)] = (0.25, 1.0),
+    ratio: PositiveFactor = (0.75, 4 / 3),
+) -> Canvas:
     """Crop a random part of the canvas, of random area and aspect ratio, and resize it.
 
     Szegedy et al. 2014, https://arxiv.org/abs/1409.4842
@@ -162,135 +158,108 @@ class ResizedCrop(Operation):
         area: Range of the crop's area as a share of the canvas's area.
         ratio: Range of the crop's width / height; the logarithm is drawn uniformly.
     """
-
-    size: tuple[int, int] = height_and_width()
-    area: Range = between(0, 1, above=True, default=(0.25, 1.0))
-    ratio: Range = between(0, above=True, default=(0.75, 4 / 3))
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        rows, columns = canvas.size
-        area = rows * columns * draw(rng, self.area)
-        stretch = math.exp(draw(rng, (math.log(self.ratio[0]), math.log(self.ratio[1]))) / 2)
-        # A crop that does not fit is clipped to the canvas; the paper's code draws again.
-        height = min(rows, max(1, round(math.sqrt(area) / stretch)))
-        width = min(columns, max(1, round(math.sqrt(area) * stretch)))
-        top = int(rng.integers(rows - height + 1))
-        left = int(rng.integers(columns - width + 1))
-        part = shift_matrix(left, top) @ resize_matrix((height, width), self.size)
-        return canvas.then(part, self.size)
+    rows, columns = canvas.size
+    pixels = rows * columns * draw(rng, area)
+    stretch = math.exp(draw(rng, (math.log(ratio[0]), math.log(ratio[1]))) / 2)
+    # A crop that does not fit is clipped to the canvas; the paper's code draws again.
+    height = min(rows, max(1, round(math.sqrt(pixels) / stretch)))
+    width = min(columns, max(1, round(math.sqrt(pixels) * stretch)))
+    top = int(rng.integers(rows - height + 1))
+    left = int(rng.integers(columns - width + 1))
+    return canvas.then(shift_matrix(left, top) @ resize_matrix((height, width), size), size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rotate(Operation):
+def rotate(canvas: Canvas, rng: Generator, *, degrees: Angle) -> Canvas:
     """Rotate about the center by a random angle; the canvas keeps its size.
 
     Args:
         degrees: Range of the angle, counterclockwise.
     """
-
-    degrees: Range = between()
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        angle = math.radians(draw(rng, self.degrees))
-        cos, sin = math.cos(angle), math.sin(angle)
-        turn = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
-        return canvas.then(_about_center(turn, canvas.size))
+    angle = math.radians(draw(rng, degrees))
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+    return canvas.then(_about_center(turn, canvas.size))
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuarterTurn(Operation):
+def _check_turns(turns: tuple[int, ...], path: str) -> None:
+    if not turns or not set(turns) <= {0, 1, 2, 3}:
+        raise ConfigError(f"{path}: expected some of 0, 1, 2, 3; got {list(turns)}")
+
+
+def quarter_turn(
+    canvas: Canvas, rng: Generator, *, turns: Annotated[tuple[int, ...], _check_turns] = (1, 2, 3)
+) -> Canvas:
     """Rotate by 90, 180 or 270 degrees with equal probability; the canvas rotates too.
 
     Args:
         turns: Numbers of quarter turns to choose from, counterclockwise.
     """
-
-    turns: tuple[int, ...] = (1, 2, 3)
-
-    def __post_init__(self) -> None:
-        if not self.turns or not set(self.turns) <= {0, 1, 2, 3}:
-            raise ConfigError(f"turns: expected some of 0, 1, 2, 3; got {list(self.turns)}")
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        for _ in range(int(rng.choice(self.turns))):
-            height, width = canvas.size
-            turn = np.array([[0.0, -1.0, width], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-            canvas = canvas.then(turn, (width, height))
-        return canvas
+    for _ in range(int(rng.choice(turns))):
+        height, width = canvas.size
+        turn = np.array([[0.0, -1.0, width], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+        canvas = canvas.then(turn, (width, height))
+    return canvas
 
 
-@dataclass(frozen=True, kw_only=True)
-class HorizontalFlip(Operation):
+def hflip(canvas: Canvas, rng: Generator) -> Canvas:
     """Flip left and right. ``p`` is 0.5 by default."""
-
-    default_p: ClassVar[float] = 0.5
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        return canvas.then(flip_matrix(canvas.size[1]))
+    return canvas.then(flip_matrix(canvas.size[1]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerticalFlip(Operation):
+def vflip(canvas: Canvas, rng: Generator) -> Canvas:
     """Flip top and bottom. ``p`` is 0.5 by default."""
-
-    default_p: ClassVar[float] = 0.5
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        return canvas.then(shift_matrix(0, canvas.size[0]) @ scale_matrix(1, -1))
+    return canvas.then(shift_matrix(0, canvas.size[0]) @ scale_matrix(1, -1))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shift(Operation):
+def shift(
+    canvas: Canvas,
+    rng: Generator,
+    *,
+    x: Annotated[Range, between(-1, 1)] = (-0.1, 0.1),
+    y: Annotated[Range, between(-1, 1)] = (-0.1, 0.1),
+) -> Canvas:
     """Translate the content; uncovered areas are padding.
 
     Args:
         x: Range of the shift to the right, as a share of the width.
         y: Range of the shift down, as a share of the height.
     """
-
-    x: Range = between(-1, 1, default=(-0.1, 0.1))
-    y: Range = between(-1, 1, default=(-0.1, 0.1))
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        x, y = draw(rng, self.x) * canvas.size[1], draw(rng, self.y) * canvas.size[0]
-        return canvas.then(shift_matrix(-x, -y))
+    right, down = draw(rng, x) * canvas.size[1], draw(rng, y) * canvas.size[0]
+    return canvas.then(shift_matrix(-right, -down))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shear(Operation):
+def shear(
+    canvas: Canvas,
+    rng: Generator,
+    *,
+    x: Annotated[Range, between(-60, 60)] = (-10.0, 10.0),
+    y: Annotated[Range, between(-60, 60)] = (0.0, 0.0),
+) -> Canvas:
     """Shear the content about the center, with the signs of torchvision's ``affine``.
 
     Args:
         x: Range of the angle in degrees between sheared and vertical lines, tops to the right.
         y: Range of the angle in degrees between sheared and horizontal lines, right ends up.
     """
-
-    x: Range = between(-60, 60, default=(-10.0, 10.0))
-    y: Range = between(-60, 60, default=(0.0, 0.0))
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        x, y = (math.tan(math.radians(draw(rng, degrees))) for degrees in (self.x, self.y))
-        across = np.array([[1.0, x, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-        down = np.array([[1.0, 0.0, 0.0], [y, 1.0, 0.0], [0.0, 0.0, 1.0]])
-        return canvas.then(_about_center(across @ down, canvas.size))
+    right, up = (math.tan(math.radians(draw(rng, degrees))) for degrees in (x, y))
+    across = np.array([[1.0, right, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    down = np.array([[1.0, 0.0, 0.0], [up, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    return canvas.then(_about_center(across @ down, canvas.size))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Perspective(Operation):
+def perspective(
+    canvas: Canvas, rng: Generator, *, amount: Annotated[Range, between(0, 0.9)] = (0.0, 0.3)
+) -> Canvas:
     """Apply a random perspective transform: each corner moves inwards independently.
 
     Args:
         amount: Range of the largest distance a corner moves, as a share of half a side.
     """
-
-    amount: Range = between(0, 0.9, default=(0.0, 0.3))
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        height, width = canvas.size
-        corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=float)
-        inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * [width / 2, height / 2]
-        moved = corners + inwards * draw(rng, self.amount) * rng.random((4, 2))
-        return canvas.then(_through_corners(moved, corners))
+    height, width = canvas.size
+    corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=float)
+    inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * [width / 2, height / 2]
+    moved = corners + inwards * draw(rng, amount) * rng.random((4, 2))
+    return canvas.then(_through_corners(moved, corners))
 
 
 def _through_corners(output: np.ndarray, source: np.ndarray) -> np.ndarray:
@@ -302,8 +271,19 @@ def _through_corners(output: np.ndarray, source: np.ndarray) -> np.ndarray:
     return np.append(np.linalg.solve(np.array(rows), np.array(values)), 1.0).reshape(3, 3)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Crop(Operation):
+def _check_share(share: float, path: str) -> None:
+    if not 0 < share <= 1:
+        raise ConfigError(f"{path}: expected above 0, to 1; got {share}")
+
+
+def crop(
+    canvas: Canvas,
+    rng: Generator,
+    *,
+    size: Sides,
+    max_class_share: Annotated[float, _check_share] = 1.0,
+    aim: Annotated[float, within(0, 1)] = 0.0,
+) -> Canvas:
     """Crop a random part of fixed size; a smaller canvas is padded, at a random position.
 
     Args:
@@ -314,70 +294,50 @@ class Crop(Operation):
         aim: Probability of a crop around a pixel of a class drawn at random from those in the
             image, so that rare classes are seen more often.
     """
-
-    size: tuple[int, int] = height_and_width()
-    max_class_share: float = 1.0
-    aim: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.max_class_share <= 1:
-            raise ConfigError(
-                f"max_class_share: expected above 0, to 1; got {self.max_class_share}"
-            )
-        check_bounds(0, 1, aim=self.aim)
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        tries = 1 if self.max_class_share == 1 else _CAP_TRIES
-        for _ in range(tries):
-            top, left = self._corner(canvas, rng)
-            if tries == 1:
-                break
-            if canvas.largest_class_share(top, left, self.size) <= self.max_class_share:
-                break
-        return canvas.then(shift_matrix(left, top), self.size)
-
-    def _corner(self, canvas: Canvas, rng: np.random.Generator) -> tuple[int, int]:
-        """Draw the first row and column."""
-        spare = [have - want for have, want in zip(canvas.size, self.size, strict=True)]
-        if self.aim and rng.random() < self.aim and (point := canvas.point_of_a_class(rng)):
-            corner = (
-                min(max(at - int(rng.integers(side)), min(0, s)), max(0, s))
-                for at, side, s in zip(point, self.size, spare, strict=True)
-            )
-        else:
-            corner = (int(rng.integers(min(0, s), max(0, s) + 1)) for s in spare)
-        top, left = corner
-        return top, left
+    tries = 1 if max_class_share == 1 else _CAP_TRIES
+    for _ in range(tries):
+        top, left = _corner(canvas, rng, size, aim)
+        if tries == 1 or canvas.largest_class_share(top, left, size) <= max_class_share:
+            break
+    return canvas.then(shift_matrix(left, top), size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pad(Operation):
+def _corner(canvas: Canvas, rng: Generator, size: Size, aim: float) -> list[int]:
+    """Draw the first row and column of a crop."""
+    spare = [have - want for have, want in zip(canvas.size, size, strict=True)]
+    if aim and rng.random() < aim and (point := canvas.point_of_a_class(rng)):
+        return [
+            min(max(at - int(rng.integers(side)), min(0, s)), max(0, s))
+            for at, side, s in zip(point, size, spare, strict=True)
+        ]
+    return [int(rng.integers(min(0, s), max(0, s) + 1)) for s in spare]
+
+
+def pad(canvas: Canvas, rng: Generator, *, size: Sides) -> Canvas:
     """Pad to a minimum size, equally on both sides.
 
     Args:
         size: Minimum height and width.
     """
-
-    size: tuple[int, int] = height_and_width()
-
-    def __call__(self, canvas: Canvas, rng: np.random.Generator) -> Canvas:
-        height, width = (max(have, want) for have, want in zip(canvas.size, self.size, strict=True))
-        top, left = (height - canvas.size[0]) // 2, (width - canvas.size[1]) // 2
-        return canvas.then(shift_matrix(-left, -top), (height, width))
+    height, width = (max(have, want) for have, want in zip(canvas.size, size, strict=True))
+    top, left = (height - canvas.size[0]) // 2, (width - canvas.size[1]) // 2
+    return canvas.then(shift_matrix(-left, -top), (height, width))
 
 
-GEOMETRY: dict[str, Callable[..., Callable[[Canvas, np.random.Generator], Canvas]]] = {
-    "resize": Resize,
-    "scale": Scale,
-    "resized_crop": ResizedCrop,
-    "rotate": Rotate,
-    "quarter_turn": QuarterTurn,
-    "hflip": HorizontalFlip,
-    "vflip": VerticalFlip,
-    "shift": Shift,
-    "shear": Shear,
-    "perspective": Perspective,
-    "crop": Crop,
-    "pad": Pad,
+GEOMETRY: dict[str, Callable[..., Canvas]] = {
+    operation.__name__: operation
+    for operation in (
+        resize,
+        scale,
+        resized_crop,
+        rotate,
+        quarter_turn,
+        hflip,
+        vflip,
+        shift,
+        shear,
+        perspective,
+        crop,
+        pad,
+    )
 }

@@ -8,29 +8,40 @@ following operations apply to the mixed image.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import Generator
 from torch import Tensor
 
 from segkit.augment.geometry import flip_matrix, scale_matrix, shift_matrix
-from segkit.augment.ranges import Operation, Range, between, draw
+from segkit.augment.ranges import PositiveFactor, Range, between, draw
 from segkit.augment.warp import warp
-from segkit.core.errors import ConfigError
 from segkit.core.labels import IGNORE, Size
 
-Others = Callable[[np.random.Generator], tuple[Tensor, Tensor]]
+Others = Callable[[Generator], tuple[Tensor, Tensor]]
 """Function that draws another labelled image with a generator: (3, H, W) and (H, W), uint8."""
 
-Run = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]]
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
+"""An image, its mask, and 1 where the image is not padding, else 0."""
+
+Step = Callable[[Tensor, Tensor | None, Tensor | None], Parts]
 
 _COARSE = 64  # longest side of the grid on which connected regions are searched
 
 
-@dataclass(frozen=True, kw_only=True)
-class CopyPaste(Operation):
+def copy_paste(
+    canvas_size: Size,
+    rng: Generator,
+    others: Others,
+    *,
+    scale: PositiveFactor = (0.8, 1.25),
+    objects: Annotated[tuple[int, int], between(1)] = (1, 3),
+    rare: tuple[int, ...] = (),
+    background: int = 0,
+) -> Step:
     """Paste objects of another image at a random position and scale.
 
     Ghiasi et al. 2021, https://arxiv.org/abs/2012.07177
@@ -44,22 +55,21 @@ class CopyPaste(Operation):
     Departs from the paper: an object is a connected region of one class, because masks contain
     no instances; edges are hard (the paper found blending to make no difference).
     """
-
-    scale: Range = between(0, above=True, default=(0.8, 1.25))
-    objects: tuple[int, int] = between(1, default=(1, 3))
-    rare: tuple[int, ...] = ()
-    background: int = 0
-
-    def __call__(self, size: Size, rng: np.random.Generator, others: Others | None) -> Run:
-        image, mask = _other("copy_paste", others, rng)
-        count = int(rng.integers(self.objects[0], self.objects[1] + 1))
-        chosen = _objects(mask, count, rng, self.rare, self.background)
-        matrix = _placement(mask, size, draw(rng, self.scale), rng)
-        return functools.partial(_paste, other=image, labels=mask, chosen=chosen, matrix=matrix)
+    image, mask = others(rng)
+    count = int(rng.integers(objects[0], objects[1] + 1))
+    chosen = _objects(mask, count, rng, rare, background)
+    matrix = _placement(mask, canvas_size, draw(rng, scale), rng)
+    return functools.partial(_paste, other=image, labels=mask, chosen=chosen, matrix=matrix)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CutMix(Operation):
+def cutmix(
+    canvas_size: Size,
+    rng: Generator,
+    others: Others,
+    *,
+    area: Annotated[Range, between(0, 1)] = (0.1, 0.5),
+    scale: PositiveFactor = (1.0, 1.5),
+) -> Step:
     """Replace a rectangle by a part of another image.
 
     Yun et al. 2019, https://arxiv.org/abs/1905.04899
@@ -68,23 +78,20 @@ class CutMix(Operation):
         area: Range of the rectangle's share of the canvas; it has the canvas's aspect ratio.
         scale: Range of the other image's scale, relative to the size that just covers the canvas.
     """
-
-    area: Range = between(0, 1, default=(0.1, 0.5))
-    scale: Range = between(0, above=True, default=(1.0, 1.5))
-
-    def __call__(self, size: Size, rng: np.random.Generator, others: Others | None) -> Run:
-        image, mask = _other("cutmix", others, rng)
-        side = math.sqrt(draw(rng, self.area))
-        height, width = (max(1, round(length * side)) for length in size)
-        top, left = rng.integers(size[0] - height + 1), rng.integers(size[1] - width + 1)
-        window = torch.zeros(size, dtype=torch.bool)
-        window[top : top + height, left : left + width] = True
-        matrix = _placement(mask, size, _cover(mask, size) * draw(rng, self.scale), rng)
-        return functools.partial(_paste, other=image, labels=mask, window=window, matrix=matrix)
+    image, mask = others(rng)
+    side = math.sqrt(draw(rng, area))
+    height, width = (max(1, round(length * side)) for length in canvas_size)
+    top = rng.integers(canvas_size[0] - height + 1)
+    left = rng.integers(canvas_size[1] - width + 1)
+    window = torch.zeros(canvas_size, dtype=torch.bool)
+    window[top : top + height, left : left + width] = True
+    matrix = _placement(mask, canvas_size, _cover(mask, canvas_size) * draw(rng, scale), rng)
+    return functools.partial(_paste, other=image, labels=mask, window=window, matrix=matrix)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassMix(Operation):
+def classmix(
+    canvas_size: Size, rng: Generator, others: Others, *, scale: PositiveFactor = (1.0, 1.5)
+) -> Step:
     """Paste all pixels of half of another image's classes.
 
     Olsson et al. 2020, https://arxiv.org/abs/2007.07936
@@ -94,22 +101,12 @@ class ClassMix(Operation):
 
     Departs from the paper: pastes annotated labels; the paper pastes predictions of a model.
     """
-
-    scale: Range = between(0, above=True, default=(1.0, 1.5))
-
-    def __call__(self, size: Size, rng: np.random.Generator, others: Others | None) -> Run:
-        image, mask = _other("classmix", others, rng)
-        classes = [int(index) for index in mask.unique() if index != IGNORE]
-        half = rng.permutation(classes)[: (len(classes) + 1) // 2]
-        chosen = torch.isin(mask, torch.as_tensor(half, dtype=torch.uint8))
-        matrix = _placement(mask, size, _cover(mask, size) * draw(rng, self.scale), rng)
-        return functools.partial(_paste, other=image, labels=mask, chosen=chosen, matrix=matrix)
-
-
-def _other(name: str, others: Others | None, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    if others is None:
-        raise ConfigError(f"{name}: needs other labelled images, and there are none here")
-    return others(rng)
+    image, mask = others(rng)
+    classes = [int(index) for index in mask.unique() if index != IGNORE]
+    half = rng.permutation(classes)[: (len(classes) + 1) // 2]
+    chosen = torch.isin(mask, torch.as_tensor(half, dtype=torch.uint8))
+    matrix = _placement(mask, canvas_size, _cover(mask, canvas_size) * draw(rng, scale), rng)
+    return functools.partial(_paste, other=image, labels=mask, chosen=chosen, matrix=matrix)
 
 
 def _cover(mask: Tensor, size: Size) -> float:
@@ -117,7 +114,7 @@ def _cover(mask: Tensor, size: Size) -> float:
     return max(size[0] / mask.shape[0], size[1] / mask.shape[1])
 
 
-def _placement(mask: Tensor, size: Size, scale: float, rng: np.random.Generator) -> np.ndarray:
+def _placement(mask: Tensor, size: Size, scale: float, rng: Generator) -> np.ndarray:
     """Return the matrix from the canvas to the other image, with random flip and position.
 
     The overlap with the canvas is as large as possible.
@@ -129,7 +126,7 @@ def _placement(mask: Tensor, size: Size, scale: float, rng: np.random.Generator)
 
 
 def _objects(
-    mask: Tensor, count: int, rng: np.random.Generator, rare: Sequence[int], background: int
+    mask: Tensor, count: int, rng: Generator, rare: Sequence[int], background: int
 ) -> Tensor:
     """Return the pixels of up to ``count`` random objects, which are connected regions."""
     free = (mask != background) & (mask != IGNORE)
@@ -171,7 +168,7 @@ def _paste(
     matrix: np.ndarray,
     chosen: Tensor | None = None,
     window: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Parts:
     """Paste the chosen pixels of another image into an image, within a window of it."""
     size, device = (image.shape[-2], image.shape[-1]), image.device
     pasted, pasted_labels, covered = warp(other.to(device), labels.to(device), matrix, size)
@@ -190,8 +187,6 @@ def _paste(
     return image, mask, inside if inside is None else inside.maximum(over.float())
 
 
-MIX: dict[str, Callable[..., Callable[[Size, np.random.Generator, Others | None], Run]]] = {
-    "copy_paste": CopyPaste,
-    "cutmix": CutMix,
-    "classmix": ClassMix,
+MIX: dict[str, Callable[..., Step]] = {
+    operation.__name__: operation for operation in (copy_paste, cutmix, classmix)
 }

@@ -1,8 +1,8 @@
 """Augmentation pipeline: draws all random numbers into a plan, then renders the plan."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
@@ -12,15 +12,21 @@ from torch import Tensor
 
 from segkit.augment.color import COLOR, CURVES, affine, apply_matrix, apply_table, of_bands
 from segkit.augment.color import IDENTITY as SAME_COLOR
-from segkit.augment.filters import FILTERS
-from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, Resize
-from segkit.augment.mix import MIX, Others
+from segkit.augment.filters import FILTERS, LINEAR
+from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, resize
+from segkit.augment.mix import MIX, Others, Parts, Step
 from segkit.augment.warp import warp
-from segkit.core.config import Config, DataConfig, build, matching
+from segkit.core.config import Config, DataConfig, bind, matching
 from segkit.core.errors import ConfigError, DataError
 from segkit.core.labels import Size
 
 OPERATIONS: dict[str, Callable[..., Any]] = {**GEOMETRY, **COLOR, **CURVES, **FILTERS, **MIX}
+
+GIVEN = ("canvas", "canvas_size", "rng", "others")
+"""Arguments of operations that the pipeline passes."""
+
+DEFAULT_P = {"hflip": 0.5, "vflip": 0.5, "grayscale": 0.1}
+"""Probabilities of operations that are not 1 by default."""
 
 Picture = Tensor | np.ndarray | Image.Image
 
@@ -33,34 +39,6 @@ def list_augmentations(filter: str = "") -> list[str]:
 def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """Return the random generator of one sample, the same in every process."""
     return np.random.default_rng((seed, epoch, index))
-
-
-@dataclass(frozen=True)
-class Warp:
-    """A resampling of the image and its mask through a (3, 3) matrix to ``size``."""
-
-    matrix: np.ndarray
-    size: Size
-
-
-@dataclass(frozen=True)
-class Filter:
-    """A function of the image (values in 0..255), or of the mask if ``on`` is ``"mask"``."""
-
-    run: Callable[[Tensor], Tensor]
-    on: str = "image"
-
-
-@dataclass(frozen=True)
-class Mix:
-    """A mix with another image: a function of (image, mask, 1 where the image is not padding)."""
-
-    run: Callable[
-        [Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]
-    ]
-
-
-Step = Warp | Filter | Mix
 
 
 @dataclass(frozen=True)
@@ -201,25 +179,25 @@ class Pipeline:
             if name in COLOR:
                 color = operation(rng) @ color
                 continue
-            step: Step
             if name in CURVES:
-                step = Filter(functools.partial(apply_table, table=operation(rng)))
+                step: Step = partial(_change, run=partial(apply_table, table=operation(rng)))
             elif name in FILTERS:
-                step = Filter(operation(rng), getattr(operation, "on", "image"))
+                on = operation.keywords.get("on", "image")
+                step = partial(_change, run=operation(rng), on=on)
+            elif others is None:
+                raise ConfigError(f"{name}: needs other labelled images, and there are none here")
             else:
-                step = Mix(operation(canvas.size, rng, others))
+                step = operation(canvas.size, rng, others)
             canvas = _add_warp(steps, canvas)
-            if color is not SAME_COLOR and not getattr(operation, "linear", False):
-                recolor = functools.partial(
-                    apply_matrix,
-                    matrix=of_bands(color, self._bands),
-                    limits=np.tile([0.0, 255.0], (self._bands, 1)),
-                )
-                steps.append(Filter(recolor))
+            if color is not SAME_COLOR and name not in LINEAR:
+                limits = np.tile([0.0, 255.0], (self._bands, 1))
+                matrix = of_bands(color, self._bands)
+                recolor = partial(apply_matrix, matrix=matrix, limits=limits)
+                steps.append(partial(_change, run=recolor))
                 color = SAME_COLOR
             steps.append(step)
         if self.size is not None and canvas.size != self.size:
-            canvas = Resize(size=self.size)(canvas, rng)
+            canvas = resize(canvas, rng, size=self.size)
         canvas = _add_warp(steps, canvas)
         return Plan(tuple(steps), color, canvas.size)
 
@@ -245,14 +223,7 @@ class Pipeline:
         """Render one image (C, H, W) and its mask (H, W), both uint8, with its plan."""
         inside: Tensor | None = None
         for step in plan.steps:
-            if isinstance(step, Warp):
-                image, mask, inside = _warp(image, mask, inside, step)
-            elif isinstance(step, Mix):
-                image, mask, inside = step.run(image, mask, inside)
-            elif step.on == "image":
-                image = step.run(image)
-            elif mask is not None:
-                mask = step.run(mask)
+            image, mask, inside = step(image, mask, inside)
         matrix = self._normalizing @ of_bands(plan.color, self._bands)
         image = apply_matrix(image, matrix, unit=1.0, limits=self._limits)
         if inside is not None:
@@ -270,13 +241,17 @@ def build_pipeline(config: Config) -> Pipeline:
     )
 
 
-def _operation(spec: Mapping[str, Any] | str, path: str) -> tuple[str, float, Callable[..., Any]]:
+def _operation(spec: Mapping[str, Any] | str, path: str) -> tuple[str, float, partial]:
     """Return the name, probability and function of one operation of the configuration."""
     component: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
-    probability = component.pop("p", None)
-    operation = build(OPERATIONS, component, path)
+    name, probability = component.get("name"), component.pop("p", None)
+    operation = bind(OPERATIONS, component, path, given=GIVEN)
+    if name in ("closing", "opening"):
+        arguments = operation.keywords
+        if (arguments.get("on") == "mask") != bool(arguments.get("classes")):
+            raise ConfigError(f"{path}.classes: expected with on='mask', and only there")
     if probability is None:
-        probability = getattr(operation, "default_p", 1.0)
+        probability = DEFAULT_P.get(component["name"], 1.0)
     is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
     if not is_number or not 0 <= probability <= 1:
         raise ConfigError(f"{path}.p: expected a number from 0 to 1; got {probability!r}")
@@ -316,16 +291,30 @@ def _add_warp(steps: list[Step], canvas: Canvas) -> Canvas:
     """Add the canvas's geometry to the steps, if it has any; return the canvas after it."""
     if canvas.matrix is IDENTITY:
         return canvas
-    steps.append(Warp(canvas.matrix, canvas.size))
+    steps.append(partial(_warp, matrix=canvas.matrix, size=canvas.size))
     return canvas.rendered()
 
 
 def _warp(
-    image: Tensor, mask: Tensor | None, inside: Tensor | None, step: Warp
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Apply a warp to an image that may have padding already."""
-    warped, labels, covered = warp(image, mask, step.matrix, step.size)
+    image: Tensor, mask: Tensor | None, inside: Tensor | None, *, matrix: np.ndarray, size: Size
+) -> Parts:
+    """Resample an image that may have padding already, and its mask."""
+    warped, labels, covered = warp(image, mask, matrix, size)
     if inside is not None:
-        _, warped_inside, _ = warp(image, inside.to(torch.uint8), step.matrix, step.size)
+        _, warped_inside, _ = warp(image, inside.to(torch.uint8), matrix, size)
         covered = None if warped_inside is None else (warped_inside == 1).float()
     return warped, labels, covered
+
+
+def _change(
+    image: Tensor,
+    mask: Tensor | None,
+    inside: Tensor | None,
+    *,
+    run: Callable[[Tensor], Tensor],
+    on: str = "image",
+) -> Parts:
+    """Apply a function to the image (values in 0..255), or to the mask if ``on`` is ``"mask"``."""
+    if on == "image":
+        return run(image), mask, inside
+    return image, None if mask is None else run(mask), inside

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from segkit.augment.pipeline import OPERATIONS
+from segkit.augment.pipeline import DEFAULT_P, GIVEN, OPERATIONS
 from segkit.commands import console
 from segkit.core import config
 from segkit.core.errors import ConfigError, closest, quoted
@@ -69,7 +69,7 @@ KINDS = {
         DECODERS, "model.decoder", given=("channels", "strides", "num_classes")
     ),
     "losses": ComponentKind(LOSSES, "loss.terms"),
-    "augmentations": ComponentKind(OPERATIONS, "augment.train"),
+    "augmentations": ComponentKind(OPERATIONS, "augment.train", GIVEN),
     "optimizers": ComponentKind(OPTIMIZERS, "optim.optimizer", given=("groups", "lr")),
     "schedules": ComponentKind(SCHEDULES, "optim.schedule", given=("progress",)),
     "sources": ComponentKind(SOURCES, "data.train"),
@@ -157,7 +157,7 @@ def settings_of(kind: str, name: str) -> list[Setting]:
     if kind == "losses":
         settings.append(Setting("weight", "a number", "1.0", "Coefficient of the loss in the sum."))
     if kind == "augmentations":
-        chance = json.dumps(getattr(target, "default_p", 1.0))
+        chance = json.dumps(DEFAULT_P.get(name, 1.0))
         settings.append(Setting("p", "a number", chance, "Probability of the operation."))
     return settings
 

@@ -347,8 +347,11 @@ def digest(path: Path) -> str:
                 raise CheckpointError(f"{path}: has no digest; segkit did not write it")
             raise CheckpointError(f"{path}: is damaged or not a checkpoint")
         sha256 = hashlib.sha256()
+        left = path.stat().st_size - _TAIL
         with path.open("rb") as file:
-            _feed(sha256, file, path.stat().st_size - _TAIL)
+            while block := file.read(min(left, 1 << 22)):
+                sha256.update(block)
+                left -= len(block)
     if sha256.hexdigest() != expected:
         raise CheckpointError(f"{path}: is damaged (its bytes do not match its digest)")
     return expected
@@ -363,12 +366,3 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
-
-
-def _feed(digest: Any, file: Any, length: int) -> None:
-    while length > 0:
-        block = file.read(min(length, 1 << 22))
-        if not block:
-            return
-        digest.update(block)
-        length -= len(block)

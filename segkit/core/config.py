@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from segkit.core.errors import ConfigError, closest, first_line, quoted, reason, shorten
 from segkit.core.files import matches_schema, require_regular_file, unique_keys
@@ -466,7 +466,7 @@ def bind(
     if name not in registry:
         raise ConfigError(f"{path}.name: unknown {quoted(name)}{closest(name, registry)}")
     target = registry[name]
-    types = hints(target)
+    types = hints(target, checks=True)
     parameters = settable(target, given)
     for key in arguments:
         if key not in parameters:
@@ -520,9 +520,13 @@ def settable(target: Callable[..., Any], given: Sequence[str] = ()) -> dict[str,
     }
 
 
-def hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotated types of a component's parameters."""
-    return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+def hints(target: Callable[..., Any], *, checks: bool = False) -> dict[str, Any]:
+    """Return the annotated types of a component's parameters; ``checks``: with their checks.
+
+    ``Annotated[type, check]`` is an argument that ``check(value, path)`` raises a ConfigError for.
+    """
+    function = target.__init__ if inspect.isclass(target) else target
+    return typing.get_type_hints(function, include_extras=checks)
 
 
 def check_bounds(low: float, high: float, **arguments: float | Sequence[float]) -> None:
@@ -583,6 +587,11 @@ def _fits(value: Any, hint: Any) -> bool:
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """Convert ``value`` to its annotated type: lists to tuples, ints to floats, nothing else."""
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Annotated:
+        value = _convert(value, inner[0], path)
+        for check in inner[1:]:
+            check(value, path)
+        return value
     options = inner if kind in (Union, types.UnionType) else (hint,)
     accepting = next((option for option in options if _fits(value, option)), None)
     if accepting is None:
@@ -631,6 +640,8 @@ _WORDS: dict[Any, str] = {
 def type_description(hint: Any) -> str:
     """Return an annotation in plain words, for messages."""
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Annotated:
+        return type_description(inner[0])
     if kind in (Union, types.UnionType):
         return " or ".join(map(type_description, inner))
     if kind is Literal:

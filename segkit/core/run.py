@@ -414,7 +414,8 @@ def runs(name: str | None = None) -> list[Run]:
     if name is not None:
         own = re.compile(re.escape(name) + r"-\d{8}-\d{6}")  # as new_folder names them
         folders = [folder for folder in folders if own.fullmatch(folder.name)]
-    return [Run(folder) for folder in sorted(folders, key=_started, reverse=True)]
+    folders.sort(key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True)
+    return list(map(Run, folders))
 
 
 def find_run(name: str, folder: Path | None, *, resume: bool) -> tuple[Run, bool]:
@@ -429,10 +430,6 @@ def find_run(name: str, folder: Path | None, *, resume: bool) -> tuple[Run, bool
         candidates = [run for run in candidates if resume and run.resumable()]
     run = candidates[0] if candidates else Run(new_folder(name))
     return run, resume or interrupted
-
-
-def _started(folder: Path) -> float:
-    return (folder / "config.json").stat().st_mtime
 
 
 def new_folder(name: str) -> Path:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -24,10 +24,11 @@ Pictures = Sequence[tuple[str, Image.Image]]
 """Captions and pictures."""
 
 
-class Tracker(Protocol):
-    """A tracker of one fold of a run, which continues from ``step``."""
+class Tracker:
+    """A tracker of one fold of a run, which continues from ``step``; this one records nothing."""
 
-    def __init__(self, *, run: Run, fold: int, step: int) -> None: ...
+    def __init__(self, *, run: Run, fold: int, step: int) -> None:
+        self._classes: list[str] = run.read("classes.json")["classes"]
 
     def event(self, event: Event) -> None:
         """Record an event of the log about this fold."""
@@ -42,14 +43,15 @@ class Tracker(Protocol):
 _TABLES = {"step": "steps.csv", "evaluate": "evaluations.csv"}
 
 
-class CSVTracker:
+class CSVTracker(Tracker):
     """A tracker that writes ``steps.csv`` and ``evaluations.csv`` to the fold's folder.
 
     Rows after the step from which the fold continues are removed.
     """
 
     def __init__(self, *, run: Run, fold: int, step: int) -> None:
-        self._run, self._folder = run, run.fold(fold)
+        super().__init__(run=run, fold=fold, step=step)
+        self._folder = run.fold(fold)
         self._columns: dict[Path, list[str]] = {}
         for name in _TABLES.values():
             if (self._folder / name).exists():
@@ -76,7 +78,7 @@ class CSVTracker:
         if event["event"] not in _TABLES:
             return
         path = self._folder / _TABLES[event["event"]]
-        row = {"epoch": event["epoch"], "step": event["step"], **scalars(event, _names(self._run))}
+        row = {"epoch": event["epoch"], "step": event["step"], **scalars(event, self._classes)}
         new = path not in self._columns
         columns = self._columns.setdefault(path, list(row))
         with path.open("a", encoding="utf-8", newline="") as file:
@@ -85,14 +87,8 @@ class CSVTracker:
                 writer.writeheader()
             writer.writerow(row)
 
-    def pictures(self, step: int, pictures: Pictures) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
-
-
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """A tracker that writes TensorBoard event files to the run's ``tensorboard/fold0``.
 
     Needs the package ``tensorboard``. A resumed fold hides events after the step it resumes from.
@@ -101,7 +97,7 @@ class TensorBoardTracker:
     def __init__(self, *, run: Run, fold: int, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._run = run
+        super().__init__(run=run, fold=fold, step=step)
         folder = run.folder / "tensorboard" / f"fold{fold}"
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         if not step:
@@ -109,12 +105,11 @@ class TensorBoardTracker:
             self._writer.add_text("config", f"```\n{text}\n```", 0)
 
     def event(self, event: Event) -> None:
-        names = _names(self._run)
-        for name, value in scalars(event, names).items():
+        for name, value in scalars(event, self._classes).items():
             if value is not None:
                 self._writer.add_scalar(name, value, event["step"], walltime=event["time"])
         if event["event"] == "evaluate":
-            lines = [f"| {' | '.join(row)} |" for row in _class_table(event, names)]
+            lines = [f"| {' | '.join(row)} |" for row in _class_table(event, self._classes)]
             lines.insert(1, "| --- | --- | --- |")
             self._writer.add_text("classes", "\n".join(lines), event["step"])
 
@@ -126,7 +121,7 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """A tracker that records each fold as a Weights & Biases run, grouped by run folder.
 
     Needs the package ``wandb``. The id is saved in the fold's ``wandb.json``, so a resumed fold
@@ -153,7 +148,8 @@ class WandbTracker:
     ) -> None:
         import wandb
 
-        self._wandb, self._run = wandb, run
+        super().__init__(run=run, fold=fold, step=step)
+        self._wandb = wandb
         path = f"fold{fold}/wandb.json"
         if not (run.folder / path).exists():
             run.write(path, {"id": secrets.token_hex(4), "project": project, "entity": entity})
@@ -166,11 +162,10 @@ class WandbTracker:
         )  # fmt: skip
 
     def event(self, event: Event) -> None:
-        names = _names(self._run)
-        values: dict[str, Any] = scalars(event, names)
-        values = {name: value for name, value in values.items() if value is not None}
+        numbers = scalars(event, self._classes).items()
+        values: dict[str, Any] = {name: value for name, value in numbers if value is not None}
         if event["event"] == "evaluate":
-            head, *rows = _class_table(event, names)
+            head, *rows = _class_table(event, self._classes)
             values["classes"] = self._wandb.Table(columns=head, data=rows)
         if values:
             self._tracked.log(values, step=event["step"])
@@ -285,10 +280,6 @@ def scalars(event: Event, classes: Sequence[str]) -> dict[str, float | None]:
         values |= dict(zip(("miou_low", "miou_high"), event["interval"], strict=True))
         values |= {f"iou/{name}": v for name, v in zip(classes, event["iou"], strict=True)}
     return values
-
-
-def _names(run: Run) -> list[str]:
-    return run.read("classes.json")["classes"]
 
 
 def _class_table(event: Event, classes: Sequence[str]) -> list[list[Any]]:

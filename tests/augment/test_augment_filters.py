@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import functional as tv
 
+from segkit.augment import Pipeline
 from segkit.augment.filters import FILTERS
 from segkit.augment.median import network
 from segkit.core.errors import ConfigError
@@ -20,7 +21,7 @@ def image(size: tuple[int, int] = (33, 41)) -> Tensor:
 
 
 def filtered(name: str, pixels: Tensor, **arguments) -> Tensor:
-    return FILTERS[name](**arguments)(np.random.default_rng(0))(pixels)
+    return FILTERS[name](np.random.default_rng(0), **arguments)(pixels)
 
 
 def pillow(pixels: Tensor, kind: ImageFilter.Filter) -> np.ndarray:
@@ -178,4 +179,4 @@ def test_levels_stay_levels(name: str) -> None:
 )
 def test_bad_arguments_are_refused(name: str, arguments: dict) -> None:
     with pytest.raises(ConfigError, match=r"sizes|sigma|quality|classes"):
-        FILTERS[name](**arguments)
+        Pipeline([{"name": name, **arguments}])

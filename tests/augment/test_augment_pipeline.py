@@ -22,8 +22,7 @@ from segkit.augment.color import COLOR, CURVES
 from segkit.augment.filters import FILTERS
 from segkit.augment.geometry import GEOMETRY
 from segkit.augment.mix import MIX
-from segkit.augment.pipeline import Filter, Warp, build_pipeline
-from segkit.augment.warp import warp
+from segkit.augment.pipeline import build_pipeline
 from segkit.core.config import load, parse
 from segkit.core.errors import ConfigError, DataError
 
@@ -143,7 +142,7 @@ def test_geometry_is_one_step_and_color_none_of_its_own() -> None:
         {"name": "hflip", "p": 1},
     ]
     plan = pipeline(operations, size=(32, 32)).plan(SIZE, generator(0, 0, 0))
-    assert [type(step) for step in plan.steps] == [Warp]
+    assert [step.func.__name__ for step in plan.steps] == ["_warp"]
     assert not np.array_equal(plan.color, np.eye(4))
 
 
@@ -160,9 +159,8 @@ def test_filters_keep_their_place_in_the_list() -> None:
         {"name": "cutmix"},
     ]
     plan = pipeline(operations).plan(SIZE, generator(0, 0, 0), others=others)
-    names = [getattr(step, "run", warp) for step in plan.steps]
-    names = [getattr(run, "func", run).__name__ for run in names]
-    section = ["warp", "apply_matrix"]
+    names = [step.keywords.get("run", step).func.__name__ for step in plan.steps]
+    section = ["_warp", "apply_matrix"]
     assert names == [*section, "apply_table", *section, "_median", *section, "_paste"]
     assert np.array_equal(plan.color, np.eye(4))
 
@@ -197,7 +195,7 @@ def test_shipped_configurations_read_each_image_once(path: Path) -> None:
     cfg = load(path.stem)
     operations = [{**spec, "p": 1} for spec in cfg.augment.train]
     plan = pipeline(operations, cfg.augment.size).plan(SIZE, generator(0, 0, 0))
-    assert [type(step) for step in plan.steps] == [Warp]
+    assert [step.func.__name__ for step in plan.steps] == ["_warp"]
 
 
 @pytest.mark.parametrize("blur", [{"sizes": [5]}, {"sigma": [1.5, 1.5]}])
@@ -205,7 +203,7 @@ def test_colors_before_a_blur_are_applied_after_it_with_equal_results(blur: dict
     name = "blur" if "sizes" in blur else "gaussian_blur"
     colors = [{"name": "contrast", "range": [0.6, 0.6]}, {"name": "hue", "degrees": [20, 20]}]
     run = pipeline([*colors, {"name": name, **blur}])
-    assert [type(step) for step in run.plan(SIZE, generator(0, 0, 0)).steps] == [Filter]
+    assert len(run.plan(SIZE, generator(0, 0, 0)).steps) == 1
     image, _ = sample()
     result, _ = run(image, None, generator(0, 0, 0))
     colored, _ = levels(colors)(image, None, generator(0, 0, 0))
@@ -228,7 +226,7 @@ def test_probabilities_are_kept() -> None:
     flipped = turned = 0
     for index in range(500):
         plan = run.plan((64, 64), generator(3, 0, index))
-        matrix = plan.steps[0].matrix if plan.steps else np.eye(3)
+        matrix = plan.steps[0].keywords["matrix"] if plan.steps else np.eye(3)
         turned += abs(matrix[0, 0]) < 0.5
         flipped += np.linalg.det(matrix) < 0
     assert 0.42 < flipped / 500 < 0.58

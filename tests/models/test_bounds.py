@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from segkit import train
+from segkit.augment import pipeline
 from segkit.augment.pipeline import OPERATIONS, Pipeline
 from segkit.core import config
 from segkit.core.config import bind, build, check_bounds, override, parse
@@ -26,7 +27,7 @@ MANY = (-1, 0, 1, 3, 2**31, 2**62, 2**64), (-1e308, -1.0, 0.0, 0.5, 1.5, 1e308)
 """Integers and floats."""
 
 Numbers = tuple[tuple[int, ...], tuple[float, ...]]
-GIVEN = {"channels", "strides", "num_classes", "groups", "lr", "progress"}
+GIVEN = {"channels", "strides", "num_classes", "groups", "lr", "progress", *pipeline.GIVEN}
 Registry = Mapping[str, Callable[..., Any]]
 
 
