@@ -82,13 +82,6 @@ KEYS = {kind: group.key for kind, group in KINDS.items()} | {
 }
 """Kinds of components, and the key or option that takes them."""
 
-BACKBONE_ARGUMENTS = {
-    "drop_path": "Largest probability of stochastic depth.",
-    "like": "Library whose weights are loaded; padding and epsilon of BatchNorm follow it.",
-    "output_norms": "Normalize each feature map, as published segmentation models do.",
-}
-"""Arguments of backbones that no class documents."""
-
 VIEWS = {
     **dict.fromkeys(SYMMETRIES, "flip or quarter turn"),
     "identity": "the image unchanged",
@@ -132,13 +125,14 @@ def arguments(target: Callable[..., Any], given: Sequence[str] = ()) -> list[Set
     Their meaning is taken from its docstring, and from that of the class that it builds.
     """
     hints = config.hints(target)
-    made = target if inspect.isclass(target) else hints.get("return", object)
-    texts = dict(BACKBONE_ARGUMENTS) if target in BACKBONES.values() else {}
+    make = config.constructor(target)
+    made = make if inspect.isclass(make) else hints.get("return", object)
+    texts: dict[str, str] = {}
     for documented in reversed(made.__mro__):
         texts |= _documented(documented)
     if hints.get("output_stride") is int:  # not a choice
         texts["output_stride"] = "Must be 32: this backbone has no dilated form."
-    texts |= _documented(target)
+    texts |= _documented(make)
     return [
         Setting(
             name,
@@ -177,7 +171,7 @@ def _plain(docstring: str | None) -> str:
 
 def summary(target: Callable[..., Any]) -> str:
     """Return the first line of a component's docstring."""
-    return _plain(target.__doc__).partition("\n")[0]
+    return _plain(config.constructor(target).__doc__).partition("\n")[0]
 
 
 # ---- text of at most 80 columns
@@ -267,8 +261,8 @@ def names(kind: str) -> dict[str, str]:
 def component_text(kind: str, name: str) -> str:
     """Return a component's docstring and arguments."""
     group = KINDS[kind]
-    target = group.registry[name]
-    text = re.split(r"^(?:Args|Shape|Raises|Attributes):", _plain(target.__doc__), flags=re.M)[0]
+    doc = config.constructor(group.registry[name]).__doc__
+    text = re.split(r"^(?:Args|Shape|Raises|Attributes):", _plain(doc), flags=re.M)[0]
     paragraphs = [_wrap(" ".join(part.split()), "") for part in text.strip().split("\n\n")]
     settings = settings_of(kind, name)
     shown = _details(settings) if settings else "It has no arguments."

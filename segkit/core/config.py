@@ -493,14 +493,15 @@ def build(
     sets arguments of the component; otherwise it is a bug of segkit, and is raised unchanged.
     """
     make = bind(registry, spec, path, given=tuple(given))
+    keys = [] if isinstance(spec, str) else [key for key in spec if key != "name"]
     try:
         return make(**given)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except (ArithmeticError, RuntimeError, ValueError) as error:
-        if not make.keywords:
+        if not keys:
             raise
-        given_here = (f"{key}={shorten(str(value))}" for key, value in make.keywords.items())
+        given_here = (f"{key}={shorten(str(make.keywords[key]))}" for key in keys)
         why = first_line(error)
         raise ConfigError(f"{path}: cannot be made with {', '.join(given_here)} ({why})") from error
 
@@ -520,12 +521,18 @@ def settable(target: Callable[..., Any], given: Sequence[str] = ()) -> dict[str,
     }
 
 
+def constructor(target: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the class or function that builds a component; a registry may hold partials of it."""
+    return target.func if isinstance(target, functools.partial) else target
+
+
 def hints(target: Callable[..., Any], *, checks: bool = False) -> dict[str, Any]:
     """Return the annotated types of a component's parameters; ``checks``: with their checks.
 
     ``Annotated[type, check]`` is an argument that ``check(value, path)`` raises a ConfigError for.
     """
-    function = target.__init__ if inspect.isclass(target) else target
+    make = constructor(target)
+    function = make.__init__ if inspect.isclass(make) else make
     return typing.get_type_hints(function, include_extras=checks)
 
 

@@ -90,7 +90,7 @@ def small_beit(**options: Any) -> BEiT:
 def small_convnext(**options: object) -> nn.Module:
     widths = (8, 16, 32, 64)
     stages = [CNBlockConfig(*pair, 2) for pair in zip(widths, (*widths[1:], None), strict=True)]
-    return convnext(partial(ConvNeXt, stages), 0.1)(**options)
+    return convnext(partial(ConvNeXt, stages), **({"drop_path": 0.1} | options))
 
 
 def small_vit(**options: Any) -> ViT:

@@ -51,10 +51,10 @@ def values(hint: Any, numbers: Numbers) -> list[Any]:
 def components(registry: Registry, numbers: Numbers) -> Iterator[dict[str, Any]]:
     seen = set()
     for name, target in registry.items():
-        hints = config.hints(target)
+        make, hints = config.constructor(target), config.hints(target)
         for key in inspect.signature(target).parameters:
-            family = target.__qualname__, target.__module__, key
-            if key in GIVEN or key not in hints or (family in seen and "<locals>" in family[0]):
+            family = make.__qualname__, make.__module__, key
+            if key in GIVEN or key not in hints or family in seen:
                 continue  # torchvision's ten ResNets take the same arguments
             seen.add(family)
             yield from ({"name": name, key: value} for value in values(hints[key], numbers))

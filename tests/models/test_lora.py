@@ -5,6 +5,7 @@ import json
 import re
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from segkit.inference.model_file import load, save
 from segkit.models.backbones import BACKBONES
 from segkit.models.backbones.beit import beit
 from segkit.models.backbones.mit import mit
-from segkit.models.backbones.swin import Swin, swin
+from segkit.models.backbones.swin import Swin
 from segkit.models.backbones.vit import vit
 from segkit.models.lora import LowRank, add_lora
 from segkit.models.segmenter import Segmenter, build_model, load_model
@@ -33,14 +34,16 @@ DECODER = {"name": "upernet", "width": 8, "aux_width": None}
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register small transformers."""
-    monkeypatch.setitem(BACKBONES, "swin_tiny", swin(8, (2, 2, 1, 1), (1, 1, 2, 2)))
+    monkeypatch.setitem(BACKBONES, "swin_tiny", partial(Swin, 8, (2, 2, 1, 1), (1, 1, 2, 2), 1))
     monkeypatch.setitem(BACKBONES, "vit_tiny", vit(16, 4, 2, patch=8, positions=4))
     monkeypatch.setitem(BACKBONES, "beit_tiny", beit(16, 12, 2, 0.1))
     monkeypatch.setitem(BACKBONES, "mit_tiny", mit(8, 1, 1, 1, 1))
 
 
 def build(name: str = "swin_tiny", **options: Any) -> Segmenter:
-    BACKBONES.setdefault("swin_tiny", swin(8, (2, 2, 1, 1), (1, 1, 2, 2)))  # on other ranks
+    BACKBONES.setdefault(
+        "swin_tiny", partial(Swin, 8, (2, 2, 1, 1), (1, 1, 2, 2), 1)
+    )  # on other ranks
     backbone = {"name": name, "drop_path": 0.0}
     return build_model(backbone, DECODER, num_classes=3, **options)
 

@@ -1,5 +1,6 @@
 """Every family of transformers, and of new convolutional networks, overfits four photographs."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from benchmarks.overfit import GOAL, crops, fit
 from segkit.models.backbones import BACKBONES
 from segkit.models.backbones.beit import beit
 from segkit.models.backbones.convnextv2 import ResponseNormBlock
-from segkit.models.backbones.efficientnet_lite import lite
+from segkit.models.backbones.efficientnet_lite import TAPS, lite
 from segkit.models.backbones.mit import mit
 from segkit.models.backbones.torchvision import convnext, convnext_of, efficientnet
 from segkit.models.backbones.vit import vit
@@ -21,9 +22,11 @@ TINY = {
     "vit": vit(48, 4, 3, patch=8, positions=8),
     "vit_rotary": vit(48, 6, 3, patch=8, positions=0, registers=2, gated=True, hidden=96),
     "beit": beit(48, 12, 3, 0.1),
-    "convnext_v2": convnext(convnext_of(16, 1, 1, 2, 1, block=ResponseNormBlock), 0.0),
+    "convnext_v2": partial(
+        convnext, convnext_of(16, 1, 1, 2, 1, block=ResponseNormBlock), drop_path=0.0
+    ),
     "mit": mit(16, 1, 1, 1, 1),
-    "efficientnet_lite": efficientnet(lite(0.5, 0.5), 0, 2, 3, 5, 7, side=224, like="smp"),
+    "efficientnet_lite": partial(efficientnet, lite(0.5, 0.5), TAPS, 224, like="smp"),
 }
 UPERNET = {"name": "upernet", "width": 32, "aux_width": None}
 QUERIES = {"name": "mask2former", "width": 32, "queries": 16, "layers": 3, "heads": 4}

@@ -6,6 +6,7 @@ import random
 import re
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -783,7 +784,7 @@ def first(reasons: Any) -> str:
 def test_mmsegmentations_other_models_give_their_backbone(names: list[str], why: str) -> None:
     """A ResNet with a deep stem, as FCN and DeepLabV3+ have it there."""
     with torch.random.fork_rng():
-        model = model_of(resnet(deep_stem(half_resnet18))(), "fcn")
+        model = model_of(resnet(partial(deep_stem, half_resnet18)), "fcn")
     backbone = random_state(model.backbone)
     theirs = renamed(backbone, (r"^conv1\.", "stem."), (r"^bn1\.", "stem.7."))
     assert "stem.6.weight" in theirs
@@ -836,7 +837,7 @@ MMSEG_HEADS = {
 @pytest.mark.parametrize("name", MMSEG_HEADS)
 def test_mmsegmentations_convolutional_heads_whole(name: str) -> None:
     with torch.random.fork_rng():
-        backbone = resnet(deep_stem(half_resnet18))()
+        backbone = resnet(partial(deep_stem, half_resnet18))
         model = model_of(backbone, name, layout="mmsegmentation", width=4, aux=True)
     backbone_state, head = parts(model)
     theirs = renamed(head, *MMSEG_HEADS[name])
@@ -1155,7 +1156,7 @@ def small_convnext(**options: Any) -> nn.Module:
         widths = [CNBlockConfig(8 * 2**i, 8 * 2 ** (i + 1), 1) for i in range(3)]
         return ConvNeXt([*widths, CNBlockConfig(64, None, 1)], **more)
 
-    return convnext(network, 0.0)(**options)
+    return convnext(network, drop_path=0.0, **options)
 
 
 @pytest.mark.parametrize("project", CONVNEXT)

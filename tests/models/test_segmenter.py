@@ -245,7 +245,7 @@ def test_one_constant_image_trains(decoder: str) -> None:
 def _convnext() -> nn.Module:
     widths = (8, 16, 32, 64)
     stages = [CNBlockConfig(*pair, 1) for pair in zip(widths, (*widths[1:], None), strict=True)]
-    return convnext(partial(ConvNeXt, stages), 0.1)()
+    return convnext(partial(ConvNeXt, stages), drop_path=0.1)
 
 
 TINY: dict[str, Callable[[], nn.Module]] = {
@@ -255,7 +255,9 @@ TINY: dict[str, Callable[[], nn.Module]] = {
     "EfficientNet": BACKBONES["efficientnet_b0"],
     "EfficientNet-Lite": BACKBONES["efficientnet_lite0"],
     "ConvNeXt": _convnext,
-    "ConvNeXt V2": convnext(convnext_of(8, 1, 1, 1, 1, block=ResponseNormBlock), 0.1),
+    "ConvNeXt V2": partial(
+        convnext, convnext_of(8, 1, 1, 1, 1, block=ResponseNormBlock), drop_path=0.1
+    ),
     "Swin": partial(Swin, width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2)),
     "Swin V2": partial(Swin, width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2), version=2),
     "MiT": partial(MiT, widths=(8, 16, 20, 32), depths=(1, 1, 1, 1)),
@@ -265,7 +267,7 @@ TINY: dict[str, Callable[[], nn.Module]] = {
     ),
     "BEiT": partial(BEiT, width=8, depth=12, heads=2, window=2),
     "HRNet": partial(HRNet, width=4),
-    "SE-ResNet": seresnet((1, 1, 1, 1)),
+    "SE-ResNet": partial(seresnet, 1, 1, 1, 1),
     "UNet": partial(BACKBONES["unet"], width=4),
 }
 """A network of each family, as small as the family goes."""

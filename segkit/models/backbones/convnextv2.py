@@ -50,12 +50,12 @@ class ResponseNormBlock(CNBlock):
 _sized = partial(convnext_of, block=ResponseNormBlock)
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "convnext_v2_atto": convnext(_sized(40, 2, 2, 6, 2), 0.1),
-    "convnext_v2_femto": convnext(_sized(48, 2, 2, 6, 2), 0.1),
-    "convnext_v2_pico": convnext(_sized(64, 2, 2, 6, 2), 0.1),
-    "convnext_v2_nano": convnext(_sized(80, 2, 2, 8, 2), 0.1),
-    "convnext_v2_tiny": convnext(_sized(96, 3, 3, 9, 3), 0.2),
-    "convnext_v2_base": convnext(_sized(128, 3, 3, 27, 3), 0.3),
-    "convnext_v2_large": convnext(_sized(192, 3, 3, 27, 3), 0.3),
-    "convnext_v2_huge": convnext(_sized(352, 3, 3, 27, 3), 0.3),
+    "convnext_v2_atto": partial(convnext, _sized(40, 2, 2, 6, 2), drop_path=0.1),
+    "convnext_v2_femto": partial(convnext, _sized(48, 2, 2, 6, 2), drop_path=0.1),
+    "convnext_v2_pico": partial(convnext, _sized(64, 2, 2, 6, 2), drop_path=0.1),
+    "convnext_v2_nano": partial(convnext, _sized(80, 2, 2, 8, 2), drop_path=0.1),
+    "convnext_v2_tiny": partial(convnext, _sized(96, 3, 3, 9, 3), drop_path=0.2),
+    "convnext_v2_base": partial(convnext, _sized(128, 3, 3, 27, 3), drop_path=0.3),
+    "convnext_v2_large": partial(convnext, _sized(192, 3, 3, 27, 3), drop_path=0.3),
+    "convnext_v2_huge": partial(convnext, _sized(352, 3, 3, 27, 3), drop_path=0.3),
 }

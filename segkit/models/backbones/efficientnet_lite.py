@@ -1,6 +1,7 @@
 """EfficientNet-Lite, of torchvision's blocks."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 from torchvision import models
@@ -19,6 +20,9 @@ STAGES = (  # expansion, kernel, stride, inputs, outputs, blocks
     (6, 3, 1, 192, 320, 1),
 )
 """The stages of EfficientNet-B0 (Tan and Le 2019, https://arxiv.org/abs/1905.11946, table 1)."""
+
+TAPS = (0, 2, 3, 5, 7)
+"""Blocks whose outputs are the feature maps."""
 
 
 def lite(width: float, depth: float) -> Builder:
@@ -48,6 +52,6 @@ def lite(width: float, depth: float) -> Builder:
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "efficientnet_lite0": efficientnet(lite(1.0, 1.0), 0, 2, 3, 5, 7, side=224, like="smp"),
-    "efficientnet_lite2": efficientnet(lite(1.1, 1.2), 0, 2, 3, 5, 7, side=260, like="smp"),
+    "efficientnet_lite0": partial(efficientnet, lite(1.0, 1.0), TAPS, 224, like="smp"),
+    "efficientnet_lite2": partial(efficientnet, lite(1.1, 1.2), TAPS, 260, like="smp"),
 }

@@ -1,6 +1,7 @@
 """HRNet V2: parallel branches of several resolutions that exchange features."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -46,14 +47,16 @@ class HRNet(nn.Module):
 
     def __init__(
         self,
-        *,
         width: int,
+        *,
         upsampling: Upsampling = "bilinear",
         align_corners: bool = True,
         checkpointing: bool = False,
         in_channels: int = 3,
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
+        refuse_dilation("HRNet", output_stride)
         check_bounds(1, MOST_CHANNELS, in_channels=in_channels)
         self.in_channels = in_channels
         self.channels = tuple(width * 2**branch for branch in range(4))
@@ -173,31 +176,8 @@ def _conv(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> nn.
     )
 
 
-def hrnet(width: int) -> Callable[..., HRNet]:
-    """Return a function that builds HRNet of a width."""
-
-    def build(
-        *,
-        upsampling: Upsampling = "bilinear",
-        align_corners: bool = True,
-        checkpointing: bool = False,
-        in_channels: int = 3,
-        output_stride: int = 32,
-    ) -> HRNet:
-        refuse_dilation("HRNet", output_stride)
-        return HRNet(
-            width=width,
-            upsampling=upsampling,
-            align_corners=align_corners,
-            checkpointing=checkpointing,
-            in_channels=in_channels,
-        )
-
-    return build
-
-
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "hrnet_w18": hrnet(18),
-    "hrnet_w32": hrnet(32),
-    "hrnet_w48": hrnet(48),
+    "hrnet_w18": partial(HRNet, 18),
+    "hrnet_w32": partial(HRNet, 32),
+    "hrnet_w48": partial(HRNet, 48),
 }

@@ -48,9 +48,9 @@ class Stages(nn.Module):
 
     def __init__(
         self,
-        *,
         network: nn.Module,
         stages: Sequence[Sequence[str]],
+        *,
         in_channels: int = 3,
         output_stride: int = 32,
         contract_dilation: bool = True,

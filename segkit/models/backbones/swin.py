@@ -26,7 +26,8 @@ class Swin(nn.Module):
         depths: Blocks of each stage.
         heads: Attention heads of each stage.
         version: 1, or 2, which normalizes after attention and uses cosine similarity in it.
-        window: Side of the attention windows, in patches of 4 pixels.
+        window: Side of the attention windows, in patches of 4 pixels; 12 for weights of images of
+            384 pixels.
         drop_path: Probability of stochastic depth of the last block; it grows linearly from 0 at
             the first block.
         checkpointing: Do not store activations inside blocks; recompute them in backward.
@@ -46,17 +47,21 @@ class Swin(nn.Module):
 
     def __init__(
         self,
-        *,
         width: int,
         depths: Sequence[int],
         heads: Sequence[int],
         version: Literal[1, 2] = 1,
+        *,
         window: int = 7,
         drop_path: float = 0.3,
         checkpointing: bool = False,
         in_channels: int = 3,
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
+        refuse_dilation("Swin", output_stride)
+        check_bounds(1, 1024, window=window)
+        check_bounds(0, 1, drop_path=drop_path)
         block, attention, merge = {
             1: (reference.SwinTransformerBlock, WindowAttention, Merging),
             2: (reference.SwinTransformerBlockV2, WindowAttentionV2, MergingV2),
@@ -348,47 +353,12 @@ def _parts(side: int, part: int) -> tuple[int, int]:
     return number, number * part - side
 
 
-def swin(
-    width: int,
-    depths: Sequence[int],
-    heads: Sequence[int],
-    *,
-    window: int = 7,
-    version: Literal[1, 2] = 1,
-) -> Callable[..., Swin]:
-    """Return a function that builds Swin of this size; 384-pixel weights have a window of 12."""
-
-    def build(
-        *,
-        window: int = window,
-        drop_path: float = 0.3,
-        checkpointing: bool = False,
-        in_channels: int = 3,
-        output_stride: int = 32,
-    ) -> Swin:
-        refuse_dilation("Swin", output_stride)
-        check_bounds(1, 1024, window=window)
-        check_bounds(0, 1, drop_path=drop_path)
-        return Swin(
-            width=width,
-            depths=depths,
-            heads=heads,
-            version=version,
-            window=window,
-            drop_path=drop_path,
-            checkpointing=checkpointing,
-            in_channels=in_channels,
-        )
-
-    return build
-
-
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "swin_t": swin(96, (2, 2, 6, 2), (3, 6, 12, 24)),
-    "swin_s": swin(96, (2, 2, 18, 2), (3, 6, 12, 24)),
-    "swin_b": swin(128, (2, 2, 18, 2), (4, 8, 16, 32)),
-    "swin_l": swin(192, (2, 2, 18, 2), (6, 12, 24, 48)),
-    "swin_v2_t": swin(96, (2, 2, 6, 2), (3, 6, 12, 24), window=8, version=2),
-    "swin_v2_s": swin(96, (2, 2, 18, 2), (3, 6, 12, 24), window=8, version=2),
-    "swin_v2_b": swin(128, (2, 2, 18, 2), (4, 8, 16, 32), window=8, version=2),
+    "swin_t": partial(Swin, 96, (2, 2, 6, 2), (3, 6, 12, 24), 1),
+    "swin_s": partial(Swin, 96, (2, 2, 18, 2), (3, 6, 12, 24), 1),
+    "swin_b": partial(Swin, 128, (2, 2, 18, 2), (4, 8, 16, 32), 1),
+    "swin_l": partial(Swin, 192, (2, 2, 18, 2), (6, 12, 24, 48), 1),
+    "swin_v2_t": partial(Swin, 96, (2, 2, 6, 2), (3, 6, 12, 24), 2, window=8),
+    "swin_v2_s": partial(Swin, 96, (2, 2, 18, 2), (3, 6, 12, 24), 2, window=8),
+    "swin_v2_b": partial(Swin, 128, (2, 2, 18, 2), (4, 8, 16, 32), 2, window=8),
 }

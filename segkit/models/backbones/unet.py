@@ -44,7 +44,7 @@ def unet(
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     deeper = (("pool", f"level{level}") for level in range(2, 6))
-    return Stages(network=network, stages=(("level1",), *deeper), in_channels=in_channels)
+    return Stages(network, (("level1",), *deeper), in_channels=in_channels)
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {"unet": unet}
