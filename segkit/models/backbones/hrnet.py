@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import Conv2dNormActivation
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
@@ -78,8 +79,8 @@ class HRNet(nn.Module):
                 *(Exchange(channels, upsampling, align_corners) for _ in range(modules))
             )
 
-        finest = nn.Sequential(*_conv(256, width))
-        self.transition1 = nn.ModuleList([finest, nn.Sequential(_conv(256, 2 * width, stride=2))])
+        coarser = nn.Sequential(Conv2dNormActivation(256, 2 * width, stride=2))
+        self.transition1 = nn.ModuleList([Conv2dNormActivation(256, width), coarser])
         self.stage2 = stage(1, 2)
         self.transition2 = self._new_branch(2)
         self.stage3 = stage(4, 3)
@@ -93,7 +94,7 @@ class HRNet(nn.Module):
         """Return a transition that keeps the branches and adds one, made from the coarsest."""
         *_, coarsest, new = self.channels[: branches + 1]
         same = [nn.Identity() for _ in range(branches)]
-        return nn.ModuleList([*same, nn.Sequential(_conv(coarsest, new, stride=2))])
+        return nn.ModuleList([*same, nn.Sequential(Conv2dNormActivation(coarsest, new, stride=2))])
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x = self.relu(self.bn1(self.conv1(image)))
@@ -163,17 +164,10 @@ def _path(channels: Sequence[int], source: int, target: int) -> nn.Module:
     if source == target:
         return nn.Identity()
     if source > target:
-        return _conv(inputs, outputs, kernel=1)[:2]
-    steps = [_conv(inputs, inputs, stride=2) for _ in range(target - source - 1)]
-    return nn.Sequential(*steps, _conv(inputs, outputs, stride=2)[:2])
-
-
-def _conv(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    )
+        return Conv2dNormActivation(inputs, outputs, 1, activation_layer=None)
+    steps = [Conv2dNormActivation(inputs, inputs, stride=2) for _ in range(target - source - 1)]
+    last = Conv2dNormActivation(inputs, outputs, stride=2, activation_layer=None)
+    return nn.Sequential(*steps, last)
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {

@@ -185,10 +185,7 @@ class WindowAttentionV2(WindowAttention, reference.ShiftedWindowAttentionV2):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        weight, bias = self.qkv.weight, self.qkv.bias
-        with torch.device("meta"):
-            self.qkv = KeysWithoutBias(weight.shape[1], weight.shape[0])
-        self.qkv.weight, self.qkv.bias = weight, bias
+        self.qkv.__class__ = KeysWithoutBias
 
     def scaled(self, query: Tensor, key: Tensor, repeats: int) -> tuple[Tensor, Tensor, float]:
         factor = self.logit_scale.clamp(max=math.log(100.0)).exp().repeat(repeats, 1, 1)

@@ -1,4 +1,8 @@
-"""Decoders, which map feature maps to logits, by name."""
+"""Decoders, which map feature maps to logits, by name.
+
+Each is built from ``channels`` and ``strides``, those of the backbone's feature maps, shallow to
+deep, and ``num_classes``, the number of logit planes. Other arguments are its own.
+"""
 
 from collections.abc import Callable
 

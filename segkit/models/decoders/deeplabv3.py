@@ -13,9 +13,6 @@ class DeepLabV3(nn.Module):
     Chen et al. 2017, https://arxiv.org/abs/1706.05587
 
     Args:
-        channels: Encoder widths, shallow to deep.
-        strides: Encoder strides.
-        num_classes: Number of classes, the channels of the logits.
         width: Channels of the decoder.
         rates: Dilations of the pyramid's branches.
         dropout: Dropout probability of the pyramid's output.

@@ -11,14 +11,11 @@ from segkit.models.layers import ASPP, Classifier, ConvNormAct, fcn_head, level_
 
 
 class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+ with the defaults of segmentation_models.pytorch.
+    """DeepLabV3+ with the defaults of segmentation_models.pytorch, for output stride 16 or 8.
 
     Chen et al. 2018, https://arxiv.org/abs/1802.02611
 
     Args:
-        channels: Encoder widths, shallow to deep.
-        strides: Encoder strides; 16 or 8 for the deepest map, from a dilated backbone.
-        num_classes: Number of classes, the channels of the logits.
         width: Channels of the decoder; 512 in mmsegmentation.
         low_width: Channels that the shallow map, of stride 4, is reduced to.
         rates: Dilations of the pyramid's branches; in the paper 6, 12, 18 at output stride 16 and

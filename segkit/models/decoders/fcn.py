@@ -1,6 +1,7 @@
 """FCN: a fully convolutional head on the deepest feature map."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,9 +16,6 @@ class FCN(nn.Module):
     Long et al. 2015, https://arxiv.org/abs/1411.4038
 
     Args:
-        channels: Encoder widths, shallow to deep.
-        strides: Encoder strides.
-        num_classes: Number of classes, the channels of the logits.
         width: Channels of the hidden convolution; ``None`` for a quarter of the map's.
         dropout: Dropout probability before the classifier.
         aux: Add an auxiliary head on the second deepest map, if there is one, in training only.
@@ -49,19 +47,13 @@ class FCN(nn.Module):
         deepest, aux = channels[-1], aux and len(channels) > 1
         self.used_levels = (-2, -1) if aux else (-1,)
         hidden = width or deepest // 4
-        concatenate = layout == "mmsegmentation"
-        self.convs = (
-            nn.Sequential(ConvNormAct(deepest, hidden), ConvNormAct(hidden, hidden))
-            if concatenate
-            else None
-        )
-        inputs = deepest + hidden if concatenate else deepest
-        self.classifier = fcn_head(inputs, hidden, num_classes, dropout=dropout)
-        self.aux_classifier = (
-            fcn_head(channels[-2], width or channels[-2] // 4, num_classes, dropout=dropout)
-            if aux
-            else None
-        )
+        head = partial(fcn_head, num_classes=num_classes, dropout=dropout)
+        self.convs = None
+        if layout == "mmsegmentation":
+            self.convs = nn.Sequential(ConvNormAct(deepest, hidden), ConvNormAct(hidden, hidden))
+        inputs = deepest if self.convs is None else deepest + hidden
+        self.classifier = head(inputs, hidden)
+        self.aux_classifier = head(channels[-2], width or channels[-2] // 4) if aux else None
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         x = features[-1]

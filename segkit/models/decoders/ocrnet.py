@@ -12,14 +12,12 @@ from segkit.models.layers import Classifier, ConvNormAct, full_precision, resize
 class OCRNet(nn.Module):
     """A decoder that adds to each pixel the features of the object regions it attends to.
 
-    As in the authors' code; designed for HRNet.
+    As in the authors' code, on the last four maps, concatenated; designed for HRNet. There are as
+    many object regions as classes.
 
     Yuan et al. 2020, https://arxiv.org/abs/1909.11065
 
     Args:
-        channels: Encoder widths, shallow to deep; the last four levels are concatenated.
-        strides: Encoder strides.
-        num_classes: Number of classes, and of object regions.
         width: Channels of pixel and object features.
         key_width: Channels of queries, keys and values.
         dropout: Dropout probability of channels before the classifier.

@@ -13,9 +13,6 @@ class PSPNet(nn.Module):
     Zhao et al. 2017, https://arxiv.org/abs/1612.01105
 
     Args:
-        channels: Encoder widths, shallow to deep.
-        strides: Encoder strides.
-        num_classes: Number of classes, the channels of the logits.
         width: Channels of the decoder.
         bins: Sides of the pooling grids.
         dropout: Dropout probability of channels before the classifier.

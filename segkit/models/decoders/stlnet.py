@@ -19,14 +19,11 @@ from segkit.models.layers import (
 
 
 class STLNet(nn.Module):
-    """A decoder that joins statistical texture of shallow maps with ASPP of the deepest map.
+    """A decoder that joins statistical texture of strides 4 and 8 with ASPP of the deepest map.
 
     Zhu et al. 2021, https://arxiv.org/abs/2103.04133
 
     Args:
-        channels: Encoder widths, shallow to deep; texture is taken from strides 4 and 8.
-        strides: Encoder strides.
-        num_classes: Number of classes, the channels of the logits.
         width: Channels of each part: pyramid texture, enhanced texture, shallow map, context.
         levels: Quantization levels of the whole image.
         region_levels: Quantization levels of each region.
@@ -81,14 +78,11 @@ class STLNet(nn.Module):
 
 
 class Texture(nn.Module):
-    """The statistical texture head: outputs pyramid texture, enhanced texture and their input.
+    """The statistical texture head, with the arguments of :class:`STLNet`.
 
-    Args:
-        inputs: Input channels.
-        width: Channels of each of the three outputs.
-        levels: Quantization levels of the whole image.
-        region_levels: Quantization levels of each region.
-        scales: Regions per side, at each scale.
+    Shape:
+        x: (B, inputs, h, w)
+        out: pyramid texture, enhanced texture and their input, each (B, width, h, w)
     """
 
     def __init__(
@@ -118,9 +112,8 @@ class Enhancement(nn.Module):
     The similarity of each pixel to the average pixel is quantized. Each level is described by its
     value and its count and attends to all others; the result is mapped back to the level's pixels.
 
-    Args:
-        width: Input and output channels.
-        levels: Number of quantization levels.
+    Shape:
+        x: (B, width, h, w) -> (B, width, h, w)
     """
 
     def __init__(self, width: int, *, levels: int) -> None:
@@ -141,7 +134,8 @@ class Enhancement(nn.Module):
         reduced = self.reduce(x)
         with full_precision(reduced) as (wide,):
             average = wide.mean((2, 3), keepdim=True)
-            steps, encoding = quantize(likeness(wide, average), self.levels, side=1)
+            likeness = F.cosine_similarity(wide, average).unsqueeze(1)
+            steps, encoding = quantize(likeness, self.levels, side=1)
             count = encoding.sum((2, 3), keepdim=True)
             count = count / (count.sum(1, keepdim=True) + 1e-6)
         # the histogram as a map with one row per level: (B, 2, levels, 1)
@@ -161,14 +155,9 @@ class Enhancement(nn.Module):
 class RegionTexture(nn.Module):
     """Texture of each region, from the co-occurrence of quantized values of diagonal neighbors.
 
-    Args:
-        width: Input channels; there are half as many output channels.
-        side: Regions per side; fewer if the map is smaller.
-        levels: Quantization levels of each region.
-
     Shape:
         x: (B, width, h, w)
-        out: (B, width / 2, side, side)
+        out: (B, width / 2, side, side); fewer regions per side if the map is smaller
     """
 
     def __init__(self, width: int, *, side: int, levels: int) -> None:
@@ -186,7 +175,8 @@ class RegionTexture(nn.Module):
         side = min(self.side, *x.shape[-2:])
         with full_precision(x) as (wide,):
             average = sums(wide, side) / sums(torch.ones_like(wide[:1, :1]), side)
-            steps, encoding = quantize(likeness(wide, spread(average, x)), self.levels, side)
+            likeness = F.cosine_similarity(wide, spread(average, x)).unsqueeze(1)
+            steps, encoding = quantize(likeness, self.levels, side)
             shares = co_occurrence(encoding, side)
         pixel = steps.unsqueeze(2).expand_as(shares)
         neighbor = steps.unsqueeze(1).expand_as(shares)
@@ -199,18 +189,13 @@ class RegionTexture(nn.Module):
         return described.mean(2).unflatten(2, (side, side))
 
 
-def likeness(x: Tensor, average: Tensor) -> Tensor:
-    """Return the cosine similarity of each pixel and its region's average, (B, 1, h, w)."""
-    return F.cosine_similarity(x, average).unsqueeze(1)
-
-
 def quantize(x: Tensor, levels: int, side: int) -> tuple[Tensor, Tensor]:
     """Return equally spaced levels of each region, and a soft encoding of each pixel by them.
 
     Args:
         x: Values, (B, 1, h, w).
         levels: Number of levels between the minimum and maximum of a region.
-        side: Regions per side.
+        side: Regions per side of the map.
 
     Returns:
         Values of the levels, (B, levels, side, side), and the encoding, (B, levels, h, w): one

@@ -15,9 +15,6 @@ class UNet(nn.Module):
     Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597
 
     Args:
-        channels: Encoder widths, shallow to deep.
-        strides: Encoder strides.
-        num_classes: Number of classes, the channels of the logits.
         widths: Channels of the decoder, deep to shallow; one per skip is used.
 
     Shape:

@@ -15,9 +15,6 @@ class UNet3Plus(nn.Module):
     Huang et al. 2020, https://arxiv.org/abs/2004.08790
 
     Args:
-        channels: Encoder widths, shallow to deep.
-        strides: Encoder strides.
-        num_classes: Number of classes, the channels of the logits.
         width: Channels that each scale contributes to a node.
         bias: Give convolutions a bias, as the authors' code does. BatchNorm cancels it.
         deep_supervision: In training, also compute logits of every deeper node and the deepest map.
@@ -61,11 +58,9 @@ class UNet3Plus(nn.Module):
             self.nodes.append(Node(inputs, factors, width=width, bias=bias))
         levels = [*[wide] * deepest, channels[-1]] if deep_supervision else [wide]
         self.heads = nn.ModuleList(Classifier(inputs, num_classes, kernel=3) for inputs in levels)
-        self.presence = (
-            nn.Sequential(nn.Dropout(0.5), Classifier(channels[-1], num_classes))
-            if presence
-            else None
-        )
+        self.presence = None
+        if presence:
+            self.presence = nn.Sequential(nn.Dropout(0.5), Classifier(channels[-1], num_classes))
         self.background = background if num_classes > 1 else None  # one plane has none
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -79,20 +74,15 @@ class UNet3Plus(nn.Module):
         }
         if self.presence is not None:
             present = self.presence(maps[-1]).amax((2, 3))
-            odds = self._odds(present)
-            outputs = {name: logits + odds for name, logits in outputs.items()}
+            odds = F.logsigmoid(present)
+            if self.background is not None:
+                keep = torch.ones_like(odds)
+                keep[:, self.background] = 0
+                odds = odds * keep
+            outputs = {name: logits + odds[:, :, None, None] for name, logits in outputs.items()}
             if self.training:
                 outputs["aux_presence"] = present
         return outputs
-
-    def _odds(self, present: Tensor) -> Tensor:
-        """Return what is added to the logits of each class, (B, num_classes, 1, 1)."""
-        odds = F.logsigmoid(present)
-        if self.background is not None:
-            keep = torch.ones_like(odds)
-            keep[:, self.background] = 0
-            odds = odds * keep
-        return odds[:, :, None, None]
 
 
 class Node(nn.Module):

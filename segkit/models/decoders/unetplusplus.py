@@ -19,9 +19,6 @@ class UNetPlusPlus(nn.Module):
     decoder of the U-Net; its last node, ``x_0_n``, has no skips.
 
     Args:
-        channels: Encoder widths, shallow to deep.
-        strides: Encoder strides.
-        num_classes: Number of classes, the channels of the logits.
         widths: Channels of the decoder's row, deep to shallow; one per level is used.
         deep_supervision: Add a 1x1 head to each node of the finest level in training, from ``aux1``
             for the shallowest U-Net to ``auxN`` for the deepest.

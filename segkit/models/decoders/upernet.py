@@ -16,14 +16,11 @@ from segkit.models.layers import (
 
 
 class UPerNet(nn.Module):
-    """UPerNet's semantic branch, with an auxiliary FCN head on the second deepest map.
+    """UPerNet's semantic branch on the last four maps, with an auxiliary FCN head.
 
     Xiao et al. 2018, https://arxiv.org/abs/1807.10221
 
     Args:
-        channels: Encoder widths, shallow to deep; the last four levels are used.
-        strides: Encoder strides.
-        num_classes: Number of classes, the channels of the logits.
         width: Channels of every level of the pyramid.
         bins: Sides of the pooling grids on the deepest map.
         dropout: Dropout probability of channels before the classifier.

@@ -86,7 +86,8 @@ def fuse_relu(model: nn.Module) -> None:
     for block in model.modules():
         convs = [child for name, child in block.named_children() if name.startswith("conv")]
         norms = [child for name, child in block.named_children() if name.startswith("bn")]
-        if type(block) in _BLOCKS and all(map(_fusable, convs)) and _all_identity(norms):
+        fused = all(isinstance(norm, nn.Identity) for norm in norms)
+        if type(block) in _BLOCKS and all(map(_fusable, convs)) and fused:
             block.__class__ = _BLOCKS[type(block)]
             for conv in convs:
                 conv.__class__ = ConvReLU
@@ -109,7 +110,3 @@ def _fusable(module: nn.Module) -> bool:
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
     )
-
-
-def _all_identity(modules: list[nn.Module]) -> bool:
-    return all(isinstance(module, nn.Identity) for module in modules)

@@ -6,22 +6,18 @@ costs 2 to 27 % of a step on an H200.
 Gain: more than half of the activations of UNet++ on EfficientNet-B5 are not kept; a step without
 recomputation takes 0.93 to 0.99 of the time (``python -m benchmarks.step --versus keeping``).
 
-How it works: autograd builds a graph with one node per operation of the forward pass. Each node
-saves the tensors that its gradient needs. In ``conv(relu(batch_norm(x)))``, for example,
-
-- the node of BatchNorm saves its input ``x``;
-- the node of the convolution saves its own input, ``relu(batch_norm(x))``.
-
-The second tensor can be computed from the first, so only ``x`` needs to be kept.
-``torch.autograd.graph.saved_tensors_hooks`` lets two functions change what is saved:
+How it works: autograd has one node per operation of the forward pass, and each node saves the
+tensors that its gradient needs. In ``conv(relu(batch_norm(x)))`` the node of BatchNorm saves ``x``,
+and that of the convolution saves ``relu(batch_norm(x))``, which can be computed from what the first
+has saved. ``torch.autograd.graph.saved_tensors_hooks`` lets two functions change what is saved:
 
 - ``pack(tensor)`` is called when a node saves a tensor, and returns what is saved in its place. If
   the tensor is the output of an operation listed in ``OPERATIONS`` (known from its ``grad_fn``), it
   returns a :class:`Recomputed`: a function that computes the tensor from what the node of that
   operation has saved. For any other tensor it returns a :class:`Kept`, the tensor itself.
 - ``unpack(packed)`` is called when backward needs the tensor, and returns it. It is recursive: to
-  compute a tensor it reads the saved tensors of other nodes (such as ``node._saved_input``), and
-  those may have to be recomputed as well.
+  compute a tensor it reads what other nodes saved (such as ``node._saved_input``), which may have
+  to be recomputed as well.
 
 With hooks, autograd no longer checks that saved tensors are unchanged. :class:`Kept` checks it
 instead, also for the bias of BatchNorm, which no node saves: a change in place raises an error.
@@ -164,9 +160,11 @@ class Hooks:
 
 
 def _saving_node(x: Tensor) -> int:
-    """Return the sequence number of the node that is saving ``x``: the latest node."""
+    """Return the sequence number of the node that is saving ``x``: the latest node.
+
+    An in-place operation saves a clone of its input, made after its own node.
+    """
     latest = torch.autograd._get_sequence_nr() - 1
-    # An in-place operation saves a clone of its input, made after its own node.
     node: Any = x.grad_fn
     cloned = node is not None and node.name() == "CloneBackward0" and node._sequence_nr() == latest
     return latest - 1 if cloned else latest
@@ -180,40 +178,28 @@ def _source(node: Any) -> Any:
 
 
 def _batch_norm(hooks: Hooks, node: Any) -> Compute | None:
-    bias = _leaf(node.next_functions[2][0])
-    if bias is None or not node._saved_training:
-        return None
-    return lambda: _normalized(
-        node._saved_input, node._saved_weight, bias.read(), node._saved_result1, node._saved_result2
-    )
-
-
-def _sync_batch_norm(hooks: Hooks, node: Any) -> Compute | None:
-    bias = _leaf(node.next_functions[2][0])
-    if bias is None:
-        return None
+    leaf = node.next_functions[2][0]
+    if not hasattr(leaf, "variable") or not getattr(node, "_saved_training", True):
+        return None  # the bias is computed or frozen, or the statistics are
+    bias = Kept(leaf.variable)
 
     def compute() -> Tensor:
-        x, weight, mean, rstd, *_ = node.saved_tensors
-        return _normalized(x, weight, bias.read(), mean, rstd)
+        if node.name() in OVER_RANKS:
+            x, weight, mean, rstd, *_ = node.saved_tensors
+        else:
+            x, weight = node._saved_input, node._saved_weight
+            mean, rstd = node._saved_result1, node._saved_result2
+        if x.dtype != weight.dtype:  # autocast
+            # rstd already includes eps, but torch 2.11 rejects 0; the smallest number adds nothing.
+            eps = torch.finfo(weight.dtype).tiny
+            return F.batch_norm(x, mean, rstd**-2, weight, bias.read(), eps=eps)
+        factor = weight * rstd
+        offset = bias.read() - mean * factor
+        shape = 1, -1, *[1] * (x.ndim - 2)
+        # half the time of batch_norm
+        return torch.addcmul(offset.view(shape), x, factor.view(shape))
 
     return compute
-
-
-def _leaf(node: Any) -> Kept | None:
-    """Return the parameter whose gradient ``node`` accumulates, None if it is no such node."""
-    return Kept(node.variable) if hasattr(node, "variable") else None
-
-
-def _normalized(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    if x.dtype != weight.dtype:  # autocast
-        # rstd already includes eps, but torch 2.11 rejects 0; the smallest number adds nothing.
-        eps = torch.finfo(weight.dtype).tiny
-        return F.batch_norm(x, mean, rstd**-2, weight, bias, eps=eps)
-    factor = weight * rstd
-    offset = bias - mean * factor
-    shape = 1, -1, *[1] * (x.ndim - 2)
-    return torch.addcmul(offset.view(shape), x, factor.view(shape))  # half the time of batch_norm
 
 
 def _layer_norm(hooks: Hooks, node: Any) -> Compute | None:
@@ -279,11 +265,13 @@ def _is_relu(node: Any) -> bool:
 SAME = ("CloneBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0")
 """Nodes that change at most shape and dtype: from in-place activations, Linear and autocast."""
 
+OVER_RANKS = ("SyncBatchNormBackward", "NormalizeOverRanksBackward")
+"""BatchNorm over ranks, of ``torch.nn.SyncBatchNorm`` and of ``kernels.sync_batch_norm``."""
+
 OPERATIONS: dict[str, Callable[[Hooks, Any], Compute | None]] = {
     "NativeBatchNormBackward0": _batch_norm,
     "CudnnBatchNormBackward0": _batch_norm,
-    "SyncBatchNormBackward": _sync_batch_norm,  # torch.nn.SyncBatchNorm
-    "NormalizeOverRanksBackward": _sync_batch_norm,  # segkit.models.kernels.sync_batch_norm
+    **dict.fromkeys(OVER_RANKS, _batch_norm),
     "NativeLayerNormBackward0": _layer_norm,
     "MulBackward0": _product,
     "ReluBackward0": _relu,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from segkit.core.distributed import all_reduce, rank, world_size
 
@@ -51,20 +52,16 @@ class NormalizeOverRanks(torch.autograd.Function):
         return dx, dweight, dbias, None
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(nn.SyncBatchNorm):
     """BatchNorm over the batches of all ranks on the CPU, where ``nn.SyncBatchNorm`` raises.
 
     Ranks exchange each channel's count, mean and variance once per forward pass, and combine them
     as in Chan et al. 1979, which loses no precision to cancellation.
     """
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
-
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
-            return super().forward(input)
+            return _BatchNorm.forward(self, input)
         x = input if input.dtype == torch.float64 else input.float()
         weight = x.new_ones(self.num_features) if self.weight is None else self.weight
         bias = x.new_zeros(self.num_features) if self.bias is None else self.bias
@@ -91,20 +88,8 @@ def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> None:
     """
     if world_size() == 1:
         return
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, unless model is a BatchNorm
-        return
-    for name, child in model.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            new = SyncBatchNorm(
-                child.num_features,
-                child.eps,
-                child.momentum,
-                child.affine,
-                child.track_running_stats,
-            )
-            for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                setattr(new, key, getattr(child, key))
-            setattr(model, name, new.train(child.training))
-        else:
-            convert_sync_batch_norm(child, device)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, unless model is a BatchNorm
+    if device.type != "cuda":
+        for module in model.modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                module.__class__ = SyncBatchNorm
