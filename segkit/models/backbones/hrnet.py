@@ -5,14 +5,13 @@ from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Conv2dNormActivation
 
-from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.models.backbones.inputs import MOST_CHANNELS
 from segkit.models.backbones.stages import refuse_dilation, run
+from segkit.models.layers import resize
 
 Upsampling = Literal["bilinear", "bilinear_by_factor", "nearest"]
 
@@ -111,10 +110,7 @@ class HRNet(nn.Module):
 class Exchange(nn.Module):
     """Four blocks on each branch; then each branch becomes the sum of all branches, resized to it.
 
-    Args:
-        channels: Widths of the branches, fine to coarse.
-        upsampling: As in :class:`HRNet`.
-        align_corners: Used by the bilinear modes.
+    Branches are fine to coarse; ``upsampling`` and ``align_corners`` are those of :class:`HRNet`.
     """
 
     def __init__(
@@ -123,7 +119,7 @@ class Exchange(nn.Module):
         super().__init__()
         self.by_factor = upsampling == "bilinear_by_factor"
         self.mode = "nearest" if upsampling == "nearest" else "bilinear"
-        self.align_corners = align_corners if self.mode == "bilinear" else None
+        self.align_corners = align_corners
         self.branches = nn.ModuleList(
             nn.Sequential(*(BasicBlock(width, width) for _ in range(4))) for width in channels
         )
@@ -139,23 +135,19 @@ class Exchange(nn.Module):
         for target, paths in enumerate(self.fuse_layers):
             total = outputs[target]
             for source, path in enumerate(paths.children()):
-                if source != target:
-                    factor = 2 ** (source - target) if self.by_factor and source > target else 1
-                    total = total + self._resize_to(path(outputs[source]), outputs[target], factor)
+                if source < target:
+                    total = total + path(outputs[source])
+                elif source > target:
+                    x = path(outputs[source])
+                    if self.by_factor:
+                        factor = 2 ** (source - target)
+                        x = self._resize(x, [factor * side for side in x.shape[-2:]])
+                    total = total + self._resize(x, outputs[target].shape[-2:])
             fused.append(self.relu(total))
         return fused
 
-    def _resize_to(self, x: Tensor, like: Tensor, factor: int) -> Tensor:
-        """Resize ``x`` to the size of ``like``, and before that by a factor, unless it is 1."""
-        if factor > 1:
-            x = self._resize(x, [factor * side for side in x.shape[-2:]])
-        # During export sizes are symbolic: not compared where they may or may not be equal.
-        if not (is_exporting() and factor > 1) and x.shape[-2:] == like.shape[-2:]:
-            return x
-        return self._resize(x, like.shape[-2:])
-
     def _resize(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        return F.interpolate(x, tuple(size), mode=self.mode, align_corners=self.align_corners)
+        return resize(x, size, mode=self.mode, align_corners=self.align_corners)
 
 
 def _path(channels: Sequence[int], source: int, target: int) -> nn.Module:

@@ -162,11 +162,8 @@ def efficientnet(
 class SameConv2d(DepthwiseConv2d):
     """A strided convolution with TensorFlow's SAME padding: an odd pixel at the right and bottom.
 
-    If dilation has replaced its stride, it pads symmetrically.
-
-    Args:
-        conv: The convolution to replace.
-        side: Side of the maps to compute the padding for, whatever the actual input.
+    If dilation has replaced its stride, it pads symmetrically. It replaces ``conv``; padding is
+    that of maps of this ``side``, whatever the actual input.
     """
 
     def __init__(self, conv: nn.Conv2d, side: int) -> None:
@@ -195,7 +192,7 @@ def _as_tensorflow(network: nn.Module, side: int) -> None:
 
 
 def convnext_of(width: int, *depths: int, block: Builder | None = None) -> Builder:
-    """Return a builder of a ConvNeXt by the width of its first stage and its depths.
+    """Return a builder of a ConvNeXt with other blocks than torchvision's, or of other sizes.
 
     Args:
         width: Channels of the first stage; each stage has twice as many as the one before.

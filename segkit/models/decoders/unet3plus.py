@@ -88,11 +88,7 @@ class UNet3Plus(nn.Module):
 class Node(nn.Module):
     """A node that joins the maps of all scales at one: finer maps pooled, coarser interpolated.
 
-    Args:
-        inputs: Channels of each level's map.
-        factors: Pooling factor of each finer level.
-        width: Channels that each level contributes.
-        bias: Give the convolutions a bias.
+    It is made from the channels of each level's map and the pooling factor of each finer level.
     """
 
     def __init__(

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from segkit.core.backend import is_exporting
 from segkit.models.kernels import used
 
+Pair = tuple[int, int]
+
 
 class DepthwiseConv2d(nn.Conv2d):
     """A ``Conv2d`` that computes the gradient of large depthwise weights in 3 x 3 tiles.
@@ -57,14 +59,9 @@ def speed_up_depthwise(network: nn.Module) -> None:
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+        stride: Pair, padding: Pair, dilation: Pair,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight)
         ctx.options = stride, padding, dilation
         return F.conv2d(x, weight, bias, stride, padding, dilation, len(weight))
@@ -89,12 +86,7 @@ class _Convolve(torch.autograd.Function):
 
 
 def _weight_gradient(
-    x: Tensor,
-    weight: Tensor,
-    gradient: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    x: Tensor, weight: Tensor, gradient: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """Return the gradient of the weights, computed in tiles; the last ones may overlap."""
     tile = 3 if dilation == (1, 1) else 1
