@@ -115,13 +115,12 @@ class Segmenter(nn.Module):
 
         They are frozen, as distributed training would wait for their gradients.
         """
-        backbone: Any = self.backbone
+        names: Sequence[str] | None = getattr(self.backbone, "output_modules", None)
         used_levels: Sequence[int] | None = getattr(self.decoder, "used_levels", None)
-        if used_levels is None or not hasattr(backbone, "output_modules"):
+        if names is None or used_levels is None:
             return []
-        names: Sequence[str] = backbone.output_modules
         used = {names[level] for level in used_levels}
-        return [backbone.get_submodule(name) for name in names if name not in used]
+        return [self.backbone.get_submodule(name) for name in names if name not in used]
 
     def _frozen(self) -> list[nn.Module]:
         """Return each BatchNorm whose statistics do not change in training."""

@@ -590,8 +590,11 @@ def test_unet3plus_pools_fine_maps_and_keeps_encoder_maps_out_of_deeper_nodes() 
     assert seen[2].unique().tolist() == [1]
 
 
-def test_presence_multiplies_the_odds_of_classes_but_not_of_the_background() -> None:
-    decoder = make("unet3plus").eval()
+@pytest.mark.parametrize(("background", "first"), [(0, 0.0), (None, -50.0)])
+def test_presence_multiplies_the_odds_of_classes_but_not_of_the_background(
+    background: int | None, first: float
+) -> None:
+    decoder = make("unet3plus", background=background).eval()
     assert decoder.presence is not None
     head = decoder.presence[1]
     nn.init.zeros_(head.weight)
@@ -601,14 +604,8 @@ def test_presence_multiplies_the_odds_of_classes_but_not_of_the_background() -> 
         decoder.presence = None
         plain = decoder(maps())["out"]
     added = (gated - plain).mean((0, 2, 3))
-    expected = [0.0, 0.0, math.log(0.5), -50.0, -math.log1p(math.exp(-1))]
+    expected = [first, 0.0, math.log(0.5), -50.0, -math.log1p(math.exp(-1))]
     assert added.tolist() == pytest.approx(expected, abs=1e-4)
-
-
-def test_presence_gates_every_class_where_there_is_no_background() -> None:
-    decoder = make("unet3plus", background=None)
-    odds = decoder._odds(torch.zeros(1, CLASSES))
-    torch.testing.assert_close(odds, torch.full((1, CLASSES, 1, 1), math.log(0.5)))
 
 
 # ---- FCN and DeepLabV3+ as mmsegmentation has them
