@@ -52,16 +52,18 @@ class NormalizeOverRanks(torch.autograd.Function):
         return dx, dweight, dbias, None
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """BatchNorm over the batches of all ranks on the CPU, where ``nn.SyncBatchNorm`` raises.
 
     Ranks exchange each channel's count, mean and variance once per forward pass, and combine them
     as in Chan et al. 1979, which loses no precision to cancellation.
     """
 
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
-            return _BatchNorm.forward(self, input)
+            return super().forward(input)
         x = input if input.dtype == torch.float64 else input.float()
         weight = x.new_ones(self.num_features) if self.weight is None else self.weight
         bias = x.new_zeros(self.num_features) if self.bias is None else self.bias
@@ -90,6 +92,6 @@ def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> None:
         return
     nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, unless model is a BatchNorm
     if device.type != "cuda":
-        for module in model.modules():
-            if isinstance(module, nn.SyncBatchNorm):
-                module.__class__ = SyncBatchNorm
+        norms: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+        for norm in norms:
+            norm.__class__ = SyncBatchNorm
