@@ -24,8 +24,6 @@ def open_ade20k(
     Args:
         root: Folder that holds images, annotations and objectInfo150.txt.
         part: ``"train"`` or ``"val"``.
-        on_error: ``"skip"`` reads every image once, and leaves out faulty images; ``faults`` lists
-            them.
     """
     folder = Path(root)
     rows = [line.split("\t") for line in read_text(folder / INFO).splitlines() if line.strip()]

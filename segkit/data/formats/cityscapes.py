@@ -33,8 +33,6 @@ def open_cityscapes(
     Args:
         root: Folder that holds leftImg8bit and gtFine (or gtCoarse).
         part: The subfolder.
-        on_error: ``"skip"`` reads every image once, and leaves out faulty images; ``faults`` lists
-            them.
     """
     labels = next((name for name in _LABELS if (Path(root) / name / part).is_dir()), None)
     images = Path(root) / "leftImg8bit" / part

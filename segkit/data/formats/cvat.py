@@ -4,14 +4,12 @@ https://docs.cvat.ai/docs/manual/advanced/formats/format-cvat/
 """
 
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
 from segkit.core.errors import DataError
-from segkit.data.formats.labelme import circle
-from segkit.data.formats.shapes import Shapes, recognize_file, shape_source
+from segkit.data.formats.shapes import Shapes, recognizer, shape_source
 from segkit.data.inputs import read_text
 
 MAX_CHARACTERS = 1 << 28
@@ -62,8 +60,8 @@ def _read_image(image: Element, shapes: Shapes) -> None:
             sides = [_number(element, key) for key in ("xtl", "ytl", "xbr", "ybr")]
             shapes.box(path, label, *sides)
         elif element.tag == "ellipse":
-            x, y, rx, ry = (_number(element, key) for key in ("cx", "cy", "rx", "ry"))
-            shapes.polygon(path, label, circle(x, y, rx, ry))
+            values = [_number(element, key) for key in ("cx", "cy", "rx", "ry")]
+            shapes.ellipse(path, label, *values)
         elif element.tag != "tag":
             shapes.passed_over[str(element.tag)[:40]] += 1
 
@@ -102,14 +100,10 @@ def _mask(element: Element, height: int, width: int) -> np.ndarray:
     return pixels
 
 
-def recognize(folder: Path, part: str) -> dict[str, Any] | None:
-    """Return the arguments that read a part of a folder, or ``None``."""
-    return recognize_file(folder, part, ".xml", _is_cvat)
-
-
 def _is_cvat(head: bytes) -> bool:
     head = head[:4096]
     return b"<annotations" in head and (b"<version>" in head or b"<image " in head)
 
 
+recognize = recognizer(".xml", _is_cvat)
 open_cvat = shape_source(read, "CVAT XML", "Images with an XML file of CVAT for images.")

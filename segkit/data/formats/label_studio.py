@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from segkit.core.errors import DataError
-from segkit.data.formats.shapes import Shapes, numbers, recognize_file, shape_source
+from segkit.data.formats.shapes import Shapes, numbers, recognizer, shape_source
 from segkit.data.images import SUFFIXES
 from segkit.data.inputs import read_json_list
-from segkit.data.objects import is_number
 
 
 def read(labels: Path, shapes: Shapes) -> None:
@@ -29,22 +28,15 @@ def read(labels: Path, shapes: Shapes) -> None:
 
 
 def _read_task(task: dict[str, Any], shapes: Shapes) -> None:
-    annotations = task.get("annotations", task.get("completions"))
-    kept = [
-        each
-        for each in (annotations if isinstance(annotations, list) else [])
-        if isinstance(each, dict) and not each.get("was_cancelled")
-    ]
+    annotations = _objects(task.get("annotations", task.get("completions")))
+    kept = [each for each in annotations if not each.get("was_cancelled")]
     if not kept:
         return  # not annotated: its image is among those without labels
     texts = [value for value in task["data"].values() if isinstance(value, str)]
     named = [text for text in texts if text.split("?")[0].lower().endswith(SUFFIXES)]
     named = named or [text for text in texts if "?d=" in text]
     name = named[0] if named else task.get("file_upload")
-    results = kept[-1].get("result")
-    results = [
-        each for each in (results if isinstance(results, list) else []) if isinstance(each, dict)
-    ]
+    results = _objects(kept[-1].get("result"))
     sizes = [(each.get("original_height"), each.get("original_width")) for each in results]
     known = [size for size in sizes if None not in size]
     path = shapes.image(name, known[0] if known else None)
@@ -52,38 +44,27 @@ def _read_task(task: dict[str, Any], shapes: Shapes) -> None:
         _add(path, each, shapes)
 
 
+def _objects(values: Any) -> list[dict[str, Any]]:
+    """Return the objects of a list, if it is one."""
+    return [each for each in values if isinstance(each, dict)] if isinstance(values, list) else []
+
+
 def _add(path: str, result: dict[str, Any], shapes: Shapes) -> None:
     kind, value = str(result.get("type"))[:40], result.get("value")
-    if not isinstance(value, dict) or kind not in _ADD:
-        if kind not in ("choices", "textarea", "rating", "relation"):
-            shapes.passed_over[kind] += 1
-        return
+    value = value if isinstance(value, dict) else {}
     label = value.get(kind)
     label = label[0] if isinstance(label, list) and label else label
-    _ADD[kind](path, label, value, shapes)
-
-
-def _polygon(path: str, label: Any, value: dict[str, Any], shapes: Shapes) -> None:
-    height, width = shapes.size(path)
-    points = value.get("points")
-    pairs: list[Any] = points if isinstance(points, list) else [None]
-    if not all(isinstance(p, list) and len(p) == 2 and all(map(is_number, p)) for p in pairs):
-        raise DataError(f"a polygon has points {points!r:.60}; expected pairs of percent")
-    shapes.polygon(path, label, [(x * width / 100, y * height / 100) for x, y in pairs])
-
-
-def _rectangle(path: str, label: Any, value: dict[str, Any], shapes: Shapes) -> None:
-    height, width = shapes.size(path)
-    x, y, w, h = numbers(value, ("x", "y", "width", "height"))
-    shapes.box(path, label, x * width / 100, y * height / 100,
-               (x + w) * width / 100, (y + h) * height / 100)  # fmt: skip
-
-
-def _brush(path: str, label: Any, value: dict[str, Any], shapes: Shapes) -> None:
-    shapes.mask(path, label, decode_brush(value.get("rle"), *shapes.size(path)))
-
-
-_ADD = {"polygonlabels": _polygon, "rectanglelabels": _rectangle, "brushlabels": _brush}
+    height, width = shapes.sizes[path]
+    if value and kind == "polygonlabels":
+        shapes.polygon(path, label, value.get("points"), unit=(width / 100, height / 100))
+    elif value and kind == "rectanglelabels":
+        x, y, w, h = numbers(value, ("x", "y", "width", "height"))
+        shapes.box(path, label, x * width / 100, y * height / 100,
+                   (x + w) * width / 100, (y + h) * height / 100)  # fmt: skip
+    elif value and kind == "brushlabels":
+        shapes.mask(path, label, decode_brush(value.get("rle"), height, width))
+    elif kind not in ("choices", "textarea", "rating", "relation"):
+        shapes.passed_over[kind] += 1
 
 
 def decode_brush(rle: Any, height: int, width: int) -> np.ndarray:
@@ -130,16 +111,12 @@ def decode_brush(rle: Any, height: int, width: int) -> np.ndarray:
 _DIGITS = bytes.maketrans(b"\0\1", b"01")
 
 
-def recognize(folder: Path, part: str) -> dict[str, Any] | None:
-    """Return the arguments that read a part of a folder, or ``None``."""
-    return recognize_file(folder, part, ".json", _is_list_of_tasks)
-
-
 def _is_list_of_tasks(head: bytes) -> bool:
     is_list = head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
     return is_list and b'"original_width"' in head
 
 
+recognize = recognizer(".json", _is_list_of_tasks)
 open_label_studio = shape_source(
     read, "Label Studio tasks", "Images with a JSON export of Label Studio."
 )

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from segkit.core.errors import DataError
 from segkit.data.coco import CocoSource
-from segkit.data.formats.shapes import PART_FOLDERS
 from segkit.data.masks import MaskSource
+from segkit.data.parts import WORDS
 from segkit.data.source import OnError, Source
 
 COCO, CLASSES = "_annotations.coco.json", "_classes.csv"
@@ -29,7 +29,7 @@ def open_roboflow(
     folder = _folder(Path(root), part)
     if folder is None:
         raise DataError(
-            f"{root} has no folder {' or '.join(PART_FOLDERS[part])} with {COCO} or {CLASSES}; "
+            f"{root} has no folder {' or '.join(WORDS[part])} with {COCO} or {CLASSES}; "
             "expected an export of Roboflow for segmentation"
         )
     source: CocoSource | MaskSource
@@ -45,7 +45,7 @@ def open_roboflow(
 
 
 def _folder(root: Path, part: str) -> Path | None:
-    folders = [root / name for name in PART_FOLDERS[part]]
+    folders = [root / name for name in WORDS[part]]
     return next((f for f in folders if (f / COCO).is_file() or (f / CLASSES).is_file()), None)
 
 

@@ -1,5 +1,6 @@
 """Images and labelled shapes of any format, collected into the content of a COCO file."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,45 +19,45 @@ from segkit.data.images import MAX_PIXELS, image_size
 from segkit.data.inputs import inside
 from segkit.data.objects import is_number
 from segkit.data.pairing import search, stem
+from segkit.data.parts import WORDS
 from segkit.data.samples import SampleRange
 from segkit.data.source import Fault, OnError
 
-PART_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-"""Names of the folders of a part."""
+CIRCLE_POINTS = 64
+"""Corners of the polygon of a circle."""
+
+HEAD = 1 << 16
+"""Bytes of a file that are looked at to recognize its format."""
 
 
 def part_folder(folder: Path, part: str) -> Path | None:
     """Return the folder of a part: a subfolder of its name, or all of an undivided folder."""
-    for name in PART_FOLDERS[part]:
+    for name in WORDS[part]:
         if (folder / name).is_dir():
             return folder / name
-    divided = any((folder / name).is_dir() for name in PART_FOLDERS["train"])
+    divided = any((folder / name).is_dir() for name in WORDS["train"])
     return folder if part == "train" and not divided else None
 
 
-def recognize_file(
-    folder: Path, part: str, suffix: str, fits: Callable[[bytes], bool]
-) -> dict[str, Any] | None:
-    """Return the arguments for the first file of labels in a part's folder, or ``None``.
+def recognizer(
+    suffix: str, fits: Callable[[bytes], bool]
+) -> Callable[[Path, str], dict[str, Any] | None]:
+    """Return the ``recognize`` of a format that has one file for many images.
 
     ``fits`` returns True if the first :data:`HEAD` bytes of a file are of the format. The first
-    three files are looked at.
+    three files of a part are looked at.
     """
-    root = part_folder(folder, part)
-    for name in search(root, (suffix,))[0][:3] if root else []:
-        path = Path(root or "", name)
-        with path.open("rb") as file:
-            if fits(file.read(HEAD)):
-                return {"labels": str(path), "images": str(root)}
-    return None
 
+    def recognize(folder: Path, part: str) -> dict[str, Any] | None:
+        root = part_folder(folder, part)
+        for name in search(root, (suffix,))[0][:3] if root else []:
+            path = Path(root or "", name)
+            with path.open("rb") as file:
+                if fits(file.read(HEAD)):
+                    return {"labels": str(path), "images": str(root)}
+        return None
 
-HEAD = 1 << 16
-"""Bytes of a file that are looked at to recognize its format."""
+    return recognize
 
 
 def numbers(table: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
@@ -65,11 +66,27 @@ def numbers(table: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
     Raises:
         DataError: One of them is missing, or no number.
     """
-    values = [value for key in keys if is_number(value := table.get(key))]
-    if len(values) < len(keys):
-        given = {key: table.get(key) for key in keys}
+    given = {key: table.get(key) for key in keys}
+    if not all(map(is_number, given.values())):
         raise DataError(f"a shape has {given!r:.80}; expected numbers")
-    return values
+    return [*given.values()]
+
+
+def pairs(points: Any) -> Sequence[Sequence[float]]:
+    """Return points if they are a list of pairs of numbers.
+
+    Raises:
+        DataError: They are not.
+    """
+    known = [p for p in points if _is_pair(p)] if isinstance(points, list) else []
+    if not known or len(known) < len(points):
+        raise DataError(f"a shape has points {points!r:.60}; expected pairs x, y of numbers")
+    return known
+
+
+def _is_pair(point: Any) -> bool:
+    is_list = isinstance(point, list | tuple) and len(point) == 2
+    return is_list and all(is_number(value) and abs(value) < 1e9 for value in point)
 
 
 class Shapes:
@@ -79,6 +96,10 @@ class Shapes:
         root: Folder of the images.
         classes: Class names in their order; without, they are those of the shapes, sorted.
         boxes: Paint rectangles as their class, or ignore their pixels.
+
+    Attributes:
+        sizes: Height and width of each image that was added, by its path.
+        passed_over: Number of shapes that are not read, by their kind.
     """
 
     def __init__(self, root: Path, classes: Sequence[str] | None, *, boxes: str) -> None:
@@ -90,7 +111,7 @@ class Shapes:
             short = PurePosixPath(name).name
             for key in dict.fromkeys((name, stem(name), short, stem(short))):
                 self._index.setdefault(key.casefold(), []).append(name)
-        self._sizes: dict[str, Size] = {}
+        self.sizes: dict[str, Size] = {}
         self._shapes: list[tuple[str, str, dict[str, Any]]] = []
         self._boxes, self.passed_over = 0, Counter[str]()
 
@@ -109,19 +130,15 @@ class Shapes:
             raise DataError(f"the image name is {name!r:.60}; expected text")
         path = self._find(name)
         if size is None:
-            self._sizes.setdefault(path, image_size(inside(self.root, path)))
+            self.sizes.setdefault(path, image_size(inside(self.root, path)))
             return path
         if not all(is_number(side) and 0 < side == int(side) for side in size):
             raise DataError(f"{quoted(path)} has the size {size!r:.60}; expected numbers of pixels")
         height, width = int(size[0]), int(size[1])
         if height * width > MAX_PIXELS:
             raise DataError(f"{quoted(path)} has {width} × {height} pixels; that is too large")
-        self._sizes[path] = height, width
+        self.sizes[path] = height, width
         return path
-
-    def size(self, path: str) -> Size:
-        """Return height and width of an image that was added."""
-        return self._sizes[path]
 
     def _find(self, name: str) -> str:
         plain = unquote(name).replace("\\", "/").partition("?d=")[2] or unquote(name)
@@ -144,18 +161,24 @@ class Shapes:
                 )
         raise DataError(f"the image {quoted(name)} is not in {self.root}; add it, or set 'images'")
 
-    def polygon(self, path: str, label: Any, points: Sequence[Any]) -> None:
-        """Add a polygon: pairs x, y in pixels."""
-        flat = [number for point in points for number in point]
+    def polygon(
+        self, path: str, label: Any, points: Any, unit: tuple[float, float] = (1, 1)
+    ) -> None:
+        """Add a polygon: pairs x, y in units of that many pixels."""
+        flat = [value * unit[axis] for pair in pairs(points) for axis, value in enumerate(pair)]
         self._add(path, label, {"segmentation": [flat]})
+
+    def ellipse(self, path: str, label: Any, x: float, y: float, rx: float, ry: float) -> None:
+        """Add an ellipse by its center and radii."""
+        angles = [2 * math.pi * n / CIRCLE_POINTS for n in range(CIRCLE_POINTS)]
+        points = [(x + rx * math.cos(angle), y + ry * math.sin(angle)) for angle in angles]
+        self.polygon(path, label, points)
 
     def mask(self, path: str, label: Any, pixels: np.ndarray) -> None:
         """Add an object as the pixels (H, W) that are not 0."""
         rle = coco_mask.encode(np.asfortranarray((pixels != 0).astype(np.uint8)))
-        size = [int(side) for side in rle["size"]]
-        self._add(
-            path, label, {"segmentation": {"size": size, "counts": rle["counts"].decode("ascii")}}
-        )
+        shape = {"size": [*pixels.shape], "counts": rle["counts"].decode("ascii")}
+        self._add(path, label, {"segmentation": shape})
 
     def box(
         self, path: str, label: Any, left: float, top: float, right: float, bottom: float
@@ -188,10 +211,10 @@ class Shapes:
     def content(self) -> dict[str, Any]:
         """Return the content of a COCO file."""
         classes = self.classes or sorted({label for _, label, _ in self._shapes})
-        ids = {path: number for number, path in enumerate(self._sizes, 1)}
+        ids = {path: number for number, path in enumerate(self.sizes, 1)}
         images = [
             {"id": ids[path], "file_name": path, "height": height, "width": width}
-            for path, (height, width) in self._sizes.items()
+            for path, (height, width) in self.sizes.items()
         ]
         categories = {name: number for number, name in enumerate(classes, 1)}
         annotations = [
@@ -207,7 +230,7 @@ class Shapes:
     def notes(self) -> list[str]:
         """Return sentences about what is passed over."""
         notes = []
-        unused = [name for name in self._names if name not in self._sizes]
+        unused = [name for name in self._names if name not in self.sizes]
         if unused:
             notes.append(f"{len(unused):,} images without labels left out, such as {unused[0]}")
         if self._boxes and not self._paint:
@@ -246,16 +269,12 @@ def shape_source(read: Reader, kind: str, description: str) -> Callable[..., Coc
             raise DataError(f"{labels} does not exist; expected {kind}")
         if classes is not None and not classes:
             raise ConfigError("classes: is empty; expected class names, or null")
-        shapes = Shapes(
-            Path(images) if images else where if where.is_dir() else where.parent,
-            classes,
-            boxes=boxes,
-        )
+        root = Path(images) if images else where if where.is_dir() else where.parent
+        shapes = Shapes(root, classes, boxes=boxes)
         read(where, shapes)
         source = CocoSource.from_content(
-            shapes.content(), file=labels, root=shapes.root, notes=shapes.notes(),
-            faults=shapes.faults, background=background, rename=rename, range=range,
-            channels=channels, on_error=on_error,
+            shapes.content(), file=labels, root=root, notes=shapes.notes(), faults=shapes.faults,
+            background=background, rename=rename, range=range, channels=channels, on_error=on_error,
         )  # fmt: skip
         source.origin = kind
         return source
@@ -264,6 +283,7 @@ def shape_source(read: Reader, kind: str, description: str) -> Callable[..., Coc
     return open_shapes
 
 
+# the other arguments are described by CocoSource
 _ARGUMENTS = """
 
     Polygons become masks as those of a COCO file. Images are found by their path, or by their name
@@ -274,12 +294,4 @@ _ARGUMENTS = """
         images: Folder of the images; default: that of the labels.
         classes: Class names in their order; default: all labels, sorted by name.
         boxes: Ignore the pixels of rectangles, or paint them as their class.
-        background: Name of class 0.
-        rename: New name of a label by its name: two of the same name are one class, the
-            background's name is the background, and ``null`` ignores the label's pixels.
-        range: Samples that become 0 and 255, for images of more than 8 bits; ``"measured"``: the
-            least and the largest of each image; default: 0 and 65535.
-        channels: 3 for RGB, 1 for gray; another number: the files' own bands.
-        on_error: ``"skip"`` reads every image once, and leaves out faulty files and images;
-            ``faults`` lists them.
     """

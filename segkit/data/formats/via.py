@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.core.errors import DataError
-from segkit.data.formats.labelme import circle
-from segkit.data.formats.shapes import Shapes, numbers, recognize_file, shape_source
+from segkit.data.formats.shapes import Shapes, numbers, recognizer, shape_source
 from segkit.data.inputs import read_json
 
 PREFERRED = ("class", "label", "name", "category", "type", "object")
@@ -65,32 +64,25 @@ def _read_file(
 
 def _add(path: str, label: Any, shape: dict[str, Any], shapes: Shapes) -> None:
     kind = str(shape.get("name"))[:40]
-    if kind in ("polygon", "polyline"):
+    if kind == "polygon":
         x, y = shape.get("all_points_x"), shape.get("all_points_y")
         if not isinstance(x, list) or not isinstance(y, list) or len(x) != len(y):
             raise DataError(f"a polygon of {path} has points {x!r:.40}, {y!r:.40}; expected lists")
-        if kind == "polygon":
-            shapes.polygon(path, label, list(zip(x, y, strict=True)))
-            return
-    keys = {"rect": ("x", "y", "width", "height"), "circle": ("cx", "cy", "r", "r"),
-            "ellipse": ("cx", "cy", "rx", "ry")}.get(kind)  # fmt: skip
-    if keys is None:
-        shapes.passed_over[kind] += 1
-        return
-    a, b, c, d = numbers(shape, keys)
-    if kind == "rect":
-        shapes.box(path, label, a, b, a + c, b + d)
+        shapes.polygon(path, label, list(zip(x, y, strict=True)))
+    elif kind == "rect":
+        left, top, width, height = numbers(shape, ("x", "y", "width", "height"))
+        shapes.box(path, label, left, top, left + width, top + height)
+    elif kind in ("circle", "ellipse"):
+        radii = ("r", "r") if kind == "circle" else ("rx", "ry")
+        x, y = numbers(shape, ("cx", "cy"))
+        shapes.ellipse(path, label, x, y, *(numbers(shape, (key,))[0] for key in radii))
     else:
-        shapes.polygon(path, label, circle(a, b, c, d))
-
-
-def recognize(folder: Path, part: str) -> dict[str, Any] | None:
-    """Return the arguments that read a part of a folder, or ``None``."""
-    return recognize_file(folder, part, ".json", _has_regions)
+        shapes.passed_over[kind] += 1
 
 
 def _has_regions(head: bytes) -> bool:
     return b'"_via_img_metadata"' in head or (b'"filename"' in head and b'"regions"' in head)
 
 
+recognize = recognizer(".json", _has_regions)
 open_via = shape_source(read, "VIA regions", "Images with JSON of the VGG Image Annotator.")

@@ -42,10 +42,6 @@ def open_voc(
             is there, else all images.
         classes: Class names in the order of their values, or a file of them; default:
             labelmap.txt (of CVAT, with colors) or class_names.txt (of labelme), else VOC's 21.
-        range: Samples that become 0 and 255, for images of more than 8 bits, as for masks.
-        channels: 3 for RGB, 1 for gray; another number: the files' own bands.
-        on_error: ``"skip"`` reads every image once, and leaves out faulty images; ``faults`` lists
-            them.
     """
     folder = Path(root)
     masks = next((folder / name for name in _MASKS if (folder / name).is_dir()), None)
@@ -65,11 +61,9 @@ def open_voc(
 
 
 def _split(folder: Path, part: str | None) -> Path | None:
-    lists = folder / "ImageSets" / "Segmentation"
-    if part is not None:
-        return lists / f"{part}.txt"
-    paths = (lists / f"{name}.txt" for name in ("trainval", "default"))
-    return next((path for path in paths if path.is_file()), None)
+    names = ("trainval", "default") if part is None else (part,)
+    paths = [folder / "ImageSets" / "Segmentation" / f"{name}.txt" for name in names]
+    return next((path for path in paths if part or path.is_file()), None)
 
 
 def recognize(folder: Path, part: str) -> dict[str, Any] | None:

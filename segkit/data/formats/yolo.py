@@ -3,17 +3,17 @@
 https://docs.ultralytics.com/datasets/segment/
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from segkit.core.errors import DataError
-from segkit.data.formats.shapes import PART_FOLDERS, Shapes, shape_source
+from segkit.data.formats.shapes import Shapes, shape_source
 from segkit.data.inputs import inside, read_text
 from segkit.data.pairing import search, stem
+from segkit.data.parts import WORDS
 
 CLASS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.names")
 """Names of files of class names, beside the folders of labels or above."""
@@ -32,7 +32,7 @@ def read(labels: Path, shapes: Shapes) -> None:
                 '"classes": ["can", "bag"]'
             )
         shapes.classes = class_names(file)
-    files = [name for name in search(labels, (".txt",))[0] if Path(name).name not in CLASS_FILES]
+    files = _text_files(labels)
     if not files:
         raise DataError(f"{labels} has no text file; expected files of YOLO")
     for name in files:
@@ -42,30 +42,31 @@ def read(labels: Path, shapes: Shapes) -> None:
 
 def _read_file(labels: Path, name: str, shapes: Shapes) -> None:
     path = shapes.image(f"{stem(name)}.jpg")
-    height, width = shapes.size(path)
-    names = shapes.classes or ()
+    height, width = shapes.sizes[path]
+    names = {str(number): label for number, label in enumerate(shapes.classes or ())}
     for number, line in enumerate(read_text(inside(labels, name)).splitlines(), 1):
-        words = line.split()
+        if not (words := line.split()):
+            continue
         try:
-            values = np.array([float(word) for word in words[1:]])
-        except ValueError:
-            values = np.array([np.nan])
-        known = not words or (words[0].isdecimal() and int(words[0][:9]) < len(names))
-        if words and (
-            not known or not np.isfinite(values).all() or len(values) < 4 or len(values) % 2
-        ):
+            label, values = names[words[0]], [float(word) for word in words[1:]]
+        except (KeyError, ValueError):
+            values = []
+        if len(values) < 4 or len(values) % 2 or not all(map(math.isfinite, values)):
             raise DataError(
                 f"line {number} is {line!r:.60}; expected a class from 0 to {len(names) - 1}, and "
                 "pairs x, y as shares of the image"
             )
-        if not words:
-            continue
-        label, points = names[int(words[0])], values.reshape(-1, 2) * (width, height)
         if len(values) == 4:  # a box: its center, width and height
-            (x, y), (w, h) = points.tolist()
-            shapes.box(path, label, x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+            x, y, w, h = values
+            left, top = (x - w / 2) * width, (y - h / 2) * height
+            shapes.box(path, label, left, top, left + w * width, top + h * height)
         else:
-            shapes.polygon(path, label, points.tolist())
+            points = list(zip(values[::2], values[1::2], strict=True))
+            shapes.polygon(path, label, points, unit=(width, height))
+
+
+def _text_files(labels: Path) -> list[str]:
+    return [name for name in search(labels, (".txt",))[0] if Path(name).name not in CLASS_FILES]
 
 
 def class_file(labels: Path) -> Path | None:
@@ -120,7 +121,7 @@ def _ordered(items: Sequence[str], path: Path) -> tuple[str, ...]:
 
 def recognize(folder: Path, part: str) -> dict[str, Any] | None:
     """Return the arguments that read a part of a folder, or ``None``."""
-    words = PART_FOLDERS[part]
+    words = WORDS[part]
     layouts = [(f"labels/{word}", f"images/{word}") for word in words]
     layouts += [(f"{word}/labels", f"{word}/images") for word in words]
     if part == "train" and not any((folder / "labels" / word).is_dir() for word in words):
@@ -129,7 +130,7 @@ def recognize(folder: Path, part: str) -> dict[str, Any] | None:
         root = folder / labels
         if not root.is_dir() or not (folder / images).is_dir():
             continue
-        files = [name for name in search(root, (".txt",))[0] if Path(name).name not in CLASS_FILES]
+        files = _text_files(root)
         if files and class_file(root) and _is_label(root / files[0]):
             return {"labels": str(root), "images": str(folder / images)}
     return None
