@@ -95,10 +95,11 @@ class CocoSource:
         channels: int = 3,
         on_error: OnError = "raise",
     ) -> None:
-        self._file = annotations
-        self._root = Path(annotations).parent if images is None else Path(images)
-        self._crowd = crowd
-        self._open(read_json(annotations), background, rename or {}, range, channels, on_error)
+        root = Path(annotations).parent if images is None else Path(images)
+        self._open(
+            read_json(annotations), annotations, root, crowd=crowd, background=background,
+            rename=rename, range=range, channels=channels, on_error=on_error,
+        )  # fmt: skip
 
     @classmethod
     def from_content(
@@ -109,11 +110,7 @@ class CocoSource:
         root: Path,
         notes: Sequence[str] = (),
         faults: Sequence[Fault] = (),
-        background: str = "background",
-        rename: Mapping[str, Any] | None = None,
-        range: SampleRange | None = None,
-        channels: int = 3,
-        on_error: OnError = "raise",
+        **arguments: Any,
     ) -> "CocoSource":
         """Return a source of the content of a COCO file, for example converted from another format.
 
@@ -121,34 +118,37 @@ class CocoSource:
         those of the source. The other arguments are as for a file.
         """
         source = cls.__new__(cls)
-        source._file, source._root, source._crowd = file, root, "ignore"
-        source._open(content, background, rename or {}, range, channels, on_error, faults)
+        source._open(content, file, root, faults=faults, **arguments)
         source.notes = (*notes, *source.notes)
         return source
 
     def _open(
         self,
         content: dict[str, Any],
+        file: str,
+        root: Path,
+        *,
+        crowd: Crowd = "ignore",
         background: str,
-        rename: Mapping[str, Any],
+        rename: Mapping[str, Any] | None,
         range: SampleRange | None,
         channels: int,
         on_error: OnError,
-        earlier: Sequence[Fault] = (),
+        faults: Sequence[Fault] = (),
     ) -> None:
+        self._file, self._root, self._crowd = file, root, crowd
         self.reading = check_reading(range, channels)
         self.channels, self._range = channels, range
-        file = self._file
         self.origin = Path(file).name
         self.info = content["info"] if isinstance(content.get("info"), dict) else {}
         if "images" not in content:
             raise DataError(f"{file} has no 'images'; expected a COCO instance file")
-        faults = [*earlier]
+        faults = [*faults]
         tables = {key: _entries(content, key, file) for key in _TABLES}
         self.labelled = bool(tables["annotations"])
         notes = standardize(tables)
         self.classes, self.category_ids = self._read_categories(
-            tables["categories"], background, rename
+            tables["categories"], background, rename or {}
         )
         records = self._read_images(tables["images"], faults)
         self._dropped = 0
@@ -215,7 +215,7 @@ class CocoSource:
             )
         return f"its {len(of_class)} annotations are covered by others or smaller than a pixel"
 
-    def regions(self, i: int) -> tuple[Region, ...]:
+    def regions(self, i: int) -> Sequence[Region]:
         """Return the annotations of image ``i`` in painting order."""
         return self._regions[i]
 
@@ -223,7 +223,7 @@ class CocoSource:
         self.names = tuple(image.name for image in images)
         self.image_ids = tuple(image.id for image in images)
         self._sizes = tuple(image.size for image in images)
-        self._regions = tuple(tuple(regions[image.id]) for image in images)
+        self._regions = [regions[image.id] for image in images]
 
     def _read_categories(
         self, table: Table, background: str, rename: Mapping[str, Any]

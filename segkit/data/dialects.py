@@ -1,7 +1,7 @@
 """Forms of COCO files that other tools write, converted to the standard form."""
 
 import math
-from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from segkit.core.errors import quoted
@@ -9,15 +9,15 @@ from segkit.data.objects import is_number
 
 Table = list[dict[str, Any]]
 
-_COLUMNS: tuple[tuple[tuple[tuple[str, str], ...], type], ...] = (
-    ((("images", "id"), ("annotations", "image_id")), int),
-    ((("categories", "id"), ("annotations", "category_id")), int),
-    ((("annotations", "id"),), int),
-    ((("images", "width"), ("images", "height")), int),
-    ((("annotations", "iscrowd"),), int),
-    ((("annotations", "area"),), float),
-)
-"""Columns that are converted together, and the type of their values."""
+_COLUMNS: dict[str, dict[str, type]] = {
+    "images": dict.fromkeys(("id", "width", "height"), int),
+    "categories": {"id": int},
+    "annotations": {
+        **dict.fromkeys(("id", "image_id", "category_id", "iscrowd"), int),
+        "area": float,
+    },
+}
+"""Columns of each list that may hold strings, and the type of their values."""
 
 _NO_PARENT = ("", "none", "null")
 """Supercategories, as text, of a category that has none."""
@@ -33,8 +33,8 @@ def standardize(tables: dict[str, Table]) -> list[str]:
     Returns:
         A note for each category that is left out: the root that a tool adds above the classes.
     """
-    for columns, kind in _COLUMNS:
-        for table, key in columns:
+    for table, columns in _COLUMNS.items():
+        for key, kind in columns.items():
             _convert_column(tables[table], key, kind)
     _convert_polygons(tables["annotations"])
     return _leave_out_roots(tables)
@@ -64,45 +64,28 @@ def _number(value: Any, kind: type) -> int | float | None:
     return int(number) if abs(number) < 2**53 and number == int(number) else None
 
 
-def _is_flat(polygons: list[Any]) -> bool:
-    """Return True for one polygon as numbers x, y, x, y."""
-    return all(map(is_number, polygons))
-
-
 def _is_point(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
-def _is_points(polygons: list[Any]) -> bool:
-    """Return True for one polygon as points [x, y]."""
-    return len(polygons) > 2 and all(map(_is_point, polygons))
-
-
-def _are_points(polygons: list[Any]) -> bool:
-    """Return True for several polygons as points [x, y]."""
-    return all(isinstance(polygon, list) and all(map(_is_point, polygon)) for polygon in polygons)
-
-
-def _joined(points: list[Any]) -> list[Any]:
-    return [number for point in points for number in point]
-
-
-_FORMS: tuple[tuple[Callable[[list[Any]], bool], Callable[[list[Any]], list[Any]]], ...] = (
-    (_is_flat, lambda polygon: [polygon]),
-    (_is_points, lambda polygon: [_joined(polygon)]),
-    (_are_points, lambda polygons: [_joined(polygon) for polygon in polygons]),
-)
-"""Forms of an object's polygons, and their conversion to lists of numbers."""
+def _are_points(polygon: Any) -> bool:
+    return isinstance(polygon, list) and all(map(_is_point, polygon))
 
 
 def _convert_polygons(annotations: Table) -> None:
+    """Convert polygons that are points [x, y], or an object's only polygon without a list."""
     rows = [row for row in annotations if isinstance(row.get("segmentation"), list)]
     rows = [row for row in rows if row["segmentation"]]
-    for is_form, convert in _FORMS:
-        if all(is_form(row["segmentation"]) for row in rows):
-            for row in rows:
-                row["segmentation"] = convert(row["segmentation"])
-            return
+    shapes = [row["segmentation"] for row in rows]
+    is_single = all(all(map(is_number, shape)) for shape in shapes) or all(
+        len(shape) > 2 and _are_points(shape) for shape in shapes
+    )
+    if is_single:
+        shapes = [[polygon] for polygon in shapes]
+    if all(_are_points(polygon) for shape in shapes for polygon in shape):
+        shapes = [[[*chain.from_iterable(polygon)] for polygon in shape] for shape in shapes]
+    for row, shape in zip(rows, shapes, strict=True):
+        row["segmentation"] = shape
 
 
 def _leave_out_roots(tables: dict[str, Table]) -> list[str]:
