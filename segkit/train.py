@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -185,7 +185,7 @@ def train_fold(job: Job, fold: Fold) -> dict[str, Any]:
         cfg, job.run, fold, len(source.classes), device, job.say,
         resume=job.resume, teacher=teacher.digests if teacher else [],
     )  # fmt: skip
-    order = fold.order.starting_at(state.step)
+    order = replace(fold.order, start_step=state.step)
     images = TrainImages(
         source, [*order.indices, *order.extra], build_pipeline(cfg),
         seed=cfg.train.seed, render=cfg.augment.device == "cpu",

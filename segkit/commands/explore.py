@@ -122,7 +122,3 @@ def open_parts(cfg: config.Config) -> list[Part]:
     if not parts[0].source.labelled:
         raise DataError("data.train: has no labels; expected labelled images to look at")
     return parts
-
-
-if __name__ == "__main__":
-    console.run(main)

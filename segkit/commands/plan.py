@@ -40,15 +40,18 @@ from segkit.models.pretrained.loading import fitting, identify
 from segkit.models.pretrained.published import obtain
 from segkit.models.pretrained.reading import read_file
 from segkit.report.duplicates import near_duplicates
-from segkit.report.survey import Photo, color_statistics, read_photo, shared_images
+from segkit.report.survey import (
+    Photo,
+    color_statistics,
+    evenly_spaced,
+    read_photo,
+    shared_images,
+)
 from segkit.training import rules
 from segkit.training.defaults import has_batch_norm, set_channels
 from segkit.training.memory import training_memory
 from segkit.training.preparation import check_memory
 from segkit.training.rules import Choice, Cost
-
-MOST_READ = 1000
-"""Images that are read for the fingerprint, evenly spaced."""
 
 MARK = "Planned by segkit"
 """Beginning of the note of planned configurations, which may be overwritten."""
@@ -114,12 +117,15 @@ def plan(
             cfg = config.parse({"data": parts}, str(folder))
             source = open_source(cfg, "train", cached=False)
         pixels = class_pixels(source, workers=machine.cores)
-        data, groups = read_fingerprint(source, pixels)
+        chosen = evenly_spaced(source)
+        photos = on_threads(lambda i: read_photo(source, i), chosen, "reading")
+        data, groups = read_fingerprint(source, pixels, photos)
         sources = {
             f"data.{part}": source if part == "train" else open_source(cfg, part, cached=False)
             for part in parts
         }
-        shared = shared_images(sources, MOST_READ) if len(sources) > 1 else []
+        grays = [photo.gray for photo in photos]
+        shared = shared_images(sources, grays) if len(sources) > 1 else []
     validation = len(sources["data.val"]) if "val" in parts else None
     reasons = dict.fromkeys(parts, f"found in {folder}") | {"train": describe(source)}
     choices = [Choice(f"data.{part}", spec, reasons[part]) for part, spec in parts.items()]
@@ -175,11 +181,14 @@ def find_parts(folder: Path) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def read_fingerprint(source: Source, pixels: np.ndarray) -> tuple[Fingerprint, dict[str, str]]:
-    """Return the fingerprint of labelled images, and the group of each if there are duplicates."""
-    step = max(1, math.ceil(len(source) / MOST_READ))
-    chosen = range(0, len(source), step)
-    photos: list[Photo] = on_threads(lambda i: read_photo(source, i), chosen, "reading")
+def read_fingerprint(
+    source: Source, pixels: np.ndarray, photos: Sequence[Photo]
+) -> tuple[Fingerprint, dict[str, str]]:
+    """Return the fingerprint of labelled images, and the group of each if there are duplicates.
+
+    ``photos`` are the statistics of some of the images; ``pixels`` is the result of
+    :func:`segkit.data.folds.class_pixels`.
+    """
     histogram = np.sum([photo.histogram for photo in photos], 0)
     mean, std = color_statistics(histogram)
     pairs = near_duplicates(np.stack([photo.gray for photo in photos]))
@@ -342,7 +351,3 @@ def check_out(path: Path) -> None:
         raise SegkitError(f"--out {path}: is a folder; expected the name of a file")
     if path.exists() and f'"note": "{MARK}' not in path.read_text(errors="replace")[:100]:
         raise SegkitError(f"{path}: exists and was not planned by segkit; name another with --out")
-
-
-if __name__ == "__main__":
-    console.run(main)

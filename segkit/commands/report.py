@@ -53,7 +53,3 @@ def open_logs(folder: Path) -> list[RunLog]:
         except SegkitError as error:
             warnings.warn(f"{error}; left out", stacklevel=2)
     return logs
-
-
-if __name__ == "__main__":
-    console.run(main)

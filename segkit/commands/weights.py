@@ -86,7 +86,3 @@ def _component(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"is not a JSON object: {error}") from error
-
-
-if __name__ == "__main__":
-    console.run(main)

@@ -1,6 +1,6 @@
 """Doubts about labels: classes without pixels, images without labels, parts without a class."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,25 @@ def split_doubts(
                 "data.folds"
             )
     return sentences
+
+
+def file_doubts(images: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Return a sentence if image files of different parts are equal.
+
+    ``images`` are the part, the name and the digest of each image.
+    """
+    known: dict[str, tuple[str, str]] = {}
+    repeated = []
+    for part, name, digest in images:
+        first, like = known.setdefault(digest, (part, name))
+        if first != part:
+            repeated.append(f"{name} of {part} and {like} of {first}")
+    if not repeated:
+        return []
+    return [
+        f"{_count(len(repeated), 'image')} of one part are equal files in another, such as "
+        f"{repeated[0]}: scores are too high; remove them, or keep them together by data.groups"
+    ]
 
 
 def _numbered(part: str, present: Sequence[bool]) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Stratified folds, and the selection set that is held out from all of them."""
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from segkit.core.errors import ConfigError, DataError, quoted
-from segkit.core.files import write_json
+from segkit.core.files import matches_schema
 from segkit.data.inputs import read_json
 from segkit.data.loader import digests
 from segkit.data.memo import MEMO, on_threads
@@ -43,29 +42,25 @@ class Split:
         others = (names for other, names in enumerate(self.folds) if other != fold)
         return tuple(itertools.chain.from_iterable(others))
 
-    def save(self, path: Path | str) -> None:
-        """Write the split as JSON, atomically."""
-        write_json(Path(path), dataclasses.asdict(self))
-
     @classmethod
     def load(cls, path: Path | str) -> "Split":
-        """Read a split from a file written by :meth:`save`.
+        """Read a split from a file of its fields as JSON.
 
         Raises:
             DataError: The file is not a split.
         """
-        content = read_json(path)
-        folds, selection, train = (content.get(key) for key in ("folds", "selection", "train"))
-        lists = [*(folds if isinstance(folds, list) and folds else [None]), selection, train or []]
-        if not all(
-            isinstance(names, list) and all(isinstance(name, str) for name in names)
-            for names in lists
-        ):
+        content = {"train": None, **read_json(path)}
+        schema = {"folds": [[str]], "selection": [str], "train": ([str], None)}
+        if not matches_schema(content, schema) or not content["folds"]:
             raise DataError(
                 f"{path} is not a split; expected 'folds' and 'selection', lists of names"
             )
-        *folds, selection, _ = map(tuple, lists)
-        return cls(tuple(folds), selection, None if train is None else tuple(train))
+        train = content["train"]
+        return cls(
+            folds=tuple(map(tuple, content["folds"])),
+            selection=tuple(content["selection"]),
+            train=None if train is None else tuple(train),
+        )
 
 
 def class_pixels(source: Source, workers: int = 0) -> np.ndarray:
@@ -151,10 +146,10 @@ def make_folds(
     np.add.at(counts, owner, np.column_stack([labels, np.ones(len(ordered), np.int64)]))
 
     rng = np.random.default_rng(seed)
-    part = np.zeros(len(unit_of), np.int64)  # 0: the selection set; 1, 2, ...: the folds
+    part = np.ones(len(unit_of), np.int64)  # 0: the selection set; 1, 2, ...: the folds
     if selection:
         part = _distribute(counts, np.array([selection, 1 - selection]), rng)
-    rest = np.flatnonzero(part == 1) if selection else np.arange(len(unit_of))
+    rest = np.flatnonzero(part == 1)
     part[rest] = 1 + _distribute(counts[rest], np.full(folds, 1 / folds), rng)
 
     parts: list[list[str]] = [[] for _ in range(folds + 1)]
@@ -191,7 +186,7 @@ def read_groups(
     if file is not None:
         content = read_json(file)
         for name in names:
-            if type(content.get(name)) not in (str, int):
+            if not matches_schema(content.get(name), (str, int)):
                 raise DataError(
                     f"{file} gives {quoted(name)} no group; "
                     "expected a string or an integer for each image"
@@ -209,13 +204,15 @@ def read_groups(
             f"data.group_pattern: {quoted(pattern)} has {expression.groups} parentheses; "
             "expected one"
         )
-    groups = {name: match and match[1] for name in names for match in [expression.search(name)]}
-    for name, group in groups.items():
-        if group is None:
+    groups = {}
+    for name in names:
+        match = expression.search(name)
+        if match is None or match[1] is None:
             raise DataError(
                 f"{quoted(name)} does not match data.group_pattern {quoted(pattern)}; correct it"
             )
-    return {name: str(group) for name, group in groups.items()}
+        groups[name] = match[1]
+    return groups
 
 
 class PartShares(NamedTuple):
@@ -253,13 +250,11 @@ def table(split: Split, names: Sequence[str], pixels: np.ndarray, classes: Seque
         cells = [f"{100 * a:3.0f} {100 * b:5.1f}" for a, b in pairs]
         columns.append([part.title, f"{part.images}", "img   px%", *cells])
     first = ["", "images", "", *(f"{name:.16}" for name in classes)]
-    fit = 6  # in 80 columns
     blocks = []
-    for start in range(0, len(columns), fit):
-        rows = zip(first, *columns[start : start + fit], strict=True)
-        blocks.append(
-            "\n".join(f"{row[0]:16}" + "".join(f"{c:>10}" for c in row[1:]) for row in rows)
-        )
+    for start in range(0, len(columns), 6):  # as many as fit in 80 columns
+        rows = zip(first, *columns[start : start + 6], strict=True)
+        lines = [f"{title:16}" + "".join(f"{c:>10}" for c in cells) for title, *cells in rows]
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -83,10 +83,6 @@ class TrainOrder(Sampler):
                 f"train.batch_size: is {self.batch_size}, more than the {self._images} "
                 "training images; choose a smaller one"
             )
-
-    def starting_at(self, step: int) -> "TrainOrder":
-        """Return the same order from a later step on."""
-        return replace(self, start_step=step)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from segkit.core.distributed import Progress, broadcast, is_main
 from segkit.core.errors import reason
-from segkit.core.files import atomic_write, require_regular_file
+from segkit.core.files import atomic_write, matches_schema, require_regular_file
 
 MAX_ENTRIES = 1_000_000
 """Maximum number of files, and of keys with numbers, to save; the oldest are dropped first."""
@@ -24,6 +24,7 @@ MAX_BYTES = 1 << 30
 T = TypeVar("T")
 
 _FORMAT = 1
+_SCHEMA = {"format": int, "files": {str: [int, int, str]}, "numbers": {str: [int]}}
 _BLOCK = 1 << 20
 
 
@@ -88,22 +89,17 @@ class Memo:
                 self._changed = False
 
     def _load(self, path: Path) -> None:
-        """Merge the entries of a memo file; entries of any other form are ignored."""
+        """Merge the entries of a memo file; a file of any other form is ignored."""
         try:
             if require_regular_file(path).stat().st_size > MAX_BYTES:
                 return
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            return
-        for key, value in _items(content.get("files")):
-            if [type(part) for part in value] == [int, int, str]:
-                size, changed, digest = value
+        if matches_schema(content, _SCHEMA) and content["format"] == _FORMAT:
+            for key, (size, changed, digest) in content["files"].items():
                 self._files.setdefault(key, (size, changed, digest))
-        for key, value in _items(content.get("numbers")):
-            if all(type(part) is int and 0 <= part < 2**63 for part in value):
-                self._numbers.setdefault(key, value)
+            self._numbers = content["numbers"] | self._numbers
 
     def _save(self, path: Path) -> None:
         tables = {"files": _newest(self._files), "numbers": _newest(self._numbers)}
@@ -139,9 +135,8 @@ def on_threads(
 ) -> list[T]:
     """Return ``[function(item) for item in items]``, computed by threads.
 
-    Each task has several items, because submitting a task costs more than a lookup in the memo.
-
-    By default, there is one thread per core.
+    Each task has several items, because submitting a task costs more than a lookup in the memo. By
+    default, there is one thread per core.
     """
     threads = threads or os.cpu_count() or 1
     size = max(1, min(32, len(items) // (4 * threads)))
@@ -159,12 +154,6 @@ def on_threads(
 def _key(path: Path, before: bytes = b"") -> str:
     mark = hashlib.sha256(before).hexdigest()[:16] + " " if before else ""
     return mark + os.path.abspath(path)
-
-
-def _items(table: Any) -> Iterator[tuple[str, list[Any]]]:
-    for key, value in table.items() if isinstance(table, dict) else ():
-        if isinstance(value, list):
-            yield key, value
 
 
 def _newest(table: dict[str, Any]) -> dict[str, Any]:

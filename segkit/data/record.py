@@ -59,12 +59,8 @@ def _shortened(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + more
 
 
-def label_digests(source: Source, indices: Sequence[int]) -> list[str]:
-    """Return a short digest of all that determines each image's mask."""
-    return [digest[:16] for digest in on_threads(source.label_digest, indices, "reading labels")]
-
-
 def _digests(source: Source, indices: Sequence[int]) -> dict[str, list[str]]:
-    """Return the digests of each image and its label by the image's name."""
-    pairs = zip(digests(source, indices), label_digests(source, indices), strict=True)
-    return {source.names[i]: list(pair) for i, pair in zip(indices, pairs, strict=True)}
+    """Return short digests of each image and of all that determines its mask, by its name."""
+    labels = on_threads(source.label_digest, indices, "reading labels")
+    known = zip(indices, digests(source, indices), labels, strict=True)
+    return {source.names[i]: [image, label[:16]] for i, image, label in known}

@@ -20,6 +20,7 @@ from segkit.data.memo import on_threads
 from segkit.data.source import IGNORE, Source, background
 from segkit.report.duplicates import FLIPS, Pair, near_duplicates
 
+MOST_READ = 1000  # images of a part that are compared, or read for a plan
 SIDE = 32  # rows and columns of the miniatures of images and masks
 TINY_PIXELS, TINY_SHARE = 16, 2e-5  # an object of a smaller area is suspicious
 OFF_FRAME = 0.02  # share of the image's longer side that a polygon may reach out of the image
@@ -121,25 +122,27 @@ def miniature(image: Tensor) -> np.ndarray:
     return functional.adaptive_avg_pool2d(image.float().mean(0, keepdim=True), SIDE)[0].numpy()
 
 
-def shared_images(parts: Mapping[str, Source], most: int = 1000) -> list[str]:
+def evenly_spaced(source: Source) -> range:
+    """Return the indices of :data:`MOST_READ` images or fewer."""
+    return range(0, len(source), max(1, -(-len(source) // MOST_READ)))
+
+
+def shared_images(parts: Mapping[str, Source], miniatures: Sequence[np.ndarray] = ()) -> list[str]:
     """Return a sentence for each two parts of the data that have near-duplicates of each other.
 
     Args:
-        parts: The sources by the name of their part.
-        most: Images of a part that are read, evenly spaced.
+        parts: The sources by the name of their part; their :func:`evenly_spaced` images are read.
+        miniatures: Those of the first part's images, if they are known.
     """
-    chosen = [
-        (part, i)
-        for part, source in parts.items()
-        for i in range(0, len(source), max(1, -(-len(source) // most)))
-    ]
+    chosen = [(part, i) for part, source in parts.items() for i in evenly_spaced(source)]
 
     def read(place: int) -> np.ndarray:
         part, i = chosen[place]
         return miniature(parts[part].image(i))
 
+    rest = on_threads(read, range(len(miniatures), len(chosen)), "comparing parts")
     between: dict[tuple[str, str], dict[str, str]] = {}
-    for pair in near_duplicates(np.stack(on_threads(read, range(len(chosen)), "comparing parts"))):
+    for pair in near_duplicates(np.stack([*miniatures, *rest])):
         (first, i), (second, j) = chosen[pair.first], chosen[pair.second]
         if first != second:
             known = between.setdefault((first, second), {})

@@ -17,7 +17,7 @@ from segkit.core.config import Config
 from segkit.core.errors import ConfigError, DataError, SegkitError, shorten
 from segkit.core.run import Run
 from segkit.data import SOURCES, open_source, part_spec
-from segkit.data.doubts import describe, label_doubts, split_doubts
+from segkit.data.doubts import describe, file_doubts, label_doubts, split_doubts
 from segkit.data.folds import (
     Split,
     class_pixels,
@@ -139,6 +139,7 @@ def split_data(
             counts = class_pixels(validation, workers=cfg.data.workers)
             doubts += [f"data.val: {sentence}" for sentence in label_doubts(validation, counts)]
             split = Split(folds=(validation.names,), train=names)
+            parts = [("data.train", labelled, names), ("data.val", validation, validation.names)]
         else:
             groups = read_groups(cfg.data.groups, cfg.data.group_pattern, names)
             split = make_folds(
@@ -147,7 +148,16 @@ def split_data(
             )  # fmt: skip
             say(table(split, names, pixels, labelled.classes))
             doubts += split_doubts(split, names, pixels, labelled.classes)
+            parts = [(f"fold {k}", labelled, fold) for k, fold in enumerate(split.folds)]
+            parts.append(("the selection set", labelled, split.selection))
             files["shares.json"] = [row._asdict() for row in shares(split, names, pixels)]
+        doubts += file_doubts(
+            (part, name, digest)
+            for part, source, members in parts
+            for name, digest in zip(
+                members, digests(source, positions(source, members)), strict=True
+            )
+        )
         for sentence in doubts:
             say(f"warning: {sentence}")
         category_ids = getattr(labelled, "category_ids", None)

@@ -78,7 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every file that is read again."""
     run = made_run(tmp_path_factory.mktemp("made") / "run", folds=2, steps=20, images=3)
     run.write("status.json", {"state": "done", "sentence": ""})
-    Split(folds=(("a",), ("b",)), selection=("c",)).save(run.folder / "folds.json")
+    run.write("folds.json", {"folds": [["a"], ["b"]], "selection": ["c"]})
     tracker = CSVTracker(run=run, fold=0, step=0)
     for event in run.events():
         if event.get("fold") == 0:

@@ -40,8 +40,9 @@ def _read_file(content: dict[str, Any], shapes: Shapes) -> None:
             (left, right), (top, bottom) = map(sorted, zip(*points, strict=True))
             shapes.box(path, label, left, top, right, bottom)
         elif kind == "circle" and len(points) == 2:
-            radius = math.dist(*points)
-            shapes.ellipse(path, label, *points[0], radius, radius)
+            center, edge = points
+            radius = math.dist(center, edge)
+            shapes.ellipse(path, label, center[0], center[1], radius, radius)
         else:
             shapes.passed_over[str(kind)[:40]] += 1
 

@@ -66,10 +66,10 @@ def numbers(table: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
     Raises:
         DataError: One of them is missing, or no number.
     """
-    given = {key: table.get(key) for key in keys}
-    if not all(map(is_number, given.values())):
-        raise DataError(f"a shape has {given!r:.80}; expected numbers")
-    return [*given.values()]
+    values = [value for key in keys if is_number(value := table.get(key))]
+    if len(values) < len(keys):
+        raise DataError(f"a shape has {dict(table)!r:.80}; expected numbers {', '.join(keys)}")
+    return values
 
 
 def pairs(points: Any) -> Sequence[Sequence[float]]:
