@@ -5,6 +5,7 @@ import pickle
 import random
 import re
 import struct
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -1476,10 +1477,14 @@ def meta_mask2former(state: State) -> State:
     return named | {"criterion.empty_weight": torch.ones(4)}
 
 
+MASK2FORMER = {
+    "name": "mask2former", "width": 32, "queries": 5, "layers": 2, "heads": 4, "feedforward": 40,
+    "pixel_layers": 2, "pixel_feedforward": 48,
+}  # fmt: skip
+
+
 def test_metas_mask2former_whole() -> None:
-    sizes = {"width": 32, "queries": 5, "layers": 2, "heads": 4, "feedforward": 40}
-    decoder = {"name": "mask2former", "pixel_layers": 2, "pixel_feedforward": 48, **sizes}
-    model = build_model("resnet50", decoder, num_classes=3)
+    model = build_model("resnet50", MASK2FORMER, num_classes=3)
     state = random_state(model)
     theirs = meta_mask2former(state)
     for name, shape in META_MASK2FORMER.items():
@@ -1490,9 +1495,28 @@ def test_metas_mask2former_whole() -> None:
     assert report.title == "Mask2Former of Meta, ResNet by detectron2's names"
     assert not report.initialized
     assert set(report.skipped) == {"criterion.empty_weight"}
-    other = build_model("resnet50", decoder, num_classes=7)
+    other = build_model("resnet50", MASK2FORMER, num_classes=7)
     report = load_state(other, theirs, source="theirs")
     assert set(report.initialized) == {"decoder.class_head.weight", "decoder.class_head.bias"}
+
+
+def test_metas_pickles_are_converted_as_documented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    (program,) = re.findall(r"<!-- test: convert a pickle -->\n  ```python\n(.*?)  ```", page, re.S)
+    model = build_model("resnet50", MASK2FORMER, num_classes=3)
+    state = random_state(model)
+    arrays = {name: value.numpy() for name, value in meta_mask2former(state).items()}
+    monkeypatch.chdir(tmp_path)
+    pickled = {"model": arrays, "__author__": "Meta", "matching_heuristics": True}
+    Path("model_final.pkl").write_bytes(pickle.dumps(pickled))
+    with pytest.raises(CheckpointError, match="holds objects whose code would have to run"):
+        load_file(model, "model_final.pkl")
+    exec(textwrap.dedent(program), {})
+    report = load_file(model, "model_final.pth")
+    same(model, state)
+    assert not report.initialized
 
 
 META_MASK2FORMER = {

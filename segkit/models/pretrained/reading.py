@@ -74,8 +74,8 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: is not a file of weights alone (a state dict saved by torch): it is damaged, "
-            "or holds objects whose code would have to run; if you trust it, load it with torch "
-            "yourself and save its state dict"
+            "or holds objects whose code would have to run; if you trust it, save its state dict "
+            "yourself, as docs/weights.md shows"
         ) from error
     except OSError:
         raise
