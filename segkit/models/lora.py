@@ -20,11 +20,6 @@ class LowRank(nn.Module):
 
     Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
-    Args:
-        layer: The linear layer that the product is for.
-        rank: Rows of ``down``, and columns of ``up``.
-        scale: Factor on the product.
-
     Shape:
         x: (..., layer.in_features) -> (..., layer.out_features)
     """

@@ -36,13 +36,9 @@ def semantic_logits(query_classes: Tensor, query_masks: Tensor, *, num_classes: 
     divided by the sum of this over the classes. Softmax of the result is that probability; with
     one plane (``num_classes=1``), sigmoid of it is the foreground's.
 
-    Args:
-        query_classes: Logits, (B, queries, classes + 1), with ``classes = max(2, num_classes)``.
-        query_masks: Logits, (B, queries, h, w).
-        num_classes: Number of logit planes.
-
-    Returns:
-        (B, num_classes, h, w) in the type of the masks, computed in at least float32.
+    Shape:
+        query_classes, query_masks: of a single layer, as above
+        result: (B, num_classes, h, w), in the type of the masks, computed in at least float32
     """
     with full_precision(query_classes, query_masks) as (classes, masks):
         shares = torch.einsum("bqc,bqhw->bchw", classes.softmax(2)[..., :-1], masks.sigmoid())

@@ -6,6 +6,8 @@ al. 2023, https://arxiv.org/abs/2304.07193; Simeoni et al. 2025, https://arxiv.o
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,13 +25,7 @@ Rotary = tuple[Tensor, Tensor]
 class TransformerBlock(nn.Module):
     """Self-attention and an MLP, each normalized before, scaled after, and added to its input.
 
-    Args:
-        width: Channels of the tokens.
-        heads: Attention heads.
-        hidden: Channels within the MLP.
-        gated: SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) in place of the MLP.
-        drop_path: Probability of stochastic depth.
-        eps: Of the norms.
+    The MLP has ``4 * width`` hidden channels, or is a SwiGLU if ``gated``.
 
     Shape:
         x: (B, tokens, width) -> (B, tokens, width)
@@ -41,7 +37,6 @@ class TransformerBlock(nn.Module):
         width: int,
         heads: int,
         *,
-        hidden: int,
         gated: bool = False,
         drop_path: float = 0.0,
         eps: float = 1e-6,
@@ -51,7 +46,7 @@ class TransformerBlock(nn.Module):
         self.attn = SelfAttention(width, heads)
         self.ls1 = LayerScale(width)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = SwiGLU(width, hidden) if gated else MLP(width, hidden)
+        self.mlp = SwiGLU(width, 4 * width) if gated else MLP(width, 4 * width)
         self.ls2 = LayerScale(width)
         self.drop_path = StochasticDepth(drop_path, "row")
         for module in self.modules():
@@ -59,9 +54,7 @@ class TransformerBlock(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(
-        self, x: Tensor, rotary: Rotary | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None = None) -> Tensor:
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotary, mask)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
@@ -76,8 +69,8 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -108,7 +101,10 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """An MLP whose hidden channels are multiplied by a gate, the SiLU of others."""
+    """An MLP whose hidden channels are multiplied by a gate, the SiLU of others.
+
+    Shazeer 2020, https://arxiv.org/abs/2002.05202
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -121,11 +117,7 @@ class SwiGLU(nn.Module):
 
 
 def whole_patches(image: Tensor, patch: int) -> tuple[Tensor, int, int]:
-    """Return an image resized to the next whole patches, and its rows and columns of patches.
-
-    Shape:
-        image: (B, C, H, W) -> (B, C, rows * patch, columns * patch)
-    """
+    """Return an image resized to the next whole patches, and its rows and columns of patches."""
     rows, columns = ((side + patch - 1) // patch for side in image.shape[-2:])
     return resize(image, (rows * patch, columns * patch)), rows, columns
 
@@ -138,10 +130,8 @@ def run_blocks(
     ``outputs`` are numbers from 1; ``arguments`` are further arguments of every block.
     """
     for number, block in enumerate(blocks, 1):
-        if recompute:
-            x = checkpoint(block, x, *arguments, use_reentrant=False)
-        else:
-            x = block(x, *arguments)
+        step = partial(checkpoint, block, use_reentrant=False) if recompute else block
+        x = step(x, *arguments)
         if number in outputs:
             yield x
 
@@ -151,43 +141,34 @@ def block_stages(ends: Sequence[int], first: Sequence[str]) -> list[list[str]]:
 
     See :func:`segkit.models.backbones.depth.layers`.
     """
-    bounds = zip((0, *ends), ends, strict=False)
-    stages = [[f"blocks.{i}" for i in range(start, end)] for start, end in bounds]
-    stages[0] = [*first, *stages[0]]
-    return stages
+    bounds = pairwise((0, *ends))
+    first_blocks, *others = ([f"blocks.{i}" for i in range(*bound)] for bound in bounds)
+    return [[*first, *first_blocks], *others]
 
 
 def rotary_positions(height: int, width: int, head: int, like: Tensor) -> Rotary:
     """Return the rotary positions of DINOv3 for a grid of patches, in float32.
 
     The centers of the patches have coordinates of -1 to 1 on each axis. Half of the angles are of
-    the row, half of the column, with periods from 1 to nearly 100.
-
-    Args:
-        height, width: Patches of the grid.
-        head: Channels of a head, a multiple of 4.
-        like: A tensor on the device.
+    the row, half of the column, with periods from 1 to nearly 100. ``head`` is the channels of a
+    head, a multiple of 4.
     """
     periods = 100.0 ** (torch.arange(head // 4, device=like.device) / (head // 4))
-    centers = [
+    rows, columns = (
         2 * (torch.arange(side, device=like.device) + 0.5) / side - 1 for side in (height, width)
-    ]
-    grid = torch.stack(torch.meshgrid(*centers, indexing="ij"), 2).flatten(0, 1)
+    )
+    grid = torch.cartesian_prod(rows, columns)
     angles = (2 * math.pi * grid[:, :, None] / periods).flatten(1).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate pairs of channels of the last tokens by their angles.
+    """Rotate pairs of channels of the last tokens of (B, heads, tokens, head) by their angles.
 
     Su et al. 2021, https://arxiv.org/abs/2104.09864
-
-    Shape:
-        x: (B, heads, tokens, head)
     """
     cosine, sine = (angles.to(x.dtype) for angles in rotary)
-    others = x.shape[2] - cosine.shape[0]
-    patches = x[:, :, others:]
+    others, patches = x.split([x.shape[2] - len(cosine), len(cosine)], 2)
     first, second = patches.chunk(2, 3)
     rotated = patches * cosine + torch.cat([-second, first], 3) * sine
-    return torch.cat([x[:, :, :others], rotated], 2)
+    return torch.cat([others, rotated], 2)

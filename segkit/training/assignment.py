@@ -34,44 +34,24 @@ def assign(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for row, column in enumerate(costs.argmin(1)):
         if row_of[column] < 0:
             column_of[row], row_of[column] = column, row
-    for row in rows[column_of < 0]:
-        _augment(costs, row_price, column_price, column_of, row_of, row)
+    for start in rows[column_of < 0]:
+        # Find the shortest path to a free column, with the row before each column.
+        distance, row_before = np.full(len(row_of), np.inf), np.full(len(row_of), start)
+        reached = np.zeros(len(row_of), dtype=bool)
+        row, shortest = start, 0.0
+        while row >= 0:
+            through_row = costs[row] - column_price + (shortest - row_price[row])
+            shorter = ~reached & (through_row < distance)
+            distance[shorter], row_before[shorter] = through_row[shorter], row
+            column = int(np.where(reached, np.inf, distance).argmin())
+            shortest = distance[column]
+            reached[column], row = True, row_of[column]
+        # Change the prices, and assign along the path.
+        reached[column] = False
+        row_price[start] += shortest
+        row_price[row_of[reached]] += shortest - distance[reached]
+        column_price[reached] -= shortest - distance[reached]
+        while row != start:
+            row = row_before[column]
+            row_of[column], column_of[row], column = row, column, column_of[row]
     return rows, column_of
-
-
-def _augment(
-    costs: np.ndarray,
-    row_price: np.ndarray,
-    column_price: np.ndarray,
-    column_of: np.ndarray,
-    row_of: np.ndarray,
-    start: int,
-) -> None:
-    """Assign row ``start``, along the shortest path to a free column, and change the prices."""
-    distance = np.full(len(row_of), np.inf)  # of columns that are not reached
-    reached: list[tuple[int, float]] = []
-    price = column_price.copy()
-    row_before = np.full(len(row_of), start)
-    row, shortest = start, 0.0
-    while True:
-        through_row = costs[row] - price
-        through_row += shortest - row_price[row]
-        shorter = through_row < distance
-        np.copyto(distance, through_row, where=shorter)
-        np.copyto(row_before, row, where=shorter)
-        column = int(distance.argmin())
-        shortest = float(distance[column])
-        if row_of[column] < 0:
-            break
-        reached.append((column, shortest))
-        distance[column], price[column] = np.inf, -np.inf  # never shorter again
-        row = row_of[column]
-    row_price[start] += shortest
-    for earlier, length in reached:
-        row_price[row_of[earlier]] += shortest - length
-        column_price[earlier] -= shortest - length
-    while True:
-        row = row_before[column]
-        row_of[column], column_of[row], column = row, column, column_of[row]
-        if row == start:
-            return

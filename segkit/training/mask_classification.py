@@ -64,12 +64,12 @@ class MaskClassification(nn.Module):
         check_bounds(0, 1, importance=importance, no_object=no_object)
         factors = {"mask_factor": mask_factor, "dice_factor": dice_factor}
         check_bounds(0, float("inf"), class_factor=class_factor, **factors)
-        self.points = points
-        self.oversampling = oversampling
-        self.importance = importance
-        self.class_factor = class_factor
-        self.mask_factor = mask_factor
-        self.dice_factor = dice_factor
+        self.points, self.oversampling, self.importance = points, oversampling, importance
+        self.class_factor, self.mask_factor, self.dice_factor = (
+            class_factor,
+            mask_factor,
+            dice_factor,
+        )
         self.no_object = no_object
 
     def forward(
@@ -92,9 +92,8 @@ class MaskClassification(nn.Module):
             sums = torch.stack([named, scored.sum(), *counts.to(named)])
             named, scored, queries, segments = sum_over_ranks(sums) if self.training else sums
             # Both counts are 0 if no image has a valid pixel; then the losses are 0 too.
-            return self.class_factor * named / (queries + (queries == 0)) + scored / (
-                segments + (segments == 0)
-            )
+            classified = self.class_factor * named / (queries + (queries == 0))
+            return classified + scored / (segments + (segments == 0))
 
     def _counts(self, present: Tensor, *, queries: int, parts: int) -> Tensor:
         """Return the sum of the queries' coefficients, and the matched segments, per part."""
@@ -119,12 +118,13 @@ class MaskClassification(nn.Module):
         layers = zip(classes, masks, strict=True)
         costs = torch.stack([self._costs(c, m, points, truth, labels) for c, m in layers])
         costs = costs.nan_to_num(1e9, 1e9, -1e9).clamp(-1e9, 1e9)  # a diverged query comes last
-        matches = [
-            np.concatenate(
-                [_pairs(i, layer[i, : len(s)], s) for i, s in enumerate(segments)], axis=1
-            )
-            for layer in costs.mT.cpu().numpy()
-        ]
+        matches = []
+        for layer in costs.mT.cpu().numpy():
+            parts = []
+            for image, named in enumerate(segments):
+                rows, queries = assign(layer[image, : len(named)])
+                parts.append(np.stack([np.full_like(queries, image), queries, named[rows]]))
+            matches.append(np.concatenate(parts, axis=1))
         return torch.from_numpy(np.stack(matches)).to(target.device)
 
     def _costs(
@@ -174,9 +174,8 @@ class MaskClassification(nn.Module):
     def _points(self, masks: Tensor, target: Tensor, image: Tensor) -> Tensor:
         """Return (segments, points, 2): the most uncertain of random points, and random points."""
         uncertain = int(self.importance * self.points)
-        candidates = torch.rand(
-            len(masks), int(self.oversampling * self.points), 2, device=masks.device
-        )
+        number = int(self.oversampling * self.points)
+        candidates = torch.rand(len(masks), number, 2, device=masks.device)
         doubt = -sample_points(masks, candidates)[:, 0].abs()
         doubt.masked_fill_(_labels_at(target, candidates, image) == IGNORE, -torch.inf)
         best = doubt.topk(uncertain, 1).indices
@@ -192,20 +191,8 @@ def _present(target: Tensor, classes: int) -> Tensor:
 
 
 def _labels_at(target: Tensor, points: Tensor, image: Tensor) -> Tensor:
-    """Return the labels of the pixels that points lie in, (N, P), of the images with these indices.
-
-    Shape:
-        target: (B, H, W)
-        points: (N, P, 2)
-        image: (N,)
-    """
+    """Return the labels, (N, P), of the pixels of N images of the target that points lie in."""
     height, width = target.shape[1:]
     column = (points[..., 0] * width).long().clamp_max(width - 1)
     row = (points[..., 1] * height).long().clamp_max(height - 1)
     return target[image[:, None], row, column].long()
-
-
-def _pairs(image: int, costs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return (3, matches): image, query and class, from costs of (classes, queries)."""
-    segments, queries = assign(costs)
-    return np.stack([np.full(len(queries), image), queries, labels[segments]])

@@ -37,7 +37,7 @@ from segkit.models.backbones.swin import (
     shift_mask,
 )
 from segkit.models.backbones.torchvision import SameConv2d, convnext
-from segkit.models.backbones.vit import ViT, cubic_weights, resized
+from segkit.models.backbones.vit import ViT, resized
 from segkit.models.segmenter import build_model
 from segkit.models.transformer import rotary_positions, rotate
 
@@ -906,11 +906,12 @@ def test_positions_of_the_pretrained_grid_are_not_resized() -> None:
     assert resized(positions, 3, 7).shape == (1, 21, 16)
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(5, 5), (5, 3), (5, 13), (37, 7), (1, 4)])
-def test_cubic_weights_are_pytorchs(inputs: int, outputs: int) -> None:
-    x = torch.eye(inputs)[None, :, None]  # (1, inputs, 1, inputs)
-    expected = F.interpolate(x, (1, outputs), mode="bicubic")[0, :, 0].T
-    torch.testing.assert_close(cubic_weights(outputs, inputs, x), expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("size", [(5, 3), (13, 5), (1, 4)])
+def test_positions_are_resized_bicubically(size: tuple[int, int]) -> None:
+    positions = torch.randn(1, 25, 3, generator=torch.Generator().manual_seed(0))
+    grid = positions.mT.unflatten(2, (5, 5))
+    expected = F.interpolate(grid, size, mode="bicubic").flatten(2).mT
+    torch.testing.assert_close(resized(positions, *size), expected, rtol=0, atol=1e-5)
 
 
 def test_a_pyramid_reads_four_blocks_and_a_map_the_last() -> None:

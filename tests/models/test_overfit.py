@@ -9,23 +9,23 @@ from torch import Tensor
 
 from benchmarks.overfit import GOAL, crops, fit
 from segkit.models.backbones import BACKBONES
-from segkit.models.backbones.beit import beit
+from segkit.models.backbones.beit import BEiT
 from segkit.models.backbones.convnextv2 import ResponseNormBlock
 from segkit.models.backbones.efficientnet_lite import TAPS, lite
-from segkit.models.backbones.mit import mit
+from segkit.models.backbones.mit import MiT
 from segkit.models.backbones.torchvision import convnext, convnext_of, efficientnet
-from segkit.models.backbones.vit import vit
+from segkit.models.backbones.vit import ViT
 from segkit.models.segmenter import build_model
 from segkit.training.losses import build_loss
 
 TINY = {
-    "vit": vit(48, 4, 3, patch=8, positions=8),
-    "vit_rotary": vit(48, 6, 3, patch=8, positions=0, registers=2, gated=True, hidden=96),
-    "beit": beit(48, 12, 3, 0.1),
+    "vit": partial(ViT, 48, 4, 3, patch=8, positions=8),
+    "vit_rotary": partial(ViT, 48, 6, 3, 2, gated=True, patch=8, positions=0),
+    "beit": partial(BEiT, 48, 12, 3, 0.1),
     "convnext_v2": partial(
         convnext, convnext_of(16, 1, 1, 2, 1, block=ResponseNormBlock), drop_path=0.0
     ),
-    "mit": mit(16, 1, 1, 1, 1),
+    "mit": partial(MiT, (16, 32, 80, 128), (1, 1, 1, 1)),
     "efficientnet_lite": partial(efficientnet, lite(0.5, 0.5), TAPS, 224, like="smp"),
 }
 UPERNET = {"name": "upernet", "width": 32, "aux_width": None}

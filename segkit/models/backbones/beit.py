@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,9 @@ class BEiT(nn.Module):
         width: Channels of the tokens.
         depth: Number of blocks, a multiple of 12.
         heads: Attention heads.
+        scale: Initial value of LayerScale.
         window: Side of the grid of patches that the position biases are for: a sixteenth of the
             side of the images that the weights were trained with.
-        scale: Initial value of LayerScale.
         drop_path: Probability of stochastic depth of the last block; it grows linearly from 0.
         checkpointing: Do not store activations inside blocks; recompute them in backward.
         in_channels: Channels of the image.
@@ -45,17 +46,21 @@ class BEiT(nn.Module):
 
     def __init__(
         self,
-        *,
         width: int,
         depth: int,
         heads: int,
-        window: int = 14,
         scale: float = 0.1,
+        *,
+        window: int = 14,
         drop_path: float = 0.1,
         checkpointing: bool = False,
         in_channels: int = 3,
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
+        refuse_dilation("BEiT", output_stride)
+        check_bounds(2, 1024, window=window)
+        check_bounds(0, 1, drop_path=drop_path)
         self.checkpointing, self.in_channels = checkpointing, in_channels
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, PATCH, stride=PATCH)))
         set_in_channels(self.patch_embed, in_channels)
@@ -94,7 +99,7 @@ class RelativeBlock(TransformerBlock):
     """
 
     def __init__(self, width: int, heads: int, window: int, scale: float, drop_path: float) -> None:
-        super().__init__(width, heads, hidden=4 * width, drop_path=drop_path)
+        super().__init__(width, heads, drop_path=drop_path)
         self.position_bias = RelativePositionBias(window, heads)
         for layer_scale in (self.ls1, self.ls2):
             nn.init.constant_(layer_scale.gamma, scale)
@@ -135,10 +140,6 @@ class RelativePositionBias(nn.Module):
 def relative_offsets(rows: int, columns: int, like: Tensor) -> Tensor:
     """Return the index of the offset of each pair of patches among all offsets, by rows.
 
-    Args:
-        rows, columns: Patches of the grid.
-        like: A tensor on the device.
-
     Shape:
         result: (rows * columns, rows * columns), below (2 rows - 1) * (2 columns - 1)
     """
@@ -148,35 +149,7 @@ def relative_offsets(rows: int, columns: int, like: Tensor) -> Tensor:
     return down * (2 * columns - 1) + across
 
 
-def beit(width: int, depth: int, heads: int, scale: float) -> Callable[..., BEiT]:
-    """Return a function that builds BEiT of this size."""
-
-    def build(
-        *,
-        window: int = 14,
-        drop_path: float = 0.1,
-        checkpointing: bool = False,
-        in_channels: int = 3,
-        output_stride: int = 32,
-    ) -> BEiT:
-        refuse_dilation("BEiT", output_stride)
-        check_bounds(2, 1024, window=window)
-        check_bounds(0, 1, drop_path=drop_path)
-        return BEiT(
-            width=width,
-            depth=depth,
-            heads=heads,
-            window=window,
-            scale=scale,
-            drop_path=drop_path,
-            checkpointing=checkpointing,
-            in_channels=in_channels,
-        )
-
-    return build
-
-
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "beit_b": beit(768, 12, 12, 0.1),
-    "beit_l": beit(1024, 24, 16, 1e-5),
+    "beit_b": partial(BEiT, 768, 12, 12, 0.1),
+    "beit_l": partial(BEiT, 1024, 24, 16, 1e-5),
 }

@@ -1,7 +1,6 @@
 """Depth of a backbone's parameters, for layer-wise learning rates and frozen stages."""
 
 import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,21 +23,19 @@ def layers(backbone: nn.Module) -> list[list[str]]:
         ConfigError: It has no ``stages``.
     """
     modules = dict(backbone.named_modules())
-    return list(itertools.chain(*(_layers_of(stage, modules) for stage in stages(backbone))))
-
-
-def _layers_of(stage: Sequence[str], modules: Mapping[str, nn.Module]) -> list[list[str]]:
     result: list[list[str]] = []
-    for name in stage:
-        part = modules.get(name)
-        if part is not None and next(part.parameters(), None) is None:
-            continue
-        if part is not None and _is_blocks(part):
-            result += [[f"{name}.{child}"] for child, _ in part.named_children()]
-        elif result and (part is None or next(part.children(), None) is None):
-            result[-1].append(name)
-        else:
-            result.append([name])
+    for stage in stages(backbone):
+        start = len(result)
+        for name in stage:
+            part = modules.get(name)  # None for a parameter
+            if part is not None and next(part.parameters(), None) is None:
+                continue
+            if part is not None and _is_blocks(part):
+                result += [[f"{name}.{child}"] for child, _ in part.named_children()]
+            elif len(result) > start and (part is None or next(part.children(), None) is None):
+                result[-1].append(name)
+            else:
+                result.append([name])
     return result
 
 

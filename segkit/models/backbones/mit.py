@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,7 @@ from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.stages import refuse_dilation, run
 from segkit.models.kernels.depthwise import DepthwiseConv2d
 
-HEADS = (1, 2, 5, 8)
-REDUCTIONS = (8, 4, 2, 1)
+HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)
 
 
 class MiT(nn.Module):
@@ -40,27 +40,22 @@ class MiT(nn.Module):
 
     def __init__(
         self,
-        *,
         widths: Sequence[int],
         depths: Sequence[int],
+        *,
         drop_path: float = 0.1,
         checkpointing: bool = False,
         in_channels: int = 3,
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
+        refuse_dilation("MiT", output_stride)
+        check_bounds(0, 1, drop_path=drop_path)
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
-        self.levels = nn.ModuleList(
-            MixStage(
-                inputs,
-                width,
-                patch=7 if i == 0 else 3,
-                stride=4 if i == 0 else 2,
-                heads=HEADS[i],
-                reduction=REDUCTIONS[i],
-                drop_paths=[next(rates) for _ in range(depths[i])],
-            )
-            for i, (inputs, width) in enumerate(zip((3, *widths), widths, strict=False))
-        )
+        self.levels = nn.ModuleList()
+        for number, (inputs, width) in enumerate(zip((3, *widths), widths, strict=False)):
+            drop_paths = [next(rates) for _ in range(depths[number])]
+            self.levels.append(MixStage(inputs, width, number, drop_paths))
         self.apply(_initialize)
         set_in_channels(self.levels, in_channels)
         self.in_channels = in_channels
@@ -84,23 +79,13 @@ class MixStage(nn.Module):
         x: (B, inputs, H, W) -> (B, width, H / stride, W / stride), rounded up
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        width: int,
-        *,
-        patch: int,
-        stride: int,
-        heads: int,
-        reduction: int,
-        drop_paths: Sequence[float],
-    ) -> None:
+    def __init__(self, inputs: int, width: int, number: int, drop_paths: Sequence[float]) -> None:
         super().__init__()
+        patch, stride = (3, 2) if number else (7, 4)
         self.embed = nn.Conv2d(inputs, width, patch, stride=stride, padding=patch // 2)
         self.embed_norm = nn.LayerNorm(width)
-        self.blocks = nn.Sequential(
-            *(MixBlock(width, heads, reduction, drop_path) for drop_path in drop_paths)
-        )
+        shape = width, HEADS[number], REDUCTIONS[number]
+        self.blocks = nn.Sequential(*(MixBlock(*shape, drop_path) for drop_path in drop_paths))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
@@ -112,7 +97,7 @@ class MixStage(nn.Module):
 class MixBlock(nn.Module):
     """Attention and Mix-FFN, each with a LayerNorm before it and a residual connection.
 
-    Shape:
+    Shape, as of its parts:
         x: (B, h, w, width) -> (B, h, w, width)
     """
 
@@ -134,9 +119,6 @@ class ReducedAttention(nn.Module):
 
     Section 3.1 of the paper. As in the authors' code, rows and columns beyond a multiple of
     ``reduction`` are in no key. A map smaller than one multiple is padded with zeros.
-
-    Shape:
-        x: (B, h, w, width) -> (B, h, w, width)
     """
 
     def __init__(self, width: int, heads: int, reduction: int) -> None:
@@ -145,15 +127,13 @@ class ReducedAttention(nn.Module):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.reduce: nn.Conv2d | None = None
-        self.reduce_norm: nn.LayerNorm | None = None
         if reduction > 1:
             self.reduce = nn.Conv2d(width, width, reduction, stride=reduction)
             self.reduce_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         reduced = x
-        if self.reduce is not None and self.reduce_norm is not None:
+        if self.reduction > 1:
             whole = x.permute(0, 3, 1, 2)
             if not is_exporting():
                 below, right = (max(0, self.reduction - side) for side in x.shape[1:3])
@@ -167,11 +147,7 @@ class ReducedAttention(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """A perceptron with a 3x3 depthwise convolution before its GELU, which tells positions.
-
-    Shape:
-        x: (B, h, w, width) -> (B, h, w, width)
-    """
+    """A perceptron with a 3x3 depthwise convolution before its GELU, which tells positions."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -197,35 +173,12 @@ def _initialize(module: nn.Module) -> None:
     nn.init.zeros_(module.bias)
 
 
-def mit(width: int, *depths: int) -> Callable[..., MiT]:
-    """Return a function that builds MiT of this width of the first stage and these depths."""
-    widths = (width, 2 * width, 5 * width, 8 * width)
-
-    def build(
-        *,
-        drop_path: float = 0.1,
-        checkpointing: bool = False,
-        in_channels: int = 3,
-        output_stride: int = 32,
-    ) -> MiT:
-        refuse_dilation("MiT", output_stride)
-        check_bounds(0, 1, drop_path=drop_path)
-        return MiT(
-            widths=widths,
-            depths=depths,
-            drop_path=drop_path,
-            checkpointing=checkpointing,
-            in_channels=in_channels,
-        )
-
-    return build
-
-
+_NARROW, _WIDE = (32, 64, 160, 256), (64, 128, 320, 512)
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "mit_b0": mit(32, 2, 2, 2, 2),
-    "mit_b1": mit(64, 2, 2, 2, 2),
-    "mit_b2": mit(64, 3, 4, 6, 3),
-    "mit_b3": mit(64, 3, 4, 18, 3),
-    "mit_b4": mit(64, 3, 8, 27, 3),
-    "mit_b5": mit(64, 3, 6, 40, 3),
+    "mit_b0": partial(MiT, _NARROW, (2, 2, 2, 2)),
+    "mit_b1": partial(MiT, _WIDE, (2, 2, 2, 2)),
+    "mit_b2": partial(MiT, _WIDE, (3, 4, 6, 3)),
+    "mit_b3": partial(MiT, _WIDE, (3, 4, 18, 3)),
+    "mit_b4": partial(MiT, _WIDE, (3, 8, 27, 3)),
+    "mit_b5": partial(MiT, _WIDE, (3, 6, 40, 3)),
 }

@@ -34,10 +34,7 @@ class PyramidNeck(nn.Module):
 
     def __init__(self, width: int, norm: Callable[[int], nn.Module] = _layer_norm) -> None:
         super().__init__()
-
-        def double() -> nn.ConvTranspose2d:
-            return nn.ConvTranspose2d(width, width, 2, stride=2)
-
+        double = partial(nn.ConvTranspose2d, width, width, 2, stride=2)
         self.levels = nn.ModuleList(
             [
                 nn.Sequential(double(), norm(width), nn.GELU(), double()),

@@ -3,10 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
@@ -15,7 +16,6 @@ from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.neck import PyramidNeck
 from segkit.models.backbones.stages import refuse_dilation
 from segkit.models.transformer import (
-    Rotary,
     TransformerBlock,
     block_stages,
     rotary_positions,
@@ -39,13 +39,12 @@ class ViT(nn.Module):
         width: Channels of the tokens.
         depth: Number of blocks.
         heads: Attention heads.
-        patch: Side of a patch in pixels.
         registers: Number of register tokens.
+        eps: Of the norms.
+        gated: SwiGLU in place of the MLPs.
+        patch: Side of a patch in pixels.
         positions: Side of the grid of learned positions, resized bicubically to the image's grid;
             0 for rotary positions.
-        hidden: Channels within the MLPs; default: four times the width.
-        gated: SwiGLU in place of the MLPs.
-        eps: Of the norms.
         output: A pyramid from the blocks at a quarter, half, three quarters and the end, or the
             last map alone, each normalized by the last norm; or the last tokens.
         omitted_blocks: Number of last blocks that this network does not have, for ``eomt``.
@@ -64,23 +63,31 @@ class ViT(nn.Module):
 
     def __init__(
         self,
-        *,
         width: int,
         depth: int,
         heads: int,
-        patch: int,
         registers: int = 0,
-        positions: int = 37,
-        hidden: int | None = None,
-        gated: bool = False,
         eps: float = 1e-6,
+        gated: bool = False,
+        *,
+        patch: int,
+        positions: int,
         output: Output = "pyramid",
         omitted_blocks: int = 0,
         drop_path: float = 0.0,
         checkpointing: bool = False,
         in_channels: int = 3,
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
+        refuse_dilation("ViT", output_stride)
+        check_bounds(0, 1, drop_path=drop_path)
+        check_bounds(1, 1024, patch=patch)
+        check_bounds(0, 1024, positions=positions)
+        if omitted_blocks:
+            check_bounds(0, depth - 4, omitted_blocks=omitted_blocks)
+            if output != "tokens":
+                raise ConfigError(f'omitted_blocks: needs output "tokens", got "{output}"')
         self.patch, self.heads, self.checkpointing = patch, heads, checkpointing
         self.in_channels = in_channels
         project = nn.Conv2d(3, width, patch, stride=patch)
@@ -89,9 +96,7 @@ class ViT(nn.Module):
         self.cls_token = _tokens(1, width)
         self.register_tokens = _tokens(registers, width) if registers else None
         self.pos_embed = _tokens(positions**2 + 1, width) if positions else None
-        block = partial(
-            TransformerBlock, width, heads, hidden=hidden or 4 * width, gated=gated, eps=eps
-        )
+        block = partial(TransformerBlock, width, heads, gated=gated, eps=eps)
         steepness = drop_path / max(1, depth - 1)
         depth -= omitted_blocks
         self.blocks = nn.ModuleList(block(drop_path=steepness * i) for i in range(depth))
@@ -112,9 +117,8 @@ class ViT(nn.Module):
         height, width = image.shape[-2:]
         x, rows, columns = whole_patches(image, self.patch)
         x = self.embed(x, rows, columns)
-        rotary: Rotary | None = None
-        if self.pos_embed is None:
-            rotary = rotary_positions(rows, columns, x.shape[2] // self.heads, x)
+        head = x.shape[2] // self.heads
+        rotary = None if self.pos_embed is not None else rotary_positions(rows, columns, head, x)
         recompute = self.checkpointing and self.training
         chosen = run_blocks(self.blocks, x, rotary, outputs=self.outputs, recompute=recompute)
         results = [self.norm(x) if self.norm else x for x in chosen]
@@ -148,20 +152,9 @@ def resized(positions: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def cubic_weights(outputs: int, inputs: int, like: Tensor) -> Tensor:
-    """Return the coefficients of bicubic resizing of one axis, (outputs, inputs), as PyTorch's.
-
-    Keys 1981, https://doi.org/10.1109/TASSP.1981.1163711, with a = -0.75; beyond the edges, the
-    values at the edges are repeated.
-    """
-    a = -0.75
-    at = (torch.arange(outputs, device=like.device) + 0.5) * (inputs / outputs) - 0.5
-    taps = at.floor()[:, None] + torch.arange(-1, 3, device=like.device)
-    apart = (at[:, None] - taps).abs()
-    near = ((a + 2) * apart - (a + 3)) * apart**2 + 1
-    far = ((a * apart - 5 * a) * apart + 8 * a) * apart - 4 * a
-    shares = torch.where(apart <= 1, near, far)
-    places = taps.clamp(0, inputs - 1)[..., None] == torch.arange(inputs, device=like.device)
-    return (places * shares[..., None]).sum(1)
+    """Return the coefficients of bicubic resizing of one axis, (outputs, inputs)."""
+    identity = torch.eye(inputs, device=like.device)[None, None]
+    return F.interpolate(identity, (outputs, inputs), mode="bicubic")[0, 0]
 
 
 def _tokens(number: int, width: int) -> nn.Parameter:
@@ -169,58 +162,25 @@ def _tokens(number: int, width: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, number, width), std=0.02))
 
 
-def vit(
-    width: int, depth: int, heads: int, *, patch: int, positions: int, **options: Any
-) -> Callable[..., ViT]:
-    """Return a function that builds a ViT of this size."""
-
-    def build(
-        *,
-        patch: int = patch,
-        positions: int = positions,
-        output: Output = "pyramid",
-        omitted_blocks: int = 0,
-        drop_path: float = 0.0,
-        checkpointing: bool = False,
-        in_channels: int = 3,
-        output_stride: int = 32,
-    ) -> ViT:
-        refuse_dilation("ViT", output_stride)
-        check_bounds(0, 1, drop_path=drop_path)
-        check_bounds(1, 1024, patch=patch)
-        check_bounds(0, 1024, positions=positions)
-        check_bounds(0, depth - 4, omitted_blocks=omitted_blocks)
-        if omitted_blocks and output != "tokens":
-            raise ConfigError(f'omitted_blocks: needs output "tokens", got "{output}"')
-        return ViT(
-            width=width,
-            depth=depth,
-            heads=heads,
-            patch=patch,
-            positions=positions,
-            output=output,
-            omitted_blocks=omitted_blocks,
-            drop_path=drop_path,
-            checkpointing=checkpointing,
-            in_channels=in_channels,
-            **options,
-        )
-
-    return build
+def dinov2(width: int, depth: int, heads: int, registers: int = 0) -> Callable[..., ViT]:
+    """Return the builder of a ViT of DINOv2."""
+    return partial(ViT, width, depth, heads, registers, 1e-6, False, patch=14, positions=37)
 
 
-_DINOV2: dict[str, Any] = {"patch": 14, "positions": 37}
-_DINOV3: dict[str, Any] = {"patch": 16, "registers": 4, "positions": 0, "eps": 1e-5}
+def dinov3(width: int, depth: int, heads: int, *, gated: bool = False) -> Callable[..., ViT]:
+    """Return the builder of a ViT of DINOv3."""
+    return partial(ViT, width, depth, heads, 4, 1e-5, gated, patch=16, positions=0)
+
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "vit_s_dinov2": vit(384, 12, 6, **_DINOV2),
-    "vit_b_dinov2": vit(768, 12, 12, **_DINOV2),
-    "vit_l_dinov2": vit(1024, 24, 16, **_DINOV2),
-    "vit_s_dinov2_reg": vit(384, 12, 6, registers=4, **_DINOV2),
-    "vit_b_dinov2_reg": vit(768, 12, 12, registers=4, **_DINOV2),
-    "vit_l_dinov2_reg": vit(1024, 24, 16, registers=4, **_DINOV2),
-    "vit_s_dinov3": vit(384, 12, 6, **_DINOV3),
-    "vit_s_plus_dinov3": vit(384, 12, 6, hidden=1536, gated=True, **_DINOV3),
-    "vit_b_dinov3": vit(768, 12, 12, **_DINOV3),
-    "vit_l_dinov3": vit(1024, 24, 16, **_DINOV3),
+    "vit_s_dinov2": dinov2(384, 12, 6),
+    "vit_b_dinov2": dinov2(768, 12, 12),
+    "vit_l_dinov2": dinov2(1024, 24, 16),
+    "vit_s_dinov2_reg": dinov2(384, 12, 6, 4),
+    "vit_b_dinov2_reg": dinov2(768, 12, 12, 4),
+    "vit_l_dinov2_reg": dinov2(1024, 24, 16, 4),
+    "vit_s_dinov3": dinov3(384, 12, 6),
+    "vit_s_plus_dinov3": dinov3(384, 12, 6, gated=True),
+    "vit_b_dinov3": dinov3(768, 12, 12),
+    "vit_l_dinov3": dinov3(1024, 24, 16),
 }

@@ -1,7 +1,6 @@
 """EoMT: a plain Vision Transformer whose last blocks also see queries, and no other decoder."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -79,11 +78,10 @@ class EoMT(nn.Module):
             raise ConfigError(f"heads: expected a divisor of {width} channels, got {heads}")
         self.num_classes, self.rotary, self.annealing = num_classes, rotary, annealing
         eps = 1e-5 if rotary else 1e-6
-        block = partial(
-            TransformerBlock, width, self.heads, hidden=4 * width, eps=eps, drop_path=drop_path
-        )
         self.query = nn.Embedding(queries, width)
-        self.blocks = nn.ModuleList(block() for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, self.heads, eps=eps, drop_path=drop_path) for _ in range(blocks)
+        )
         self.norm = nn.LayerNorm(width, eps=eps)
         self.class_head = QueryClassifier(width, num_classes)
         self.mask_head = nn.Sequential(
@@ -91,7 +89,7 @@ class EoMT(nn.Module):
             nn.Linear(width, width),
         )  # fmt: skip
         self.upscale = nn.Sequential(*(upscaling(width) for _ in range(upscalings)))
-        self.register_buffer("forward_passes", torch.zeros((), dtype=torch.long))
+        self.register_buffer("forward_passes", torch.tensor(0))
         self._masked = [annealing > 0] * blocks  # in evaluation
         self.register_load_state_dict_post_hook(_read_masked)
 
@@ -100,17 +98,14 @@ class EoMT(nn.Module):
         batch, _, *grid = patches.shape
         queries = self.query.weight.expand(batch, -1, -1)
         x = torch.cat([queries, others.flatten(2).mT, patches.flatten(2).mT], 1)
-        positions = None
-        if self.rotary:
-            positions = rotary_positions(grid[0], grid[1], x.shape[2] // self.heads, x)
+        head = x.shape[2] // self.heads
+        positions = rotary_positions(grid[0], grid[1], head, x) if self.rotary else None
         predictions = []
         for number, block in enumerate(self.blocks):
-            mask = None
             masked = self.annealing > 0 if self.training else self._masked[number]
             if self.training or masked:
                 predictions.append(self._predict(x, grid))
-            if masked:
-                mask = self._mask(predictions[-1][1].detach(), x, grid, number)
+            mask = self._mask(predictions[-1][1].detach(), x, grid, number) if masked else None
             x = block(x, positions, mask)
         predictions.append(self._predict(x, grid))
         out = {"out": semantic_logits(*predictions[-1], num_classes=self.num_classes)}
@@ -158,10 +153,8 @@ class EoMT(nn.Module):
 def _read_masked(decoder: EoMT, *_: object) -> None:
     """Set which blocks use masks in evaluation; forward would wait for the device to read it."""
     if not decoder.forward_passes.is_meta:
-        numbers = range(len(decoder.blocks))
-        decoder._masked = [
-            decoder.annealing > 0 and bool(decoder.masked_share(i) > 0.5) for i in numbers
-        ]
+        shares = [float(decoder.masked_share(i)) for i in range(len(decoder.blocks))]
+        decoder._masked = [decoder.annealing > 0 and share > 0.5 for share in shares]
 
 
 def upscaling(width: int) -> nn.Sequential:

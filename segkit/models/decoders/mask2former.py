@@ -73,16 +73,11 @@ class Mask2Former(nn.Module):
         self.num_classes = num_classes
         self.heads = heads
         self.used_levels = (-4, -3, -2, -1)
+        sizes = {"heads": heads, "layers": pixel_layers, "feedforward": pixel_feedforward}
         self.pixel_decoder = (
             FeaturePyramid(channels[-4:], width=width)
             if pixel_decoder == "fpn"
-            else DeformablePixelDecoder(
-                channels[-4:],
-                width=width,
-                heads=heads,
-                layers=pixel_layers,
-                feedforward=pixel_feedforward,
-            )
+            else DeformablePixelDecoder(channels[-4:], width=width, **sizes)
         )
         self.query_features = nn.Embedding(queries, width)
         self.query_positions = nn.Embedding(queries, width)
@@ -110,14 +105,11 @@ class Mask2Former(nn.Module):
             queries = layer(queries, positions, keys[level], values[level], attended)
             outputs.append(self.norm(queries))
             masks.append(self._masks(outputs[-1], embeddings))
-        classes = self.class_head(torch.stack(outputs) if self.training else outputs[-1])
+        classes = self.class_head(torch.stack(outputs if self.training else outputs[-1:]))
+        out = {"out": semantic_logits(classes[-1], masks[-1], num_classes=self.num_classes)}
         if not self.training:
-            return {"out": semantic_logits(classes, masks[-1], num_classes=self.num_classes)}
-        return {
-            "out": semantic_logits(classes[-1], masks[-1], num_classes=self.num_classes),
-            "query_classes": classes,
-            "query_masks": torch.stack(masks),
-        }
+            return out
+        return {**out, "query_classes": classes, "query_masks": torch.stack(masks)}
 
     def _masks(self, queries: Tensor, embeddings: Tensor) -> Tensor:
         return torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), embeddings)

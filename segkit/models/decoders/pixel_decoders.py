@@ -27,11 +27,7 @@ class FeaturePyramid(nn.Module):
 
     Cheng et al. 2021, https://arxiv.org/abs/2107.06278
 
-    Args:
-        channels: Widths of four maps, shallow to deep.
-        width: Channels of all outputs.
-
-    Shape:
+    Shape, shallow to deep:
         features[i]: (B, channels[i], h_i, w_i)
         maps: three of (B, width, h_i, w_i), deep to shallow
         embeddings: (B, width, h_0, w_0)
@@ -39,11 +35,8 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, channels: Sequence[int], *, width: int) -> None:
         super().__init__()
-        deep_first = channels[::-1]
-        self.laterals = nn.ModuleList(conv_norm(inputs, width) for inputs in deep_first)
-        self.smooth = nn.ModuleList(
-            conv_norm(width, width, 3).append(nn.ReLU()) for _ in deep_first
-        )
+        self.laterals = nn.ModuleList(conv_norm(inputs, width) for inputs in channels[::-1])
+        self.smooth = nn.ModuleList(conv_norm(width, width, 3).append(nn.ReLU()) for _ in channels)
         self.embed = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -59,17 +52,8 @@ class FeaturePyramid(nn.Module):
 class DeformablePixelDecoder(nn.Module):
     """A transformer encoder with deformable attention over three maps, and one pyramid level.
 
-    Cheng et al. 2022, https://arxiv.org/abs/2112.01527
-
-    Args:
-        channels: Widths of four maps, shallow to deep.
-        width: Channels of all outputs.
-        heads: Heads of the attention.
-        layers: Layers of the encoder.
-        feedforward: Hidden channels of each layer.
-
-    Shape:
-        As :class:`FeaturePyramid`.
+    Cheng et al. 2022, https://arxiv.org/abs/2112.01527; inputs and outputs are those of
+    :class:`FeaturePyramid`.
     """
 
     def __init__(
@@ -127,10 +111,7 @@ class DeformableAttention(nn.Module):
 
     Zhu et al. 2021 (Deformable DETR), https://arxiv.org/abs/2010.04159
 
-    Args:
-        width: Channels.
-        heads: Heads, each with its own points.
-        points: Points of a head on each map.
+    Each head has ``points`` on each map.
 
     Shape:
         x: (B, N, width), the pixels of all maps; the output is the same
@@ -147,10 +128,10 @@ class DeformableAttention(nn.Module):
         self.project = nn.Linear(width, width)
         for linear in (self.offsets, self.shares, self.value, self.project):
             nn.init.zeros_(linear.bias)
-        for linear in (self.offsets, self.shares):
-            nn.init.zeros_(linear.weight)
-        for linear in (self.value, self.project):
-            nn.init.xavier_uniform_(linear.weight)
+            if linear in (self.offsets, self.shares):
+                nn.init.zeros_(linear.weight)
+            else:
+                nn.init.xavier_uniform_(linear.weight)
         # Each head begins with points at distances 1, 2, ... in a direction of its own.
         angle = torch.arange(heads) * (2 * math.pi / heads)
         direction = torch.stack([angle.cos(), angle.sin()], 1)
@@ -170,10 +151,9 @@ class DeformableAttention(nn.Module):
         parts = values.split([height * width for height, width in sizes], 2)
         result = torch.zeros_like(values)
         for level, (part, (height, width)) in enumerate(zip(parts, sizes, strict=True)):
-            column, row = (offsets[..., level, :, i].flatten(0, 1) for i in (0, 1))
-            at = torch.stack(
-                [centers[:, :1] + column / width, centers[:, 1:] + row / height], 3
-            )  # (B * heads, N, points, 2)
+            sides = offsets.new_tensor([width, height])
+            at = centers[:, None] + offsets[..., level, :, :].flatten(0, 1) / sides
+            # (B * heads, N, points, 2)
             sampled = sample_points(part.unflatten(2, (height, width)), at.flatten(1, 2))
             share = shares[..., level * points : (level + 1) * points].flatten(0, 1)
             result = result + (sampled.unflatten(2, (-1, points)) * share[:, None]).sum(3)
@@ -201,8 +181,7 @@ def sine_positions(x: Tensor) -> Tensor:
         for side in (height, width)
     )
     rows, columns = (torch.stack([y.sin(), y.cos()], 2).flatten(1) for y in (rows, columns))
-    grid = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
-    return torch.cat(grid, 2).flatten(0, 1)
+    return torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], 1)
 
 
 def _centers(x: Tensor) -> Tensor:
@@ -210,5 +189,4 @@ def _centers(x: Tensor) -> Tensor:
     rows, columns = (
         (torch.arange(side, device=x.device) + 0.5) / side for side in (x.shape[2], x.shape[3])
     )
-    grid = columns.expand(x.shape[2], -1), rows[:, None].expand(-1, x.shape[3])
-    return torch.stack(grid, 2).flatten(0, 1)
+    return torch.cartesian_prod(rows, columns).flip(1)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,6 @@ from segkit.models.pretrained import beit, swin
 from segkit.models.pretrained.names import State
 from segkit.models.pretrained.reading import read_file
 from segkit.models.pretrained.recognition import Weights, recognize, recorded_settings
-from segkit.models.pretrained.vit import divide_blocks
 from segkit.models.queries import QueryClassifier
 
 AUXILIARY = ("aux", "aux_classifier", "heads", "presence")
@@ -155,15 +155,18 @@ def fit(model: nn.Module, weights: Weights, *, source: str) -> tuple[dict[str, T
 
 
 def _with_blocks_in_decoder(weights: Weights, depth: int) -> Weights:
-    """Return the weights of a whole ViT with its blocks from ``depth`` on in the decoder."""
-    kept, moved = divide_blocks(weights.backbone.tensors, depth)
-    tensors, names = weights.backbone.tensors, weights.backbone.names
-    head = replace(
-        weights.head,
-        tensors={**weights.head.tensors, **{new: tensors[old] for old, new in moved.items()}},
-        names={**weights.head.names, **{new: names[old] for old, new in moved.items()}},
-    )
-    trunk = replace(weights.backbone, tensors=kept, names={name: names[name] for name in kept})
+    """Return a whole ViT's weights with its norm, and its blocks from ``depth`` on, in ``eomt``."""
+    trunk = replace(weights.backbone, tensors={}, names={})
+    tensors, names = dict(weights.head.tensors), dict(weights.head.names)
+    head = replace(weights.head, tensors=tensors, names=names)
+    for name, tensor in weights.backbone.tensors.items():
+        part, new = trunk, name
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block and int(block[1]) >= depth:
+            part, new = head, f"decoder.blocks.{int(block[1]) - depth}.{name[block.end() :]}"
+        elif name.startswith("norm."):
+            part, new = head, f"decoder.{name}"
+        part.tensors[new], part.names[new] = tensor, weights.backbone.names[name]
     return replace(weights, backbone=trunk, head=head)
 
 
@@ -324,19 +327,12 @@ def _fit_decoder(
     own = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
     theirs = weights.head.tensors
     if weights.decoder is None:  # with a ViT's last blocks, if the decoder has them
-        moved = {
-            name: x for name, x in theirs.items() if name in own and x.shape == own[name].shape
-        }
-        return (
-            moved,
-            dict.fromkeys((k for k in own if k not in moved), weights.reason),
-            weights.reason,
-        )
-    modules = decoder.named_modules()
-    classifiers = Classifier, QueryClassifier
-    heads = {f"decoder.{name}" for name, module in modules if isinstance(module, classifiers)}
-    entries: dict[str, Tensor] = {}
-    left: dict[str, str] = {}
+        entries = {k: x for k, x in theirs.items() if k in own and x.shape == own[k].shape}
+        left = dict.fromkeys((name for name in own if name not in entries), weights.reason)
+        return entries, left, weights.reason
+    classes = Classifier, QueryClassifier
+    heads = {f"decoder.{k}" for k, part in decoder.named_modules() if isinstance(part, classes)}
+    entries, left = {}, {}
     wrong = [f"'{name}' is more" for name in theirs if name not in own and not _auxiliary(name)]
     wrong += [f"'{name}' is more" for name in weights.head.unknown]
     for name, value in own.items():

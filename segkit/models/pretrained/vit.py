@@ -1,7 +1,5 @@
 """Plain Vision Transformers by the names of Meta, timm and transformers."""
 
-import re
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -123,21 +121,3 @@ EOMT = Project(
     ),
     prefix="",
 )
-
-
-def divide_blocks(
-    backbone: Mapping[str, Tensor], depth: int
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the entries of a whole ViT that a ViT of ``depth`` blocks and ``eomt`` have.
-
-    Returns:
-        The ViT's entries, and the names in the decoder of the others: last blocks and norm.
-    """
-    moved = {}
-    for name in backbone:
-        block = re.match(r"blocks\.(\d+)\.", name)
-        if block and int(block[1]) >= depth:
-            moved[name] = f"decoder.blocks.{int(block[1]) - depth}.{name[block.end() :]}"
-        elif name.startswith("norm."):
-            moved[name] = f"decoder.{name}"
-    return {name: tensor for name, tensor in backbone.items() if name not in moved}, moved
