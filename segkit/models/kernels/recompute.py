@@ -84,7 +84,7 @@ class Recomputed(NamedTuple):
         compute: Computes its values; shape and dtype may differ.
         operation: Sequence number of the node whose output it is.
         number: Position among all tensors that were saved as ``Recomputed``.
-        near: True if the same output was saved less than ``_NEAR`` positions before.
+        previous: Position of the previous save of the same output.
     """
 
     compute: Compute
@@ -92,7 +92,7 @@ class Recomputed(NamedTuple):
     dtype: torch.dtype
     operation: int
     number: int
-    near: bool
+    previous: int
 
 
 class Hooks:
@@ -122,10 +122,10 @@ class Hooks:
                 self._kept.add(node._sequence_nr())
             return Kept(x)
         operation = node._sequence_nr()
+        previous = self._latest.get(operation, -_NEAR)
         self._count += 1
-        near = self._count - self._latest.get(operation, -_NEAR) < _NEAR
         self._latest[operation] = self._count
-        return Recomputed(compute, x.shape, x.dtype, operation, self._count, near)
+        return Recomputed(compute, x.shape, x.dtype, operation, self._count, previous)
 
     def unpack(self, packed: Kept | Recomputed) -> Tensor:
         """Return the tensor that was packed."""
@@ -136,8 +136,12 @@ class Hooks:
         if result is None:
             result = packed.compute()
         self._computing = outer
-        # Unpacked to compute another tensor, it is unpacked again by the node that saved it.
-        if packed.near if outer is None else outer.number - packed.number < _NEAR:
+        # Backward needs it next where it was saved before, or, if it is needed only to compute
+        # another tensor now, where it was saved.
+        now, later = packed.number, packed.previous
+        if outer is not None:
+            now, later = outer.number, packed.number
+        if now - later < _NEAR:
             self._cache[packed.operation] = result
         return result.to(packed.dtype).reshape(packed.shape)
 
