@@ -38,16 +38,17 @@ def sharpened(probabilities: Tensor, temperature: float) -> Tensor:
 class TemperatureFit:
     """Fits the temperature with the highest likelihood of the true classes.
 
-    All ``images``, a number over all ranks, count equally. The likelihood of 97 temperatures from
+    All images, ``indices`` over all ranks, count equally. The likelihood of 97 temperatures from
     1/8 to 8 is computed at 1024 pixels of each image, in one pass; a parabola through the best and
     its neighbors gives the result.
     """
 
-    def __init__(self, images: int) -> None:
-        self._losses = torch.zeros(images, len(_TEMPERATURES), dtype=torch.float64)
+    def __init__(self, indices: Sequence[int]) -> None:
+        self._row = {index: number for number, index in enumerate(indices)}
+        self._losses = torch.zeros(len(indices), len(_TEMPERATURES), dtype=torch.float64)
 
-    def add(self, image: int, probabilities: Tensor, target: Tensor) -> None:
-        """Add an image, whose number is below ``images``.
+    def add(self, index: int, probabilities: Tensor, target: Tensor) -> None:
+        """Add an image of this rank's share.
 
         Shape:
             probabilities: (C, H, W)
@@ -61,7 +62,7 @@ class TemperatureFit:
         true = logs.gather(0, target.flatten()[chosen].long().cpu()[None])[0].mean()
         for i, temperature in enumerate(_TEMPERATURES):
             total = (logs / temperature).logsumexp(0).mean()
-            self._losses[image, i] = total - true / temperature
+            self._losses[self._row[index], i] = total - true / temperature
 
     def temperature(self, device: torch.device) -> float:
         """Return the fitted temperature; all ranks call this."""

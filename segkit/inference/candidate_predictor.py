@@ -18,7 +18,7 @@ from segkit.inference.model_file import load
 from segkit.inference.predictor import Predictor
 from segkit.inference.trained_run import Images, TrainedRun, common_selection
 from segkit.inference.tta import View, fit_coefficients, true_class_samples
-from segkit.inference.voting import HardVote, SoftVote
+from segkit.inference.voting import HardVote, SoftVote, Vote
 
 Predictions = Iterator[tuple[int, Tensor, Tensor | None]]
 """Index of an image, its mask or probabilities, and its true mask if labels were asked for."""
@@ -28,10 +28,10 @@ class CandidatePredictor:
     """Predicts images with any candidate of some runs.
 
     Args:
-        runs: Trained runs; view coefficients are fitted on their common selection set. The first
-            run's configuration sets the batch size and the workers.
+        runs: Trained runs; view coefficients and temperatures are fitted on their common selection
+            set. The first run's configuration sets the batch size and the workers.
         folder: Folder of temporary files, for votes too large for memory.
-        allow_leak: Fit view coefficients even on images that a checkpoint trained on.
+        allow_leak: Fit even on images that a checkpoint trained on.
     """
 
     def __init__(
@@ -53,11 +53,7 @@ class CandidatePredictor:
     def predict(
         self, candidate: Candidate, images: Images, *, soft: bool = False, labels: bool = False
     ) -> Predictions:
-        """Yield masks of this rank's images, or probabilities with ``soft``.
-
-        Raises:
-            ArgumentError: Probabilities of a hard vote are asked for.
-        """
+        """Yield masks of this rank's images, or probabilities, which a hard vote lacks."""
         if len(candidate.paths) == 1:
             predictor = self._predictor(candidate, candidate.paths[0])
             function = predictor.probabilities if soft else predictor.mask
@@ -75,14 +71,10 @@ class CandidatePredictor:
             if index not in (images.left_out or ()):
                 yield index, result(position), images.source.mask(index) if labels else None
 
-    def votes(
-        self, candidate: Candidate, images: Images, kinds: Collection[str]
-    ) -> list[HardVote | SoftVote]:
+    def votes(self, candidate: Candidate, images: Images, kinds: Collection[str]) -> list[Vote]:
         """Return the checkpoints' votes on this rank's images, of several kinds in one pass.
 
-        Raises:
-            SegkitError: The checkpoints have different classes.
-            ArgumentError: One has no IoU for its coefficients in a weighted vote.
+        They need equal classes; for a weighted vote each needs the IoU of its classes.
         """
         states = [checkpoint.entries(path) for path in candidate.paths]
         if any(state["classes"] != states[0]["classes"] for state in states):
@@ -96,13 +88,13 @@ class CandidatePredictor:
                 )
         mine, folder = images.rank_indices(), self.folder
         shapes, classes = [images.source.size(index) for index in mine], len(states[0]["classes"])
-        iou = torch.tensor([[value or 0.0 for value in state.get("iou", ())] for state in states])
-        makers: dict[str, Callable[[], HardVote | SoftVote]] = {
-            "hard": lambda: HardVote(shapes, classes, folder=folder),
-            "soft": lambda: SoftVote(shapes, classes, folder=folder),
-            "weighted": lambda: SoftVote(shapes, classes, coefficients=iou, folder=folder),
-        }
-        votes = [makers[kind]() for kind in kinds]
+        votes: list[Vote] = []
+        for kind in kinds:
+            coefficients = None
+            if kind == "weighted":
+                coefficients = torch.tensor([[x or 0.0 for x in state["iou"]] for state in states])
+            maker = HardVote if kind == "hard" else SoftVote
+            votes.append(maker(shapes, classes, coefficients=coefficients, folder=folder))
         positions = {index: number for number, index in enumerate(mine)}
         batches = self._batches(images, labels=False)
         for voter, path in enumerate(candidate.paths):
@@ -121,15 +113,9 @@ class CandidatePredictor:
             trained = config.parse(checkpoint.entries(path)["config"], str(path))
             infer = asdict(config.override(trained, self.runs[0].overrides).infer)
             del infer["outputs"], infer["tta"], infer["details"]
-            fitted = self.view_coefficients(path, candidate.views) if candidate.fitted else None
-            model: dict[str, Any] = {
-                "sha256": self.digest(path),
-                "infer": infer,
-                "view_weights": fitted,
-            }
-            if candidate.cache_key.calibrated:
-                model["temperature"] = self._voter_temperature(candidate, path)
-            models.append(model)
+            coefficients, temperature = self._fitted(candidate, path)
+            fitted = {"view_weights": coefficients, "temperature": temperature}
+            models.append({"sha256": self.digest(path), "infer": infer, **fitted})
         return {
             "segkit": __version__,
             "device": self.device.type,
@@ -151,12 +137,7 @@ class CandidatePredictor:
         return load(path, device=self.device, overrides=overrides, verify=False, **options)
 
     def view_coefficients(self, path: Path, views: tuple[View, ...]) -> tuple[float, ...]:
-        """Return a checkpoint's coefficient for each view, fitted on the selection set.
-
-        Raises:
-            SegkitError: The runs have no selection set in common.
-            LeakError: The checkpoint trained on some of it.
-        """
+        """Return a checkpoint's coefficient for each view, fitted on the selection set."""
         if (path, views) in self._view_coefficients:
             return self._view_coefficients[path, views]
         images = self._selection("view coefficients", [path])
@@ -175,28 +156,19 @@ class CandidatePredictor:
         return fitted
 
     def temperature(self, candidate: Candidate) -> float:
-        """Return the temperature of a candidate's probabilities, fitted on the selection set.
-
-        Raises:
-            SegkitError: The runs have no selection set in common.
-            LeakError: A checkpoint trained on some of it.
-        """
+        """Return the temperature of a candidate's probabilities, fitted on the selection set."""
         key = candidate.cache_key
         if key not in self._temperatures:
             images = self._selection("temperatures", candidate.paths)
-            row = {index: number for number, index in enumerate(images.indices)}
-            fit = TemperatureFit(len(row))
+            fit = TemperatureFit(images.indices)
             for index, scored, mask in self.predict(candidate, images, soft=True, labels=True):
                 assert mask is not None
-                fit.add(row[index], scored, mask)
+                fit.add(index, scored, mask)
             self._temperatures[key] = fit.temperature(self.device)
         return self._temperatures[key]
 
-    def _voter_temperature(self, candidate: Candidate, path: Path) -> float:
-        return self.temperature(replace(candidate, name="", paths=(path,)))
-
     def _selection(self, fitted: str, paths: Sequence[Path]) -> Images:
-        """Return the images to fit something on."""
+        """Return the images to fit something on, of which no checkpoint trained on any."""
         images = common_selection(self.runs)
         if images is None:
             raise SegkitError(
@@ -218,18 +190,18 @@ class CandidatePredictor:
         # so that only validation, which has no views, may pad and combine images of other sizes.
         cfg = self.runs[0].config
         return EvalBatches(
-            images.source,
-            images.indices,
-            labels=labels,
-            batch_size=cfg.infer.batch_size,
-            workers=cfg.data.workers,
-            device=self.device,
-            left_out=images.left_out,
-        )
+            images.source, images.indices, labels=labels, batch_size=cfg.infer.batch_size,
+            workers=cfg.data.workers, device=self.device, left_out=images.left_out,
+        )  # fmt: skip
 
     def _predictor(self, candidate: Candidate, path: Path) -> Predictor:
-        fitted = self.view_coefficients(path, candidate.views) if candidate.fitted else None
-        predictor = self.load(path, views=candidate.views, coefficients=fitted)
-        if candidate.cache_key.calibrated:
-            predictor.temperature = self._voter_temperature(candidate, path)
+        coefficients, temperature = self._fitted(candidate, path)
+        predictor = self.load(path, views=candidate.views, coefficients=coefficients)
+        predictor.temperature = temperature
         return predictor
+
+    def _fitted(self, candidate: Candidate, path: Path) -> tuple[tuple[float, ...] | None, float]:
+        """Return a voter's view coefficients, ``None`` if they are equal, and its temperature."""
+        fitted = self.view_coefficients(path, candidate.views) if candidate.fitted else None
+        calibrated = candidate.cache_key.calibrated
+        return fitted, self.temperature(replace(candidate, paths=(path,))) if calibrated else 1.0

@@ -63,14 +63,13 @@ def final_candidate(
 
     ``kind`` is that of each run's soup; with ``None`` the best checkpoints of all folds vote.
     """
-    paths = [
-        path for run in runs for path in ([soup_of(run, kind)] if kind else run.best_checkpoints())
-    ]
+    voters = [[soup_of(run, kind)] if kind else run.best_checkpoints() for run in runs]
+    paths = best_first([path for of_run in voters for path in of_run])
     name = f"{kind} soup" if kind else "best checkpoint"
     name = name if len(paths) == 1 else f"{vote} vote"
-    name += VIEWED if views else ""
-    name += " fitted" if views and fitted else ""
-    return Candidate(name, best_first(paths), views, bool(views) and fitted, vote)
+    if views:
+        name += f"{VIEWED} fitted" if fitted else VIEWED
+    return Candidate(name, paths, views, fitted and bool(views), vote)
 
 
 def comparison_candidates(
@@ -96,11 +95,9 @@ def comparison_candidates(
         for kind in kinds if len(folds) > 1 else ():
             if _can_make(run, kind):
                 mixed.append(Candidate(f"{prefix}{kind} soup", (soup_of(run, kind),)))
-    if len(voters) > 1:
-        paths = best_first(voters)
-        mixed += [
-            Candidate(f"{vote} vote", paths, vote=vote) for vote in possible_votes(paths, votes)
-        ]
+    paths = best_first(voters)
+    for vote in possible_votes(paths, votes) if len(paths) > 1 else ():
+        mixed.append(Candidate(f"{vote} vote", paths, vote=vote))
     shown = [*alone, *mixed] if views_for_all else mixed or alone
     viewed = [
         replace(candidate, name=candidate.name + VIEWED, views=final.views)
@@ -134,6 +131,4 @@ def possible_votes(paths: Sequence[Path], votes: Sequence[str]) -> list[str]:
 
 def best_first(paths: Sequence[Path]) -> tuple[Path, ...]:
     """Return checkpoints in order of the scores they recorded: voters by rank."""
-    states = [checkpoint.entries(path) for path in paths]
-    order = sorted(range(len(paths)), key=lambda i: -(states[i].get("score") or 0.0))
-    return tuple(paths[i] for i in order)
+    return tuple(sorted(paths, key=lambda path: -(checkpoint.entries(path).get("score") or 0.0)))

@@ -3,8 +3,8 @@
 import math
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +13,24 @@ from torch import Tensor
 
 from segkit.inference.prediction import predicted_classes
 
-Shape = tuple[int, ...]
-
 IN_MEMORY = 2**28
 """Largest number of bytes of votes kept in memory; larger votes are kept in a file."""
 
 
-class Vote:
+class Vote(ABC):
     """Per-pixel vote of several models on many images.
 
     Args:
         shapes: (H, W) of every image.
         num_classes: Number of classes, at most 255.
-        coefficients: Coefficients of the votes, (voters, C), such as each model's validation IoU of
-            each class (NaN counts as 0), or (voters,); default: 1.
+        coefficients: Coefficients of a soft vote, (voters, C), such as each model's validation IoU
+            of each class; default: 1.
         max_bytes: Votes are kept in memory up to this size, and in a file above it.
         folder: Folder of such files; they are unnamed and disappear with the process.
 
-    Raises:
-        ValueError: A prediction does not fit, a voter repeats or skips rows, or the result of an
-            image without votes is asked for.
+    Shape:
+        probabilities: (C, h, W), rows of the image from ``top``
+        result: (H, W), uint8
     """
 
     def __init__(
@@ -44,48 +42,37 @@ class Vote:
         max_bytes: int = IN_MEMORY,
         folder: Path | None = None,
     ) -> None:
-        self.shapes, self.num_classes = tuple(shapes), num_classes
+        self._shapes, self._num_classes, self._coefficients = shapes, num_classes, coefficients
         self._max_bytes, self._folder = max_bytes, folder
-        self._given = None if coefficients is None else coefficients.double().nan_to_num(0.0)
-        self._rows: list[dict[int, int]] = [{} for _ in shapes]  # rows received so far, by voter
-        self._stored: dict[int, _MemmapArrays] = {}
+        self._arrays: dict[int, _MemmapArrays] = {}
 
-    def _register_rows(
-        self, image: int, voter: int, top: int, prediction: Tensor, *planes: int
-    ) -> slice:
-        """Check that a prediction continues a voter's rows; return the slice of its rows."""
-        height, width = self.shapes[image]
-        rows = prediction.shape[-2]
-        if tuple(prediction.shape) != (*planes, rows, width) or top + rows > height:
-            raise ValueError(
-                f"image {image}: expected shape {(*planes, height - top, width)}, "
-                f"got {tuple(prediction.shape)}"
-            )
-        expected = self._rows[image].get(voter, 0)
-        if top != expected:
-            raise ValueError(
-                f"image {image}, voter {voter}: expected rows from {expected}, got top={top}"
-            )
-        self._rows[image][voter] = top + rows
-        return slice(top, top + rows)
+    def _stored(self, number: int, image: int, planes: int, dtype: type[np.generic]) -> Tensor:
+        """Return a view of array ``number`` of an image, (planes, H, W)."""
+        if number not in self._arrays:
+            shapes = [(planes, *shape) for shape in self._shapes]
+            arrays = _MemmapArrays(shapes, np.dtype(dtype), self._max_bytes, self._folder)
+            self._arrays[number] = arrays
+        return torch.from_numpy(self._arrays[number][image])
 
-    def _complete_voters(self, image: int) -> list[int]:
-        """Return the voters that have voted on all rows of an image, the best first."""
-        height, _ = self.shapes[image]
-        voters = [voter for voter, rows in self._rows[image].items() if rows == height]
-        if not voters:
-            raise ValueError(f"no voter has voted on image {image}")
-        return sorted(voters)
+    def result(self, image: int) -> Tensor:
+        """Return the class that wins at every pixel."""
+        height, width = self._shapes[image]
+        winners = torch.empty(height, width, dtype=torch.uint8)
+        for rows in self._bands(height, width):
+            winners[rows] = self._winners(image, rows)
+        return winners
 
-    def _coefficients(self, voter: int) -> Tensor:
-        """Return a voter's coefficient for each class, (C,)."""
-        if self._given is None:
-            return torch.ones(self.num_classes, dtype=torch.float64)
-        return self._given[voter].expand(self.num_classes)
+    def _bands(self, height: int, width: int) -> list[slice]:
+        """Return slices of rows with at most 4 million scores each; only those are mapped."""
+        rows = max(1, 2**22 // (width * self._num_classes))
+        return [slice(top, top + rows) for top in range(0, height, rows)]
 
-    def _arrays(self, planes: int, dtype: type[np.generic]) -> "_MemmapArrays":
-        shapes = [(planes, *shape) for shape in self.shapes]
-        return _MemmapArrays(shapes, np.dtype(dtype), self._max_bytes, self._folder)
+    @abstractmethod
+    def add(self, image: int, probabilities: Tensor, *, voter: int, top: int = 0) -> None:
+        """Add rows of a voter's prediction; voters are numbered by rank, from 0 for the best."""
+
+    @abstractmethod
+    def _winners(self, image: int, rows: slice) -> Tensor: ...
 
 
 class HardVote(Vote):
@@ -93,87 +80,44 @@ class HardVote(Vote):
 
     A tie is won by the class that the best-ranked voter chose, not by the lowest class index, which
     would favor the background. All votes are stored, one byte per pixel and voter, so that the
-    result does not depend on the order of the voters. Arguments are those of :class:`Vote`.
-
-    Shape:
-        prediction: (H, W) class indices, or (C, H, W) probabilities
-        result: (H, W), uint8
+    result does not depend on the order of the voters.
     """
 
-    def add(self, image: int, prediction: Tensor, *, voter: int, top: int = 0) -> None:
-        """Add a voter's prediction of an image, or of its next rows, which begin at ``top``.
+    def add(self, image: int, probabilities: Tensor, *, voter: int, top: int = 0) -> None:
+        """Add the classes with the largest probabilities."""
+        mask = predicted_classes(probabilities)
+        self._stored(voter, image, 1, np.uint8)[0, top : top + len(mask)] = mask
 
-        Voters are numbered by rank, from 0 for the best.
-        """
-        mask = prediction.max(0).indices if prediction.dim() == 3 else prediction
-        if int(mask.max()) >= self.num_classes:
-            raise ValueError(
-                f"image {image}: prediction holds class {int(mask.max())}, "
-                f"but there are {self.num_classes} classes"
-            )
-        rows = self._register_rows(image, voter, top, mask)
-        if voter not in self._stored:
-            self._stored[voter] = self._arrays(1, np.uint8)
-        self._stored[voter][image][0, rows] = mask.to(torch.uint8).cpu().numpy()
-
-    def result(self, image: int) -> Tensor:
-        """Return the class with most votes at every pixel."""
-        voters = self._complete_voters(image)
-        coefficients = [self._coefficients(voter) for voter in voters]
-        winner = torch.empty(self.shapes[image], dtype=torch.uint8)
-        for rows in _bands(self.shapes[image], self.num_classes):
-            votes = [torch.tensor(self._stored[voter][image][0, rows]) for voter in voters]
-            winner[rows] = _most_votes(votes, coefficients)
-        return winner
-
-
-def _most_votes(votes: list[Tensor], coefficients: list[Tensor]) -> Tensor:
-    """Return the winner at every pixel of votes (H, W), by rank, with coefficients (C,) each."""
-    choices = [vote.long()[None] for vote in votes]
-    scores = torch.zeros(len(coefficients[0]), *votes[0].shape, dtype=torch.float64)
-    for choice, by_class in zip(choices, coefficients, strict=True):
-        scores.scatter_add_(0, choice, by_class[choice])
-    most = scores.amax(0, keepdim=True)
-    winner = choices[-1]
-    for choice in reversed(choices):
-        winner = torch.where(scores.gather(0, choice) == most, choice, winner)
-    return winner[0].to(torch.uint8)
+    def _winners(self, image: int, rows: slice) -> Tensor:
+        ranked = [self._stored(n, image, 1, np.uint8)[:, rows] for n in sorted(self._arrays)]
+        votes = torch.cat(ranked)
+        counts = torch.stack([(votes == vote).sum(0) for vote in votes])
+        return votes.gather(0, counts.max(0, keepdim=True).indices)[0]  # the first of the largest
 
 
 class SoftVote(Vote):
     """Soft vote per pixel: the class with the largest weighted sum of probabilities wins.
 
-    Arguments are those of :class:`Vote`.
-
-    Shape:
-        probabilities: (C, H, W)
-        result: (H, W), uint8
+    The lowest index wins among equal sums.
     """
 
     def add(self, image: int, probabilities: Tensor, *, voter: int, top: int = 0) -> None:
-        """Add a voter's probabilities of an image, or of its next rows, which begin at ``top``."""
-        rows = self._register_rows(image, voter, top, probabilities, self.num_classes)
-        sums = torch.from_numpy(self._sums[image])[:, rows]
-        sums += probabilities.float().cpu() * self._coefficients(voter).float().view(-1, 1, 1)
+        """Add probabilities."""
+        if self._coefficients is not None:
+            coefficients = self._coefficients[voter].to(probabilities)
+            probabilities = probabilities * coefficients.view(-1, 1, 1)
+        self._sums(image)[:, top : top + probabilities.shape[1]].add_(probabilities.cpu())
 
     def probabilities(self, image: int) -> Tensor:
         """Return the weighted mean of the probabilities, (C, H, W), float32, with a sum of one."""
-        self._complete_voters(image)
-        sums = torch.tensor(self._sums[image])
+        sums = self._sums(image)
         return sums / sums.sum(0, keepdim=True)
 
-    def result(self, image: int) -> Tensor:
-        """Return the class with the largest sum; the lowest index among equal sums."""
-        self._complete_voters(image)
-        winner = torch.empty(self.shapes[image], dtype=torch.uint8)
-        for rows in _bands(self.shapes[image], self.num_classes):
-            sums = torch.tensor(self._sums[image][:, rows])
-            winner[rows] = predicted_classes(sums)
-        return winner
+    def _winners(self, image: int, rows: slice) -> Tensor:
+        return predicted_classes(self._sums(image)[:, rows])
 
-    @cached_property
-    def _sums(self) -> "_MemmapArrays":
-        return self._arrays(self.num_classes, np.float32)
+    def _sums(self, image: int) -> Tensor:
+        return self._stored(0, image, self._num_classes, np.float32)
 
 
 class _MemmapArrays:
@@ -184,7 +128,11 @@ class _MemmapArrays:
     """
 
     def __init__(
-        self, shapes: Sequence[Shape], dtype: np.dtype, max_bytes: int, folder: Path | None
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: np.dtype,
+        max_bytes: int,
+        folder: Path | None,
     ) -> None:
         self.shapes, self.dtype = shapes, dtype
         sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
@@ -202,9 +150,3 @@ class _MemmapArrays:
         if self.memory is not None:
             return np.ndarray(shape, self.dtype, self.memory, start)
         return np.memmap(self.file, self.dtype, "r+", start, shape)
-
-
-def _bands(shape: Shape, num_classes: int) -> Iterator[slice]:
-    """Return slices of rows with at most 4 million scores each."""
-    step = max(1, 2**22 // (shape[1] * num_classes))
-    return (slice(top, top + step) for top in range(0, shape[0], step))

@@ -24,7 +24,7 @@ def _planted(seed: int, *, factor: float, size: int = 48) -> tuple[Tensor, Tenso
 
 
 def _fitted(factor: float, images: int = 40) -> float:
-    fit = TemperatureFit(images + 1)
+    fit = TemperatureFit(range(images + 1))
     for image in range(images):
         fit.add(image, *_planted(image, factor=factor))
     fit.add(images, torch.rand(4, 8, 8), torch.full((8, 8), 255))  # without a label: no effect
