@@ -145,11 +145,7 @@ def unseen_images(run: TrainedRun) -> tuple[list[tuple[Path, Images]], list[Imag
     """
     trained_on = {p: checkpoint.entries(p).get("trained_on") for p in run.best_checkpoints()}
     scored, rest = [], []
-    for part in ("train", "val"):
-        if getattr(run.config.data, part) is None:
-            continue
-        source = run.source(part)
-        images = Images(part, source, list(range(len(source))))
+    for images in run.labelled():
         left = dict(zip(images.indices, images.digests(), strict=True))
         for path, known in trained_on.items():
             trained = {*left.values()} if known is None else {*known}
@@ -201,12 +197,10 @@ def score_labels(
             workers=run.config.data.workers, device=predictor.device,
         )  # fmt: skip
         for batch in batches:
-            for index, likelihood, predicted, mask in _likelihoods(predictor, batch):
-                score, regions = label_quality(
-                    likelihood, predicted, mask, window=window, temperature=temperature
-                )
+            for index, *maps in _likelihoods(predictor, batch):
+                score, regions = label_quality(*maps, window=window, temperature=temperature)
                 name, kept = images.source.names[index], tuple(regions[:MAX_REGIONS])
-                yield LabelScore(images.title, index, name, score, kept), predicted
+                yield LabelScore(images.title, index, name, score, kept), maps[1]
             progress.update(len(batch.indices))
     progress.close()
 
@@ -222,7 +216,7 @@ def _likelihoods(
     """Yield index, likelihood of the annotated class, predicted class and mask of each image."""
     assert batch.masks is not None
     masks = batch.masks
-    likelihood, predicted = torch.zeros(masks.shape), torch.zeros_like(masks)
+    likelihood, predicted = torch.empty(masks.shape), torch.empty_like(masks)
     for top, scores in predictor.probability_bands(batch.images):
         rows = slice(top, top + scores.shape[2])
         labels = masks[:, None, rows].to(scores.device).long().clamp_max(scores.shape[1] - 1)
@@ -236,10 +230,10 @@ def region_rows(scores: Sequence[LabelScore], classes: Sequence[str]) -> list[di
     names = classes if len(classes) > 1 else ("background", *classes)
     rows = []
     for image in scores:
-        for region in image.regions:
-            pair = names[region.annotated], names[region.predicted]
-            own = round(region.score, 4), round(image.score, 4), image.part
-            rows.append(dict(zip(COLUMNS, (image.name, *pair, *region.box, *own), strict=True)))
+        for annotated, predicted, _, box, score in image.regions:
+            own = round(score, 4), round(image.score, 4), image.part
+            row = (image.name, names[annotated], names[predicted], *box, *own)
+            rows.append(dict(zip(COLUMNS, row, strict=True)))
     return sorted(rows, key=lambda row: row["score"])
 
 

@@ -6,11 +6,10 @@ Files are written atomically: to a temporary file that is renamed when it is com
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from segkit.core.files import atomic_write
+from segkit.core.files import atomic_write, write_text
 from segkit.core.labels import IGNORE
 from segkit.data.images import as_rgb
 from segkit.data.inputs import inside
@@ -65,19 +64,14 @@ def color_table(colors: Sequence[Color]) -> np.ndarray:
 def result_names(names: Sequence[str]) -> list[str]:
     """Return the base name of each image's results; each kind of result adds its own suffix.
 
-    The base name is the image's file name without suffix if it is unique, ignoring letter case,
-    else the whole file name: ``a`` for ``a.jpg`` alone, but ``a.jpg`` and ``a.png`` if both exist.
-    Whole names that differ in letter case only are numbered from the second: ``A.jpg-2``.
+    The base name is the image's file name without suffix if no other image has it, ignoring letter
+    case, else the whole file name: ``a`` for ``a.jpg`` alone, but ``a.jpg`` and ``a.png`` if both
+    exist. Whole names that differ in letter case only are numbered from the second: ``A.jpg-2``.
     """
-    chosen = [str(PurePosixPath(name).with_suffix("")) for name in names]
-    while True:
-        count = Counter(map(str.casefold, chosen))
-        # A whole name may equal another image's base name, so repeat until no names clash.
-        clashing = [i for i, n in enumerate(chosen) if count[n.casefold()] > 1 and n != names[i]]
-        if not clashing:
-            break
-        for i in clashing:
-            chosen[i] = names[i]
+    stems = [str(PurePosixPath(name).with_suffix("")) for name in names]
+    pairs = list(zip(stems, names, strict=True))
+    count = Counter(text.casefold() for pair in pairs for text in {*pair})
+    chosen = [stem if count[stem.casefold()] == 1 else name for stem, name in pairs]
     taken: set[str] = set()
     for i, name in enumerate(chosen):
         number = 1
@@ -88,43 +82,30 @@ def result_names(names: Sequence[str]) -> list[str]:
     return chosen
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[TextIO]:
-    with atomic_write(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-        yield file
+def save(folder: Path, name: str, content: Image.Image | np.ndarray) -> Path:
+    """Write a picture (``.jpg``, ``.png``) or an array (``.npy``) into a folder; return its path.
 
-
-def write_mask(folder: Path, name: str, mask: Tensor, *, colors: Sequence[Color] = SAFE) -> Path:
-    """Write a mask, (H, W) of 0 to 255, as an index PNG with a palette.
-
-    ``name`` is of :func:`result_names`; ``.png`` is added.
+    ``numpy.load(path, mmap_mode="r")`` reads only parts of an array.
     """
-    path = inside(folder, f"{name}.png")
+    path = inside(folder, name)
+    with atomic_write(path) as draft, draft.open("wb") as file:
+        if isinstance(content, Image.Image):
+            content.save(file, format="JPEG" if path.suffix == ".jpg" else "PNG", quality=90)
+        else:
+            np.save(file, content)
+    return path
+
+
+def mask_image(mask: Tensor, *, colors: Sequence[Color] = SAFE) -> Image.Image:
+    """Return a mask, (H, W) of 0 to 255, as an index picture with a palette."""
     image = Image.fromarray(_pixels(mask))
     image.putpalette(color_table(colors).tobytes())  # changes the mode to palette
-    with atomic_write(path) as draft:
-        image.save(draft, format="PNG")
-    return path
+    return image
 
 
-def write_soft(folder: Path, name: str, probabilities: Tensor) -> Path:
-    """Write an image's probabilities, (C, H, W), as a float16 NumPy file, one plane per class.
-
-    ``numpy.load(path, mmap_mode="r")`` reads only parts of them.
-    """
-    path = inside(folder, f"{name}.npy")
-    with atomic_write(path) as draft, draft.open("wb") as file:
-        np.save(file, probabilities.to(torch.float16).cpu().numpy())
-    return path
-
-
-def write_confidence(folder: Path, name: str, probabilities: Tensor) -> Path:
-    """Write the probability of an image's most probable classes as a gray PNG: 255 is certain."""
-    path = inside(folder, f"{name}.png")
-    levels = (probabilities.amax(0) * 255).round().clamp(0, 255).to(torch.uint8)
-    with atomic_write(path) as draft:
-        Image.fromarray(levels.cpu().numpy()).save(draft, format="PNG")
-    return path
+def confidence_image(probabilities: Tensor) -> Image.Image:
+    """Return the probability of the most probable classes as a gray picture: 255 is certain."""
+    return Image.fromarray(_pixels((probabilities.amax(0) * 255).round().clamp(0, 255)))
 
 
 def overlay(
@@ -217,12 +198,6 @@ def _with_legend(
     return result
 
 
-def save_jpeg(image: Image.Image, folder: Path, name: str) -> None:
-    """Save a picture of an image's results; ``.jpg`` is added to the name."""
-    with atomic_write(inside(folder, f"{name}.jpg")) as draft:
-        image.save(draft, format="JPEG", quality=90)
-
-
 def write_submission(path: Path, masks: NamedMasks, *, size: int = 256) -> None:
     """Write the contest's CSV: ``image_id,PredictionString``, one line per image.
 
@@ -232,7 +207,7 @@ def write_submission(path: Path, masks: NamedMasks, *, size: int = 256) -> None:
 
     ``masks`` are in the order of the test file, and are read one at a time.
     """
-    with _writing(path) as file:
+    with atomic_write(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         write = csv.writer(file, lineterminator="\n").writerow
         write(SUBMISSION_HEADER)
         for name, mask in masks:
@@ -257,21 +232,15 @@ def write_coco(
         background: Index of a class to leave out, or None; ignored pixels are always left out.
     """
     categories = {c: category for category, c in (category_ids or {}).items()}
-    separator = "[\n"
-    with _writing(path) as file:
-        for name, mask in masks:
-            for c in mask.unique().tolist():
-                if c in (background, IGNORE):
-                    continue
-                result = {
-                    "image_id": image_ids[name],
-                    "category_id": categories[c] if categories else c,
-                    "segmentation": encode_rle(mask == c),
-                    "score": 1.0,
-                }
-                file.write(separator + json.dumps(result))
-                separator = ",\n"
-        file.write("[]\n" if separator == "[\n" else "\n]\n")
+    results = []
+    for name, mask in masks:
+        for c in mask.unique().tolist():
+            if c in (background, IGNORE):
+                continue
+            ids = {"image_id": image_ids[name], "category_id": categories[c] if categories else c}
+            region = {"segmentation": encode_rle(mask == c), "score": 1.0}
+            results.append(json.dumps(ids | region))
+    write_text(path, "[\n" + ",\n".join(results) + "\n]\n")
 
 
 def encode_rle(region: Tensor) -> dict[str, Any]:

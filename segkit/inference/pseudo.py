@@ -19,7 +19,7 @@ from segkit.inference.candidate_predictor import CandidatePredictor
 from segkit.inference.candidates import Candidate
 from segkit.inference.outputs import NamedMasks, encode_rle
 from segkit.inference.results import Results
-from segkit.inference.trained_run import Images, labelled_digests
+from segkit.inference.trained_run import Images
 
 
 class Confidence:
@@ -102,15 +102,14 @@ def write_pseudo_labels(
             if value == 0:
                 continue
             region = mask == value
-            annotation = {
+            annotations.append({
                 "id": len(annotations) + 1,
                 "image_id": image_id,
                 "category_id": 1 if value == IGNORE else value,
                 "iscrowd": int(value == IGNORE),
                 "segmentation": encode_rle(region),
                 "area": int(region.sum()),
-            }
-            annotations.append(annotation)
+            })  # fmt: skip
     if not annotations:
         raise DataError(f"{path}: no pixel was labelled; lower the thresholds or add images")
     content = {
@@ -136,16 +135,15 @@ def label_confident(
 
     Images of which the runs have labels are left out. ``given`` has the least probability of a
     label, or with ``quantiles`` the share of pixels to leave unlabelled: one, or one per class.
-    ``temperature`` calibrates the probabilities.
-
-    Returns:
-        A message with the number of images, and the setting that trains on them.
+    ``temperature`` calibrates the probabilities. Return a message with the number of images, and
+    the setting that trains on them.
     """
     source = photos.source
     needs = (*checkpoint.MODEL, "trained_on")
     states = [checkpoint.entries(path, needs) for path in candidate.paths]
     classes = states[0]["classes"]
-    known = labelled_digests(predictor.runs)
+    labelled_images = [images for run in predictor.runs for images in run.labelled()]
+    known = {digest for images in labelled_images for digest in images.digests()}
     digests = zip(photos.indices, photos.digests(), strict=True)
     images = replace(photos, indices=[index for index, digest in digests if digest not in known])
     if len(given) not in (1, len(classes)):
@@ -155,7 +153,11 @@ def label_confident(
         )
     thresholds = list(given) * (len(classes) // len(given))
     if quantiles:
-        thresholds = _quantiles(thresholds, predictor, candidate, images, temperature)
+        confidence = Confidence(len(classes))
+        for _, scored, _ in predictor.predict(candidate, images, soft=True):
+            confidence.add(sharpened(scored, temperature))
+        confidence.counts = distributed.all_reduce(confidence.counts.to(predictor.device)).cpu()
+        thresholds = confidence.thresholds(thresholds)
     info = {
         "round": 1 + max(state.get("pseudo_round") or 0 for state in states),
         "candidate": candidate.name,
@@ -185,29 +187,10 @@ def label_confident(
 
     if distributed.is_main():
         write_pseudo_labels(folder / "pseudo.json", labelled(), classes=classes, info=info)
-    spec = {
-        "name": "coco",
-        "annotations": str(folder / "pseudo.json"),
-        "images": str(folder / "images"),
-        "background": classes[0],
-    }
+    paths = {"annotations": str(folder / "pseudo.json"), "images": str(folder / "images")}
+    spec = {"name": "coco", **paths, "background": classes[0]}
     left = len(photos.indices) - len(images.indices)
     return (
         f"pseudo labels of {len(names)} images ({left} are labelled already): {folder}\n"
         f"train on them too with: --set 'data.pseudo={json.dumps(spec)}'"
     )
-
-
-def _quantiles(
-    shares: Sequence[float],
-    predictor: CandidatePredictor,
-    candidate: Candidate,
-    images: Images,
-    temperature: float,
-) -> list[float]:
-    """Return the threshold of each class that leaves a share of its pixels unlabelled."""
-    count = Confidence(len(shares))
-    for _, scored, _ in predictor.predict(candidate, images, soft=True):
-        count.add(sharpened(scored, temperature))
-    count.counts = distributed.all_reduce(count.counts.to(predictor.device)).cpu()
-    return count.thresholds(shares)

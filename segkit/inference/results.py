@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from segkit.core import distributed
@@ -18,25 +19,19 @@ from segkit.inference.outputs import (
     SAFE,
     Color,
     comparison_image,
+    confidence_image,
+    mask_image,
     overlay,
     result_names,
-    save_jpeg,
+    save,
     write_coco,
-    write_confidence,
-    write_mask,
-    write_soft,
     write_submission,
 )
 
 NEED_PROBABILITIES = {"soft", "confidence"}
 COMBINED_FILES = {"csv": "submission.csv", "coco": "coco.json"}
-SUFFIXES = {
-    "overlays": ".jpg",
-    "sheets": ".jpg",
-    "soft": ".npy",
-    "confidence": ".png",
-    "masks": ".png",
-}
+SUFFIXES = {"overlays": ".jpg", "sheets": ".jpg", "soft": ".npy", "confidence": ".png"}
+SUFFIXES["masks"] = ".png"  # written last, so that an image with a mask has all its results
 
 
 class Results:
@@ -64,6 +59,7 @@ class Results:
         self.folder, self.source, self.classes, self.outputs = folder, source, classes, outputs
         self.background, self.colors = background, colors
         self.indices = range(len(source)) if indices is None else indices
+        self._kinds = [kind for kind in SUFFIXES if kind == "masks" or kind in outputs]
         self._names = dict(zip(source.names, result_names(source.names), strict=True))
 
     def start(self, origin: Mapping[str, Any], *, others: Sequence[str] = ()) -> list[int]:
@@ -77,38 +73,41 @@ class Results:
         """
         missing: list[int] = []
         if distributed.is_main():
-            images = hashlib.sha256()
-            image_digests = digests(self.source, self.indices)
-            for index, digest in zip(self.indices, image_digests, strict=True):
-                images.update(f"{self.source.names[index]}\0{digest}\n".encode())
-            kinds = [kind for kind in SUFFIXES if kind == "masks" or kind in self.outputs]
-            files = {index: [self._path(kind, index) for kind in kinds] for index in self.indices}
+            names = [self.source.names[index] for index in self.indices]
+            named = zip(names, digests(self.source, self.indices), strict=True)
+            text = "".join(f"{name}\0{digest}\n" for name, digest in named)
+            images = hashlib.sha256(text.encode()).hexdigest()
+            files = {i: [self._path(kind, i) for kind in self._kinds] for i in self.indices}
             combined = [name for kind, name in COMBINED_FILES.items() if kind in self.outputs]
             listed = [*(path for paths in files.values() for path in paths), *combined, *others]
-            update_origin(self.folder, {**origin, "images": images.hexdigest()}, listed)
-            missing = [
-                index
-                for index, paths in files.items()
-                if not all((self.folder / path).exists() for path in paths)
-            ]
+            update_origin(self.folder, {**origin, "images": images}, listed)
+            for index, paths in files.items():
+                if not all((self.folder / path).exists() for path in paths):
+                    missing.append(index)
         return distributed.broadcast(missing)
 
     def write(self, index: int, mask: Tensor, probabilities: Tensor | None = None) -> None:
         """Write an image's results; :data:`NEED_PROBABILITIES` need those."""
-        name = self._names[self.source.names[index]]
-        if probabilities is not None and "soft" in self.outputs:
-            write_soft(self.folder / "soft", name, probabilities)
-        if probabilities is not None and "confidence" in self.outputs:
-            write_confidence(self.folder / "confidence", name, probabilities)
+        for kind in self._kinds:
+            content = self._content(kind, index, mask, probabilities)
+            save(self.folder, self._path(kind, index), content)
+
+    def _content(
+        self, kind: str, index: int, mask: Tensor, probabilities: Tensor | None
+    ) -> Image.Image | np.ndarray:
+        """Return an image's result of a kind."""
+        if kind == "masks":
+            return mask_image(mask, colors=self.colors)
+        if kind in NEED_PROBABILITIES:
+            assert probabilities is not None
+            soft = kind == "soft"
+            return probabilities.half().cpu().numpy() if soft else confidence_image(probabilities)
         look: dict[str, Any] = {"colors": self.colors, "background": self.background}
-        if "overlays" in self.outputs:
-            picture = overlay(self.source.image(index), mask, classes=self.classes, **look)
-            save_jpeg(picture, self.folder / "overlays", name)
-        if "sheets" in self.outputs:
-            truth = self.source.mask(index) if self.source.labelled else None
-            picture = comparison_image(self.source.image(index), mask, truth, **look)
-            save_jpeg(picture, self.folder / "sheets", name)
-        write_mask(self.folder / "masks", name, mask, colors=self.colors)
+        image = self.source.image(index)
+        if kind == "overlays":
+            return overlay(image, mask, classes=self.classes, **look)
+        truth = self.source.mask(index) if self.source.labelled else None
+        return comparison_image(image, mask, truth, **look)
 
     def mask(self, name: str) -> Tensor:
         """Return the mask read from the file of the image with this name."""
@@ -132,12 +131,10 @@ class Results:
         if "coco" in self.outputs:
             ids = getattr(source, "image_ids", range(len(source)))
             write_coco(
-                self.folder / COMBINED_FILES["coco"],
-                masks(),
+                self.folder / COMBINED_FILES["coco"], masks(),
                 image_ids=dict(zip(source.names, ids, strict=True)),
-                category_ids=category_ids or None,
-                background=self.background,
-            )
+                category_ids=category_ids or None, background=self.background,
+            )  # fmt: skip
 
     def _path(self, kind: str, index: int) -> str:
         """Return the path of an image's result of a kind, relative to the folder."""

@@ -25,12 +25,8 @@ from segkit.models.segmenter import build_model
 class Images:
     """Subset of a source, with the title of its score column.
 
-    Args:
-        title: Title of the column.
-        source: Where the images are read from.
-        indices: Their indices in the source.
-        left_out: Output dict, index -> reason for skipping an unreadable image; without it, the
-            first such image raises an error.
+    ``left_out`` collects the reason for skipping each unreadable image, by index; without it, the
+    first such image raises an error.
     """
 
     title: str
@@ -71,6 +67,12 @@ class TrainedRun:
             self._sources[part] = open_source(self.config, part)
         return self._sources[part]
 
+    def labelled(self) -> list[Images]:
+        """Return the images that have labels, which train, validate or choose, by part."""
+        parts = [part for part in ("train", "val") if getattr(self.config.data, part) is not None]
+        sources = {part: self.source(part) for part in parts}
+        return [Images(part, source, [*range(len(source))]) for part, source in sources.items()]
+
     def best_checkpoints(self) -> list[Path]:
         """Return the best checkpoint of every fold that has one."""
         paths = [self.run.fold(number) / "best.pt" for number in self.run.folds()]
@@ -83,18 +85,12 @@ class TrainedRun:
 
         All folds start from the same ones: ``train.seed`` and ``model.weights`` determine them. The
         digest in each checkpoint (``init``) proves it.
-
-        Raises:
-            SegkitError: A fold started from others, or ``model.weights`` is not there any more.
         """
         cfg, paths = self.config, self.best_checkpoints()
         model = build_model(
-            cfg.model.backbone,
-            cfg.model.decoder,
+            cfg.model.backbone, cfg.model.decoder, weights=cfg.model.weights, seed=cfg.train.seed,
             num_classes=len(checkpoint.entries(paths[0])["classes"]),
-            weights=cfg.model.weights,
-            seed=cfg.train.seed,
-        )
+        )  # fmt: skip
         made = checkpoint.digest_tensors(model.state_dict())
         for path in paths:
             if checkpoint.entries(path).get("init") != made:
@@ -141,14 +137,3 @@ def common_selection(runs: Sequence[TrainedRun]) -> Images | None:
     pairs = zip(first.indices, first.digests(), strict=True)
     indices = [index for index, digest in pairs if digest in common]
     return replace(first, indices=indices) if indices else None
-
-
-def labelled_digests(runs: Sequence[TrainedRun]) -> set[str]:
-    """Return the digests of the runs' labelled images, which train, validate or choose."""
-    known: set[str] = set()
-    for run in runs:
-        for part in ("train", "val"):
-            if getattr(run.config.data, part) is not None:
-                source = run.source(part)
-                known.update(digests(source, range(len(source))))
-    return known

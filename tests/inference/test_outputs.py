@@ -26,7 +26,9 @@ def a_mask(height: int = 65, width: int = 97, classes: int = 5) -> torch.Tensor:
 def test_mask_png_round_trip(tmp_path: Path) -> None:
     mask = a_mask()
     mask[0, :3] = 255
-    path = outputs.write_mask(tmp_path, "batch_01/0007", mask, colors=outputs.CONTEST)
+    path = outputs.save(
+        tmp_path, "batch_01/0007.png", outputs.mask_image(mask, colors=outputs.CONTEST)
+    )
     assert path == tmp_path / "batch_01" / "0007.png"
     with Image.open(path) as image:
         assert image.mode == "P"
@@ -39,14 +41,14 @@ def test_mask_png_round_trip(tmp_path: Path) -> None:
 
 def test_mask_of_int64_and_of_a_view(tmp_path: Path) -> None:
     mask = a_mask()
-    path = outputs.write_mask(tmp_path, "a", mask.long().T)
+    path = outputs.save(tmp_path, "a.png", outputs.mask_image(mask.long().T))
     with Image.open(path) as image:
         assert torch.equal(torch.from_numpy(np.array(image)), mask.T)
 
 
 def test_mask_never_leaves_its_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="leads out"):
-        outputs.write_mask(tmp_path / "masks", "../a", a_mask())
+        outputs.save(tmp_path / "masks", "../a.png", outputs.mask_image(a_mask()))
     assert not list(tmp_path.iterdir())
 
 
@@ -63,7 +65,7 @@ def test_results_of_no_two_images_share_a_name() -> None:
 
 def test_soft_map_is_mapped_half_precision(tmp_path: Path) -> None:
     probabilities = torch.rand(5, 65, 97, generator=torch.Generator().manual_seed(0)).softmax(0)
-    path = outputs.write_soft(tmp_path, "batch_01/0007", probabilities)
+    path = outputs.save(tmp_path, "batch_01/0007.npy", probabilities.half().numpy())
     assert path == tmp_path / "batch_01" / "0007.npy"
     planes = np.load(path, mmap_mode="r")
     assert isinstance(planes, np.memmap)
@@ -71,7 +73,7 @@ def test_soft_map_is_mapped_half_precision(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(np.array(planes)), probabilities.half())
     assert [p.name for p in path.parent.iterdir()] == ["0007.npy"]
     with pytest.raises(DataError, match="leads out"):
-        outputs.write_soft(tmp_path / "soft", "../a", probabilities)
+        outputs.save(tmp_path / "soft", "../a.npy", probabilities.numpy())
 
 
 # -------------------------------------------------------------------------------- overlays
