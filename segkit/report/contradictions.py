@@ -1,18 +1,18 @@
 """Section of the data page: images whose labels the models of a run contradict."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from segkit.data.images import as_rgb
 from segkit.data.source import Source, background
 from segkit.inference.label_errors import LabelScore
 from segkit.inference.outputs import ERROR, Color, overlay
 from segkit.report import html
-from segkit.report.gallery import small_mask
+from segkit.report.gallery import small_mask, small_photograph
 from segkit.report.html import escape
 
 PANELS = ("photograph", "annotation", "prediction", "contradicted")
@@ -46,12 +46,11 @@ class ContradictedImages:
                 names = ["background", *names]
             pairs = dict.fromkeys((x.annotated, x.predicted) for x in labels.regions)
             text = "; ".join(f"{names[a]} predicted as {names[b]}" for a, b in pairs)
-            images = zip(PANELS, panels(source, labels, predicted, colors), strict=True)
-            pictures = "".join(
-                f'<div data-layer="{panel}"><img src="{html.data_uri(image)}" loading="lazy" '
-                f'decoding="async" alt="{escape(labels.name)}, {panel}"></div>'
-                for panel, image in images
-            )
+            images = panels(source, labels, predicted, colors)
+            pictures = ""
+            for panel, image in zip(PANELS, images, strict=True):
+                shown = html.picture(image, f"{labels.name}, {panel}")
+                pictures += f'<div data-layer="{panel}">{shown}</div>'
             figures += (
                 f'<figure class="sheet"><div class="panels">{pictures}</div><figcaption>'
                 f"<b>{labels.score:.3f}</b> {escape(labels.name)}<br>{text}</figcaption></figure>"
@@ -63,10 +62,10 @@ def panels(
     source: Source, labels: LabelScore, predicted: np.ndarray, colors: Sequence[Color]
 ) -> list[Image.Image]:
     """Return photograph, annotation, prediction and contradicted regions of an image, small."""
-    truth = small_mask(source.mask(labels.index))
-    photograph = Image.fromarray(as_rgb(source.image(labels.index)).permute(1, 2, 0).numpy())
-    scale = truth.shape[1] / photograph.width, truth.shape[0] / photograph.height
-    photograph = photograph.resize(truth.shape[::-1], Image.Resampling.BOX, reducing_gap=2)
+    mask = source.mask(labels.index)
+    truth = small_mask(mask)
+    scale = truth.shape[1] / mask.shape[1], truth.shape[0] / mask.shape[0]
+    photograph = small_photograph(source, labels.index, truth)
     pixels = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)
     wrong, boxes = np.zeros_like(truth), []
     for region in labels.regions:
@@ -75,16 +74,9 @@ def panels(
         pair = (truth[inside] == region.annotated) & (predicted[inside] == region.predicted)
         wrong[inside] |= pair.astype(np.uint8)
         boxes.append(box)
-    shown = [
-        overlay(
-            pixels, torch.from_numpy(mask), classes=(), colors=palette, background=ground,
-            legend=False,
-        )
-        for mask, palette, ground in (
-            (truth, colors, background(source)),
-            (predicted, colors, background(source)),
-            (wrong, (ERROR, ERROR), 0),
-        )
-    ]  # fmt: skip
+    ground = background(source)
+    layers = (truth, colors, ground), (predicted, colors, ground), (wrong, (ERROR, ERROR), 0)
+    draw = partial(overlay, pixels, classes=(), legend=False)
+    shown = [draw(torch.from_numpy(m), colors=c, background=g) for m, c, g in layers]
     ImageDraw.Draw(shown[-1]).rectangle(boxes[0], outline=ERROR, width=2)
     return [photograph, *shown]

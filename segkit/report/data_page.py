@@ -168,21 +168,11 @@ def _colors(histogram: np.ndarray) -> str:
     bands, x = [("red", 4), ("green", 2), ("blue", 0)], list(range(256))
     if len(histogram) != 3:
         bands = [(f"band {n + 1}", n % 6) for n in range(len(histogram))]
-    series = [
-        {"name": name, "x": x, "y": y, "color": color}
-        for (name, color), y in zip(bands, shares.tolist(), strict=True)
-    ]
-    text = f'"mean": {mean}, "std": {std}'
-    return (
-        f"<p>For normalization, as entries of <code>data</code>: <code>{text}</code></p>"
-        + html.chart(
-            "Percent of the pixels at each level",
-            series,
-            unit="level",
-            kind="area",
-            value="percent",
-        )
-    )
+    named = zip(bands, shares.tolist(), strict=True)
+    series = [{"name": name, "x": x, "y": y, "color": color} for (name, color), y in named]
+    title, text = "Percent of the pixels at each level", f'"mean": {mean}, "std": {std}'
+    entries = f"<p>For normalization, as entries of <code>data</code>: <code>{text}</code></p>"
+    return entries + html.chart(title, series, unit="level", kind="area", value="percent")
 
 
 def _sizes(parts: Sequence[Part]) -> str:
@@ -191,9 +181,8 @@ def _sizes(parts: Sequence[Part]) -> str:
     for (height, width), n in sizes.most_common(20):
         share = percent(n / sizes.total())
         rows.append([f"{width} × {height}", cell(f"{n:,}", n), cell(share, n)])
-    more = len(sizes) - len(rows)
-    caption = "Width × height of the images"
-    caption += f"; {more:,} more sizes are rarer." if more else "."
+    more = f"; {len(sizes) - len(rows):,} more sizes are rarer" if len(sizes) > len(rows) else ""
+    caption = f"Width × height of the images{more}."
     return html.table(["size", "images", ""], rows, caption=caption)
 
 
@@ -216,8 +205,4 @@ def _picture(
         )  # fmt: skip
     scale = side / max(image.size)
     image = image.resize((max(1, round(scale * image.width)), max(1, round(scale * image.height))))
-    name = escape(part.photos[i].name)
-    return (
-        f'<img src="{html.data_uri(image)}" width="{image.width}" height="{image.height}" '
-        f'alt="{name}" title="{name}" loading="lazy" decoding="async">'
-    )
+    return html.picture(image, part.photos[i].name)

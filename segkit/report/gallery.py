@@ -94,10 +94,7 @@ class Gallery:
         chosen = kept[:half] + sorted(rest[: self._size - half], key=_order)
         for place, picture in enumerate(chosen):
             picture.worst = place < half
-            pixels = as_rgb(self._source.image(picture.index))
-            photograph = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            height, width = picture.truth.shape
-            picture.image = photograph.resize((width, height), Image.Resampling.BOX, reducing_gap=2)
+            picture.image = small_photograph(self._source, picture.index, picture.truth)
         return chosen
 
     def sheet(self, picture: Picture, colors: Sequence[Color]) -> Image.Image:
@@ -150,6 +147,12 @@ def small_mask(mask: Tensor) -> np.ndarray:
     size = [max(1, round(side * scale)) for side in mask.shape]
     pixels = mask.cpu().to(torch.uint8)[None, None]
     return functional.interpolate(pixels, size, mode="nearest-exact")[0, 0].numpy()
+
+
+def small_photograph(source: Source, index: int, mask: np.ndarray) -> Image.Image:
+    """Return a photograph in the size of its small mask."""
+    photograph = Image.fromarray(as_rgb(source.image(index)).permute(1, 2, 0).numpy())
+    return photograph.resize(mask.shape[::-1], Image.Resampling.BOX, reducing_gap=2)
 
 
 def _layer(mask: np.ndarray, colors: Sequence[Color], ground: int | None) -> str:

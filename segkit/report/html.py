@@ -49,6 +49,14 @@ def data_uri(image: Image.Image, *, format: str = "JPEG") -> str:
     return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def picture(image: Image.Image, alt: str) -> str:
+    """Return a picture that is decoded when it comes into view; ``alt`` is plain text."""
+    return (
+        f'<img src="{data_uri(image)}" width="{image.width}" height="{image.height}" '
+        f'alt="{escape(alt)}" title="{escape(alt)}" loading="lazy" decoding="async">'
+    )
+
+
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", style: str = ""
 ) -> str:

@@ -16,15 +16,9 @@ Event = dict[str, Any]
 SCORE = {"miou": float, "interval": [float, float], "images": int}
 """Shape of a score in ``scores.json``."""
 
-_INTERVAL = ([float, float], None)
-DETAILS = {
-    str: {
-        "mean": (float, None),
-        "interval": _INTERVAL,
-        "per_class": [(float, None)],
-        "per_class_intervals": [_INTERVAL],
-    }
-}
+_MEAN = {"mean": (float, None), "interval": ([float, float], None)}
+_CLASSES = {"per_class": [(float, None)], "per_class_intervals": [([float, float], None)]}
+DETAILS = {str: _MEAN | _CLASSES}
 """Shape of the ``details`` of a score in ``scores.json``."""
 
 
@@ -47,8 +41,7 @@ class LoggedFold:
 
     def curve(self, key: str) -> dict[str, Any]:
         """Return a curve for a chart: ``key`` of the events by step."""
-        events = [*self.steps, *self.evaluations]
-        return self._curve((e["step"], e.get(key)) for e in events)
+        return self._curve((e["step"], e.get(key)) for e in [*self.steps, *self.evaluations])
 
     def class_curve(self, c: int) -> dict[str, Any]:
         """Return the curve of a class's IoU."""

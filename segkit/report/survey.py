@@ -1,8 +1,6 @@
 """Statistics of a data set, its near-duplicates and its suspicious labels; images are read once."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from segkit.core.config import Config
-from segkit.core.distributed import Progress
 from segkit.data.areas import Box, Instance, connected_areas
 from segkit.data.coco import CocoSource, Region, encode
 from segkit.data.folds import make_folds, read_groups
@@ -77,10 +74,8 @@ class Part:
 
     def __init__(self, title: str, source: Source) -> None:
         self.title, self.source = title, source
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            photos = pool.map(partial(read_photo, source), range(len(source)))
-            progress = Progress(photos, f"reading {title}", total=len(source), unit="image")
-            self.photos: list[Photo] = list(progress)
+        read, indices = partial(read_photo, source), range(len(source))
+        self.photos: list[Photo] = on_threads(read, indices, f"reading {title}")
         self.pixels = np.array([photo.pixels for photo in self.photos])
         self.histogram = np.sum([photo.histogram for photo in self.photos], 0)
 
@@ -160,9 +155,8 @@ def read_instances(source: Source, i: int, mask: Tensor) -> tuple[list[Instance]
     (height, width), ground = mask.shape, background(source)
     suspects: list[Suspect] = []
     if isinstance(source, CocoSource):
-        regions = [
-            r for r in source.regions(i) if not r.crowd and r.class_index not in (ground, IGNORE)
-        ]
+        others = (ground, IGNORE)
+        regions = [r for r in source.regions(i) if not r.crowd and r.class_index not in others]
         encoded = [encode(region.shape, height, width) for region in regions]
         instances = []
         for region, rle in zip(regions, encoded, strict=True):

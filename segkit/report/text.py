@@ -61,8 +61,7 @@ def candidate_table(rows: Sequence[dict[str, Any]], eval_sets: Sequence[Images])
         lines.append(_fit(row["name"], 28).ljust(28) + "".join(cells))
     notes = ["> better, < worse, = not significantly different from the last (paired bootstrap)"]
     for images in eval_sets:
-        if len(images.indices) < FEW_IMAGES:
-            count = len(images.indices)
+        if (count := len(images.indices)) < FEW_IMAGES:
             notes.append(f"few {images.title} images ({count}): its intervals are rough")
         if trained := max(row[images.title]["trained_on"] for row in rows):
             notes.append(f"up to {trained} of the {images.title} images were trained on")
