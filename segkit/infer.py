@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
         photos = open_photos(args, runs)
         out, folder = prepare_folders(args, runs[0], photos.source if photos else None)
         predictor = CandidatePredictor(runs, device, folder=folder, allow_leak=args.allow_leak)
-        scorer = Scorer(predictor, votes=votes_of(args), details=cfg.infer.details != "off")
+        votes = VOTES if args.compare else (args.vote,)
+        scorer = Scorer(predictor, votes=votes, details=cfg.infer.details != "off")
         soups = RunSoups(scorer, folder, allow_leak=args.allow_leak)
         final = final_candidate(
             runs, kind=args.soup, views=views, fitted=args.weigh_views, vote=args.vote,
@@ -94,14 +95,19 @@ def main(argv: Sequence[str]) -> None:
         if results is not None and truth is not None:
             names, true_mask = truth.source.names, truth.source.mask
             masks = ((i, results.mask(names[i]), true_mask(i)) for i in truth.rank_indices())
-            scorer.record(final, truth, scorer.count(masks, truth))
+            scorer.count(masks, truth, record=final)
         # photographs have no labels, and the selection set is scored only if that is asked for
         selection = common_selection(runs) if args.compare or not args.images else None
         eval_sets = [images for images in (selection, truth) if images is not None]
         candidates = [final] if eval_sets else []
         known = truth is not None or photos is None
         if eval_sets and (args.compare or (known and not args.brief)):
-            candidates = [*compared_with(final, args, runs, soups), final]
+            few = dict.fromkeys(["uniform", "greedy", args.soup or "greedy"])
+            others = comparison_candidates(
+                runs, final, kinds=SOUPS if args.compare else few, votes=votes,
+                views_for_all=args.compare, soup_of=soups.soup,
+            )  # fmt: skip
+            candidates = [*others, final]
         calibrate = args.calibrate is not None
         rows = [scorer.row(each, final, eval_sets, calibrate=calibrate) for each in candidates]
 
@@ -157,22 +163,6 @@ def prepare_folders(
     return out, test
 
 
-def votes_of(args: argparse.Namespace) -> Sequence[str]:
-    """Return the kinds of vote to score."""
-    return VOTES if args.compare else (args.vote,)
-
-
-def compared_with(
-    final: Candidate, args: argparse.Namespace, runs: Sequence[TrainedRun], soups: RunSoups
-) -> list[Candidate]:
-    """Return the candidates to compare with the final one: all of them with --compare."""
-    few = dict.fromkeys(["uniform", "greedy", args.soup or "greedy"])
-    return comparison_candidates(
-        runs, final, kinds=SOUPS if args.compare else few, votes=votes_of(args),
-        views_for_all=args.compare, soup_of=soups.soup,
-    )  # fmt: skip
-
-
 def open_truth(args: argparse.Namespace, cfg: Config, photos: Images | None) -> Images | None:
     """Return the predicted images with their labels, if there are labels."""
     if photos is None or args.images:
@@ -202,13 +192,9 @@ def write_results(
     classes = checkpoint.entries(candidate.paths[0])["classes"]
     category_ids = run.run.category_ids()
     results = Results(
-        out,
-        photos.source,
-        classes=classes,
-        outputs=infer.outputs,
-        background=background_of(classes, category_ids),
-        colors=PALETTES[infer.palette],
-    )
+        out, photos.source, classes=classes, outputs=infer.outputs,
+        background=background_of(classes, category_ids), colors=PALETTES[infer.palette],
+    )  # fmt: skip
     origin = {**predictor.origin(candidate), "temperature": temperature}
     missing = replace(photos, indices=results.start(origin, others=[SCORES]))
     soft = bool(NEED_PROBABILITIES.intersection(infer.outputs))
@@ -237,42 +223,33 @@ def write_results(
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = reference.parser("infer", "Predict with trained runs.")
-    parser.add_argument(
-        "--run-dir", action="append", metavar="DIR", help="a run (repeatable); default the newest"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--run-dir", action="append", metavar="DIR", help="a run (repeatable); default the newest")
+    add(
         "--soup", nargs="?", const="greedy", choices=SOUPS,
         help="mix each run's folds into one model; default greedy",
     )  # fmt: skip
-    parser.add_argument(
-        "--tta", nargs="*", metavar="VIEW", help="test-time augmentation; default views: infer.tta"
-    )
-    parser.add_argument(
+    add("--tta", nargs="*", metavar="VIEW", help="test-time augmentation; default views: infer.tta")
+    add(
         "--weigh-views", action="store_true",
         help="fit a coefficient for each view on the selection set",
     )  # fmt: skip
-    parser.add_argument(
-        "--vote", default="soft", choices=VOTES, help="how models are combined; default soft"
-    )
-    parser.add_argument(
+    add("--vote", default="soft", choices=VOTES, help="how models are combined; default soft")
+    add(
         "--calibrate", nargs="?", const="result", choices=("result", "voters"),
         help="fit a temperature of the probabilities on the selection set, for pseudo labels and "
         "the outputs soft and confidence; 'voters': of each model before a vote, too",
     )  # fmt: skip
-    parser.add_argument(
-        "--images", nargs="+", metavar="PATH", help="images or folders instead of the test set"
-    )
-    parser.add_argument(
+    add("--images", nargs="+", metavar="PATH", help="images or folders instead of the test set")
+    add(
         "--out", type=Path, metavar="DIR",
         help="folder of the results, new or of an earlier infer.py, whose results are replaced; "
         "default infer in the run, or infer-images with --images",
     )  # fmt: skip
-    parser.add_argument(
-        "--pseudo",
-        type=Path,
-        metavar="DIR",
+    add(
+        "--pseudo", type=Path, metavar="DIR",
         help="write confident predictions as labels to train on",
-    )
+    )  # fmt: skip
     sure = parser.add_mutually_exclusive_group()
     sure.add_argument(
         "--confidence", nargs="+", type=fraction, default=[0.9], metavar="P",
@@ -289,9 +266,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "important of them if the test labels are known, and nothing with --images",
     )  # fmt: skip
     compare.add_argument("--brief", action="store_true", help="score the result only")
-    parser.add_argument(
-        "--allow-leak", action="store_true", help="allow selection on images that were trained on"
-    )
+    add("--allow-leak", action="store_true", help="allow selection on images that were trained on")
     console.add_set_option(parser)
     console.add_run_options(parser)
     return parser.parse_args(argv)

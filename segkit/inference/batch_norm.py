@@ -28,11 +28,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
         The number of layers that were changed.
     """
     training = model.training
-    layers = [
-        layer
-        for layer in model.train().modules()
-        if isinstance(layer, _BatchNorm) and layer.training and layer.running_mean is not None
-    ]
+    norms = [layer for layer in model.train().modules() if isinstance(layer, _BatchNorm)]
+    layers = [x for x in norms if x.training and x.running_mean is not None]
     model.eval()
     sums = {}
     for layer in layers:

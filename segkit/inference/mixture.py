@@ -1,7 +1,7 @@
 """Ingredients of a soup and their mixtures, streamed from files.
 
 At most two sets of weights are in memory: the soup so far, and an ingredient, mapped from its file,
-that the next mixture overwrites in place. Floating-point tensors are averaged in float32 or better.
+that the next mixture replaces. Floating-point tensors are averaged in float32 or better.
 Integer buffers (Swin's index tables, BatchNorm's counters) are those of the first ingredient mixed.
 """
 
@@ -64,7 +64,7 @@ class Mixture:
             _check_type(name, ingredient)
         self.sha256 = [_digest(ingredient) for ingredient in ingredients]
         self.scores: list[float | None] = [None] * len(ingredients)
-        self.best: float | None = None
+        self.best = math.nan
         self.order: list[int] = []
         self.weights: State = {}
         self.coefficients = [0.0] * len(ingredients)
@@ -75,9 +75,8 @@ class Mixture:
         weights = checkpoint.weights(states[0])
         self.dtypes = {key: tensor.dtype for key, tensor in weights.items()}
         starts = zip(self.names, [state.get("init") for state in states], strict=True)
-        differing = [
-            f"{a} and {b}" for (a, i), (b, j) in combinations(starts, 2) if i and j and i != j
-        ]
+        pairs = combinations(starts, 2)
+        differing = [f"{a} and {b}" for (a, i), (b, j) in pairs if i and j and i != j]
         if differing:
             warnings.warn(
                 "these were initialized with different weights, so a soup of them may be of no "
@@ -99,15 +98,12 @@ class Mixture:
 
     def add(self, index: int, alpha: float, score: Score, *, if_equal: bool = False) -> bool:
         """Mix an ingredient in if that raises the score; return whether it did."""
-        assert self.best is not None
-        candidate = read_weights(self.ingredients[index])
-        interpolate(self.weights, candidate, alpha, into=candidate)
+        candidate = mixed(self.weights, self.ingredients[index], alpha)
         value = score(candidate)
         kept = value > self.best or (if_equal and value == self.best)
         if self.note(index, alpha, value, kept=kept):
             self.weights, self.best = candidate, value
-            self.coefficients = [value * (1 - alpha) for value in self.coefficients]
-            self.coefficients[index] += alpha
+            self.coefficients = shifted(self.coefficients, index, alpha)
         return kept
 
     def note(self, index: int, share: float, score: float, *, kept: bool, **others: Any) -> bool:
@@ -120,14 +116,13 @@ class Mixture:
         """Return the mean of ingredients."""
         mean = read_weights(self.ingredients[members[0]])
         for count, index in enumerate(members[1:], 2):
-            interpolate(mean, read_weights(self.ingredients[index]), 1 / count, into=mean)
+            mean = mixed(mean, self.ingredients[index], 1 / count)
         return mean
 
     def set_members(self, members: Collection[int]) -> None:
         """Set the coefficients to those of the mean of these ingredients."""
-        equal = 1 / len(members)
-        count = len(self.ingredients)
-        self.coefficients = [equal if index in members else 0.0 for index in range(count)]
+        for index in range(len(self.ingredients)):
+            self.coefficients[index] = 1 / len(members) if index in members else 0.0
 
     def check_fit(self, name: str, other: Ingredient) -> str:
         """Return the SHA-256 of weights that are no ingredient but of the same architecture.
@@ -144,14 +139,12 @@ class Mixture:
 
         ``others`` are further entries of its recipe.
         """
+        keys = ("file", "sha256", "score", "weight")
         columns = zip(self.names, self.sha256, self.scores, self.coefficients, strict=True)
-        ingredients = [
-            {"file": name, "sha256": digest, "score": score, "weight": coefficient}
-            for name, digest, score, coefficient in columns
-        ]
+        ingredients: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in columns]
         recipe = {
             "kind": self.kind,
-            "score": self.best,
+            "score": None if math.isnan(self.best) else self.best,
             "ingredients": ingredients,
             "steps": self.steps,
             "refused": [entry["file"] for entry in ingredients if entry["weight"] == 0],
@@ -239,21 +232,26 @@ _PIECE = 2**18
 """Values mixed at a time, so that temporary tensors are small."""
 
 
-def interpolate(
-    soup: State, other: State, alpha: float | Mapping[str, float], *, into: State
-) -> None:
-    """Write ``(1 - alpha) * soup + alpha * other`` into one of the two.
+def mixed(soup: State, ingredient: Ingredient, alpha: float | Mapping[str, float]) -> State:
+    """Return ``(1 - alpha) * soup + alpha * ingredient``.
 
     ``alpha`` may be given for each tensor; those that it lacks, and integers, are the soup's.
     """
+    mixture = read_weights(ingredient)
     for key, mine in soup.items():
         share = alpha.get(key) if isinstance(alpha, Mapping) else alpha
         if share is not None and mine.is_floating_point():
-            for ours, theirs, result in _pieces(mine, other[key], into[key]):
+            for ours, theirs in _pieces(mine, mixture[key]):
                 # In this form equal values stay equal to the bit, even the sign of a zero.
-                torch.sub(ours, ours - theirs, alpha=share, out=result)
+                torch.sub(ours, ours - theirs, alpha=share, out=theirs)
         else:
-            into[key] = mine
+            mixture[key] = mine
+    return mixture
+
+
+def shifted(coefficients: Sequence[float], index: int, share: float) -> list[float]:
+    """Return coefficients after an ingredient got a share."""
+    return [x * (1 - share) + share * (i == index) for i, x in enumerate(coefficients)]
 
 
 def inner_products(a: State, b: State) -> dict[str, float]:

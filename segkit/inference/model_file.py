@@ -109,16 +109,8 @@ def build_predictor(
     model: nn.Module, cfg: Config, device: str | torch.device, **options: Any
 ) -> Predictor:
     """Return a predictor with the settings of a configuration; ``options`` as in Predictor."""
-    settings: dict[str, Any] = {
-        "mean": cfg.data.mean,
-        "std": cfg.data.std,
-        "range": reading(cfg.data)["range"],
-        "size": cfg.infer.size,
-        "merge": cfg.infer.merge,
-        "tile": cfg.infer.tile,
-        "overlap": cfg.infer.overlap,
-        "pad": cfg.infer.pad,
-        "amp": autocast_dtype(cfg.train.amp, torch.device(device)),
-        "channels_last": cfg.train.channels_last,
-    }
+    settings = {key: getattr(cfg.infer, key) for key in ("size", "merge", "tile", "overlap", "pad")}
+    settings |= {"mean": cfg.data.mean, "std": cfg.data.std, "range": reading(cfg.data)["range"]}
+    amp = autocast_dtype(cfg.train.amp, torch.device(device))
+    settings |= {"amp": amp, "channels_last": cfg.train.channels_last}
     return Predictor(model, **settings | options)

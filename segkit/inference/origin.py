@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.core.errors import DataError, SegkitError
-from segkit.core.files import require_regular_file, write_json
+from segkit.core.files import matches_schema, require_regular_file, write_json
 from segkit.data.inputs import check_name, inside
 
 NAME = "origin.json"
@@ -21,12 +21,7 @@ _DRAFT = f".{NAME}.writing"  # may remain if a process is killed while writing
 def mark_folders(folders: Iterable[Path], *, reads: Iterable[Path] = ()) -> None:
     """Mark folders as result folders; each must be new, empty, or a result folder already.
 
-    Args:
-        reads: Files that are read while results are written, and so must not be replaced.
-
-    Raises:
-        SegkitError: A folder has other files or some of ``reads``, or its ``origin.json`` is
-            damaged.
+    ``reads`` are files that are read while results are written, and so must not be replaced.
     """
     folders = list(folders)
     sources = {parent.resolve() for parent in {path.parent for path in reads}}
@@ -86,21 +81,14 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / NAME
     try:
         content = json.loads(require_regular_file(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or not _are_names(content.get("files")):
+        valid = matches_schema(content, {"files": [str]})
+        for name in content["files"] if valid else ():
+            check_name(name)  # paths stay in their folder
+    except (ValueError, RecursionError, DataError):
+        valid = False
+    if not valid:
         raise SegkitError(
             f"{path}: is damaged or from an older segkit, so the files that segkit wrote are "
             "unknown; delete the folder, or name another"
         )
-    return content
-
-
-def _are_names(files: Any) -> bool:
-    """Return whether ``files`` is a list of paths that stay in their folder."""
-    try:
-        for name in files:
-            check_name(name)
-    except (DataError, TypeError, AttributeError):
-        return False
-    return isinstance(files, list)
+    return dict(content)

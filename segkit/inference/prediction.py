@@ -54,21 +54,15 @@ class Prediction:
         if self.image.dim() == 4:
             raise ValueError("overlay() draws one image; use prediction[i].overlay()")
         return overlay(
-            self.image,
-            self.mask,
-            classes=self.classes,
-            colors=colors,
-            opacity=opacity,
-            background=background,
-            legend=legend,
-        )
+            self.image, self.mask, classes=self.classes, colors=colors, opacity=opacity,
+            background=background, legend=legend,
+        )  # fmt: skip
 
     def __getitem__(self, index: int) -> "Prediction":
         if self.image.dim() != 4:
             raise TypeError("only the prediction of a batch has items")
-        return Prediction(
-            self.image[index], self.mask[index], self.probabilities[index], self.classes
-        )
+        image, mask, probabilities = self.image[index], self.mask[index], self.probabilities[index]
+        return Prediction(image, mask, probabilities, self.classes)
 
 
 def predicted_classes(scores: Tensor) -> Tensor:
@@ -102,8 +96,7 @@ def as_tensor(photo: Photo, *, range: SampleRange | None = None, channels: int =
         if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != channels:
             raise ValueError(
                 f"photo: expected a uint8 array (H, W, {channels}), got {photo.dtype} "
-                f"{photo.shape}; "
-                "give images with the channels first as a tensor"
+                f"{photo.shape}; give images with the channels first as a tensor"
             )
         return torch.from_numpy(np.ascontiguousarray(photo)).permute(2, 0, 1)
     if isinstance(photo, Tensor):

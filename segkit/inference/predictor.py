@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, overload
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -81,20 +81,13 @@ class Predictor:
     ) -> None:
         if tile is not None and tile < STRIDE:
             raise ValueError(f"tiles must be at least {STRIDE} pixels wide, not {tile}")
-        self._graphs, self.temperature, self.range = graphs, temperature, range
-        self.model = model
-        self.classes = tuple(classes)
-        self.size = size
-        self.views = parse_views(views)
-        self.merge = merge
-        self.coefficients = coefficients
-        self.tile = tile
-        self.overlap = overlap
-        self.pad = pad
-        self.amp = amp
+        self._graphs = graphs
+        self.model, self.classes = model, tuple(classes)
+        self.size, self.tile, self.overlap, self.pad = size, tile, overlap, pad
+        self.views, self.merge, self.coefficients = parse_views(views), merge, coefficients
+        self.amp, self.temperature, self.range = amp, temperature, range
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        first = next(model.parameters(), torch.empty(0))
-        self.device = first.device
+        self.device = next(model.parameters(), torch.empty(0)).device
         # (image / 255 - mean) / std as one multiplication and one addition.
         std_tensor = torch.tensor(std, device=self.device).view(-1, 1, 1)
         self._scale = 1 / (255 * std_tensor)
@@ -181,7 +174,13 @@ class Predictor:
 
     def _unscaled_bands(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the probabilities before the temperature, which does not change their order."""
-        for top, scores in self._bands(self._as_batch(image)):
+        channels = len(self._scale)
+        if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-3] != channels:
+            raise ValueError(
+                f"image: expected uint8 ({channels}, H, W) or (B, {channels}, H, W), "
+                f"got {image.dtype} {tuple(image.shape)}"
+            )
+        for top, scores in self._bands(image if image.dim() == 4 else image[None]):
             yield top, scores if image.dim() == 4 else scores[0]
             del scores
 
@@ -204,15 +203,15 @@ class Predictor:
         height, width = image.shape[-2:]
         across = tiles(width, self.tile, self.overlap)
         down = tiles(height, self.tile, self.overlap)
+        if len(down) == len(across) == 1:
+            yield 0, self.batch_probabilities(image)
+            return
         later_tops = [top for top, _, _ in down[1:]] + [height]
         overlap_rows: Tensor | None = None
         for (top, bottom, down_window), next_top in zip(down, later_tops, strict=True):
             band: Tensor | None = None
             for left, right, across_window in across:
                 part = self.batch_probabilities(image[..., top:bottom, left:right])
-                if len(down) == len(across) == 1:
-                    yield 0, part
-                    return
                 part *= (down_window[:, None] * across_window).to(part)
                 if band is None:
                     band = part.new_zeros(*part.shape[:2], bottom - top, width)
@@ -253,22 +252,10 @@ class Predictor:
             logits = torch.cat([torch.zeros_like(logits), logits], 1)
         return logits
 
-    def _as_batch(self, image: Tensor) -> Tensor:
-        channels = len(self._scale)
-        if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-3] != channels:
-            raise ValueError(
-                f"image: expected uint8 ({channels}, H, W) or (B, {channels}, H, W), "
-                f"got {image.dtype} {tuple(image.shape)}"
-            )
-        return image if image.dim() == 4 else image[None]
-
 
 def _forward(model: nn.Module, image: Tensor) -> Tensor:
-    return _logits_of(model(image), image)
-
-
-def _logits_of(output: Any, image: Tensor) -> Tensor:
     """Return the logits in a model's output; they need the image's size."""
+    output = model(image)
     logits = output.get("out") if isinstance(output, Mapping) else output
     if not isinstance(logits, Tensor):
         keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""

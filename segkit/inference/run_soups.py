@@ -42,13 +42,9 @@ class RunSoups:
         A soup that is in the folder already, of the same ingredients and settings, is kept.
 
         Args:
-            run: Its best checkpoints are the ingredients.
+            run: Its best checkpoints are the ingredients, which may not have trained on images of
+                the selection set.
             kind: One of :data:`segkit.inference.candidates.SOUPS`.
-
-        Raises:
-            ArgumentError: The kind needs a selection set and the run has none.
-            LeakError: An ingredient trained on images of the selection set.
-            CheckpointError: A file that is no soup has the soup's name.
         """
         paths = run.best_checkpoints()
         if len(paths) == 1:
@@ -68,8 +64,12 @@ class RunSoups:
         chosen_by = selection.digests() if selection else []
         depends_on = [__version__, kind, digests, chosen_by, config.to_dict(run.config)]
         origin = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-        known = _origin_of(path) if path.exists() else None
-        if distributed.broadcast(known) != origin:
+        known = checkpoint.entries(path).get("soup") if path.exists() else {}
+        if known is None:
+            raise CheckpointError(
+                f"{path}: holds no soup, which is to be written here; move the file"
+            )
+        if distributed.broadcast(known.get("origin")) != origin:
             state = self._make(run, kind, paths, selection, Candidate(f"{kind} soup", (path,)))
             state["soup"] |= {"leaked": leaked, "origin": origin}
             if distributed.is_main():
@@ -87,35 +87,31 @@ class RunSoups:
     ) -> dict[str, Any]:
         """Return a soup's checkpoint, and record its evaluation for ``result``."""
         evaluator = _MixtureEvaluator(self._scorer, run, paths[0], selection)
-        barriers: list[dict[str, Any]] = []
-        ingredient_scores: list[float] = []
+        alone: list[float] = []
         if selection is not None:
-            alone = [Candidate(path.parent.name, (path,)) for path in paths]
-            evaluations = [self._scorer.evaluation(each, selection) for each in alone]
-            ingredient_scores = [mean_iou(evaluation) for evaluation in evaluations]
+            folds = [Candidate(path.parent.name, (path,)) for path in paths]
+            alone = [mean_iou(self._scorer.evaluation(fold, selection)) for fold in folds]
             if run.folder not in self._barriers:
-                self._barriers[run.folder] = soup.check_barriers(
-                    paths, evaluator.score, scores=ingredient_scores
-                )
-            barriers = self._barriers[run.folder]
+                barriers = soup.check_barriers(paths, evaluator.score, scores=alone)
+                self._barriers[run.folder] = barriers
         if kind == "uniform":
             mixed = soup.uniform(paths)
         elif kind == "stock":
             mixed = soup.stock(paths, run.initial_weights())
         elif kind == "partwise":
             parts = _parts_of(evaluator.model)
-            mixed = soup.partwise(paths, evaluator.counts, parts=parts, scores=ingredient_scores)
+            mixed = soup.partwise(paths, evaluator.counts, parts=parts, scores=alone)
         else:
-            mixed = getattr(soup, kind)(paths, evaluator.score, scores=ingredient_scores)
+            mixed = getattr(soup, kind)(paths, evaluator.score, scores=alone)
         if len(mixed.members) > 1:
             evaluator.load(mixed.weights)
             mixed = replace(mixed, weights=evaluator.model.state_dict())
-        state = soup.as_checkpoint(replace(mixed, recipe={**mixed.recipe, "barriers": barriers}))
+        state = soup.as_checkpoint(mixed)
+        state["soup"] |= {"barriers": self._barriers.get(run.folder, [])}
         if selection is not None:
             evaluator.model.load_state_dict(mixed.weights)
-            counted = evaluator.evaluate()
+            counted = evaluator.evaluate(record=result)
             state |= {"score": mean_iou(counted), "iou": list(scores(counted.matrix).iou)}
-            self._scorer.record(result, selection, counted)
         return state
 
 
@@ -138,21 +134,21 @@ class _MixtureEvaluator:
     def score(self, weights: soup.State) -> float:
         """Return the mean IoU of weights on the selection set."""
         self.load(weights)
-        return mean_iou(self.evaluate(details=False))
+        return mean_iou(self.evaluate())
 
     def counts(self, weights: soup.State) -> Tensor:
         """Return the pixel counts of weights on each image of the selection set."""
         self.load(weights)
-        return self.evaluate(details=False).counts
+        return self.evaluate().counts
 
-    def evaluate(self, *, details: bool = True) -> Evaluation:
+    def evaluate(self, *, record: Candidate | None = None) -> Evaluation:
         """Return the counts of the model on the selection set."""
         assert self._selection is not None
         # Fused as every checkpoint is when it is scored, so that the scores are equal to the bit.
         self._predictor.model = for_prediction(self.model, self._predictor.amp)
         predictions = self._scorer.predictor.predictions
         masks = predictions(self._predictor.mask, self._selection, labels=True)
-        return self._scorer.count(masks, self._selection, details=details)
+        return self._scorer.count(masks, self._selection, record=record)
 
 
 def _parts_of(model: nn.Module) -> dict[str, list[str]]:
@@ -162,11 +158,3 @@ def _parts_of(model: nn.Module) -> dict[str, list[str]]:
         return {"backbone": ["backbone"], "decoder": ["decoder"]}
     named = enumerate([f"backbone.{module}" for module in stage] for stage in stages)
     return {**{f"stage {i}": modules for i, modules in named}, "decoder": ["decoder"]}
-
-
-def _origin_of(path: Path) -> str | None:
-    """Return the digest of all that a soup's file depended on; refuse a file that is no soup."""
-    recipe = checkpoint.entries(path).get("soup")
-    if recipe is None:
-        raise CheckpointError(f"{path}: holds no soup, which is to be written here; move the file")
-    return recipe.get("origin")

@@ -43,7 +43,7 @@ class Scorer:
         title = f"{candidate.name}, {images.title}"
         if len(candidate.paths) == 1:
             masks = self.predictor.predict(candidate, images, labels=True)
-            self.record(candidate, images, self.count(masks, images, title))
+            self.count(masks, images, title, record=candidate)
         else:
             possible = possible_votes(candidate.paths, self._votes)
             kinds = dict.fromkeys([candidate.vote, *possible])
@@ -51,8 +51,7 @@ class Scorer:
             for kind, vote in zip(kinds, votes, strict=True):
                 ranked, mask = enumerate(images.rank_indices()), images.source.mask
                 masks = ((index, vote.result(i), mask(index)) for i, index in ranked)
-                counted = self.count(masks, images, title)
-                self.record(replace(candidate, vote=kind), images, counted)
+                self.count(masks, images, title, record=replace(candidate, vote=kind))
         return self._evaluations[key]
 
     def count(
@@ -61,32 +60,32 @@ class Scorer:
         images: Images,
         description: str = "evaluate",
         *,
-        details: bool = True,
+        record: Candidate | None = None,
     ) -> Evaluation:
         """Return the counts of this rank's masks, summed over the ranks.
 
-        ``details=False`` leaves boundaries and objects out, for an evaluation that only chooses.
+        They are stored as the evaluation of a candidate. Without one, the evaluation only chooses,
+        and leaves boundaries and objects out.
         """
         device, indices = self.predictor.device, images.indices
         counter = DetailCounter(indices, len(images.source.classes))
-        wanted = details and self._details
+        wanted = self._details and record is not None
         counted = count(
             masks, images.source, indices,
             device=device, description=description, callback=counter.add if wanted else None,
         )  # fmt: skip
-        return replace(counted, details=counter.result(device)) if wanted else counted
-
-    def record(self, candidate: Candidate, images: Images, evaluation: Evaluation) -> None:
-        """Store an evaluation computed by the caller."""
-        self._evaluations[candidate.cache_key, tuple(images.digests())] = evaluation
+        if wanted:
+            counted = replace(counted, details=counter.result(device))
+        if record is not None:
+            self._evaluations[record.cache_key, tuple(images.digests())] = counted
+        return counted
 
     def calibration(self, candidate: Candidate, images: Images) -> dict[str, Any]:
         """Return a candidate's calibration error and Brier score, without and with temperature."""
         temperature = self.predictor.temperature(candidate)
         counters = [CalibrationCounter(images.indices, len(images.source.classes)) for _ in "ab"]
-        for index, scored, mask in self.predictor.predict(
-            candidate, images, soft=True, labels=True
-        ):
+        predicted = self.predictor.predict(candidate, images, soft=True, labels=True)
+        for index, scored, mask in predicted:
             assert mask is not None
             counters[0].add(index, scored, mask)
             counters[1].add(index, sharpened(scored, temperature), mask)
@@ -105,7 +104,7 @@ class Scorer:
 
         With ``calibrate``, it has the temperature and the scores of the probabilities.
         """
-        calibrate = calibrate and not (candidate.vote == "hard" and len(candidate.paths) > 1)
+        calibrate = calibrate and candidate.cache_key.vote != "hard"
         row: dict[str, Any] = {"name": candidate.name, "views": [str(v) for v in candidate.views]}
         if candidate.fitted:
             row["view_weights"] = [
@@ -118,10 +117,11 @@ class Scorer:
             row["temperature"] = self.predictor.temperature(candidate)
         for images in eval_sets:
             evaluation = self.evaluation(candidate, images)
+            scored = scores(evaluation.matrix)
             row[images.title] = {
-                "miou": scores(evaluation.matrix).miou,
+                "miou": scored.miou,
                 "interval": bootstrap_interval(evaluation.counts),
-                "per_class": scores(evaluation.matrix).iou,
+                "per_class": scored.iou,
                 "images": len(images.indices),
                 "trained_on": len(trained_on.intersection(images.digests())),
                 "details": evaluation.details.to_dict() if evaluation.details else {},
@@ -131,10 +131,8 @@ class Scorer:
             if candidate is not final:
                 last = self.evaluation(final, images)
                 difference, *interval = paired_difference(evaluation.counts, last.counts)
-                row[images.title]["final_minus_this"] = {
-                    "difference": difference,
-                    "interval": interval,
-                }
+                better = {"difference": difference, "interval": interval}
+                row[images.title]["final_minus_this"] = better
         return row
 
 

@@ -24,10 +24,11 @@ from segkit.inference.mixture import (
     Soup,
     State,
     inner_products,
-    interpolate,
+    mixed,
     name_of,
     nan_last,
     read_weights,
+    shifted,
 )
 from segkit.training.metrics import paired_difference, per_image_miou
 
@@ -98,10 +99,8 @@ def stock(ingredients: Sequence[Ingredient], anchor: Ingredient) -> Soup:
     extra = mixture.check_fit("anchor", anchor)
     grams = _gram_matrices([anchor, *ingredients])
     ratios = {key: _stock_ratio(gram) for key, gram in grams.items()}
-    mixture.weights = mixture.mean(range(len(ingredients)))
-    mean = mixture.weights
-    back = {key: 1 - ratio for key, ratio in ratios.items()}
-    interpolate(mean, read_weights(anchor), back, into=mean)
+    mean = mixture.mean(range(len(ingredients)))
+    mixture.weights = mixed(mean, anchor, {key: 1 - ratio for key, ratio in ratios.items()})
     mixture.set_members(range(len(ingredients)))
     sizes = torch.tensor([mean[key].numel() for key in ratios]).double()
     ratio = float(torch.tensor([*ratios.values()]).double() @ sizes / sizes.sum())
@@ -212,7 +211,7 @@ def partwise(
         ``weight`` of an ingredient.
     """
     mixture = Mixture("partwise", ingredients)
-    _add_equal_shares(mixture, lambda weights: float(_miou(counts(weights))), scores)
+    _add_equal_shares(mixture, lambda weights: _miou(counts(weights)), scores)
     before = counts(mixture.weights)
     trials = len(parts) * len(ingredients) * len(shares)
     coefficients = {part: [*mixture.coefficients] for part in parts}
@@ -221,18 +220,14 @@ def partwise(
         keys = [key for key in mixture.weights if f"{key}.".startswith(prefixes)]
         for index in mixture.order:
             for share in shares:
-                candidate = read_weights(ingredients[index])
-                interpolate(mixture.weights, candidate, dict.fromkeys(keys, share), into=candidate)
+                candidate = mixed(mixture.weights, ingredients[index], dict.fromkeys(keys, share))
                 after = counts(candidate)
                 _, low, _ = paired_difference(
                     before, after, level=1 - (1 - level) / trials, rounds=_ROUNDS
                 )
-                value = float(_miou(after))
-                if mixture.note(index, share, value, kept=low > 0, part=part):
-                    mixture.weights, mixture.best, before = candidate, value, after
-                    mine = coefficients[part]
-                    mine[:] = [x * (1 - share) for x in mine]
-                    mine[index] += share
+                if mixture.note(index, share, _miou(after), kept=low > 0, part=part):
+                    mixture.weights, mixture.best, before = candidate, _miou(after), after
+                    coefficients[part] = shifted(coefficients[part], index, share)
                     break
                 del candidate  # before the next is read
     columns = zip(*coefficients.values(), strict=True)
@@ -259,13 +254,11 @@ def check_barriers(
     names = [name_of(ingredient, number) for number, ingredient in enumerate(ingredients)]
     best = max(range(len(ingredients)), key=lambda index: nan_last(scores[index]))
     barriers = []
-    for index in range(len(ingredients)):
+    for index, ingredient in enumerate(ingredients):
         if index == best:
             continue
-        midpoint = read_weights(ingredients[index])
-        interpolate(read_weights(ingredients[best]), midpoint, 0.5, into=midpoint)
         ends = scores[best], scores[index]
-        height = sum(ends) / 2 - score(midpoint)
+        height = sum(ends) / 2 - score(mixed(read_weights(ingredients[best]), ingredient, 0.5))
         barriers.append({"files": [names[best], names[index]], "barrier": height})
         if height > sum(ends) / 2 - min(ends):
             warnings.warn(
@@ -349,8 +342,8 @@ def _add_equal_shares(mixture: Mixture, score: Score, scores: Sequence[float] | 
     mixture.set_members(members)
 
 
-def _miou(counts: Tensor) -> Tensor:
-    return per_image_miou(counts.sum(0))
+def _miou(counts: Tensor) -> float:
+    return float(per_image_miou(counts.sum(0)))
 
 
 def _gram_matrices(points: Sequence[Ingredient]) -> dict[str, Tensor]:

@@ -32,10 +32,6 @@ class Teacher:
         mean, std: Normalization of the batches; each model has its own.
         device: Of the models and the batches.
 
-    Attributes:
-        digests: SHA-256 of each checkpoint.
-        trained_on: Digests of the images that any of the models trained on, as far as recorded.
-
     Shape:
         images: (B, 3, H, W), normalized
         returns: (B, C, H, W), float32
@@ -51,7 +47,7 @@ class Teacher:
     ) -> None:
         self.digests = [checkpoint.digest(path) for path in paths]
         states = [checkpoint.entries(path) for path in paths]
-        self.trained_on = soup.trained_on(states)
+        self.trained_on = soup.trained_on(states)  # as far as recorded
         self._models = [
             load(path, device=device, overrides=["infer.graphs=false"], verify=False)
             for path in paths
@@ -76,11 +72,7 @@ class Teacher:
 
 
 def teacher_checkpoints(names: str | Sequence[str]) -> list[Path]:
-    """Return the checkpoints that ``data.teacher`` names: files, and the best of each run's folds.
-
-    Raises:
-        ConfigError: A name is neither a file nor a run with a model.
-    """
+    """Return the checkpoints that ``data.teacher`` names: files, and each run's best ones."""
     paths = []
     for name in [names] if isinstance(names, str) else names:
         try:
@@ -104,9 +96,6 @@ def open_teacher(
 
     Images that choose between models may not have taught it. Those that validate a fold may, with a
     warning: the soft labels are only of the student's own training images.
-
-    Raises:
-        DataError: The classes differ, or the teacher trained on images that choose.
     """
     if cfg.data.teacher is None:
         return None
@@ -130,11 +119,8 @@ def open_teacher(
             "this run; use the same division of the data (train.seed, data.folds, "
             "data.selection), or another teacher"
         )
-    seen = [
-        str(fold.number)
-        for fold in folds
-        if teacher.trained_on.intersection(digests(data.validation, fold.validation))
-    ]
+    validate = {str(fold.number): digests(data.validation, fold.validation) for fold in folds}
+    seen = [number for number, images in validate.items() if teacher.trained_on & {*images}]
     say(f"data.teacher: {', '.join(map(str, paths))}")
     if seen:
         say(

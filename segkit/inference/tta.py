@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import mul
 from typing import Literal, TypeAlias
 
 import torch
@@ -133,18 +135,13 @@ def parse_views(spec: Views) -> tuple[View, ...]:
         if isinstance(name, View):
             views.append(name)
         else:
-            views += map(_parse_product, SETS.get(name.strip(), (name,)))
+            products = SETS.get(name.strip(), (name,))
+            views += [reduce(mul, map(_parse_factor, product.split("*"))) for product in products]
     return tuple(dict.fromkeys(views))
 
 
-def _parse_product(product: str) -> View:
-    view = View()
-    for name in product.split("*"):
-        view = view * _parse_factor(name.strip())
-    return view
-
-
 def _parse_factor(name: str) -> View:
+    name = name.strip()
     if name in SYMMETRIES:
         return SYMMETRIES[name]
     if name in SETS:
