@@ -17,7 +17,7 @@ from segkit.data.images import MAX_PIXELS, read_image
 from segkit.data.inputs import check_name, existing_name, inside, read_json
 from segkit.data.objects import contradiction, drop_pieces, ignored_box, is_number
 from segkit.data.samples import SampleRange, check_reading
-from segkit.data.source import Fault, OnError, check_classes, usable
+from segkit.data.source import Fault, OnError, check_classes, size_advice, usable
 
 MAX_OUTLINE = 1 << 22
 """Maximum outline length of an object in pixels; pycocotools needs about 100 bytes per pixel."""
@@ -176,10 +176,11 @@ class CocoSource:
         path = self.path(i)
         pixels = read_image(path, range=self._range, channels=self.channels)
         height, width = self.size(i)
-        if pixels.shape[1:] != (height, width):
+        found = (pixels.shape[1], pixels.shape[2])
+        if found != (height, width):
             raise DataError(
-                f"{path} is {pixels.shape[2]} wide and {pixels.shape[1]} high, but {self._file} "
-                f"says {width} and {height}; correct the one that is wrong"
+                f"{path} is {found[1]} wide and {found[0]} high, but {self._file} says {width} and "
+                f"{height}; {size_advice(found, (height, width))}"
             )
         return pixels
 
@@ -206,6 +207,8 @@ class CocoSource:
         """Return why the class ``c`` has no pixel, and what to do."""
         of_class = [r for regions in self._regions for r in regions if r.class_index == c]
         crowds = sum(region.crowd for region in of_class)
+        if not of_class and self.faults:
+            return "no annotation without a fault uses it; correct the faults, or label it"
         if not of_class:
             return "no annotation uses it; label it, or remove the category"
         if crowds and self._crowd != "paint":

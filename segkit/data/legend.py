@@ -291,8 +291,13 @@ def _stored(image: Image.Image, path: Path, *, colors: bool) -> tuple[np.ndarray
 
 
 def distinct(path: Path) -> tuple[list[int], list[Color]]:
-    """Return the values of a mask, or its colors if it is colored."""
+    """Return the values of a mask, or its colors if it is colored.
+
+    Those of a file with lossy compression are black and white: it blurs the others.
+    """
     with open_image(path) as image:
+        if image.format in LOSSY:
+            return [0, 255], []
         values, is_color = _stored(image, path, colors=image.mode in ("RGB", "RGBA", "RGBX"))
     codes = np.unique(values).tolist()
     if not is_color:

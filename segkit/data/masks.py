@@ -15,7 +15,7 @@ from segkit.data.inputs import check_name, inside, read_text
 from segkit.data.legend import Color, read_legend
 from segkit.data.memo import MEMO
 from segkit.data.samples import SampleRange, check_reading
-from segkit.data.source import Fault, OnError, usable
+from segkit.data.source import Fault, OnError, size_advice, usable
 
 
 class MaskSource:
@@ -94,7 +94,7 @@ class MaskSource:
         unused = self._find_masks(names, together)
         if split is not None:
             names, unused = _choose(names, split, image_suffix, faults), []
-        self.names = tuple(self._valid(names, unused if names else [], faults))
+        self.names = tuple(self._valid(names, unused if names else [], others, faults))
         wanted = f" ({', '.join(image_suffixes)})" if image_suffixes else ""
         kept, self.faults = usable(
             self, faults, on_error, f"{images} holds no usable image{wanted}"
@@ -118,9 +118,10 @@ class MaskSource:
         mask = self._legend.decode(path)
         height, width = self.size(i)
         if mask.shape != (height, width):
+            advice = size_advice((mask.shape[0], mask.shape[1]), (height, width))
             raise DataError(
                 f"{path} is {mask.shape[1]} wide and {mask.shape[0]} high, but its image "
-                f"{width} and {height}; correct the one that is wrong"
+                f"{width} and {height}; {advice}"
             )
         return torch.from_numpy(mask)
 
@@ -160,11 +161,16 @@ class MaskSource:
         return [] if together else unused
 
     def _valid(
-        self, names: Sequence[str], unused: Iterable[str], faults: list[Fault]
+        self,
+        names: Sequence[str],
+        unused: Iterable[str],
+        others: Iterable[str],
+        faults: list[Fault],
     ) -> Iterator[str]:
         """Yield the names that are valid and have their own mask; add the others to ``faults``.
 
-        Masks of ``unused``, which have no image, are added after them.
+        Masks of ``unused``, which have no image, are added after them; ``others`` are files that
+        are not read as images.
         """
         owners: dict[str, str] = {}
         suggestions: pairing.Suggestions | None = None
@@ -194,13 +200,15 @@ class MaskSource:
                 faults.append(Fault(str(error), file=name))
             else:
                 yield name
+        unread = {self._key(name): name for name in others}
         for mask in unused:
             if suggestions is None or mask not in suggestions.named:
-                sentence = (
-                    f"{Path(self._masks or '', mask)} has no image in {self._images}; add the "
-                    "image, or remove the mask"
+                other = unread.get(pairing.key(mask, self._mask_suffix))
+                found = (
+                    f"; {other} is there, but is not read: save it as JPEG or PNG" if other else ""
                 )
-                faults.append(Fault(sentence, file=mask))
+                sentence = f"{Path(self._masks or '', mask)} has no image in {self._images}{found}"
+                faults.append(Fault(f"{sentence}; add the image, or remove the mask", file=mask))
 
 
 def _choose(names: Iterable[str], split: str, image_suffix: str, faults: list[Fault]) -> list[str]:

@@ -92,11 +92,15 @@ def check_classes(classes: Sequence[str], origin: str) -> tuple[str, ...]:
             f"{origin} gives {len(classes)} classes; expected 1 to {IGNORE}, background included"
         )
     for name in classes:
-        if not name.strip() or NO_TEXT.search(name) or classes.count(name) > 1:
-            raise DataError(
-                f"{origin}: the class name {name!a:.100} is empty, has control characters, or is "
-                "duplicated; rename it"
-            )
+        if not name.strip():
+            problem = "is empty"
+        elif NO_TEXT.search(name):
+            problem = "has control characters"
+        elif classes.count(name) > 1:
+            problem = f"is that of {classes.count(name)} classes"
+        else:
+            continue
+        raise DataError(f"{origin}: the class name {name!a:.100} {problem}; rename it")
     return tuple(classes)
 
 
@@ -159,3 +163,10 @@ def _content(source: Source, i: int) -> str | None:
         return f"{MEMO.digest(source.path(i))} {labels} sound{getattr(source, 'reading', '')}"
     except (OSError, DataError):
         return None
+
+
+def size_advice(found: tuple[int, int], expected: tuple[int, int]) -> str:
+    """Return what to do about a size (height, width) that is not the expected one."""
+    if found == expected[::-1]:
+        return "turn one of them; the EXIF data of a photograph may turn it"
+    return "correct the one that is wrong"

@@ -226,8 +226,8 @@ def test_contradictions_and_crowds_are_said(tmp_path: Path, capsys) -> None:
     assert "annotation 1 of 1.png: bbox reaches from 13, 13 to 15, 15, but its shape" in lines[0]
     assert lines[1] == "data.train: 2 images, 4 classes from some.json"
     assert "'can' is labelled: 1 of 1 annotations are crowds" in lines[2]
-    assert "'bag' is labelled: no annotation uses it" in lines[3]
-    assert "'cup' is labelled: no annotation uses it" in lines[4]
+    assert "'bag' is labelled: no annotation without a fault uses it; correct" in lines[3]
+    assert "'cup' is labelled: no annotation without a fault uses it; correct" in lines[4]
     assert "every labelled pixel is 'background'" in lines[5]
     ignored = 100 * (56 + 4) / (2 * SIZE**2)  # the crowd, and the box of the faulty object
     assert lines[-1] == (

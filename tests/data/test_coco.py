@@ -337,7 +337,7 @@ def test_repeated_annotation_id(tmp_path: Path) -> None:
         (content(categories=[{"id": 1, "name": "a"}] * 2), "two categories have id 1"),
         (
             content(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]),
-            "'a' is empty, has control",
+            "'a' is that of 2 classes; rename it",
         ),
         (content(categories=[{"id": 1, "name": " "}]), "' ' is empty"),
         (content(categories=[{"id": 1, "name": "a\nb"}]), "control characters"),

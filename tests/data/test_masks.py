@@ -163,6 +163,9 @@ def test_mask_is_compared_with_the_upright_image(tmp_path: Path) -> None:
     Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "images/a.jpg", exif=exif)
     opened = MaskSource(**paths, classes=CLASSES)
     assert opened.mask(0).shape == opened.image(0).shape[1:] == opened.size(0) == (HEIGHT, WIDTH)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "images/a.jpg", exif=exif)
+    with pytest.raises(DataError, match="turn one of them; the EXIF data"):
+        MaskSource(**paths, classes=CLASSES).mask(0)
 
 
 def test_without_masks_the_source_is_unlabelled(tmp_path: Path) -> None:
@@ -240,7 +243,7 @@ def test_classes_from_a_file(tmp_path: Path) -> None:
             MaskSource(**paths, classes=str(file))
     with pytest.raises(DataError, match=r"gone\.txt does not exist"):
         MaskSource(**paths, classes=str(tmp_path / "gone.txt"))
-    with pytest.raises(DataError, match="'sky' is empty, has control characters, or is duplicated"):
+    with pytest.raises(DataError, match="'sky' is that of 2 classes; rename it"):
         MaskSource(**paths, classes=("sky", "sky"))
 
 

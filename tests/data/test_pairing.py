@@ -125,7 +125,10 @@ def test_a_mask_without_an_image_is_a_fault(tmp_path: Path) -> None:
     write(tmp_path / "images", "a.jpg")
     write(tmp_path / "masks", "a.png", "b.png")
     (tmp_path / "images/b.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    with pytest.raises(DataError, match=r"masks/b\.png has no image in .*images"):
+    with pytest.raises(
+        DataError,
+        match=r"masks/b\.png has no image in .*images; b\.heic is there, but is not read: save it",
+    ):
         opened(tmp_path)
     source = opened(tmp_path, on_error="skip")
     assert source.names == ("a.jpg",)

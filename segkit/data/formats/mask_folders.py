@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from segkit.data.images import SUFFIXES
@@ -83,6 +84,16 @@ def _masks_alone(folder: Path, names: tuple[str, ...]) -> bool:
     return bool(names) and all(_few_colors(folder / name) for name in names)
 
 
+def _is_black_and_white(path: Path) -> bool:
+    """Return True for a JPEG file whose pixels are black or white, apart from few at edges."""
+    try:
+        with Image.open(path) as image:
+            gray = np.asarray(image.convert("L")) if image.format == "JPEG" else None
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
+    return gray is not None and bool(((gray > 32) & (gray < 223)).mean() < 0.02)
+
+
 def _few_colors(path: Path) -> bool:
     try:
         with Image.open(path) as image:
@@ -94,6 +105,12 @@ def _few_colors(path: Path) -> bool:
 def _pairs(folder: Path) -> list[MaskFolders]:
     folders = _folders(folder)
     masks = {path: names for path, names in folders.items() if _masks_alone(path, tuple(names[:3]))}
+    if not masks:
+        masks = {
+            path: names
+            for path, names in folders.items()
+            if all(_is_black_and_white(path / name) for name in names[:3])
+        }
     stems = {path: {Path(name).stem for name in names} for path, names in folders.items()}
     pairs = [pair for path, names in folders.items() if (pair := _together(path, names))]
     for path in masks:
@@ -175,6 +192,12 @@ def _classes(folder: Path, pair: MaskFolders) -> dict[str, Any]:
         return named_by_color(colors) if colors else named_by_value(values)
     lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     names = [re.sub(r"[\d\s,;:]+", " ", line).strip() for line in lines if line.strip()]
+    if (
+        len(names) == len(values)
+        and values[-1] >= len(names)
+        and (len(names) == 2 or values[-1] < 255)
+    ):
+        return {"classes": str(path), "values": {str(value): i for i, value in enumerate(values)}}
     return {"classes": str(path), **ignored(names, values)}
 
 
