@@ -193,9 +193,15 @@ def is_verbose() -> bool:
     return logging.getLogger("segkit").level == logging.DEBUG
 
 
+_shown: set[str] = set()
+"""Warnings that were printed."""
+
+
 def _show(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning without the line of code that issued it."""
-    print(f"warning: {message}", file=sys.stderr)
+    """Print a warning once, without the line of code that issued it."""
+    if str(message) not in _shown:
+        _shown.add(str(message))
+        sys.stderr.write(f"warning: {message}\n")  # print writes the line break later: threads
 
 
 class Stop:

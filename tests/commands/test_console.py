@@ -102,3 +102,9 @@ def test_other_ranks_print_nothing(
     monkeypatch.setenv("RANK", "1")
     console.printer()("hello")
     assert capsys.readouterr().out == ""
+
+
+def test_a_warning_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("a.jpg is damaged", "b.jpg is damaged", "a.jpg is damaged"):
+        console._show(text)
+    assert capsys.readouterr().err == "warning: a.jpg is damaged\nwarning: b.jpg is damaged\n"
