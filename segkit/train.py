@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 train.py --cfg swin.json --folds 0
 """
 
 import argparse
+import shlex
 import signal
 import sys
 import time
@@ -337,12 +338,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def next_commands(cfg: Config, run: Run) -> str:
     """Return the commands that a user may want after a training, one per line."""
-    train, infer = "segkit train --cfg", f"segkit infer --run-dir {run.folder}"
+    folder, cfg_file = (shlex.quote(str(x)) for x in (run.folder, run.folder / "config.json"))
+    train, infer = f"segkit train --cfg {cfg_file}", f"segkit infer --run-dir {folder}"
     lines = ["next: predict photographs, the test set, or train on", f"{infer} --images PHOTO.jpg"]
     if cfg.data.test is not None:
         lines.append(f"{infer}{' --soup --tta' if len(run.folds()) > 1 else ' --tta'}")
-    lines.append(f"{train} {run.folder / 'config.json'} \\")
-    lines.append(f"  --run-dir {run.folder} --resume --set train.epochs={2 * cfg.train.epochs}")
+    lines.append(f"{train} \\")
+    lines.append(f"  --run-dir {folder} --resume --set train.epochs={2 * cfg.train.epochs}")
     return "\n  ".join(lines)
 
 

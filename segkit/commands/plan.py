@@ -10,12 +10,14 @@ crop, the batch, the rates, the epochs, the augmentation, the loss and the folds
 
 import json
 import math
+import shlex
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -29,10 +31,10 @@ from segkit.core.files import write_json
 from segkit.core.machine import Machine, read_machine
 from segkit.data import open_source
 from segkit.data.bands import find_reading
-from segkit.data.doubts import describe, label_doubts
+from segkit.data.doubts import counted, describe, label_doubts
 from segkit.data.fingerprint import Fingerprint, join
 from segkit.data.folds import class_pixels
-from segkit.data.formats import recognize
+from segkit.data.formats import FORMATS, coco_files, recognize
 from segkit.data.loader import TrainImages
 from segkit.data.memo import MEMO, on_threads
 from segkit.data.source import Source
@@ -116,6 +118,11 @@ def plan(
             parts["train"] |= needs
             cfg = config.parse({"data": parts}, str(folder))
             source = open_source(cfg, "train", cached=False)
+        if len(source) < 2 and "val" not in parts:
+            raise DataError(
+                f"{folder}: has 1 labelled image; expected 2 or more, some to train and others to "
+                "validate: label more"
+            )
         pixels = class_pixels(source, workers=machine.cores)
         chosen = evenly_spaced(source)
         photos = on_threads(lambda i: read_photo(source, i), chosen, "reading")
@@ -167,16 +174,22 @@ def find_parts(folder: Path) -> dict[str, dict[str, Any]]:
         DataError: There is no such folder, or it has no labels that segkit reads.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: is not a folder; expected a folder of labelled photographs")
+        found = "is not a folder" if folder.exists() else "there is no such folder"
+        advice = "unzip it, and give the folder" if is_zipfile(folder) else "check the path"
+        raise DataError(f"{folder}: {found}; expected a folder of labelled photographs: {advice}")
     specs = {part: recognize(folder, part) for part in ("train", "val", "test")}  # type: ignore[arg-type]
     parts = {part: spec for part, spec in specs.items() if spec is not None}
     if "train" not in parts:
+        if refused := next(coco_files.refusals(folder), None):
+            raise DataError(refused)
         kinds = sorted({path.suffix.lower() or "no suffix" for path in folder.rglob("*.*")})
         raise DataError(
             f"{folder}: has no labels that segkit recognizes "
-            f"({'its files: ' + ', '.join(kinds[:8]) if kinds else 'it is empty'}); "
-            "expected a COCO file, masks named as their images, or another format of "
-            "docs/data.md; name other layouts in data.train of a configuration"
+            f"({'its files: ' + ', '.join(kinds[:8]) if kinds else 'it is empty'}); expected a "
+            "COCO file, masks named as their images (images/a.jpg, masks/a.png), or files of "
+            f"{', '.join(sorted({*FORMATS} - {'coco', 'masks'}))}: label the photographs with a "
+            "tool that writes one of these, or describe other folders of masks in data.train of a "
+            "configuration (docs/data.md)"
         )
     return parts
 
@@ -294,7 +307,8 @@ def lines(made: TrainingPlan) -> Iterator[str]:
     """Yield the lines of a report of at most 80 columns."""
     data = made.data
     height, width = data.size
-    yield f"{data.images:,} images, {width} x {height} (median), {len(data.classes)} classes"
+    classes = counted(len(data.classes), "class", "classes")
+    yield f"{counted(data.images, 'image')}, {width} x {height} (median), {classes}"
     total = max(1, sum(data.pixels))
     for name, count, images in zip(data.classes, data.pixels, data.shown, strict=True):
         yield f"  {name:<30.30} {images:>7,} images {100 * count / total:>6.2f} % of pixels"
@@ -340,7 +354,7 @@ def main(argv: list[str]) -> None:
     made.save(out)
     for line in lines(made):
         print(line)
-    print(f"written: {out}\nnext: segkit train --cfg {out}")
+    print(f"written: {out}\nnext: segkit train --cfg {shlex.quote(str(out))}")
 
 
 def check_out(path: Path) -> None:

@@ -13,7 +13,7 @@ from segkit.data.source import Source, background
 def describe(source: Source) -> str:
     """Return what is read from a source, and what is passed over, in one line."""
     origin = getattr(source, "origin", None)
-    line = f"{_count(len(source), 'image')}, {_count(len(source.classes), 'class', 'classes')}"
+    line = f"{counted(len(source), 'image')}, {counted(len(source.classes), 'class', 'classes')}"
     if origin:
         line += f" from {origin}"
     return "; ".join([line, *getattr(source, "notes", ())])
@@ -42,7 +42,7 @@ def label_doubts(source: Source, pixels: np.ndarray) -> list[str]:
     empty = np.flatnonzero(of_objects.sum(1) == 0)
     if len(empty):
         sentences.append(
-            f"{len(empty):,} of {_count(len(source), 'image')} have no labelled "
+            f"{len(empty):,} of {counted(len(source), 'image')} have no labelled "
             f"{'pixel' if ground is None else 'object'}, such as {source.names[empty[0]]}: right "
             "if there is none; else label or remove them"
         )
@@ -72,7 +72,7 @@ def split_doubts(
         if lacking:
             images = int((pixels[:, c] > 0).sum())
             sentences.append(
-                f"the class {quoted(classes[c])} is in {_count(images, 'image')} only, and not in "
+                f"the class {quoted(classes[c])} is in {counted(images, 'image')} only, and not in "
                 f"{', '.join(lacking)}: scores there leave it out; label more images, or lower "
                 "data.folds"
             )
@@ -113,10 +113,11 @@ def seen(source: Source, pixels: np.ndarray) -> str:
     most = [f"{source.classes[c]} {100 * pixels[:, c].sum() / labelled:.3g} %" for c in order[:8]]
     more = f", and {len(order) - 8} more" if order[8:] else ""
     return (
-        f"{_count(len(source), 'image')} with {', '.join(most)}{more} of the labelled pixels; "
+        f"{counted(len(source), 'image')} with {', '.join(most)}{more} of the labelled pixels; "
         f"{100 * (1 - pixels.sum() / max(1, every)):.3g} % of all pixels are ignored"
     )
 
 
-def _count(number: int, noun: str, plural: str | None = None) -> str:
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number and its noun."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

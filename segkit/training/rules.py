@@ -13,6 +13,7 @@ import numpy as np
 from segkit.core.config import IMAGENET_MEAN, IMAGENET_STD
 from segkit.core.labels import Size
 from segkit.core.machine import Machine
+from segkit.data.doubts import counted
 from segkit.data.fingerprint import Fingerprint
 from segkit.training.defaults import crop_size, learning_rate
 
@@ -233,9 +234,10 @@ def warnings_about(data: Fingerprint) -> list[str]:
     total = max(1, sum(data.pixels))
     sentences = []
     for name, count, images in zip(data.classes, data.pixels, data.shown, strict=True):
-        if count and (count < RARE * total or images < FOLDS):
+        if count and (count < RARE * total or images < min(FOLDS, data.images)):
             share = 100 * count / total
-            sentences.append(f"the class {name} is rare: {images} images, {share:.2g} % of pixels")
+            shown = counted(images, "image")
+            sentences.append(f"the class {name} is rare: {shown}, {share:.2g} % of pixels")
     return sentences
 
 
@@ -312,7 +314,11 @@ def _epochs(
     every = max(1, round(epochs / EVALUATIONS))
     return [
         Choice("train.epochs", epochs, why),
-        Choice("train.evaluate_every", every, f"about {EVALUATIONS} evaluations"),
+        Choice(
+            "train.evaluate_every",
+            every,
+            "after each epoch" if every == 1 else f"about {EVALUATIONS} evaluations",
+        ),
         *average,
     ]
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -193,7 +194,7 @@ def test_a_batch_that_the_device_cannot_hold_is_divided(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["nowhere"], "nowhere: is not a folder"),
+        (["nowhere"], "nowhere: there is no such folder"),
         (["empty"], "empty: has no labels that segkit recognizes"),
         (["empty", "--out", "no/where.json"], "there is no folder no; make it first"),
         (["empty", "--out", "own.json"], "own.json: exists and was not planned by segkit"),
@@ -221,6 +222,28 @@ def test_a_folder_or_labels_in_place_of_a_configuration_are_named() -> None:
         train.main(["--cfg", "photos"])
     with pytest.raises(ConfigError, match=r"is a COCO file; .* segkit plan writes"):
         train.main(["--cfg", "photos/annotations/instances_train.json"])
+
+
+def test_commands_to_copy_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    as_binary(Path("my photos"))
+    plan.main(["my photos", "--hours", "0.0001", "--device", "cpu"])
+    assert "next: segkit train --cfg 'my photos.json'" in capsys.readouterr().out
+    cfg, run = config.load("my photos.json"), Run(tmp_path / "my run")
+    said = train.next_commands(cfg, run)
+    assert f"--run-dir '{run.folder}' --images" in said
+    assert f"--cfg '{run.folder}/config.json'" in said
+
+
+def test_files_in_place_of_a_folder_and_one_image_are_named() -> None:
+    photographs(Path("photos/images"), 0, 1)
+    with ZipFile("photos.zip", "w") as file:
+        file.write("photos/images/photo 0.jpg")
+    with pytest.raises(DataError, match=r"photos.zip: is not a folder; .*: unzip it"):
+        plan.main(["photos.zip"])
+    Path("photos/masks").mkdir()
+    Image.fromarray(scene(0)[1]).save("photos/masks/photo 0.png")
+    with pytest.raises(DataError, match="photos: has 1 labelled image; expected 2 or more"):
+        plan.main(["photos"])
 
 
 def test_a_given_file_of_no_weights_is_named() -> None:

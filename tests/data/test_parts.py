@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segkit.commands.plan import find_parts
+from segkit.core.errors import DataError
 from segkit.data.formats import coco_files, mask_folders, recognize
 from segkit.data.formats.mask_folders import ignored, named_by_value
 from segkit.data.masks import MaskSource
@@ -213,3 +215,66 @@ def test_ignored_values() -> None:
     assert ignored(["sky", "road"], [0, 1, 255]) == {"ignore_index": 255}
     assert ignored(["sky", "road"], [0, 1]) == {}
     assert ignored(["sky", "road"], [0, 1, 2, 255]) == {}  # nobody knows; training says so
+
+
+def test_coco_files_name_images_as_other_systems_do(tmp_path: Path) -> None:
+    photographs(tmp_path / "images", "a photo", "b")
+    coco(tmp_path / "train.json", "gone.jpg", "images\\a%20photo.jpg", "images\\b.jpg")
+    assert coco_files.recognize(tmp_path, "train") == {"annotations": str(tmp_path / "train.json")}
+    assert not [*coco_files.refusals(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"images": [{"file_name": "a.jpg"', "is not valid JSON"),
+        ('{"images": [{"file_name": "C:/b.jpg"}], "annotations": [{}]}', r"'C:/b\.jpg' is not in"),
+        ('{"images": [{"file_name": "a.jpg"}], "annotations": []}', "no annotations; label its"),
+    ],
+)
+def test_refused_coco_files_are_named(tmp_path: Path, content: str, words: str) -> None:
+    photographs(tmp_path, "a")
+    (tmp_path / "all.json").write_text(content)
+    (tmp_path / "other.json").write_text('{"settings": 1}')
+    assert coco_files.recognize(tmp_path, "train") is None
+    with pytest.raises(DataError, match=rf"all\.json.*{words}"):
+        find_parts(tmp_path)
+
+
+def test_refused_coco_file_of_two_bytes_per_character(tmp_path: Path) -> None:
+    (tmp_path / "all.json").write_text('{"images": [{}]}', encoding="utf-16")
+    assert "all.json" in next(coco_files.refusals(tmp_path))
+
+
+def test_black_and_white_masks_with_lossy_compression(tmp_path: Path) -> None:
+    photographs(tmp_path / "images", "a", "b")
+    (tmp_path / "masks").mkdir()
+    pixels = np.zeros((40, 48), np.uint8)
+    pixels[8:32, 8:32] = 255
+    for stem in ("a", "b"):
+        Image.fromarray(pixels).save(tmp_path / "masks" / f"{stem}.jpg")
+    spec = mask_folders.recognize(tmp_path, "train")
+    assert spec is not None
+    assert spec["values"] == {"0": 0, "255": 1}
+    assert np.array_equal(MaskSource(**spec).mask(0).numpy(), pixels > 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments"),
+    [
+        ((0, 255), {"values": {"0": 0, "255": 1}}),
+        ((0, 26), {"values": {"0": 0, "26": 1}}),
+        ((1, 2), {"values": {"1": 0, "2": 1}}),
+        ((0, 1), {}),
+        ((0, 1, 255), {"ignore_index": 255}),
+    ],
+)
+def test_named_classes_of_other_values(
+    tmp_path: Path, values: tuple[int, ...], arguments: dict[str, Any]
+) -> None:
+    photographs(tmp_path / "images", "a")
+    masks(tmp_path / "masks", "a", values=values)
+    (tmp_path / "classes.txt").write_text("road\ncar\n")
+    spec = mask_folders.recognize(tmp_path, "train")
+    assert spec is not None
+    assert {k: v for k, v in spec.items() if k in ("values", "ignore_index")} == arguments

@@ -115,6 +115,8 @@ def test_rare_classes_are_said() -> None:
     assert rules.warnings_about(data()) == []
     (rare,) = rules.warnings_about(data(pixels=(90_000, 9), shown=(10, 9)))
     assert "can is rare: 9 images, 0.01 % of pixels" in rare
+    (rare,) = rules.warnings_about(data(images=2, shown=(2, 1)))  # the background is in all images
+    assert "can is rare: 1 image, " in rare
 
 
 def test_time_worked_by_hand() -> None:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from segkit.core.errors import DataError
-from segkit.data.inputs import read_json
+from segkit.core.errors import DataError, quoted
+from segkit.data.inputs import existing_name, read_json
 from segkit.data.parts import WORDS, part_of
 
 MAX_FILES, HEAD = 200, 1 << 16
@@ -48,28 +48,56 @@ def _json_files(folder: Path) -> Iterator[Path]:
 def _coco(path: Path) -> dict[str, Any] | None:
     """Return the content of a COCO file; ``None`` for another file."""
     try:
-        with path.open("rb") as file:
-            head = file.read(HEAD)
-        if not any(word in head for word in (b'"images"', b'"annotations"', b'"categories"')):
-            return None
-        content = read_json(path)
+        return _read(path)
     except (OSError, DataError):
-        return None  # the file may belong to another program; if it is the only one, plan says so
+        return None  # the file may belong to another program; see refusals
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    with path.open("rb") as file:
+        head = file.read(HEAD).replace(b"\0", b"")  # also of two bytes per character
+    if not any(word in head for word in (b'"images"', b'"annotations"', b'"categories"')):
+        return None
+    content = read_json(path)
     images, annotations = content.get("images"), content.get("annotations", [])
     if not isinstance(images, list) or not images or not isinstance(annotations, list):
         return None
     return content if all(isinstance(image, dict) for image in images) else None
 
 
+def refusals(folder: Path) -> Iterator[str]:
+    """Yield a sentence for each COCO file in a folder that cannot be used."""
+    for path in _json_files(folder):
+        try:
+            content = _read(path)
+        except (OSError, DataError) as error:
+            yield str(error)
+            continue
+        if content is None:
+            continue
+        if _image_folder(folder, path, content["images"]) is None:
+            name = quoted(content["images"][0].get("file_name"))
+            yield (
+                f"{path}: its image {name} is not in {folder}; put the images there, or correct "
+                "the file names"
+            )
+        elif not content.get("annotations") and part_of(path.name) != "test":
+            yield f"{path} has no annotations; label its images"
+
+
 def _image_folder(folder: Path, path: Path, images: list[dict[str, Any]]) -> Path | None:
-    """Return the folder that the file names of a COCO file are relative to."""
-    names = [image["file_name"] for image in images[:5] if isinstance(image.get("file_name"), str)]
+    """Return the folder that has most of the first images of a COCO file, or ``None``."""
+    listed = [image.get("file_name") for image in images[:20]]
+    names = [name for name in listed if isinstance(name, str)]
     part = part_of(path.relative_to(folder).as_posix())
     below = ["", "images", "img", "data", *(WORDS[part] if part else ()), path.stem.split("_")[-1]]
-    for parent in (path.parent, path.parent.parent, folder):
-        for name in (*below, *(f"images/{word}" for word in below if word)):
-            root = parent / name
-            inside = root.is_relative_to(folder)
-            if inside and names and all((root / image).is_file() for image in names):
-                return root
-    return None
+    below += [f"images/{word}" for word in below if word]
+    parents = (path.parent, path.parent.parent, folder)
+    roots = (parent / name for parent in parents for name in below)
+    counts = {
+        root: sum((root / existing_name(root, name)).is_file() for name in names)
+        for root in roots
+        if root.is_relative_to(folder)
+    }
+    best = max(counts, key=lambda root: counts[root])
+    return best if counts[best] else None
