@@ -93,7 +93,7 @@ def file_doubts(images: Iterable[tuple[str, str, str]]) -> list[str]:
     if not repeated:
         return []
     return [
-        f"{_count(len(repeated), 'image')} of one part are equal files in another, such as "
+        f"{counted(len(repeated), 'image')} of one part are equal files in another, such as "
         f"{repeated[0]}: scores are too high; remove them, or keep them together by data.groups"
     ]
 
