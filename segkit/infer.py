@@ -140,7 +140,10 @@ def open_photos(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Images 
     elif runs[0].config.data.test is not None:
         source = open_source(runs[0].config, "test")
     elif args.pseudo or common_selection(runs) is None:
-        raise ConfigError("data.test: is missing, so there is nothing to predict; add --images")
+        raise ConfigError(
+            "data.test: is missing, so there is nothing to predict; name photographs, or a folder "
+            "of them: --images PHOTO.jpg"
+        )
     else:
         return None
     # Every test image needs a result; unreadable files among --images are left out.

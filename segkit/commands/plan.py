@@ -10,6 +10,7 @@ crop, the batch, the rates, the epochs, the augmentation, the loss and the folds
 
 import json
 import math
+import os
 import shlex
 import textwrap
 import time
@@ -260,7 +261,7 @@ def plan_training(data: Fingerprint, machine: Machine, cfg: Config) -> list[Choi
     pretrained = cfg.model.weights is not None
     return [
         Choice("infer.size", longest if factor < 1 else None, why),
-        *rules.batch(round(share * data.images), room, machine),
+        *rules.batch(max(1, int(share * data.images)), room, machine),
         *rules.rates("adamw", pretrained=pretrained, batch_norm=norms),
         *rules.augmentation(data, factor, crop),
         *rules.normalization(data, pretrained=pretrained),
@@ -361,6 +362,11 @@ def check_out(path: Path) -> None:
     """Raise an error if a file exists that no plan has written, or its folder does not."""
     if not path.parent.is_dir():
         raise SegkitError(f"--out {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise SegkitError(
+            f"--out {path}: no file may be written in {path.parent.resolve()}; name one elsewhere "
+            "with --out"
+        )
     if path.is_dir():
         raise SegkitError(f"--out {path}: is a folder; expected the name of a file")
     if path.exists() and f'"note": "{MARK}' not in path.read_text(errors="replace")[:100]:

@@ -382,7 +382,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+        raise ConfigError(
+            f"{path}: is not UTF-8 text (byte {error.start}); expected a configuration in JSON, "
+            "which segkit plan FOLDER writes"
+        ) from error
     except (ValueError, RecursionError) as error:
         why = f"is not valid JSON: {error}" if text.strip() else "is empty; expected a JSON object"
         raise ConfigError(f"{path}: {why}") from error

@@ -191,7 +191,12 @@ class Run:
 
     def begin(self, config: Mapping[str, Any], files: Mapping[str, Any] = {}) -> None:
         """Create the folder, or continue in it; ``files`` are JSON files of a new run, by name."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SegkitError(
+                f"{self.folder}: cannot be made ({reason(error)}); choose another folder"
+            ) from error
         if self._lock is None:
             self._take_lock()
             self.check(config, resume=False)  # another process may have begun a run meanwhile

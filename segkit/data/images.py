@@ -122,7 +122,9 @@ def open_image(path: Path | str, *, load: bool = True) -> Iterator[Image.Image]:
         ) from None
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)
-        raise DataError(f"{path} is empty or not an image; expected one of {known}") from None
+        raise DataError(
+            f"{path} is empty or not an image; expected one of {known}: convert or replace the file"
+        ) from None
     except Exception as error:  # decoders raise errors of any type on damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = reason.splitlines()[0]

@@ -105,7 +105,7 @@ def crop(data: Fingerprint, factor: float, machine: Machine) -> Size:
 def batch(images: int, room: float, machine: Machine) -> list[Choice]:
     """Return the batch and its parts; the activations of ``room`` images fit into the memory."""
     want = 8 if machine.device == "cpu" else 16
-    size = _power_of_two(min(want, max(2, images // 4)))
+    size = _power_of_two(min(want, max(min(2, images), images // 4)))
     parts = max(1, size // _power_of_two(max(1, min(size, room))))
     return [
         Choice("train.batch_size", size, f"at least four steps in {images} images"),

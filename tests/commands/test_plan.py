@@ -246,6 +246,21 @@ def test_files_in_place_of_a_folder_and_one_image_are_named() -> None:
         plan.main(["photos"])
 
 
+def test_a_folder_without_write_permission_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.os, "access", lambda *_: False)
+    with pytest.raises(SegkitError, match=r"--out a.json: no file may be written in .* --out"):
+        plan.check_out(Path("a.json"))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_few_images_can_be_trained(quick: None, count: int) -> None:
+    for i, mask in enumerate(photographs(Path("photos/images"), 0, count)):
+        Path("photos/masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(f"photos/masks/photo {i}.png")
+    batch = plan.plan("photos", hours=0.001, device="cpu").config["train"]["batch_size"]
+    assert batch == 1  # a fold trains on the smaller half
+
+
 def test_a_given_file_of_no_weights_is_named() -> None:
     as_binary(Path("photos"))
     Path("a.pth").write_text("no weights")

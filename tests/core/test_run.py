@@ -177,6 +177,12 @@ def test_a_list_as_config_is_no_run(tmp_path: Path) -> None:
         begin_run(run.folder, {}, resume=True)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SegkitError, match=r"run: cannot be made \(.*\); choose another folder"):
+        begin_run(tmp_path / "file/run", {})
+
+
 def test_a_run_resumes_with_settings_that_do_not_change_the_weights(tmp_path: Path) -> None:
     before = to_dict(Config())
     del before["infer"]["graphs"]  # of a version that did not have it

@@ -257,6 +257,21 @@ def test_black_and_white_masks_with_lossy_compression(tmp_path: Path) -> None:
     assert spec is not None
     assert spec["values"] == {"0": 0, "255": 1}
     assert np.array_equal(MaskSource(**spec).mask(0).numpy(), pixels > 0)
+    for stem in ("a", "b"):  # values that compression does not keep
+        Image.fromarray(pixels // 255).save(tmp_path / "masks" / f"{stem}.jpg")
+    assert mask_folders.recognize(tmp_path, "train") is None
+
+
+def test_masks_of_16_bits(tmp_path: Path) -> None:
+    photographs(tmp_path / "images", "a")
+    (tmp_path / "masks").mkdir()
+    pixels = np.zeros((40, 48), np.uint16)
+    pixels[8:32, 8:32] = 1000
+    Image.fromarray(pixels).save(tmp_path / "masks/a.png")
+    spec = mask_folders.recognize(tmp_path, "train")
+    assert spec is not None
+    assert spec["values"] == {"0": 0, "1000": 1}
+    assert np.array_equal(MaskSource(**spec).mask(0).numpy(), pixels > 0)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_crops_fit_scaled_images() -> None:
         (240, 100.0, GPU, 16, 1),
         (20, 100.0, GPU, 4, 1),  # a quarter of 20 is 5
         (3, 100.0, GPU, 2, 1),
+        (1, 100.0, GPU, 1, 1),
         (240, 5.0, GPU, 16, 4),  # parts of 4 images
         (240, 0.3, GPU, 16, 16),
     ],

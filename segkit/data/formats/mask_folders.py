@@ -84,19 +84,26 @@ def _masks_alone(folder: Path, names: tuple[str, ...]) -> bool:
     return bool(names) and all(_few_colors(folder / name) for name in names)
 
 
-def _is_black_and_white(path: Path) -> bool:
-    """Return True for a JPEG file whose pixels are black or white, apart from few at edges."""
-    try:
-        with Image.open(path) as image:
-            gray = np.asarray(image.convert("L")) if image.format == "JPEG" else None
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return False
-    return gray is not None and bool(((gray > 32) & (gray < 223)).mean() < 0.02)
+def _black_and_white(paths: Iterable[Path]) -> bool:
+    """Return True for JPEG files with black and white pixels, and few others, at edges."""
+    bright = False
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                gray = np.asarray(image.convert("L")) if image.format == "JPEG" else None
+        except (OSError, ValueError, Image.DecompressionBombError):
+            return False
+        if gray is None or ((gray > 32) & (gray < 223)).mean() > 0.02:
+            return False
+        bright = bright or bool(gray.max() >= 223)
+    return bright
 
 
 def _few_colors(path: Path) -> bool:
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which getcolors refuses
+                return len(np.unique(image)) <= COLORS
             return image.format != "JPEG" and image.getcolors(COLORS) is not None
     except (OSError, ValueError, Image.DecompressionBombError):
         return False
@@ -109,7 +116,7 @@ def _pairs(folder: Path) -> list[MaskFolders]:
         masks = {
             path: names
             for path, names in folders.items()
-            if all(_is_black_and_white(path / name) for name in names[:3])
+            if _black_and_white(path / name for name in names[:3])
         }
     stems = {path: {Path(name).stem for name in names} for path, names in folders.items()}
     pairs = [pair for path, names in folders.items() if (pair := _together(path, names))]
