@@ -177,6 +177,7 @@ def test_other_folders_are_not_recognized(tmp_path: Path) -> None:
         ([0, 1], {"classes": ["background", "object"]}),
         ([0, 255], {"classes": ["background", "object"], "values": {"0": 0, "255": 1}}),
         ([0, 1, 255], {"classes": ["class 0", "class 1"], "ignore_index": 255}),
+        ([1, 2], {"classes": ["value 1", "value 2"], "values": {"1": 0, "2": 1}}),
         ([0, 2, 3], {"classes": ["class 0", "class 1", "class 2", "class 3"]}),
         (
             [0, 100, 200],

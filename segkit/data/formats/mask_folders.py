@@ -103,7 +103,7 @@ def _few_colors(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits, which getcolors refuses
-                return len(np.unique(image)) <= COLORS
+                return len(np.unique(np.asarray(image))) <= COLORS
             return image.format != "JPEG" and image.getcolors(COLORS) is not None
     except (OSError, ValueError, Image.DecompressionBombError):
         return False
@@ -230,7 +230,7 @@ def named_by_value(values: Sequence[int]) -> dict[str, Any]:
         return {"classes": ["background", "object"], **scaled}
     shown = [value for value in values if value != 255]
     void = {"ignore_index": 255} if len(shown) < len(values) else {}
-    if max(shown, default=0) < 2 * len(shown) + 8:
+    if min(shown, default=0) == 0 and max(shown, default=0) < 2 * len(shown) + 8:
         return {"classes": [f"class {i}" for i in range(max(shown, default=0) + 1)], **void}
     numbered = {str(value): i for i, value in enumerate(shown)}
     if void:
