@@ -175,9 +175,9 @@ def find_parts(folder: Path) -> dict[str, dict[str, Any]]:
         DataError: There is no such folder, or it has no labels that segkit reads.
     """
     if not folder.is_dir():
-        found = "is not a folder" if folder.exists() else "there is no such folder"
+        problem = "is not a folder" if folder.exists() else "there is no such folder"
         advice = "unzip it, and give the folder" if is_zipfile(folder) else "check the path"
-        raise DataError(f"{folder}: {found}; expected a folder of labelled photographs: {advice}")
+        raise DataError(f"{folder}: {problem}; expected a folder of labelled photographs: {advice}")
     specs = {part: recognize(folder, part) for part in ("train", "val", "test")}  # type: ignore[arg-type]
     parts = {part: spec for part, spec in specs.items() if spec is not None}
     if "train" not in parts:

@@ -176,11 +176,11 @@ class CocoSource:
         path = self.path(i)
         pixels = read_image(path, range=self._range, channels=self.channels)
         height, width = self.size(i)
-        found = (pixels.shape[1], pixels.shape[2])
-        if found != (height, width):
+        size = (pixels.shape[1], pixels.shape[2])
+        if size != (height, width):
             raise DataError(
-                f"{path} is {found[1]} wide and {found[0]} high, but {self._file} says {width} and "
-                f"{height}; {size_advice(found, (height, width))}"
+                f"{path} is {size[1]} wide and {size[0]} high, but {self._file} says {width} and "
+                f"{height}; {size_advice(size, (height, width))}"
             )
         return pixels
 

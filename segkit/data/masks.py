@@ -204,10 +204,10 @@ class MaskSource:
         for mask in unused:
             if suggestions is None or mask not in suggestions.named:
                 other = unread.get(pairing.key(mask, self._mask_suffix))
-                found = (
+                hint = (
                     f"; {other} is there, but is not read: save it as JPEG or PNG" if other else ""
                 )
-                sentence = f"{Path(self._masks or '', mask)} has no image in {self._images}{found}"
+                sentence = f"{Path(self._masks or '', mask)} has no image in {self._images}{hint}"
                 faults.append(Fault(f"{sentence}; add the image, or remove the mask", file=mask))
 
 

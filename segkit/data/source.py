@@ -165,8 +165,8 @@ def _content(source: Source, i: int) -> str | None:
         return None
 
 
-def size_advice(found: tuple[int, int], expected: tuple[int, int]) -> str:
+def size_advice(size: tuple[int, int], expected: tuple[int, int]) -> str:
     """Return what to do about a size (height, width) that is not the expected one."""
-    if found == expected[::-1]:
+    if size == expected[::-1]:
         return "turn one of them; the EXIF data of a photograph may turn it"
     return "correct the one that is wrong"
