@@ -135,8 +135,7 @@ def prepare(
 ) -> tuple[Config, TrainData, list[Fold], Teacher | None]:
     """Read the data, check all that can fail before training, and create the run's folder.
 
-    Returns:
-        The configuration with the settings that were open, the data, the folds, and the teacher.
+    The configuration that is returned has the settings that were open.
     """
     with MEMO.kept_in(Path(cfg.data.cache)):
         labelled = open_source(cfg, "train")

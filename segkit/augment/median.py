@@ -24,21 +24,13 @@ Pair = Callable[[Plane, Plane], tuple[Plane, Plane]]
 
 
 class Extremum(NamedTuple):
-    """A minimum or maximum of two planes.
+    """A minimum or maximum of two planes."""
 
-    Args:
-        number: Number of the result.
-        function: ``minimum`` or ``maximum``, a function of both NumPy and PyTorch.
-        first: First operand.
-        second: Second operand.
-        done: Numbers of the images that no later step reads.
-    """
-
-    number: int
-    function: str
+    number: int  # of the result
+    function: str  # minimum or maximum, a function of both NumPy and PyTorch
     first: Plane
     second: Plane
-    done: frozenset[int]
+    done: frozenset[int]  # numbers of the images that no later step reads
 
 
 def median(image: Tensor, size: int) -> Tensor:

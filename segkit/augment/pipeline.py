@@ -244,18 +244,18 @@ def build_pipeline(config: Config) -> Pipeline:
 def _operation(spec: Mapping[str, Any] | str, path: str) -> tuple[str, float, partial]:
     """Return the name, probability and function of one operation of the configuration."""
     component: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name, probability = component.get("name"), component.pop("p", None)
+    probability = component.pop("p", None)
     operation = bind(OPERATIONS, component, path, given=GIVEN)
-    if name in ("closing", "opening"):
-        arguments = operation.keywords
-        if (arguments.get("on") == "mask") != bool(arguments.get("classes")):
-            raise ConfigError(f"{path}.classes: expected with on='mask', and only there")
+    name, arguments = component["name"], operation.keywords
+    on_mask, classes = arguments.get("on") == "mask", arguments.get("classes")
+    if name in ("closing", "opening") and on_mask != bool(classes):
+        raise ConfigError(f"{path}.classes: expected with on='mask', and only there")
     if probability is None:
-        probability = DEFAULT_P.get(component["name"], 1.0)
+        probability = DEFAULT_P.get(name, 1.0)
     is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
     if not is_number or not 0 <= probability <= 1:
         raise ConfigError(f"{path}.p: expected a number from 0 to 1; got {probability!r}")
-    return component["name"], float(probability), operation
+    return name, float(probability), operation
 
 
 def _pixels(image: Picture, bands: int) -> Tensor:

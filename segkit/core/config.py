@@ -539,15 +539,17 @@ def hints(target: Callable[..., Any], *, checks: bool = False) -> dict[str, Any]
     return typing.get_type_hints(function, include_extras=checks)
 
 
-def check_bounds(low: float, high: float, **arguments: float | Sequence[float]) -> None:
-    """Check that arguments of a component (numbers or sequences) are within ``low`` to ``high``.
+def check_bounds(low: float, high: float, **arguments: Any) -> None:
+    """Check that arguments (numbers or sequences) are within ``low`` to ``high``.
+
+    What is no number is not checked.
 
     Raises:
         ConfigError: A number is outside; the message names the argument.
     """
     for name, value in arguments.items():
         for number in value if isinstance(value, Sequence) else (value,):
-            if not low <= number <= high:
+            if isinstance(number, int | float) and not low <= number <= high:
                 expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
                 raise ConfigError(f"{name}: expected {expected}, got {number}")
 
@@ -566,17 +568,10 @@ def _convert_dataclass(raw: Any, cls: Any, path: str) -> Any:
             values[key] = _convert_dataclass(value, setting.type, here)
         else:
             values[key] = _convert(value, setting.type, here)
-            _check_range(values[key], setting.metadata["low"], setting.metadata["high"], here)
+            low, high = setting.metadata["low"], setting.metadata["high"]
+            if low is not None:
+                check_bounds(low, math.inf if high is None else high, **{here: values[key]})
     return cls(**values)
-
-
-def _check_range(value: Any, low: float | None, high: float | None, path: str) -> None:
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, int | float) and not isinstance(number, bool):
-            if low is not None and number < low:
-                raise ConfigError(f"{path}: expected at least {low:g}, got {number:g}")
-            if high is not None and number > high:
-                raise ConfigError(f"{path}: expected at most {high:g}, got {number:g}")
 
 
 _CONTAINERS: dict[Any, Any] = {

@@ -9,20 +9,12 @@ import torch
 
 
 class Machine(NamedTuple):
-    """Hardware that a training would use.
+    """Hardware that a training would use; memory and disk are what is free, in GB."""
 
-    Attributes:
-        device: Type of the device, such as ``cpu`` or ``cuda``.
-        name: Its name.
-        memory: Free memory of the device in GB.
-        cores: Cores that this process may use.
-        disk: Free space of the disk in GB.
-    """
-
-    device: str
+    device: str  # its type, such as cpu or cuda
     name: str
-    memory: float
-    cores: int
+    memory: float  # of the device
+    cores: int  # that this process may use
     disk: float
 
 

@@ -65,16 +65,10 @@ class Counter:
     def add(
         self, indices: Sequence[int], predicted: Tensor, truth: Tensor, sizes: Sequence[Size]
     ) -> None:
-        """Count the pixels of a batch.
-
-        Args:
-            indices: Indices of its images.
-            predicted: Predicted masks.
-            truth: True masks; 255 where an image is padded.
-            sizes: Height and width of each image; what lies below and to the right is padding.
+        """Count the pixels of a batch of images with these ``indices`` and (unpadded) ``sizes``.
 
         Shape:
-            predicted, truth: (B, H, W) uint8
+            predicted, truth: (B, H, W) uint8; truth is 255 in the padding below and to the right
         """
         there = truth.to(predicted.device, non_blocking=True)
         self._pixel_counts.append(pixel_counts(predicted, there, self._classes))
@@ -121,7 +115,7 @@ def evaluate(
         predict: Maps images, (B, 3, H, W) uint8, to masks, (B, H, W) uint8.
         batches: Labelled images; this rank's share.
         device: Device of ``predict``.
-        callback: Called with each image of this rank's share.
+        callback: See :data:`Callback`.
     """
     counter = Counter(batches.source, batches.indices, device, callback)
     progress = Progress(None, "evaluate", total=len(batches.share), unit="image")

@@ -34,10 +34,8 @@ def begin_training(
 ) -> tuple[TrainState, Criterion, bool]:
     """Build a fold's training and load its saved state, if the run is resumed and has one.
 
-    ``teacher`` has the digests of the teacher's checkpoints.
-
-    Returns:
-        The training's state, its loss, and whether the state was loaded.
+    ``teacher`` has the digests of the teacher's checkpoints. Return the training's state, its loss,
+    and whether the state was loaded.
     """
     saved = run.load_last_state(fold.number) if resume else None
     weights = cfg.model.weights if saved is None else None

@@ -12,6 +12,7 @@ then the mean of their losses, each normalized by the :class:`StepTotals`: see
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -384,7 +385,8 @@ class MSSSIM(Loss):
         side = min(x.shape[2:])
         window = min(self.window, side - (side + 1) % 2)
         weights = self.scale_weights[: (side // window).bit_length()]
-        kernel = self._gaussian(window, x)
+        at = torch.arange(window, dtype=x.dtype, device=x.device) - window // 2
+        kernel = (-(at**2) / (2 * self.sigma**2)).softmax(0)
         similarity = torch.ones_like(x[:, :, 0, 0])
         for scale, weight in enumerate(weights, 1):
             luminance, structure = _ssim(x, y, kernel)
@@ -395,10 +397,6 @@ class MSSSIM(Loss):
             if scale < len(weights):
                 x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
         return 1 - similarity.mean()
-
-    def _gaussian(self, window: int, like: Tensor) -> Tensor:
-        at = torch.arange(window, dtype=like.dtype, device=like.device) - window // 2
-        return (-(at**2) / (2 * self.sigma**2)).softmax(0)
 
 
 class Presence(nn.Module):
@@ -543,8 +541,12 @@ class Criterion(nn.Module):
             )
         others = [name for name in outputs if name not in ("out", *QUERY_OUTPUTS)]
         with no_autocast(outputs["out"]):
-            given = target, totals, soft_labels
-            pixels = self._pixels("out", outputs["out"], *given)
+            scored = partial(
+                Pixels, target=target, across_ranks=self.training, totals=totals,
+                smoothed=any(getattr(loss, "smoothed", False) for loss in self.losses.values()),
+                soft_labels=soft_labels,
+            )  # fmt: skip
+            pixels = scored(outputs["out"])
             terms = self._terms(pixels)
             if has_queries:
                 queries = self.losses["mask_classification"](outputs, target, totals)
@@ -556,29 +558,11 @@ class Criterion(nn.Module):
                 if logits.dim() == 2:
                     terms = {"presence": self.losses["presence"](logits, target, totals)}
                 else:
-                    terms = self._terms(self._pixels(name, logits, *given))
+                    terms = self._terms(scored(logits, output=name))
                 value = self._weighted_sum(terms)
                 values[name] = value.detach()
                 loss = loss + weight * value
             return pixels.guarded(loss), values
-
-    def _pixels(
-        self,
-        output: str,
-        logits: Tensor,
-        target: Tensor,
-        totals: StepTotals | None,
-        soft_labels: Tensor | None,
-    ) -> Pixels:
-        return Pixels(
-            logits,
-            target,
-            across_ranks=self.training,
-            totals=totals,
-            output=output,
-            smoothed=any(getattr(loss, "smoothed", False) for loss in self.losses.values()),
-            soft_labels=soft_labels,
-        )
 
     def _terms(self, pixels: Pixels) -> dict[str, Tensor]:
         return {
@@ -637,9 +621,12 @@ def build_loss(
         (f"loss.terms[{i}]", share, {"name": term} if isinstance(term, str) else dict(term))
         for i, term in enumerate(listed)
     ]
+    soft = [known for known, loss in LOSSES.items() if getattr(loss, "soft", False)]
     for i, term in enumerate(teacher_terms):
-        _check_soft(term.get("name"), f"loss.teacher_terms[{i}].name")
-        components.append((f"loss.teacher_terms[{i}]", teacher_weight, dict(term)))
+        path, name = f"loss.teacher_terms[{i}]", term.get("name")
+        if name not in soft:
+            raise ConfigError(f"{path}.name: {quoted(name)} has no soft labels{closest('', soft)}")
+        components.append((path, teacher_weight, dict(term)))
     if all(term.get("name") == "presence" for _, _, term in components):
         raise ConfigError("loss.terms: expected at least one loss of the output map")
     built = []
@@ -656,12 +643,6 @@ def build_loss(
                 )
         built.append((term["name"], share * weight, loss))
     return Criterion(built, aux_weight=aux_weight)
-
-
-def _check_soft(name: Any, path: str) -> None:
-    soft = [known for known, loss in LOSSES.items() if getattr(loss, "soft", False)]
-    if name not in soft:
-        raise ConfigError(f"{path}: {quoted(name)} has no soft labels{closest('', soft)}")
 
 
 def list_losses(filter: str = "") -> list[str]:

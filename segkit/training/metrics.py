@@ -181,11 +181,10 @@ def scores(matrix: Tensor, *, include_background: bool = True) -> Scores:
     """Return the scores of a confusion matrix of any number of images.
 
     Args:
-        matrix: Integer counts; rows are the truth.
         include_background: Include class 0 in the means.
 
     Shape:
-        matrix: (C, C)
+        matrix: (C, C) integer counts; rows are the truth
     """
     right, true, predicted = counts_of(matrix).double().unbind(-1)
     iou = right / (true + predicted - right)
@@ -231,7 +230,6 @@ def bootstrap_interval(
     Hesterberg 2015, https://doi.org/10.1080/00031305.2015.1089789
 
     Args:
-        counts: Pixel counts of the images.
         level: Confidence level.
         rounds: Number of bootstrap samples.
         seed: Seed of the samples.
@@ -251,12 +249,8 @@ def bootstrap_interval(
 def summary(counts: Tensor, statistic: Statistic) -> dict[str, Any]:
     """Return a statistic's mean over classes and its classes' values, with bootstrap intervals.
 
-    Args:
-        counts: Counts of the images, which sum.
-        statistic: The value of each class from its counts.
-
     Shape:
-        counts: (N, C, K)
+        counts: (N, C, K), counts of the images, which sum
 
     Returns:
         ``mean``, ``interval``, ``per_class`` and ``per_class_intervals``; None where no image has

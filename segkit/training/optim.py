@@ -95,7 +95,10 @@ def build_optimizer(
     Parameters of at most one axis (biases, norms) and :data:`NO_DECAY` have no weight decay.
     """
     factors = {"backbone": backbone_lr_factor, "decoder": decoder_lr_factor}
-    below = _layers_below_decoder(model) if layer_decay != 1 else {}
+    below: dict[str, int] = {}  # how many layers below the decoder each parameter is
+    if layer_decay != 1:
+        known, count = depths(model.get_submodule("backbone"))
+        below = {f"backbone.{name}": count - depth for name, depth in known.items()}
     groups: dict[tuple[str, int, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -110,12 +113,6 @@ def build_optimizer(
         group = {"params": parameters, "lr": base_lr, "base_lr": base_lr, "part": part}
         described.append(group if decays else {**group, "weight_decay": 0.0})
     return build(OPTIMIZERS, optimizer, "optim.optimizer", groups=described, lr=lr)
-
-
-def _layers_below_decoder(model: nn.Module) -> dict[str, int]:
-    """Return how many layers below the decoder each parameter of the backbone is."""
-    known, count = depths(model.get_submodule("backbone"))
-    return {f"backbone.{name}": count - depth for name, depth in known.items()}
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:

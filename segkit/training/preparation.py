@@ -118,10 +118,8 @@ def split_data(
 ) -> tuple[Split, dict[str, Any]]:
     """Return the run's folds and selection set, and the files that a new run writes about them.
 
-    The split is made once, and then read from the run's ``folds.json``.
-
-    Returns:
-        The split, and on rank 0 the contents of JSON files for the run's folder, by file name.
+    The split is made once, and then read from the run's ``folds.json``. The files are the contents
+    of JSON files for the run's folder, by name; on rank 0 only.
     """
     if labelled.classes != validation.classes:
         raise DataError("data.val: has other classes than data.train; both need the same classes")
@@ -207,11 +205,9 @@ def plan_folds(cfg: Config, data: TrainData, numbers: Sequence[int]) -> tuple[Co
     pixels = distributed.broadcast(pixels)
     for number in numbers:
         training = positions(data.labelled, data.split.training(number))
-        repeats = (
-            ()
-            if pixels is None
-            else repeat_factors(pixels[list(training)], cfg.data.repeat_threshold)
-        )
+        repeats: tuple[float, ...] = ()
+        if pixels is not None:
+            repeats = repeat_factors(pixels[list(training)], cfg.data.repeat_threshold)
         order = train_order(cfg, training, data.pseudo.extra if data.pseudo else (), repeats)
         validation = positions(data.validation, data.split.folds[number])
         folds.append(Fold(number, validation, order))
@@ -234,8 +230,7 @@ def plan_folds(cfg: Config, data: TrainData, numbers: Sequence[int]) -> tuple[Co
 def check_data(run: Run, data: TrainData) -> dict[str, Any]:
     """Check that a resumed run has the data that it began with.
 
-    Returns:
-        The record of the data, by file name, if the run has none yet; else an empty dict.
+    Return the record of the data, by file name, if the run has none yet; else an empty dict.
 
     Raises:
         DataError: Classes, images or labels have changed.
@@ -273,10 +268,8 @@ def check_memory(
     """Run training steps with a temporary model, so that too little memory fails at once.
 
     Only the second step includes the memory of the optimizer's state; averages of the weights are
-    held too. Each micro-batch repeats the first training image.
-
-    Returns:
-        The seconds of the fastest step.
+    held too. Each micro-batch repeats the first training image. Return the seconds of the fastest
+    step.
     """
     sample = TrainImages(source, training, build_pipeline(cfg), seed=cfg.train.seed)[0, training[0]]
     if isinstance(sample, DataError):

@@ -14,6 +14,8 @@ from segkit.core.errors import CheckpointError
 from segkit.models.segmenter import Segmenter
 from segkit.training.optim import EMA, WindowMean
 
+_PLAIN = ("init", "step", "seconds", "bad_in_row", "bad_steps")
+
 
 @dataclass
 class TrainState:
@@ -21,7 +23,6 @@ class TrainState:
 
     Args:
         model: The model without DDP or other wrappers.
-        optimizer: Optimizer of the model's parameters.
         scaler: Gradient scaler; enabled for fp16 only.
         ema: The moving average of the model, if there is one.
         window: The mean of the last weights before an evaluation, if there is one.
@@ -78,12 +79,8 @@ class TrainState:
             "window": self.window.state_dict() if self.window is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "init": self.init,
-            "step": self.step,
-            "seconds": self.seconds,
             "top": [list(pair) for pair in self.top],
-            "bad_in_row": self.bad_in_row,
-            "bad_steps": self.bad_steps,
+            **{name: getattr(self, name) for name in _PLAIN},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], path: Path) -> None:
@@ -102,9 +99,9 @@ class TrainState:
                 checkpoint.check_weights(average.model, saved["model"], path)
                 average.load_state_dict(saved)
         _load_optimizer(self.optimizer, self.scaler, state, path)
-        self.init, self.step, self.seconds = state["init"], state["step"], state["seconds"]
         self.top = [(score, epoch) for score, epoch in state["top"]]
-        self.bad_in_row, self.bad_steps = state["bad_in_row"], state["bad_steps"]
+        for name in _PLAIN:
+            setattr(self, name, state[name])
 
 
 def _load_optimizer(

@@ -205,12 +205,9 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
     ``auto`` is bf16 where the hardware supports it, else fp16 on CUDA, else full precision.
     """
-    if amp == "off":
-        return None
-    if amp == "bf16":
-        return torch.bfloat16
-    if amp == "fp16":
-        return torch.float16
+    fixed = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if amp in fixed:
+        return fixed[amp]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if device.type != "cpu":

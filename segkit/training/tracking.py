@@ -128,9 +128,6 @@ class WandbTracker(Tracker):
     continues the same run.
 
     Args:
-        run: The run.
-        fold: Number of the fold.
-        step: Step from which the fold continues.
         project: Name of the project.
         entity: Team or user; default: the user logged in.
         mode: ``offline`` writes to the run's folder; ``wandb sync`` uploads it later.
