@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from segkit.augment.pipeline import build_pipeline
 from segkit.commands import console, reference
@@ -267,14 +266,9 @@ def try_average(job: Job, predict: Predictor, batches: EvalBatches) -> Trial:
     gallery = Gallery(source, batches.indices, size=cfg.track.images)
     always = cfg.infer.details == "always"
     details = DetailCounter(batches.indices, len(source.classes)) if always else None
-
-    def look(index: int, mask: Tensor, truth: Tensor, counts: Tensor) -> None:
-        gallery.add(index, mask, truth, counts)
-        if details is not None:
-            details.add(index, mask, truth, counts)
-
+    callbacks = [gallery.add] if details is None else [gallery.add, details.add]
     with console.memory_advice(MEMORY_TO_EVALUATE.format(run=job.run.folder)):
-        evaluation = evaluate(predict.mask, batches, device=job.device, callback=look)
+        evaluation = evaluate(predict.mask, batches, device=job.device, callbacks=callbacks)
     return Trial(scores(evaluation.matrix), evaluation, gallery, details)
 
 

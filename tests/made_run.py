@@ -64,7 +64,8 @@ class Drawn:
 def evaluated(source: Drawn, indices: list[int], *, size: int) -> tuple[Evaluation, Gallery]:
     gallery = Gallery(source, indices, size=size)
     masks = ((i, source.guess(i), source.mask(i)) for i in indices)
-    return count(masks, source, indices, device=torch.device("cpu"), callback=gallery.add), gallery
+    cpu = torch.device("cpu")
+    return count(masks, source, indices, device=cpu, callbacks=[gallery.add]), gallery
 
 
 def made_run(

@@ -30,11 +30,9 @@ _CAP_GRID, _AIM_GRID = 32, 64
 class Canvas:
     """The geometric operations planned so far; no pixel has been read.
 
-    Args:
-        size: Height and width.
-        matrix: (3, 3), maps points of the canvas to points of the last rendered image.
-        before: (3, 3), maps points of the last rendered image to points of the source.
-        source: Mask of the source, for operations that depend on the positions of classes.
+    ``matrix`` (3, 3) maps points of the canvas to points of the last rendered image, and ``before``
+    those to points of the source. ``source`` is the mask of the source, for operations that depend
+    on the positions of classes.
     """
 
     size: Size

@@ -18,14 +18,11 @@ from torch import Tensor
 
 from segkit.augment.geometry import flip_matrix, scale_matrix, shift_matrix
 from segkit.augment.ranges import PositiveFactor, Range, between, draw
-from segkit.augment.warp import warp
+from segkit.augment.warp import Parts, warp
 from segkit.core.labels import IGNORE, Size
 
 Others = Callable[[Generator], tuple[Tensor, Tensor]]
 """Function that draws another labelled image with a generator: (3, H, W) and (H, W), uint8."""
-
-Parts = tuple[Tensor, Tensor | None, Tensor | None]
-"""An image, its mask, and 1 where the image is not padding, else 0."""
 
 Step = Callable[[Tensor, Tensor | None, Tensor | None], Parts]
 

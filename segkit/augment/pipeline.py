@@ -14,8 +14,8 @@ from segkit.augment.color import COLOR, CURVES, affine, apply_matrix, apply_tabl
 from segkit.augment.color import IDENTITY as SAME_COLOR
 from segkit.augment.filters import FILTERS, LINEAR
 from segkit.augment.geometry import GEOMETRY, IDENTITY, Canvas, resize
-from segkit.augment.mix import MIX, Others, Parts, Step
-from segkit.augment.warp import warp
+from segkit.augment.mix import MIX, Others, Step
+from segkit.augment.warp import Parts, warp
 from segkit.core.config import Config, DataConfig, bind, matching
 from segkit.core.errors import ConfigError, DataError
 from segkit.core.labels import Size
@@ -43,17 +43,11 @@ def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Plan:
-    """All steps for one image; rendering it draws no random numbers.
-
-    Args:
-        steps: The steps in order.
-        color: (4, 4), the last color matrix, which is multiplied with the normalization.
-        size: Height and width of the result.
-    """
+    """All steps for one image; rendering it draws no random numbers."""
 
     steps: tuple[Step, ...]
-    color: np.ndarray
-    size: Size
+    color: np.ndarray  # (4, 4), the last color matrix, multiplied with the normalization
+    size: Size  # of the result
 
 
 class Pipeline:

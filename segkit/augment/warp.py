@@ -14,10 +14,12 @@ from segkit.core.labels import IGNORE, Size
 _EXACT = 1e-9  # tolerance for whole numbers; products of float64 matrices are far more exact
 _SOFT_SHRINK = math.sqrt(2)  # up to this factor, bilinear sampling skips no pixel that matters
 
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
+"""An image (C, H, W), its mask (H, W), and 1 where the image is not padding, else 0 (H, W), or None
+if there is no padding."""
 
-def warp(
-    image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+
+def warp(image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size) -> Parts:
     """Resample an image and its mask through one matrix.
 
     Flips, quarter turns and integer shifts copy pixels. Otherwise, the image is read bilinearly and
@@ -27,18 +29,14 @@ def warp(
     the image's center.
 
     Args:
-        image: Image of any dtype; the result is float unless pixels are copied.
-        mask: Mask of the image, or ``None``.
+        image: (C, H, W) of any dtype; the result is float unless pixels are copied.
+        mask: (H, W), or ``None``.
         matrix: (3, 3), maps points of the output to points of the image.
         size: Height and width of the output.
 
-    Shape:
-        image: (C, H, W); mask: (H, W)
-
     Returns:
-        The image with its border replicated outwards; the mask with :data:`IGNORE` outside the
-        image; and (h, w) with 1 where the output lies inside the image, else 0, or ``None`` if it
-        is 1 everywhere. They may share memory with the input.
+        The image with its border replicated outwards, and the mask with :data:`IGNORE` outside the
+        image; they may share memory with the input.
     """
     matrix = _rounded(matrix)
     axes = _axes(matrix)
@@ -79,7 +77,7 @@ def _axes(matrix: np.ndarray) -> _Axes | None:
 
 def _warp_along_axes(
     image: Tensor, mask: Tensor | None, matrix: np.ndarray, axes: _Axes, size: Size
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Parts:
     rows, columns, inside = _source_lines(axes, size, image)
     if mask is not None:
         mask = _gather(mask, axes.swap, rows, columns)
@@ -94,9 +92,7 @@ def _warp_along_axes(
     return _gather(image, axes.swap, rows, columns), mask, inside
 
 
-def _warp_freely(
-    image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _warp_freely(image: Tensor, mask: Tensor | None, matrix: np.ndarray, size: Size) -> Parts:
     part, rest, box = _prepared(image, matrix, size, along_axes=False)
     grid = _grid(rest, size, part)
     sampled = _sample(part, grid)

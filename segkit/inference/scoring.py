@@ -72,7 +72,7 @@ class Scorer:
         wanted = self._details and record is not None
         counted = count(
             masks, images.source, indices,
-            device=device, description=description, callback=counter.add if wanted else None,
+            device=device, description=description, callbacks=[counter.add] if wanted else (),
         )  # fmt: skip
         if wanted:
             counted = replace(counted, details=counter.result(device))

@@ -55,9 +55,7 @@ def set_channels(cfg: Config) -> Config:
         backbone = {**backbone, "in_channels": channels}
     mean, std = (_per_band(getattr(cfg.data, key), channels, key) for key in ("mean", "std"))
     return replace(
-        cfg,
-        data=replace(cfg.data, mean=mean, std=std),
-        model=replace(cfg.model, backbone=backbone),
+        cfg, data=replace(cfg.data, mean=mean, std=std), model=replace(cfg.model, backbone=backbone)
     )
 
 

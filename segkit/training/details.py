@@ -15,27 +15,20 @@ from segkit.training.objects import SIZES, object_counts
 
 @dataclass(frozen=True)
 class Details:
-    """Counts of boundaries and objects, equal on every rank.
+    """Counts of boundaries and objects, int64, equal on every rank."""
 
-    Shape:
-        boundaries: (N, C, 3) int64, from :func:`segkit.training.boundary.boundary_counts`
-        contours: (N, C, 4) int64, from :func:`segkit.training.boundary.contour_counts`
-        objects: (N, C, sizes, 2) int64, from :func:`segkit.training.objects.object_counts`
-    """
-
-    boundaries: Tensor
-    contours: Tensor
-    objects: Tensor
+    boundaries: Tensor  # (N, C, 3), of boundary_counts
+    contours: Tensor  # (N, C, 4), of contour_counts
+    objects: Tensor  # (N, C, sizes, 2), of object_counts
 
     def to_dict(self) -> dict[str, Any]:
         """Return the means and classes' values of each score with their intervals, as JSON."""
         return {
             "boundary_iou": summary(self.boundaries, class_iou),
             "boundary_f": summary(self.contours, boundary_f),
-            **{
-                f"recall_{size}": summary(self.objects[:, :, i], _recall)
-                for i, size in enumerate(SIZES)
-            },
+        } | {
+            f"recall_{size}": summary(self.objects[:, :, i], _recall)
+            for i, size in enumerate(SIZES)
         }
 
 
@@ -49,11 +42,7 @@ class DetailCounter:
         self._counts = [torch.zeros(len(indices), *shape, dtype=torch.int64) for shape in shapes]
 
     def add(self, index: int, predicted: Tensor, truth: Tensor, _: Tensor) -> None:
-        """Count an image of this rank's share.
-
-        Shape:
-            predicted, truth: (H, W) uint8
-        """
+        """Count an image of this rank's share: masks (H, W) uint8."""
         there = truth.to(predicted.device)
         functions = boundary_counts, contour_counts, object_counts
         for counts, function in zip(self._counts, functions, strict=True):

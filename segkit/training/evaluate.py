@@ -43,7 +43,7 @@ class Counter:
     Args:
         indices: All evaluated images, over all ranks.
         device: Device on which ranks exchange their counts.
-        callback: Called with each image of this rank's share, some batches later.
+        callbacks: Called with each image of this rank's share, some batches later.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Counter:
         source: Source,
         indices: Sequence[int],
         device: torch.device,
-        callback: Callback | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self._source, self._indices, self._device = source, indices, device
-        self._callback = callback
+        self._callbacks = callbacks
         self._row = {index: number for number, index in enumerate(indices)}
         self._classes = max(2, len(source.classes))  # 1 is binary
         self._counts = torch.zeros(len(indices), self._classes, 3, dtype=torch.int64)
@@ -89,15 +89,15 @@ class Counter:
         )
 
     def _finish_pending(self) -> None:
-        """Wait for the counts of the pending images, add them up, and call the callback."""
+        """Wait for the counts of the pending images, add them up, and call the callbacks."""
         if not self._images:
             return
         matrices = matrices_of(torch.cat(self._pixel_counts)).cpu()
         self._matrix += matrices.sum(0)
         for (index, mask, true), counts in zip(self._images, counts_of(matrices), strict=True):
             self._counts[self._row[index]] = counts
-            if self._callback is not None:
-                self._callback(index, mask, true, counts)
+            for callback in self._callbacks:
+                callback(index, mask, true, counts)
         self._images.clear()
         self._pixel_counts.clear()
 
@@ -107,7 +107,7 @@ def evaluate(
     batches: EvalBatches,
     *,
     device: torch.device,
-    callback: Callback | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Evaluation:
     """Compare the masks that ``predict`` returns with the true ones; each image counts once.
 
@@ -115,9 +115,9 @@ def evaluate(
         predict: Maps images, (B, 3, H, W) uint8, to masks, (B, H, W) uint8.
         batches: Labelled images; this rank's share.
         device: Device of ``predict``.
-        callback: See :data:`Callback`.
+        callbacks: Called with each image of this rank's share.
     """
-    counter = Counter(batches.source, batches.indices, device, callback)
+    counter = Counter(batches.source, batches.indices, device, callbacks)
     progress = Progress(None, "evaluate", total=len(batches.share), unit="image")
     for batch in batches:
         assert batch.masks is not None
@@ -134,14 +134,14 @@ def count(
     *,
     device: torch.device,
     description: str = "evaluate",
-    callback: Callback | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Evaluation:
     """Compare predicted masks with labels; each image counts once for any number of ranks.
 
     As :func:`evaluate`; ``predicted`` has (index, predicted mask, true mask) of this rank's share,
     ``indices`` all images.
     """
-    counter = Counter(source, indices, device, callback)
+    counter = Counter(source, indices, device, callbacks)
     share = len(indices[rank() :: world_size()])
     for index, mask, truth in Progress(predicted, description, total=share, unit="image"):
         assert truth is not None

@@ -28,6 +28,9 @@ from segkit.models.queries import QUERY_OUTPUTS
 from segkit.training.mask_classification import MaskClassification
 from segkit.training.pixels import Pixels, SigmoidFocalSums, StepTotals, at_least_fp32, no_autocast
 
+Outputs = Tensor | Mapping[str, Tensor]
+"""Logits (B, C, H, W), or a decoder's outputs by name, of which ``out`` is the logits."""
+
 
 class Loss(nn.Module):
     """A loss of :class:`Pixels`; callable on its own, or a term of a :class:`Criterion`.
@@ -55,20 +58,14 @@ class Loss(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self,
-        outputs: Tensor | Mapping[str, Tensor],
-        target: Tensor,
-        soft_labels: Tensor | None = None,
+        self, outputs: Outputs, target: Tensor, soft_labels: Tensor | None = None
     ) -> Tensor:
         logits = outputs if isinstance(outputs, Tensor) else outputs["out"]
         with no_autocast(logits):
             pixels = Pixels(
-                logits,
-                target,
-                across_ranks=self.training,
-                smoothed=self.smoothed,
+                logits, target, across_ranks=self.training, smoothed=self.smoothed,
                 soft_labels=soft_labels,
-            )
+            )  # fmt: skip
             return pixels.guarded(self.of(pixels))
 
 
@@ -473,7 +470,7 @@ class Criterion(nn.Module):
             if isinstance(loss, Loss) and loss.accumulation == how
         ]
 
-    def check_labels(self, outputs: Tensor | Mapping[str, Tensor], target: Tensor) -> None:
+    def check_labels(self, outputs: Outputs, target: Tensor) -> None:
         """Raise a DataError if the target has an invalid label; waits for a GPU."""
         logits = outputs if isinstance(outputs, Tensor) else outputs["out"]
         check_labels(target, max(2, logits.shape[1]))
@@ -499,16 +496,13 @@ class Criterion(nn.Module):
                 totals.sums[key] = totals.sums.get(key, 0) + value
 
     def forward(
-        self,
-        outputs: Tensor | Mapping[str, Tensor],
-        target: Tensor,
-        soft_labels: Tensor | None = None,
+        self, outputs: Outputs, target: Tensor, soft_labels: Tensor | None = None
     ) -> Tensor:
         return self.with_terms(outputs, target, soft_labels=soft_labels)[0]
 
     def with_terms(
         self,
-        outputs: Tensor | Mapping[str, Tensor],
+        outputs: Outputs,
         target: Tensor,
         totals: StepTotals | None = None,
         soft_labels: Tensor | None = None,

@@ -56,14 +56,12 @@ def pixel_counts(
     :func:`matrices_of` turns the counts of any number of batches into confusion matrices.
 
     Args:
-        predicted: Logits, or class indices.
-        target: Class indices, 255 for ignored pixels.
+        predicted: (B, C, H, W) logits, or (B, H, W) class indices.
+        target: (B, H, W) class indices, 255 for ignored pixels.
         num_classes: C; 1 is binary and counts as 2.
         per_image: Count each image; else all of them together, as one image.
 
     Shape:
-        predicted: (B, C, H, W) floating, or (B, H, W) integer
-        target: (B, H, W) integer
         counts: (B, C + 2, C + 1) int64; row 0 has ignored pixels, rows 1 to C the classes; the last
             row and column have values that are no class index
 
@@ -274,12 +272,7 @@ def summary(counts: Tensor, statistic: Statistic) -> dict[str, Any]:
 
 
 def paired_difference(
-    counts_a: Tensor,
-    counts_b: Tensor,
-    *,
-    level: float = 0.95,
-    rounds: int = 1000,
-    seed: int = 0,
+    counts_a: Tensor, counts_b: Tensor, *, level: float = 0.95, rounds: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
     """Return the mean IoU of b minus that of a on the same images, and its interval (low, high).
 

@@ -24,16 +24,12 @@ class StepTotals:
     """Quantities of a whole step that its micro-batches share: pixel counts, and collected sums.
 
     Args:
-        targets: Targets of all micro-batches of this rank.
+        targets: (B, H, W) each, of all micro-batches of this rank.
 
     Attributes:
-        micro_batches: Number of micro-batches.
         count: (images, 256), pixels of each target value in all images of the step.
         sums: :attr:`Pixels.sums` of each output over all micro-batches and ranks, by the output's
             name and whether they are of soft labels, from :meth:`Criterion.collect`.
-
-    Shape:
-        targets: (B, H, W) each
     """
 
     def __init__(self, targets: Sequence[Tensor]) -> None:
@@ -48,19 +44,15 @@ class Pixels:
     One logit plane is binary: it is the logit of class 1, and that of class 0 is 0.
 
     Args:
-        logits: Any floating type; everything below is at least fp32.
-        target: Class indices; ``IGNORE`` for ignored pixels.
+        logits: (B, C, H, W), any floating type; everything below is at least fp32.
+        target: (B, H, W) class indices, uint8 or int64; ``IGNORE`` for ignored pixels.
         across_ranks: Make :meth:`total` sum over the ranks of a distributed run.
         totals: Totals of the step that has these pixels as a micro-batch; None if they are all of
             the step.
         output: Name of the decoder's output.
         smoothed: Also compute :attr:`log_area`.
-        soft_labels: Probabilities to learn; default: the target's, 1 for its class.
-
-    Shape:
-        logits: (B, C, H, W)
-        target: (B, H, W), uint8 or int64
-        soft_labels: (B, C, H, W), with two planes if there is one plane of logits
+        soft_labels: (B, C, H, W) probabilities to learn, with two planes if there is one plane of
+            logits; default: the target's, 1 for its class.
 
     Raises:
         ValueError: The shapes do not match.

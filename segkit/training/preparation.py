@@ -63,19 +63,12 @@ def check_components(cfg: Config) -> None:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Data of a run.
-
-    Args:
-        labelled: Labelled images for training.
-        validation: Images for validation; ``labelled`` unless ``data.val`` is set.
-        split: Folds and selection set.
-        pseudo: ``labelled`` followed by the pseudo-labelled images, if there are any.
-    """
+    """Data of a run."""
 
     labelled: Source
-    validation: Source
+    validation: Source  # labelled, unless data.val is set
     split: Split
-    pseudo: PseudoLabelled | None = None
+    pseudo: PseudoLabelled | None = None  # labelled, followed by the pseudo-labelled images
 
     @property
     def source(self) -> Source:

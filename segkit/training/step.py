@@ -22,19 +22,12 @@ MicroBatch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of a training step; values are tensors, so only reading them waits for the device.
+    """Result of a training step; values are tensors, so only reading them waits for the device."""
 
-    Args:
-        loss: Loss of the step's batch, over all ranks.
-        terms: The loss of each term, by name.
-        gradient_norm: Norm of the gradient before clipping.
-        finite: True if the gradient was finite and the weights were updated.
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    gradient_norm: Tensor
-    finite: bool
+    loss: Tensor  # of the step's batch, over all ranks
+    terms: dict[str, Tensor]  # the loss of each term, by name
+    gradient_norm: Tensor  # before clipping
+    finite: bool  # the gradient was finite and the weights were updated
 
 
 def train_step(

@@ -75,7 +75,7 @@ def test_configurations_cannot_be_changed() -> None:
         ({"train": {"epochs": None}}, ["train.epochs", "an integer", "null"]),
         ({"train": {"compile": 1}}, ["train.compile", "true or false", "1"]),
         ({"train": {"ema": True}}, ["train.ema", "a number or null", "true"]),
-        ({"train": {"ema": 1.5}}, ["train.ema", "at most 1"]),
+        ({"train": {"ema": 1.5}}, ["train.ema", "0 to 1"]),
         ({"train": {"amp": "bf61"}}, ["train.amp", "'bf16'", "bf61"]),
         ({"optim": {"lr": "1e-3"}}, ["optim.lr", "a number"]),
         ({"optim": {"lr": 10**400}}, ["optim.lr", "finite"]),

@@ -78,7 +78,7 @@ def selected_names() -> list[str]:
         lambda images: torch.zeros(len(images), *images.shape[2:], dtype=torch.uint8),
         EvalBatches(source, indices, labels=True),
         device=torch.device("cpu"),
-        callback=gallery.add,
+        callbacks=[gallery.add],
     )
     gallery.gather()
     pictures = gallery.pictures()

@@ -1,6 +1,6 @@
 """Evaluation: each pixel counts once, whatever the batches, their padding and the ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import active_children
 
 import pytest
@@ -50,12 +50,12 @@ def predictor(pad: int | None) -> Predictor:
 
 
 def evaluated(
-    batch_size: int, pad: int | None, callback: Callable | None = None, workers: int = 0
+    batch_size: int, pad: int | None, callbacks: Sequence[Callable] = (), workers: int = 0
 ) -> Evaluation:
     batches = EvalBatches(
         Mixed(), range(9), labels=True, batch_size=batch_size, pad=pad or 1, workers=workers
     )
-    return evaluate(predictor(pad).mask, batches, device=CPU, callback=callback)
+    return evaluate(predictor(pad).mask, batches, device=CPU, callbacks=callbacks)
 
 
 def expected(pad: int | None) -> Tensor:
@@ -105,7 +105,7 @@ def test_the_callback_sees_each_image_without_its_padding(
 ) -> None:
     monkeypatch.setattr(module, "PENDING", pending)
     source, seen = Mixed(), {}
-    result = evaluated(4, 32, lambda index, *values: seen.update({index: values}))
+    result = evaluated(4, 32, [lambda index, *values: seen.update({index: values})])
     assert sorted(seen) == list(range(9))
     for index, (mask, true, counts) in seen.items():
         assert torch.equal(mask, predictor(32).mask(source.image(index)))
