@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         summary = {}
         with (
             run.recording(),
-            tracking.open_trackers(run, cfg.track.trackers) as trackers,
+            tracking.Trackers(run, cfg.track.trackers) as trackers,
             console.Stop() as stop,
             Background() as background,
         ):

@@ -44,7 +44,6 @@ def save(state: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -
 
     Args:
         state: Tensors and Python scalars, strings, lists and dicts; nothing else can be loaded.
-        path: Destination.
         keep_previous: Keep an existing file as ``*.previous.pt``, for :func:`load_latest`.
     """
     with atomic_write(path, durable=True) as draft:

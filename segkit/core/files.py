@@ -110,7 +110,6 @@ def lock(path: Path, timeout: float | None = None) -> TextIO:
     NFS. If the system or the file system has no locks, a warning is given.
 
     Args:
-        path: Path of the file.
         timeout: Seconds to retry; default :data:`LOCK_TIMEOUT`.
 
     Raises:

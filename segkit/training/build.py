@@ -1,6 +1,5 @@
-"""Build the model, loss, optimizer and training order that a configuration describes."""
+"""Build the model, loss and optimizer that a configuration describes."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from segkit.core import distributed
 from segkit.core.config import Config
 from segkit.core.errors import ConfigError
-from segkit.data.loader import TrainOrder
 from segkit.models.kernels.sync_batch_norm import convert_sync_batch_norm
 from segkit.models.lora import add_lora
 from segkit.models.segmenter import build_model
@@ -85,22 +83,6 @@ def parallelize(model: nn.Module, cfg: Config, device: torch.device) -> nn.Modul
         return model
     return DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
-
-
-def train_order(
-    cfg: Config, training: Sequence[int], extra: Sequence[int], repeats: tuple[float, ...] = ()
-) -> TrainOrder:
-    """Return the order of a fold's training images; ``repeats`` as in :class:`TrainOrder`."""
-    return TrainOrder(
-        indices=training,
-        epochs=cfg.train.epochs,
-        batch_size=cfg.train.batch_size,
-        accumulate=cfg.train.accumulate,
-        seed=cfg.train.seed,
-        extra=extra,
-        extra_share=cfg.data.pseudo_weight,
-        repeats=repeats,
     )
 
 

@@ -10,6 +10,9 @@ from segkit.core.labels import Size
 from segkit.models.kernels import recompute
 from segkit.models.segmenter import build_model
 
+BATCH = 2
+"""Images of the step that is computed; the result is per image."""
+
 
 def kept_for_backward(model: nn.Module, image: Tensor, *, recomputed: bool = True) -> int:
     """Return the bytes that a forward pass saves for backward, in addition to the model's own.
@@ -43,7 +46,7 @@ def training_memory(
     """
     with torch.device("meta"):
         net = build_model(model.backbone, model.decoder, num_classes=num_classes)
-        image = torch.empty(2, model.backbone.get("in_channels", 3), *size)
+        image = torch.empty(BATCH, model.backbone.get("in_channels", 3), *size)
     state = 16 * sum(parameter.numel() for parameter in net.parameters())
-    kept = kept_for_backward(net.train(), image, recomputed=recomputed) // len(image)
+    kept = kept_for_backward(net.train(), image, recomputed=recomputed) // BATCH
     return state, kept + 8 * num_classes * size[0] * size[1]

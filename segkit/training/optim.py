@@ -34,8 +34,6 @@ def adamw(
     Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
 
     Args:
-        groups: Parameter groups.
-        lr: Learning rate.
         weight_decay: Share of a weight that a step removes, relative to ``lr``.
         betas: Decay of the averages of the gradient and of its square.
         eps: Added to the denominator.
@@ -54,8 +52,6 @@ def sgd(
     """Return stochastic gradient descent with momentum.
 
     Args:
-        groups: Parameter groups.
-        lr: Learning rate.
         weight_decay: Coefficient of the weights that is added to the gradient.
         momentum: Decay of the sum of gradients.
         nesterov: Use Nesterov's momentum.

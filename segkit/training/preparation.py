@@ -34,7 +34,7 @@ from segkit.data.source import Source, positions
 from segkit.models.pretrained.published import obtain
 from segkit.models.segmenter import build_model, check_weights
 from segkit.training import tracking
-from segkit.training.build import build_training, parallelize, step_options, train_order
+from segkit.training.build import build_training, parallelize, step_options
 from segkit.training.defaults import set_rates, settle, warmup_steps
 from segkit.training.optim import WindowMean, build_schedule
 from segkit.training.step import train_step
@@ -201,7 +201,12 @@ def plan_folds(cfg: Config, data: TrainData, numbers: Sequence[int]) -> tuple[Co
         repeats: tuple[float, ...] = ()
         if pixels is not None:
             repeats = repeat_factors(pixels[list(training)], cfg.data.repeat_threshold)
-        order = train_order(cfg, training, data.pseudo.extra if data.pseudo else (), repeats)
+        order = TrainOrder(
+            indices=training, epochs=cfg.train.epochs, batch_size=cfg.train.batch_size,
+            accumulate=cfg.train.accumulate, seed=cfg.train.seed,
+            extra=data.pseudo.extra if data.pseudo else (), extra_share=cfg.data.pseudo_weight,
+            repeats=repeats,
+        )  # fmt: skip
         validation = positions(data.validation, data.split.folds[number])
         folds.append(Fold(number, validation, order))
     steps = min(fold.order.steps for fold in folds)

@@ -6,8 +6,8 @@ import io
 import json
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,7 +201,11 @@ def check(specs: Sequence[Component]) -> None:
 
 
 class Trackers:
-    """The trackers of a run, opened by the ``start`` or ``resume`` event of each fold."""
+    """The trackers of a run, opened by the ``start`` or ``resume`` event of each fold.
+
+    As a context, they follow the run's log. At the end of the block they are closed; after an error
+    they have five seconds for that, because a tracker may wait for a network.
+    """
 
     def __init__(self, run: Run, specs: Sequence[Component]) -> None:
         self._run, self._specs = run, specs
@@ -236,34 +240,22 @@ class Trackers:
         while self._open:
             self._open.pop().close()
 
+    def __enter__(self) -> "Trackers":
+        self._run.listeners.append(self.event)
+        return self
 
-@contextmanager
-def open_trackers(run: Run, specs: Sequence[Component]) -> Iterator[Trackers]:
-    """Yield trackers of ``run`` that are closed when the block ends, also after an error.
-
-    After an error they have five seconds to close, because a tracker may wait for a network.
-    """
-    trackers = Trackers(run, specs)
-    run.listeners.append(trackers.event)
-    try:
-        yield trackers
-    except SystemExit:
-        trackers.close()
-        raise
-    except BaseException:
-        closing = threading.Thread(target=_close_quietly, args=(trackers,), daemon=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._run.listeners.remove(self.event)
+        if kind is None or issubclass(kind, SystemExit):
+            self.close()
+            return
+        closing = threading.Thread(target=self._close_quietly, daemon=True)
         closing.start()
         closing.join(5)
-        raise
-    else:
-        trackers.close()
-    finally:
-        run.listeners.remove(trackers.event)
 
-
-def _close_quietly(trackers: Trackers) -> None:
-    with suppress(Exception):  # only the error that ended the run is reported
-        trackers.close()
+    def _close_quietly(self) -> None:
+        with suppress(Exception):  # only the error that ended the run is reported
+            self.close()
 
 
 def scalars(event: Event, classes: Sequence[str]) -> dict[str, float | None]:

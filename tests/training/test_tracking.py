@@ -29,7 +29,7 @@ def a_run(folder: Path) -> Run:
 
 def train(run: Run, specs: list, first: int, last: int, event: str) -> None:
     """The events of steps ``first`` to ``last``, an evaluation every second."""
-    with tracking.open_trackers(run, specs) as trackers:
+    with tracking.Trackers(run, specs) as trackers:
         run.log(event=event, fold=0, step=first - 1)
         for step in range(first, last + 1):
             run.log(
@@ -86,7 +86,7 @@ def test_a_resumed_table_has_each_step_once(tmp_path: Path) -> None:
 
 def test_a_class_that_appears_later_has_its_column(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
-    with tracking.open_trackers(run, [{"name": "csv"}]):
+    with tracking.Trackers(run, [{"name": "csv"}]):
         run.log(event="start", fold=0, step=0)
         for step, iou in ((1, [0.5, None]), (2, [0.5, 0.25])):
             run.log(
@@ -100,7 +100,7 @@ def test_a_class_that_appears_later_has_its_column(tmp_path: Path) -> None:
 
 def test_trackers_of_other_folds_hear_nothing(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
-    with tracking.open_trackers(run, [{"name": "csv"}]) as trackers:
+    with tracking.Trackers(run, [{"name": "csv"}]) as trackers:
         run.log(event="step", fold=1, step=1)
         assert run.listeners == [trackers.event]
     assert run.listeners == []
