@@ -74,12 +74,9 @@ def _per_band(values: tuple[float, ...], channels: int, key: str) -> tuple[float
 
 def crop_size(sizes: Sequence[tuple[int, int]], largest: int = LARGEST_CROP) -> tuple[int, int]:
     """Return (height, width) of a crop that nine of ten images contain, at most ``largest``."""
-    return tuple(_side(sorted(sides), largest) for sides in zip(*sizes, strict=True))  # type: ignore[return-value]
-
-
-def _side(sides: Sequence[int], largest: int) -> int:
-    side = min(sides[len(sides) // 10], largest)
-    return side if side < MULTIPLE else side // MULTIPLE * MULTIPLE
+    smallest = [min(sorted(sides)[len(sides) // 10], largest) for sides in zip(*sizes, strict=True)]
+    height, width = (side // MULTIPLE * MULTIPLE or side for side in smallest)
+    return height, width
 
 
 def learning_rate(optimizer: str, *, pretrained: bool, batch_norm: bool) -> tuple[float, float]:
