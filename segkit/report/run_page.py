@@ -13,6 +13,7 @@ from segkit.report.html import cell, escape, number, percent
 from segkit.report.log import DETAILS, Event, RunLog, average
 from segkit.training.metrics import FEW_IMAGES
 
+LONG_NOTE = 120  # a longer note is folded
 MAX_PICTURES = 100  # a page stays below 5 MB
 MAX_CONFUSIONS, MAX_NOTES = 12, 50
 
@@ -45,8 +46,15 @@ def run_page(log: RunLog) -> str:
 
 def _header(log: RunLog) -> str:
     decoder, backbone = (log.setting(f"model.{p}.name", "–") for p in ("decoder", "backbone"))
-    note = log.setting("note", "")
-    names = f"{decoder} on {backbone} · {note}" if note else f"{decoder} on {backbone}"
+    names, note = f"{decoder} on {backbone}", log.setting("note", "")
+    if len(note) <= LONG_NOTE:
+        intro = f"<p>{escape(f'{names} · {note}' if note else names)}</p>"
+    else:  # such as the reasons of a plan
+        begin = f"{note[:LONG_NOTE].rpartition(' ')[0]} …"
+        intro = (
+            f"<p>{escape(names)}</p><details><summary>{escape(begin)}</summary>"
+            f"<p>{escape(note)}</p></details>"
+        )
     steps = [step for fold in log.folds.values() for step in fold.steps]
     state, sentence = (escape(text) for text in log.state)
     if steps and state != "done":
@@ -69,7 +77,7 @@ def _header(log: RunLog) -> str:
         "Images per second": number(average(step["images_per_s"] for step in steps), ".1f"),
         "Parameters": f"{log.parameters / 1e6:.1f} M" if log.parameters else "–",
     }
-    return f"<p>{escape(names)}</p>\n{html.facts(facts)}"
+    return f"{intro}\n{html.facts(facts)}"
 
 
 def _curves(log: RunLog) -> str:

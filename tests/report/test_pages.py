@@ -28,7 +28,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    made_run(folder / "one")
+    reasons = f"model.weights: https://example.org/{'a' * 90} is not at hand; " * 3
+    made_run(folder / "one", note=f"Planned. {reasons}")
     made_run(folder / f"two {NASTY.replace('/', '')}", folds=1, optim__lr="0.5")
     report([str(folder)])
     source, cfg = Drawn(20), config.Config(note=NASTY)
@@ -111,6 +112,16 @@ def test_no_table_and_no_link_is_cut_off(
            .map((item) => item.outerHTML.slice(0, 90))"""
     )
     assert cut == []
+
+
+def test_long_notes_are_folded(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"], width=400)
+    height = "document.querySelector('header details').getBoundingClientRect().height"
+    before = browser.run(height)
+    assert before < 200
+    browser.run("document.querySelector('header details').open = true")
+    assert browser.run(height) > before + 50
+    assert browser.run("document.documentElement.scrollWidth") <= 400
 
 
 def test_swatches_are_outlined_in_dark(browser: Browser, pages: dict[str, Path]) -> None:
