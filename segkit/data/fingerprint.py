@@ -49,17 +49,10 @@ class Fingerprint(NamedTuple):
 
 def join(names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> list[list[str]]:
     """Return groups of names that are connected by pairs of indices, without groups of one name."""
-    root = list(range(len(names)))
-
-    def find(i: int) -> int:
-        while root[i] != i:
-            root[i] = root[root[i]]
-            i = root[i]
-        return i
-
+    numbers = np.arange(len(names))  # the number of each name's group
     for first, second in pairs:
-        root[find(second)] = find(first)
+        numbers[numbers == numbers[second]] = numbers[first]
     groups: dict[int, list[str]] = {}
-    for i, name in enumerate(names):
-        groups.setdefault(find(i), []).append(name)
+    for number, name in zip(numbers.tolist(), names, strict=True):
+        groups.setdefault(number, []).append(name)
     return [group for group in groups.values() if len(group) > 1]

@@ -137,15 +137,7 @@ def read_legend(
     palette: Sequence[Color] | None = None,
     ignore_index: int | None = None,
 ) -> Legend:
-    """Return the legend that the arguments of a source of masks describe.
-
-    Args:
-        classes: Class names, or a text file with one per line, with or without their colors.
-        values: Class (a name, an index, or ``None`` to ignore) of each value ("7") or color
-            ("128,0,0" or "#800000"); ``"*"`` is all others.
-        palette: One color per class.
-        ignore_index: Value, or index of the color, that has no class. If it is the index of the
-            last name, that name is removed.
+    """Return the legend of the arguments of :class:`segkit.data.MaskSource` of these names.
 
     Raises:
         ConfigError: An argument is invalid.
@@ -178,19 +170,19 @@ def _with_values(
     """Return the legend with the declared values, which replace the default ones."""
     parsed = {key: _index(key, value, names) for key, value in values.items()}
     other = parsed.pop("*", UNKNOWN)
-    numbers = {int(key): index for key, index in parsed.items() if key.strip().isdecimal()}
-    colors = {
-        _code(_color(key), "values"): index
-        for key, index in parsed.items()
-        if not key.strip().isdecimal()
-    }
+    numbers: dict[int, int] = {}
+    for key, index in parsed.items():
+        if key.strip().isdecimal():
+            numbers[int(key)] = index
+        else:
+            codes[_code(_color(key), "values")] = index
     if numbers and max(numbers) > 65535:
         raise ConfigError(f"values: expected values from 0 to 65535, got {max(numbers)}")
     if numbers or other != UNKNOWN:
         table[table != IGNORE] = other
     for value, index in numbers.items():
         table[value] = index
-    return Legend(names, table, {**codes, **colors}, other, len(numbers))
+    return Legend(names, table, codes, other, len(numbers))
 
 
 def _index(key: str, value: Any, names: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from segkit.augment import Pipeline, Plan, generator
@@ -178,7 +179,7 @@ class TrainImages(Dataset):
             size = image.shape[1], image.shape[2]
             plan = self.pipeline.plan(size, rng, mask, others=self._draw)
         except DataError as error:
-            return _without_traceback(error)
+            return DataError(*error.args)  # raised later, without references to frames
         if self.render:
             image, mask = self.pipeline.render_one(image, mask, plan)
         return image, mask, plan
@@ -232,12 +233,7 @@ class EvalImages(Dataset):
             mask = self.source.mask(index) if self.labels else None
             return index, self.source.image(index), mask
         except DataError as error:
-            return (index, str(error)) if self.skip else _without_traceback(error)
-
-
-def _without_traceback(error: DataError) -> DataError:
-    """Return the error to be raised by :func:`_valid`, without references to frames."""
-    return DataError(*error.args)
+            return (index, str(error)) if self.skip else DataError(*error.args)
 
 
 def train_batches(
@@ -248,7 +244,9 @@ def train_batches(
         images,
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=functools.partial(_sendable, _stack_pairs if images.render else _list_samples),
+        collate_fn=functools.partial(
+            _sendable, functools.partial(_stack_train, render=images.render)
+        ),
         worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
@@ -423,22 +421,18 @@ def _sendable(collate: Callable[[list], Any], samples: list) -> Any:
     return batch
 
 
-def _list_samples(samples: list[Sample]) -> list[tuple] | DataError:
-    """Return images, masks and plans whose results have equal size, or an error."""
-    if len({plan.size for _, _, plan in samples}) > 1:
+def _stack_train(samples: list[Sample], *, render: bool) -> tuple | DataError:
+    """Return stacked images and masks, or without ``render`` lists of these and of the plans.
+
+    Results of different sizes are an error.
+    """
+    images, masks, plans = zip(*samples, strict=True)
+    if len({plan.size for plan in plans}) > 1:
         return DataError(
             "training images end the augmentation with different sizes; "
             "set augment.size, or end augment.train with a crop"
         )
-    return list(zip(*samples, strict=True))
-
-
-def _stack_pairs(samples: list[Sample]) -> tuple[Tensor, Tensor] | DataError:
-    listed = _list_samples(samples)
-    if isinstance(listed, DataError):
-        return listed
-    images, masks, _ = listed
-    return torch.stack(images), torch.stack(masks)
+    return (torch.stack(images), torch.stack(masks)) if render else (images, masks, plans)
 
 
 def _stack_eval(samples: list, *, pad: int) -> EvalBatch:
@@ -452,10 +446,11 @@ def _stack_eval(samples: list, *, pad: int) -> EvalBatch:
     if masks[0] is None:
         return EvalBatch(list(indices), images, None, sizes, left_out)
     height, width = images.shape[-2:]
-    labelled = masks[0].new_full((len(masks), height, width), IGNORE)
-    for whole, mask in zip(labelled, masks, strict=True):
-        whole[: mask.shape[0], : mask.shape[1]] = mask
-    return EvalBatch(list(indices), images, labelled, sizes, left_out)
+    padded = [
+        functional.pad(mask, (0, width - mask.shape[1], 0, height - mask.shape[0]), value=IGNORE)
+        for mask in masks
+    ]
+    return EvalBatch(list(indices), images, torch.stack(padded), sizes, left_out)
 
 
 def _pad(image: Tensor, multiple: int) -> Tensor:

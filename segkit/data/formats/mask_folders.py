@@ -45,7 +45,8 @@ def recognize(folder: Path, part: str) -> dict[str, Any] | None:
     Folders belong together if most images have a mask of the same name, perhaps with an ending such
     as ``_mask``. Values of masks are read to find classes and ignored values.
     """
-    pairs = _pairs(folder)
+    folders = _folders(folder)
+    pairs = _pairs(folders)
     train = _of_part(folder, pairs, "train")
     pair = train if part == "train" else _of_part(folder, pairs, part)
     if train is None:
@@ -57,10 +58,11 @@ def recognize(folder: Path, part: str) -> dict[str, Any] | None:
     if part != "test":
         return None
     used = {path for pair in pairs for path in (pair.images, pair.masks)}
-    unlabelled = [path for path in _folders(folder) if path not in used]
+    unlabelled = [path for path in folders if path not in used]
     tests = [path for path in unlabelled if part_of(path.relative_to(folder).as_posix()) == part]
-    names = {"classes": classes["classes"]}
-    return {"images": str(tests[0]), **names} if tests and not _is_mask_folder(tests[0]) else None
+    if not tests or _are_masks(tests[0], tuple(folders[tests[0]][:3])):
+        return None
+    return {"images": str(tests[0]), "classes": classes["classes"]}
 
 
 def _folders(folder: Path) -> dict[Path, list[str]]:
@@ -74,14 +76,10 @@ def _folders(folder: Path) -> dict[Path, list[str]]:
     return folders
 
 
-def _is_mask_folder(folder: Path) -> bool:
-    """Return True if the first images of a folder have the few colors of a mask."""
-    return _masks_alone(folder, tuple(_folders(folder).get(folder, ())[:3]))
-
-
 @functools.lru_cache(maxsize=256)
-def _masks_alone(folder: Path, names: tuple[str, ...]) -> bool:
-    return bool(names) and all(_few_colors(folder / name) for name in names)
+def _are_masks(folder: Path, names: tuple[str, ...]) -> bool:
+    """Return True if files have the few colors of a mask."""
+    return all(_few_colors(folder / name) for name in names)
 
 
 def _black_and_white(paths: Iterable[Path]) -> bool:
@@ -109,51 +107,44 @@ def _few_colors(path: Path) -> bool:
         return False
 
 
-def _pairs(folder: Path) -> list[MaskFolders]:
-    folders = _folders(folder)
-    masks = {path: names for path, names in folders.items() if _masks_alone(path, tuple(names[:3]))}
-    if not masks:
-        masks = {
-            path: names
-            for path, names in folders.items()
-            if _black_and_white(path / name for name in names[:3])
-        }
+def _pairs(folders: dict[Path, list[str]]) -> list[MaskFolders]:
     stems = {path: {Path(name).stem for name in names} for path, names in folders.items()}
-    pairs = [pair for path, names in folders.items() if (pair := _together(path, names))]
+    masks = [path for path, names in folders.items() if _are_masks(path, tuple(names[:3]))]
+    masks = masks or [
+        path
+        for path, names in folders.items()
+        if _black_and_white(path / name for name in names[:3])
+    ]
+    pairs = []
+    for path, names in folders.items():  # photographs and their masks in one folder
+        pair = _pair(path, path, stems)
+        ended = [name for name in names if Path(name).stem.endswith(pair.ending)]
+        if 3 * pair.matches > len(names) and _are_masks(path, tuple(ended[:3])):
+            pairs.append(pair)
     for path in masks:
-        best = max(
-            (_paired(images, path, stems) for images in folders if images not in masks),
-            key=lambda pair: (pair.matches, _shared(pair.images, path)), default=None,
-        )  # fmt: skip
+        candidates = [_pair(images, path, stems) for images in folders if images not in masks]
+        best = max(candidates, key=lambda x: (x.matches, _shared(x.images, x.masks)), default=None)
         if best is not None and 2 * best.matches > len(stems[best.images]):
             pairs.append(best)
     return pairs
 
 
-def _together(folder: Path, names: Sequence[str]) -> MaskFolders | None:
-    """Return the pair of a folder that holds photographs and, by an ending, their masks."""
-    stems = {Path(name).stem for name in names}
-    firsts = sorted(stems)[:20]
-    endings = Counter(x.removeprefix(y) for y in firsts for x in stems if x.startswith(y))
-    for ending, _ in endings.most_common(4):
-        masks = [
-            name for name in names
-            if ending and (stem := Path(name).stem).endswith(ending)
-            and stem.removesuffix(ending) in stems
-        ]  # fmt: skip
-        if 3 * len(masks) > len(names) and all(_few_colors(folder / x) for x in masks[:3]):
-            return MaskFolders(folder, folder, ending, len(masks))
-    return None
-
-
-def _paired(images: Path, masks: Path, stems: dict[Path, set[str]]) -> MaskFolders:
-    """Return a pair with the number of images that have a mask."""
-    endings = {""}
-    first = min(stems[masks])
-    endings |= {first.removeprefix(stem) for stem in stems[images] if first.startswith(stem)}
-    counts = {x: sum(f"{stem}{x}" in stems[masks] for stem in stems[images]) for x in endings}
-    ending = max(sorted(counts, key=len), key=lambda x: counts[x])
-    return MaskFolders(images, masks, ending, counts[ending])
+def _pair(images: Path, masks: Path, stems: dict[Path, set[str]]) -> MaskFolders:
+    """Return a pair with the ending of masks that the most images have a mask with."""
+    endings = Counter(
+        mask.removeprefix(image)
+        for mask in sorted(stems[masks])[:20]
+        for image in stems[images]
+        if mask.startswith(image)
+    )
+    if images == masks:
+        del endings[""]  # an image is not its own mask
+    counts = {
+        ending: sum(f"{image}{ending}" in stems[masks] for image in stems[images])
+        for ending, _ in endings.most_common(4)
+    }
+    ending = max(sorted(counts, key=len), key=lambda x: counts[x], default="")
+    return MaskFolders(images, masks, ending, counts.get(ending, 0))
 
 
 def _shared(first: Path, second: Path) -> int:

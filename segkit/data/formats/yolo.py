@@ -19,7 +19,9 @@ CLASS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.name
 """Names of files of class names, beside the folders of labels or above."""
 
 _KEYED = re.compile(r"\s*['\"]?(\d+)['\"]?\s*:\s*(.+?)\s*")
-_LISTED = re.compile(r"\s*-\s+(.+?)\s*")
+_FLOW = re.compile(r"^names:\s*[\[{](.*?)[\]}]", re.M | re.S)
+_BLOCK = re.compile(r"^names:.*\n((?:[ \t#-].*\n|\n)*)", re.M)
+_COMMENT = re.compile(r"(^|\s)#.*")
 
 
 def read(labels: Path, shapes: Shapes) -> None:
@@ -81,29 +83,16 @@ def class_names(path: Path) -> tuple[str, ...]:
 
     Of YAML, the forms that tools write are read: a list or an object, in one line or in several.
     """
-    lines = read_text(path).splitlines()
+    text = read_text(path)
     if path.suffix not in (".yaml", ".yml"):
-        return tuple(line.strip() for line in lines if line.strip())
-    start = next((n for n, line in enumerate(lines) if line.startswith("names:")), None)
-    if start is None:
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
+    block = _BLOCK.search(f"{text}\n")
+    if block is None:
         raise DataError(f"{path} has no 'names'; list the classes there")
-    inline = lines[start].removeprefix("names:").split(" #")[0].strip()
-    if inline.startswith(("[", "{")):
-        while not inline.endswith(("]", "}")) and start + 1 < len(lines):
-            start += 1
-            inline += f" {lines[start].strip()}"
-        items = [item.strip() for item in inline.strip("[]{}").split(",") if item.strip()]
-    else:
-        items = []
-        for line in lines[start + 1 :]:
-            if line.strip() and not line.lstrip().startswith("#"):
-                match = _LISTED.fullmatch(line) or (
-                    _KEYED.fullmatch(line) if line[0] == " " else None
-                )
-                if match is None:
-                    break
-                items.append(line.strip().removeprefix("- "))
-    return _ordered(items, path)
+    flow = _FLOW.search(text)
+    items = flow[1].split(",") if flow else block[1].splitlines()
+    plain = [_COMMENT.sub("", item).strip().removeprefix("- ") for item in items]
+    return _ordered([item for item in plain if item], path)
 
 
 def _ordered(items: Sequence[str], path: Path) -> tuple[str, ...]:
