@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.core.errors import DataError, quoted
+from segkit.core.files import matches_schema
 from segkit.data.inputs import existing_name, read_json
 from segkit.data.parts import WORDS, part_of
 
@@ -59,10 +60,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not any(word in head for word in (b'"images"', b'"annotations"', b'"categories"')):
         return None
     content = read_json(path)
-    images, annotations = content.get("images"), content.get("annotations", [])
-    if not isinstance(images, list) or not images or not isinstance(annotations, list):
-        return None
-    return content if all(isinstance(image, dict) for image in images) else None
+    schema = {"images": [dict], "annotations": list}
+    is_coco = matches_schema({"annotations": [], **content}, schema) and content["images"]
+    return content if is_coco else None
 
 
 def refusals(folder: Path) -> Iterator[str]:

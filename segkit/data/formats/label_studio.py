@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from segkit.core.errors import DataError
-from segkit.data.formats.shapes import Shapes, numbers, recognizer, shape_source
+from segkit.data.formats.shapes import Shapes, numbers, objects, recognizer, shape_source
 from segkit.data.images import SUFFIXES
 from segkit.data.inputs import read_json_list
 
@@ -28,7 +28,7 @@ def read(labels: Path, shapes: Shapes) -> None:
 
 
 def _read_task(task: dict[str, Any], shapes: Shapes) -> None:
-    annotations = _objects(task.get("annotations", task.get("completions")))
+    annotations = objects(task.get("annotations", task.get("completions")))
     kept = [each for each in annotations if not each.get("was_cancelled")]
     if not kept:
         return  # not annotated: its image is among those without labels
@@ -36,17 +36,12 @@ def _read_task(task: dict[str, Any], shapes: Shapes) -> None:
     named = [text for text in texts if text.split("?")[0].lower().endswith(SUFFIXES)]
     named = named or [text for text in texts if "?d=" in text]
     name = named[0] if named else task.get("file_upload")
-    results = _objects(kept[-1].get("result"))
+    results = objects(kept[-1].get("result"))
     sizes = [(each.get("original_height"), each.get("original_width")) for each in results]
     known = [size for size in sizes if None not in size]
     path = shapes.image(name, known[0] if known else None)
     for each in results:
         _add(path, each, shapes)
-
-
-def _objects(values: Any) -> list[dict[str, Any]]:
-    """Return the objects of a list, if it is one."""
-    return [each for each in values if isinstance(each, dict)] if isinstance(values, list) else []
 
 
 def _add(path: str, result: dict[str, Any], shapes: Shapes) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.core.errors import DataError
+from segkit.core.files import matches_schema
 from segkit.data.formats.shapes import Shapes, pairs, part_folder, shape_source
 from segkit.data.inputs import inside, read_json
 from segkit.data.pairing import search
@@ -24,14 +25,11 @@ def read(labels: Path, shapes: Shapes) -> None:
 
 
 def _read_file(content: dict[str, Any], shapes: Shapes) -> None:
-    listed = content.get("shapes")
-    if not isinstance(listed, list) or "imagePath" not in content:
+    if not matches_schema(content, {"shapes": [dict], "imagePath": Any}):
         raise DataError("has no 'shapes' and 'imagePath'; expected a file of labelme")
     sides = content.get("imageHeight"), content.get("imageWidth")
     path = shapes.image(content["imagePath"], None if None in sides else sides)
-    for shape in listed:
-        if not isinstance(shape, dict):
-            raise DataError(f"a shape is {shape!r:.60}; expected an object")
+    for shape in content["shapes"]:
         points, label = pairs(shape.get("points")), shape.get("label")
         kind = shape.get("shape_type", "polygon")
         if kind == "polygon":

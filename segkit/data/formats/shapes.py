@@ -72,6 +72,11 @@ def numbers(table: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
     return values
 
 
+def objects(values: Any) -> list[dict[str, Any]]:
+    """Return the objects of a list, if it is one."""
+    return [each for each in values if isinstance(each, dict)] if isinstance(values, list) else []
+
+
 def pairs(points: Any) -> Sequence[Sequence[float]]:
     """Return points if they are a list of pairs of numbers.
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from segkit.core.errors import DataError
-from segkit.data.formats.shapes import Shapes, numbers, recognizer, shape_source
+from segkit.core.files import matches_schema
+from segkit.data.formats.shapes import Shapes, numbers, objects, recognizer, shape_source
 from segkit.data.inputs import read_json
 
 PREFERRED = ("class", "label", "name", "category", "type", "object")
@@ -19,7 +20,7 @@ def read(labels: Path, shapes: Shapes) -> None:
     content = read_json(labels)
     files = content.get("_via_img_metadata", content)
     entries = list(files.values()) if isinstance(files, dict) else []
-    if not entries or not all(isinstance(e, dict) and "filename" in e for e in entries):
+    if not entries or not matches_schema(entries, [{"filename": Any}]):
         raise DataError(f"{labels} has no files with 'filename'; expected JSON of VIA 1 or 2")
     regions = [_regions(entry) for entry in entries]
     attribute = _attribute(str(labels), [region for of_file in regions for region in of_file])
@@ -31,8 +32,7 @@ def read(labels: Path, shapes: Shapes) -> None:
 def _regions(entry: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the regions of a file: a list, or in version 1 an object."""
     regions = entry.get("regions", [])
-    listed = list(regions.values()) if isinstance(regions, dict) else regions
-    return [each for each in (listed if isinstance(listed, list) else []) if isinstance(each, dict)]
+    return objects(list(regions.values()) if isinstance(regions, dict) else regions)
 
 
 def _attribute(file: str, regions: list[dict[str, Any]]) -> str:
@@ -53,13 +53,12 @@ def _read_file(
 ) -> None:
     path = shapes.image(entry["filename"])
     for region in regions:
-        attributes, shape = region.get("region_attributes"), region.get("shape_attributes")
-        if not isinstance(attributes, dict) or not isinstance(shape, dict):
+        if not matches_schema(region, {"region_attributes": dict, "shape_attributes": dict}):
             raise DataError(f"a region of {path} has no attributes; export it again")
-        label = attributes.get(attribute)
+        label = region["region_attributes"].get(attribute)
         if isinstance(label, dict):  # a check box: {"can": true}
             label = next((key for key, chosen in label.items() if chosen), None)
-        _add(path, label, shape, shapes)
+        _add(path, label, region["shape_attributes"], shapes)
 
 
 def _add(path: str, label: Any, shape: dict[str, Any], shapes: Shapes) -> None:
