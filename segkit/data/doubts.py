@@ -1,13 +1,14 @@
 """Doubts about labels: classes without pixels, images without labels, parts without a class."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from segkit.core.errors import quoted
 from segkit.data.folds import Split
-from segkit.data.source import Source, background
+from segkit.data.loader import digests
+from segkit.data.source import Source, background, positions
 
 
 def describe(source: Source) -> str:
@@ -79,17 +80,18 @@ def split_doubts(
     return sentences
 
 
-def file_doubts(images: Iterable[tuple[str, str, str]]) -> list[str]:
+def file_doubts(parts: Mapping[str, tuple[Source, Sequence[str]]]) -> list[str]:
     """Return a sentence if image files of different parts are equal.
 
-    ``images`` are the part, the name and the digest of each image.
+    ``parts`` has the source and the image names of each part.
     """
     known: dict[str, tuple[str, str]] = {}
     repeated = []
-    for part, name, digest in images:
-        first, like = known.setdefault(digest, (part, name))
-        if first != part:
-            repeated.append(f"{name} of {part} and {like} of {first}")
+    for part, (source, names) in parts.items():
+        for name, digest in zip(names, digests(source, positions(source, names)), strict=True):
+            first, like = known.setdefault(digest, (part, name))
+            if first != part:
+                repeated.append(f"{name} of {part} and {like} of {first}")
     if not repeated:
         return []
     return [

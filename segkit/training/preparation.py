@@ -130,7 +130,7 @@ def split_data(
             counts = class_pixels(validation, workers=cfg.data.workers)
             doubts += [f"data.val: {sentence}" for sentence in label_doubts(validation, counts)]
             split = Split(folds=(validation.names,), train=names)
-            parts = [("data.train", labelled, names), ("data.val", validation, validation.names)]
+            parts = {"data.train": (labelled, names), "data.val": (validation, validation.names)}
         else:
             groups = read_groups(cfg.data.groups, cfg.data.group_pattern, names)
             split = make_folds(
@@ -139,17 +139,10 @@ def split_data(
             )  # fmt: skip
             say(table(split, names, pixels, labelled.classes))
             doubts += split_doubts(split, names, pixels, labelled.classes)
-            parts = [(f"fold {k}", labelled, fold) for k, fold in enumerate(split.folds)]
-            parts.append(("the selection set", labelled, split.selection))
+            parts = {f"fold {k}": (labelled, fold) for k, fold in enumerate(split.folds)}
+            parts["the selection set"] = labelled, split.selection
             files["shares.json"] = [row._asdict() for row in shares(split, names, pixels)]
-        doubts += file_doubts(
-            (part, name, digest)
-            for part, source, members in parts
-            for name, digest in zip(
-                members, digests(source, positions(source, members)), strict=True
-            )
-        )
-        for sentence in doubts:
+        for sentence in (*doubts, *file_doubts(parts)):
             say(f"warning: {sentence}")
         category_ids = getattr(labelled, "category_ids", None)
         files["folds.json"] = asdict(split)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from segkit.data.cache import CachedSource
-from segkit.data.doubts import describe, file_doubts, label_doubts, seen, split_doubts
+from segkit.data.doubts import describe, label_doubts, seen, split_doubts
 from segkit.data.folds import Split, class_pixels
 from segkit.data.masks import MaskSource
 
@@ -78,11 +78,3 @@ def test_lines_about_a_source(tmp_path: Path) -> None:
         "1 image with background 50 %, can 50 % of the labelled pixels; 50 % of all pixels are "
         "ignored"
     )
-
-
-def test_equal_files_of_two_parts() -> None:
-    images = [("data.train", "a", "1"), ("data.train", "b", "1"), ("data.val", "c", "2")]
-    assert file_doubts(images) == []
-    (sentence,) = file_doubts([*images, ("data.val", "d", "1"), ("data.val", "e", "1")])
-    assert sentence.startswith("2 images of one part are equal files in another, such as d of")
-    assert "d of data.val and a of data.train: scores are too high" in sentence

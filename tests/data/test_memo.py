@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,27 @@ def test_rank_0_alone_reads_the_data(tmp_path: Path) -> None:
     assert len(read) == 1 + 3 * IMAGES
     assert others_read == []
     assert ours == theirs
+
+
+def test_the_start_of_a_training_names_equal_files_of_two_parts(tmp_path: Path) -> None:
+    for part in ("one", "two"):
+        (tmp_path / part).mkdir()
+        write_masks(tmp_path / part)
+    shutil.copy(tmp_path / "one/images/0.png", tmp_path / "one/images/1.png")
+    Image.new("RGB", (41, 30)).save(tmp_path / "two/images/4.png")
+    source, validation = (
+        open_source(configured(tmp_path / part), "train") for part in ("one", "two")
+    )
+    said: list[str] = []
+    run = Run(tmp_path / "run")
+    split_data(configured(tmp_path / "one"), source, validation, run, said.append)
+    (sentence,) = (line for line in said if "equal files" in line)
+    assert "warning: 3 images of one part are equal files in another" in sentence
+    assert "0.png of data.val and 0.png of data.train: scores are too high" in sentence
+    split_data(configured(tmp_path / "one"), validation, validation, run, said.append)
+    assert sum("equal files" in line for line in said) == 1
+    for i in range(1, IMAGES):
+        shutil.copy(tmp_path / "two/images/0.png", tmp_path / f"two/images/{i}.png")
+    validation = open_source(configured(tmp_path / "two"), "train")
+    split_data(configured(tmp_path / "two"), validation, validation, run, said.append)
+    assert ".png of fold 1 and " in said[-1]
