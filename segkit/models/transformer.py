@@ -154,10 +154,10 @@ def rotary_positions(height: int, width: int, head: int, like: Tensor) -> Rotary
     head, a multiple of 4.
     """
     periods = 100.0 ** (torch.arange(head // 4, device=like.device) / (head // 4))
-    rows, columns = (
+    centers = (
         2 * (torch.arange(side, device=like.device) + 0.5) / side - 1 for side in (height, width)
     )
-    grid = torch.cartesian_prod(rows, columns)
+    grid = torch.stack(torch.meshgrid(*centers, indexing="ij"), 2).flatten(0, 1)
     angles = (2 * math.pi * grid[:, :, None] / periods).flatten(1).repeat(1, 2)
     return angles.cos(), angles.sin()
 
@@ -168,7 +168,8 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     Su et al. 2021, https://arxiv.org/abs/2104.09864
     """
     cosine, sine = (angles.to(x.dtype) for angles in rotary)
-    others, patches = x.split([x.shape[2] - len(cosine), len(cosine)], 2)
+    others = x.shape[2] - cosine.shape[0]
+    patches = x[:, :, others:]
     first, second = patches.chunk(2, 3)
     rotated = patches * cosine + torch.cat([-second, first], 3) * sine
-    return torch.cat([others, rotated], 2)
+    return torch.cat([x[:, :, :others], rotated], 2)

@@ -151,9 +151,10 @@ class DeformableAttention(nn.Module):
         parts = values.split([height * width for height, width in sizes], 2)
         result = torch.zeros_like(values)
         for level, (part, (height, width)) in enumerate(zip(parts, sizes, strict=True)):
-            sides = offsets.new_tensor([width, height])
-            at = centers[:, None] + offsets[..., level, :, :].flatten(0, 1) / sides
-            # (B * heads, N, points, 2)
+            column, row = (offsets[..., level, :, i].flatten(0, 1) for i in (0, 1))
+            at = torch.stack(
+                [centers[:, :1] + column / width, centers[:, 1:] + row / height], 3
+            )  # (B * heads, N, points, 2)
             sampled = sample_points(part.unflatten(2, (height, width)), at.flatten(1, 2))
             share = shares[..., level * points : (level + 1) * points].flatten(0, 1)
             result = result + (sampled.unflatten(2, (-1, points)) * share[:, None]).sum(3)
@@ -181,7 +182,8 @@ def sine_positions(x: Tensor) -> Tensor:
         for side in (height, width)
     )
     rows, columns = (torch.stack([y.sin(), y.cos()], 2).flatten(1) for y in (rows, columns))
-    return torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], 1)
+    grid = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
+    return torch.cat(grid, 2).flatten(0, 1)
 
 
 def _centers(x: Tensor) -> Tensor:
@@ -189,4 +191,5 @@ def _centers(x: Tensor) -> Tensor:
     rows, columns = (
         (torch.arange(side, device=x.device) + 0.5) / side for side in (x.shape[2], x.shape[3])
     )
-    return torch.cartesian_prod(rows, columns).flip(1)
+    grid = columns.expand(x.shape[2], -1), rows[:, None].expand(-1, x.shape[3])
+    return torch.stack(grid, 2).flatten(0, 1)
