@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from segkit.core.files import atomic_write, write_text
+from segkit.core.files import atomic_write
 from segkit.core.labels import IGNORE
 from segkit.data.images import as_rgb
 from segkit.data.inputs import inside
@@ -232,15 +232,20 @@ def write_coco(
         background: Index of a class to leave out, or None; ignored pixels are always left out.
     """
     categories = {c: category for category, c in (category_ids or {}).items()}
-    results = []
-    for name, mask in masks:
-        for c in mask.unique().tolist():
-            if c in (background, IGNORE):
-                continue
-            ids = {"image_id": image_ids[name], "category_id": categories[c] if categories else c}
-            region = {"segmentation": encode_rle(mask == c), "score": 1.0}
-            results.append(json.dumps(ids | region))
-    write_text(path, "[\n" + ",\n".join(results) + "\n]\n")
+    separator = "[\n"
+    with atomic_write(path) as draft, draft.open("w", encoding="utf-8") as file:
+        for name, mask in masks:
+            for c in mask.unique().tolist():
+                if c in (background, IGNORE):
+                    continue
+                ids = {
+                    "image_id": image_ids[name],
+                    "category_id": categories[c] if categories else c,
+                }
+                region = {"segmentation": encode_rle(mask == c), "score": 1.0}
+                file.write(separator + json.dumps(ids | region))
+                separator = ",\n"
+        file.write("[]\n" if separator == "[\n" else "\n]\n")
 
 
 def encode_rle(region: Tensor) -> dict[str, Any]:
