@@ -362,7 +362,7 @@ def test_a_read_only_run_folder_is_one_sentence(folder: Path) -> None:
     process = launch(folder, str(HERE.parent / "train.py"), *arguments("locked/run"))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert out == "locked/run: Not a directory\n"
+    assert out == "locked/run: cannot be made (Not a directory); choose another folder\n"
 
 
 def rename(labels: dict[str, Any], _: Path) -> None:
