@@ -225,7 +225,8 @@ def write_results(
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = reference.parser("infer", "Predict with trained runs.")
+    bare = "give photographs as --images PATH, and a run as --run-dir DIR"
+    parser = reference.parser("infer", "Predict with trained runs.", bare=bare)
     add = parser.add_argument
     add("--run-dir", action="append", metavar="DIR", help="a run (repeatable); default the newest")
     add(

@@ -318,7 +318,8 @@ def evaluate_fold(
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = reference.parser("train", "Train the folds of a configuration.")
+    bare = "give a configuration as --cfg NAME; segkit plan FOLDER writes one"
+    parser = reference.parser("train", "Train the folds of a configuration.", bare=bare)
     console.add_config_options(parser)
     parser.add_argument("--folds", default="all", help="all, or numbers such as 0 or 0,2")
     parser.add_argument("--run-dir", type=Path, help="folder of the run; default runs/NAME-TIME")

@@ -129,13 +129,26 @@ def naming_options(**options: str) -> Iterator[None]:
         raise SegkitError(error.sentence(write)) from error
 
 
-def parser(command: str, doc: str | None, **options: Any) -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what to type for missing options and words without an option."""
+
+    bare = ""
+
+    def error(self, message: str) -> NoReturn:
+        known = message.startswith(("unrecognized", "the following"))
+        super().error(f"{message}; {self.bare}" if self.bare and known else message)
+
+
+def parser(
+    command: str, doc: str | None, *, bare: str = "", **options: Any
+) -> argparse.ArgumentParser:
     """Return a parser with ``--debug``, whose help fits 80 columns.
 
-    Paragraphs of ``doc`` with indented lines, such as examples, are kept as they are.
+    Paragraphs of ``doc`` with indented lines, such as examples, are kept as they are; ``bare`` is
+    said where an option is missing.
     """
     paragraphs = (doc or "").replace("``", "").strip().split("\n\n")
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog=f"segkit {command}",
         description="\n\n".join(
             text if text.startswith("    ") else textwrap.fill(" ".join(text.split()), 80)
@@ -144,6 +157,7 @@ def parser(command: str, doc: str | None, **options: Any) -> argparse.ArgumentPa
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **options,
     )
+    made.bare = bare
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 

@@ -150,6 +150,8 @@ def plan(
         count = sum(len(group) for group in data.groups)
         why = f"{count} near-duplicates in {len(data.groups)} groups stay together"
         choices.append(Choice("data.groups", None, why))
+    used = {spec.get("annotations", "") for spec in parts.values()}
+    left_out = [f"left out: {sentence}" for sentence in coco_files.refusals(folder, used)]
     why = "; ".join(f"{key}: {reason}" for key, _, reason in choices)
     note = f"{MARK} for {data.images} images of {folder}. {why}"
     raw = {"note": note, **rules.nested(choices)}
@@ -158,7 +160,7 @@ def plan(
         raw,
         choices,
         data,
-        [*label_doubts(source, pixels), *shared, *rules.warnings_about(data)],
+        [*left_out, *label_doubts(source, pixels), *shared, *rules.warnings_about(data)],
         groups if validation is None else {},
     )
 

@@ -238,9 +238,9 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+def parser(command: str, doc: str | None, *, bare: str) -> argparse.ArgumentParser:
     """Return a parser for a command with settings; its ``--help`` takes a section."""
-    made = console.parser(command, doc, epilog=overview(), add_help=False)
+    made = console.parser(command, doc, bare=bare, epilog=overview(), add_help=False)
     text = "show this help, or the keys of a section of the configuration"
     made.add_argument("-h", "--help", action=_Help, nargs="?", metavar="SECTION", help=text)
     return made

@@ -224,6 +224,13 @@ def test_a_folder_or_labels_in_place_of_a_configuration_are_named() -> None:
         train.main(["--cfg", "photos/annotations/instances_train.json"])
 
 
+def test_a_damaged_coco_file_beside_others_is_said(quick: None) -> None:
+    as_coco(Path("photos"))
+    Path("photos/annotations/instances_val.json").write_text('{"images": [')
+    warnings = plan.plan("photos", hours=0.0001, device="cpu").warnings
+    assert any(text.startswith("left out: photos/annotations/inst") for text in warnings)
+
+
 def test_commands_to_copy_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     as_binary(Path("my photos"))
     plan.main(["my photos", "--hours", "0.0001", "--device", "cpu"])

@@ -48,6 +48,13 @@ def test_help_of_every_command_fits_80_columns(command: str, capsys, monkeypatch
     assert "`" not in text
 
 
+@pytest.mark.parametrize(("main", "option"), [(train.main, "--cfg"), (infer.main, "--images")])
+def test_a_word_without_its_option_names_the_option(main, option: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["photos"])
+    assert option in capsys.readouterr().err.splitlines()[-1].partition("; give ")[2]
+
+
 @pytest.mark.parametrize("section", DEFAULTS)
 def test_help_of_a_section_has_types_and_defaults(section: str, capsys) -> None:
     text = help_of(train.main, capsys, "--help", section)

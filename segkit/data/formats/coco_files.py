@@ -1,7 +1,7 @@
 """Recognition of COCO files in a folder, and of the folder of their images."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if is_coco else None
 
 
-def refusals(folder: Path) -> Iterator[str]:
-    """Yield a sentence for each COCO file in a folder that cannot be used."""
+def refusals(folder: Path, used: Collection[str] = ()) -> Iterator[str]:
+    """Yield a sentence for each COCO file in a folder that cannot be used; ``used`` files can."""
     for path in _json_files(folder):
+        if str(path) in used:
+            continue
         try:
             content = _read(path)
         except (OSError, DataError) as error:
