@@ -250,8 +250,12 @@ class Trainings:
         if self.rows(training, seed) is None:
             if training in AFTER:
                 with self._again:  # its scores may be known, but its weights gone
-                    self._make(AFTER[training], seed)
-            self._make(training, seed)
+                    self._train(AFTER[training], seed)
+            self._train(training, seed)
+            compared = ["--compare"] if training in FOLDS else ["--brief"]
+            compared += ["--soup", "--tta"] if training == "base" else []
+            folder = str(self.folder(training, seed))
+            self._run(["infer.py", "--run-dir", folder, "--quiet", *compared])
         self._record(training, seed)
 
     def _recorded(self) -> dict[str, list[dict[str, Any]]]:
@@ -275,17 +279,14 @@ class Trainings:
             lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)]
             write_text(self.scores, "{\n" + ",\n".join(lines) + "\n}\n")
 
-    def _make(self, training: str, seed: int) -> None:
+    def _train(self, training: str, seed: int) -> None:
         folder = self.folder(training, seed)
-        if (folder / "infer" / "scores.json").is_file():
+        if (folder / "summary.json").is_file():  # all folds are trained
             return
         settings = [*COMMON, *self.settings, f"train.seed={seed}", *self._own(training, seed)]
         train = ["train.py", "--cfg", self.name, "--run-dir", str(folder), "--resume", "--quiet"]
         train += ["--folds", FOLDS.get(training, "0")]
         self._run(train + [word for setting in settings for word in ("--set", setting)])
-        compared = ["--compare"] if training in FOLDS else ["--brief"]
-        compared += ["--soup", "--tta"] if training == "base" else []
-        self._run(["infer.py", "--run-dir", str(folder), "--quiet", *compared])
 
     def _own(self, training: str, seed: int) -> tuple[str, ...]:
         """Return the settings of one training."""

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,10 +241,12 @@ def test_a_training_that_uses_another_is_made_after_it(
         assert made[-2:] == [("student", 0), ("student", 1)]
         assert {("base", 0), ("base", 1)} <= {*made[:-2]}
     monkeypatch.undo()
-    monkeypatch.setattr(claims.Trainings, "_make", lambda _, *pair: made.append(pair))
-    made.clear()
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr(claims.Trainings, "_run", lambda _, command: commands.append(command))
     trainings.make("student", 0)
-    assert made == [("base", 0), ("student", 0)]
+    folders = [command[command.index("--run-dir") + 1] for command in commands]
+    assert [command[0] for command in commands] == ["train.py", "train.py", "infer.py"]
+    assert folders == [str(tmp_path / f"demo-{name}-0") for name in ("base", "student", "student")]
     assert trainings._own("student", 1) == (f"data.teacher={tmp_path / 'demo-base-1'}",)
 
 
