@@ -28,6 +28,10 @@ class Vote(ABC):
         max_bytes: Votes are kept in memory up to this size, and in a file above it.
         folder: Folder of such files; they are unnamed and disappear with the process.
 
+    Raises:
+        ValueError: A prediction does not fit, a voter repeats or skips rows, or the result of an
+            image without votes is asked for.
+
     Shape:
         probabilities: (C, h, W), rows of the image from ``top``
         result: (H, W), uint8
@@ -44,6 +48,7 @@ class Vote(ABC):
     ) -> None:
         self._shapes, self._num_classes, self._coefficients = shapes, num_classes, coefficients
         self._max_bytes, self._folder = max_bytes, folder
+        self._rows: list[dict[int, int]] = [{} for _ in shapes]  # rows received so far, by voter
         self._arrays: dict[int, _MemmapArrays] = {}
 
     def _stored(self, number: int, image: int, planes: int, dtype: type[np.generic]) -> Tensor:
@@ -54,8 +59,37 @@ class Vote(ABC):
             self._arrays[number] = arrays
         return torch.from_numpy(self._arrays[number][image])
 
+    def add(self, image: int, probabilities: Tensor, *, voter: int, top: int = 0) -> None:
+        """Add the next rows of a voter's prediction of an image, which begin at ``top``.
+
+        Voters are numbered by rank, from 0 for the best.
+        """
+        height, width = self._shapes[image]
+        rows = probabilities.shape[-2]
+        if tuple(probabilities.shape) != (self._num_classes, rows, width) or top + rows > height:
+            raise ValueError(
+                f"image {image}: expected shape {(self._num_classes, height - top, width)}, "
+                f"got {tuple(probabilities.shape)}"
+            )
+        expected = self._rows[image].get(voter, 0)
+        if top != expected:
+            raise ValueError(
+                f"image {image}, voter {voter}: expected rows from {expected}, got top={top}"
+            )
+        self._rows[image][voter] = top + rows
+        self._add(image, probabilities, voter, slice(top, top + rows))
+
+    def _complete_voters(self, image: int) -> list[int]:
+        """Return the voters that have voted on all rows of an image, the best first."""
+        height, _ = self._shapes[image]
+        voters = sorted(voter for voter, rows in self._rows[image].items() if rows == height)
+        if not voters:
+            raise ValueError(f"no voter has voted on image {image}")
+        return voters
+
     def result(self, image: int) -> Tensor:
         """Return the class that wins at every pixel."""
+        self._complete_voters(image)
         height, width = self._shapes[image]
         winners = torch.empty(height, width, dtype=torch.uint8)
         for rows in self._bands(height, width):
@@ -68,8 +102,7 @@ class Vote(ABC):
         return [slice(top, top + rows) for top in range(0, height, rows)]
 
     @abstractmethod
-    def add(self, image: int, probabilities: Tensor, *, voter: int, top: int = 0) -> None:
-        """Add rows of a voter's prediction; voters are numbered by rank, from 0 for the best."""
+    def _add(self, image: int, probabilities: Tensor, voter: int, rows: slice) -> None: ...
 
     @abstractmethod
     def _winners(self, image: int, rows: slice) -> Tensor: ...
@@ -83,14 +116,12 @@ class HardVote(Vote):
     result does not depend on the order of the voters.
     """
 
-    def add(self, image: int, probabilities: Tensor, *, voter: int, top: int = 0) -> None:
-        """Add the classes with the largest probabilities."""
-        mask = predicted_classes(probabilities)
-        self._stored(voter, image, 1, np.uint8)[0, top : top + len(mask)] = mask
+    def _add(self, image: int, probabilities: Tensor, voter: int, rows: slice) -> None:
+        self._stored(voter, image, 1, np.uint8)[0, rows] = predicted_classes(probabilities)
 
     def _winners(self, image: int, rows: slice) -> Tensor:
-        ranked = [self._stored(n, image, 1, np.uint8)[:, rows] for n in sorted(self._arrays)]
-        votes = torch.cat(ranked)
+        voters = self._complete_voters(image)
+        votes = torch.cat([self._stored(n, image, 1, np.uint8)[:, rows] for n in voters])
         counts = torch.stack([(votes == vote).sum(0) for vote in votes])
         return votes.gather(0, counts.max(0, keepdim=True).indices)[0]  # the first of the largest
 
@@ -101,15 +132,15 @@ class SoftVote(Vote):
     The lowest index wins among equal sums.
     """
 
-    def add(self, image: int, probabilities: Tensor, *, voter: int, top: int = 0) -> None:
-        """Add probabilities."""
+    def _add(self, image: int, probabilities: Tensor, voter: int, rows: slice) -> None:
         if self._coefficients is not None:
             coefficients = self._coefficients[voter].to(probabilities)
             probabilities = probabilities * coefficients.view(-1, 1, 1)
-        self._sums(image)[:, top : top + probabilities.shape[1]].add_(probabilities.cpu())
+        self._sums(image)[:, rows].add_(probabilities.cpu())
 
     def probabilities(self, image: int) -> Tensor:
         """Return the weighted mean of the probabilities, (C, H, W), float32, with a sum of one."""
+        self._complete_voters(image)
         sums = self._sums(image)
         return sums / sums.sum(0, keepdim=True)
 

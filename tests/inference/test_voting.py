@@ -108,6 +108,20 @@ def test_soft_votes_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", [HardVote, SoftVote])
+def test_wrong_votes(kind: type) -> None:
+    vote = kind(SHAPES, 3)
+    with pytest.raises(ValueError, match="no voter has voted on image 1"):
+        vote.result(1)
+    vote.add(1, torch.full((3, 1, 1), 1 / 3), voter=0)
+    with pytest.raises(ValueError, match="image 1, voter 0: expected rows from 1, got top=0"):
+        vote.add(1, torch.full((3, 1, 1), 1 / 3), voter=0)
+    with pytest.raises(ValueError, match="image 0: expected shape"):
+        vote.add(0, torch.rand(3, 3, 2), voter=0)
+    with pytest.raises(ValueError, match="no voter has voted on image 0"):
+        vote.result(0)
+
+
+@pytest.mark.parametrize("kind", [HardVote, SoftVote])
 @pytest.mark.parametrize("max_bytes", [IN_MEMORY, IN_FILES])
 def test_votes_in_bands_of_rows_are_those_of_the_whole(kind: type, max_bytes: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -118,6 +132,12 @@ def test_votes_in_bands_of_rows_are_those_of_the_whole(kind: type, max_bytes: in
         for top, stop in ((0, 4), (4, 8), (8, 9)):
             banded.add(0, probabilities[:, top:stop], voter=voter, top=top)
     assert torch.equal(whole.result(0), banded.result(0))
+    with pytest.raises(ValueError, match="image 0, voter 1: expected rows from 9, got top=4"):
+        banded.add(0, probabilities[:, 4:], voter=1, top=4)
+    with pytest.raises(ValueError, match="image 0, voter 3: expected rows from 0, got top=4"):
+        banded.add(0, probabilities[:, 4:], voter=3, top=4)
+    with pytest.raises(ValueError, match=r"image 0: expected shape \((3, )?5, 5\)"):
+        banded.add(0, probabilities, voter=3, top=4)
 
 
 def test_large_images_are_counted_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
