@@ -99,7 +99,9 @@ class Memo:
         if matches_schema(content, _SCHEMA) and content["format"] == _FORMAT:
             for key, (size, changed, digest) in content["files"].items():
                 self._files.setdefault(key, (size, changed, digest))
-            self._numbers = content["numbers"] | self._numbers
+            for key, numbers in content["numbers"].items():
+                if all(0 <= number < 2**63 for number in numbers):
+                    self._numbers.setdefault(key, numbers)
 
     def _save(self, path: Path) -> None:
         tables = {"files": _newest(self._files), "numbers": _newest(self._numbers)}

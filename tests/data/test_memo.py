@@ -20,7 +20,7 @@ from segkit.core.run import Run
 from segkit.data import CocoSource, MaskSource, memo, open_source
 from segkit.data.folds import Split
 from segkit.data.loader import digests
-from segkit.data.memo import MEMO
+from segkit.data.memo import MEMO, Memo
 from segkit.data.source import Source
 from segkit.training.preparation import TrainData, check_data, split_data
 
@@ -110,6 +110,15 @@ def test_a_damaged_memo_is_replaced(tmp_path: Path, content: str) -> None:
         wanted = hashlib.sha256(path.read_bytes()).hexdigest()
         assert digests(open_source(cfg, "train"), [0]) == [wanted[:16]]
     assert json.loads(file.read_text())["files"][str(path)][2] == wanted
+
+
+def test_numbers_that_are_no_counts_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "memo.json"
+    numbers = {"a": [1, 2], "b": [2**70], "c": [-1]}
+    path.write_text(json.dumps({"format": 1, "files": {}, "numbers": numbers}))
+    memo = Memo()
+    memo._load(path)
+    assert memo._numbers == {"a": [1, 2]}
 
 
 def test_a_folder_that_cannot_be_written_gives_one_warning(
