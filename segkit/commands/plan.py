@@ -150,8 +150,10 @@ def plan(
         count = sum(len(group) for group in data.groups)
         why = f"{count} near-duplicates in {len(data.groups)} groups stay together"
         choices.append(Choice("data.groups", None, why))
-    used = {spec.get("annotations", "") for spec in parts.values()}
-    left_out = [f"left out: {sentence}" for sentence in coco_files.refusals(folder, used)]
+    left_out = []
+    if parts["train"]["name"] in ("coco", "masks"):  # other formats have COCO files of their own
+        used = {spec.get("annotations", "") for spec in parts.values()}
+        left_out = [f"left out: {sentence}" for sentence in coco_files.refusals(folder, used)]
     why = "; ".join(f"{key}: {reason}" for key, _, reason in choices)
     note = f"{MARK} for {data.images} images of {folder}. {why}"
     raw = {"note": note, **rules.nested(choices)}

@@ -242,6 +242,12 @@ def test_refused_coco_files_are_named(tmp_path: Path, content: str, words: str) 
         find_parts(tmp_path)
 
 
+def test_a_test_part_needs_no_annotations(tmp_path: Path) -> None:
+    photographs(tmp_path / "test", "a")
+    (tmp_path / "test/labels.json").write_text('{"images": [{"file_name": "a.jpg"}]}')
+    assert not [*coco_files.refusals(tmp_path)]
+
+
 def test_refused_coco_file_of_two_bytes_per_character(tmp_path: Path) -> None:
     (tmp_path / "all.json").write_text('{"images": [{}]}', encoding="utf-16")
     assert "all.json" in next(coco_files.refusals(tmp_path))

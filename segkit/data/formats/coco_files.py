@@ -83,7 +83,10 @@ def refusals(folder: Path, used: Collection[str] = ()) -> Iterator[str]:
                 f"{path}: its image {name} is not in {folder}; put the images there, or correct "
                 "the file names"
             )
-        elif not content.get("annotations") and part_of(path.name) != "test":
+        elif (
+            not content.get("annotations")
+            and part_of(path.relative_to(folder).as_posix()) != "test"
+        ):
             yield f"{path} has no annotations; label its images"
 
 
