@@ -101,10 +101,7 @@ def closing(
         on: ``"image"`` (each channel independently) or ``"mask"``.
         classes: Classes of the mask to process, in order.
     """
-    size = int(rng.choice(sizes))
-    if on == "image":
-        return functools.partial(_close, size=size)
-    return functools.partial(_close_classes, size=size, classes=classes)
+    return _morphology(rng, sizes, on, classes, _close, _close_classes)
 
 
 def opening(
@@ -123,10 +120,21 @@ def opening(
         on: ``"image"`` (each channel independently) or ``"mask"``.
         classes: Classes of the mask to process, in order.
     """
+    return _morphology(rng, sizes, on, classes, _open, _open_classes)
+
+
+def _morphology(
+    rng: Generator,
+    sizes: Sequence[int],
+    on: str,
+    classes: Sequence[int],
+    of_image: Callable[..., Tensor],
+    of_classes: Callable[..., Tensor],
+) -> Run:
     size = int(rng.choice(sizes))
     if on == "image":
-        return functools.partial(_open, size=size)
-    return functools.partial(_open_classes, size=size, classes=classes)
+        return functools.partial(of_image, size=size)
+    return functools.partial(of_classes, size=size, classes=classes)
 
 
 def _padded(image: Tensor, reach: int, dim: int) -> Tensor:

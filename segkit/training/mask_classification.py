@@ -65,11 +65,8 @@ class MaskClassification(nn.Module):
         factors = {"mask_factor": mask_factor, "dice_factor": dice_factor}
         check_bounds(0, float("inf"), class_factor=class_factor, **factors)
         self.points, self.oversampling, self.importance = points, oversampling, importance
-        self.class_factor, self.mask_factor, self.dice_factor = (
-            class_factor,
-            mask_factor,
-            dice_factor,
-        )
+        self.class_factor = class_factor
+        self.mask_factor, self.dice_factor = mask_factor, dice_factor
         self.no_object = no_object
 
     def forward(
