@@ -102,7 +102,10 @@ class UpsampledConv2d(nn.Conv2d):
 
 
 class PyramidConv2d(nn.Conv2d):
-    """A 3 x 3 convolution of the concatenated levels of a pyramid, each resized to the first.
+    """A 3 x 3 or 1 x 1 convolution of the levels of a pyramid, each resized to the first.
+
+    The levels are concatenated. A 1 x 1 convolution reads single pixels, so it comes before the
+    resizing: with four levels that double in size, a third of the multiply-adds.
 
     Shape:
         levels[i]: (B, C, H_i, W_i), fine to coarse
@@ -113,12 +116,14 @@ class PyramidConv2d(nn.Conv2d):
         finest, *coarser = levels
         size = finest.shape[-2:]
         finest_weight, *coarser_weights = self.weight.split(finest.shape[1], 1)
-        x = F.conv2d(finest, finest_weight, self.bias, padding=1)
+        x = F.conv2d(finest, finest_weight, self.bias, padding=self.padding)
         for level, weight in zip(coarser, coarser_weights, strict=True):
-            if resizing_last_pays(level, size):
+            if self.kernel_size == (1, 1):
+                x = x + resize(F.conv2d(level, weight), size)
+            elif resizing_last_pays(level, size):
                 x = x + conv_resized(level, size, weight)
             else:
-                x = x + F.conv2d(resize(level, size), weight, padding=1)
+                x = x + F.conv2d(resize(level, size), weight, padding=self.padding)
         return x
 
 

@@ -13,6 +13,9 @@ Shape:
 Binary models (``num_classes=1``) have queries of two classes, background and foreground.
 """
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +30,12 @@ class QueryClassifier(nn.Linear):
 
     def __init__(self, inputs: int, num_classes: int) -> None:
         super().__init__(inputs, max(2, num_classes) + 1)
+
+
+def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Return linear layers of these widths, with activations between them."""
+    layers = ((nn.Linear(*sizes), activation()) for sizes in itertools.pairwise(widths))
+    return nn.Sequential(*itertools.chain(*layers))[:-1]
 
 
 def semantic_logits(query_classes: Tensor, query_masks: Tensor, *, num_classes: int) -> Tensor:

@@ -12,7 +12,6 @@ from segkit.core.errors import ConfigError
 from segkit.models import kernels, layers
 from segkit.models.decoders import DECODERS, stlnet
 from segkit.models.decoders.ocrnet import OCRNet, gather
-from segkit.models.decoders.segformer import PointwisePyramidConv2d
 from segkit.models.decoders.stlnet import Texture, co_occurrence, maxima, quantize, spread, sums
 from segkit.models.decoders.unet import UNet
 from segkit.models.decoders.unet3plus import UNet3Plus
@@ -25,6 +24,7 @@ from segkit.models.layers import (
     ASPP,
     BatchNorm2d,
     ConvNormAct,
+    PyramidConv2d,
     PyramidPooling,
     level_at,
     resize,
@@ -310,7 +310,7 @@ def test_convolving_a_doubled_map_is_resizing_and_convolving() -> None:
 
 def test_a_pointwise_convolution_before_resizing_is_the_same_as_after() -> None:
     levels = maps(dtype=torch.float64)[1:3]
-    conv = PointwisePyramidConv2d(16, 4, 1, bias=False).double()
+    conv = PyramidConv2d(16, 4, 1, bias=False).double()
     together = torch.cat([levels[0], resize(levels[1], levels[0].shape[-2:])], 1)
     torch.testing.assert_close(conv(levels), nn.functional.conv2d(together, conv.weight))
 

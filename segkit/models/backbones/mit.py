@@ -14,6 +14,7 @@ from segkit.core.config import check_bounds
 from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.stages import refuse_dilation, run
 from segkit.models.kernels.depthwise import DepthwiseConv2d
+from segkit.models.transformer import MLP
 
 HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)
 
@@ -146,14 +147,12 @@ class ReducedAttention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
 
 
-class MixFFN(nn.Module):
+class MixFFN(MLP):
     """A perceptron with a 3x3 depthwise convolution before its GELU, which tells positions."""
 
     def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        super().__init__(width, hidden)
         self.dwconv = DepthwiseConv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -9,7 +9,7 @@ from torchvision.models.convnext import LayerNorm2d
 from segkit.core.config import check_bounds
 from segkit.core.errors import ConfigError
 from segkit.models.layers import resize
-from segkit.models.queries import QueryClassifier, semantic_logits
+from segkit.models.queries import QueryClassifier, mlp, semantic_logits
 from segkit.models.transformer import TransformerBlock, rotary_positions
 
 
@@ -84,10 +84,7 @@ class EoMT(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=eps)
         self.class_head = QueryClassifier(width, num_classes)
-        self.mask_head = nn.Sequential(
-            *(nn.Linear(width, width), nn.GELU()), *(nn.Linear(width, width), nn.GELU()),
-            nn.Linear(width, width),
-        )  # fmt: skip
+        self.mask_head = mlp(width, width, width, width, activation=nn.GELU)
         self.upscale = nn.Sequential(*(upscaling(width) for _ in range(upscalings)))
         self.register_buffer("forward_passes", torch.tensor(0))
         self._masked = [annealing > 0] * blocks  # in evaluation

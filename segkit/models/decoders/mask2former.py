@@ -13,11 +13,10 @@ from segkit.models.decoders.pixel_decoders import (
     LEVELS,
     DeformablePixelDecoder,
     FeaturePyramid,
-    mlp,
     sine_positions,
 )
 from segkit.models.layers import resize
-from segkit.models.queries import QueryClassifier, semantic_logits
+from segkit.models.queries import QueryClassifier, mlp, semantic_logits
 
 
 class Mask2Former(nn.Module):

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from segkit.models.layers import resize, sample_points
+from segkit.models.queries import mlp
 
 LEVELS = 3
 """Maps that the queries attend to; the fourth, of the least stride, is for masks only."""
@@ -159,14 +159,6 @@ class DeformableAttention(nn.Module):
             share = shares[..., level * points : (level + 1) * points].flatten(0, 1)
             result = result + (sampled.unflatten(2, (-1, points)) * share[:, None]).sum(3)
         return self.project(result.unflatten(0, (-1, heads)).flatten(1, 2).mT)
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    """Return linear layers of these widths, with ReLU between them."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def sine_positions(x: Tensor) -> Tensor:

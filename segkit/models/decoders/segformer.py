@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from segkit.models.layers import Classifier, ConvNormAct, resize
+from segkit.models.layers import Classifier, ConvNormAct, PyramidConv2d
 
 
 class SegFormer(nn.Module):
@@ -45,7 +44,7 @@ class SegFormer(nn.Module):
         self.level_norms = level_norms
         layer = partial(ConvNormAct, kernel=1) if level_norms else partial(nn.Conv2d, kernel_size=1)
         self.projections = nn.ModuleList(layer(inputs, width) for inputs in used)
-        self.fuse = ConvNormAct(len(used) * width, width, kernel=1, conv=PointwisePyramidConv2d)
+        self.fuse = ConvNormAct(len(used) * width, width, kernel=1, conv=PyramidConv2d)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = Classifier(width, num_classes)
 
@@ -53,23 +52,3 @@ class SegFormer(nn.Module):
         used = features[-len(self.projections) :]
         levels = [project(x) for project, x in zip(self.projections, used, strict=True)]
         return {"out": self.classifier(self.dropout(self.fuse(levels)))}
-
-
-class PointwisePyramidConv2d(nn.Conv2d):
-    """A 1x1 convolution without bias of concatenated levels, each resized to the first.
-
-    Both are linear and a 1x1 convolution reads single pixels, so each level is convolved before it
-    is resized: with four levels that double in size, a third of the multiply-adds.
-
-    Shape:
-        levels[i]: (B, C, H_i, W_i), fine to coarse
-        out: (B, N, H_0, W_0)
-    """
-
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
-        finest, *coarser = levels
-        finest_weight, *weights = self.weight.split(finest.shape[1], 1)
-        x = F.conv2d(finest, finest_weight)
-        for level, weight in zip(coarser, weights, strict=True):
-            x = x + resize(F.conv2d(level, weight), finest.shape[-2:])
-        return x
