@@ -265,21 +265,22 @@ def test_the_models_device_renders_what_the_cpu_renders() -> None:
 
 
 def test_the_two_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = re.search(
-        r"python train\.py (.*) && python infer\.py (.*)", (ROOT / "README.md").read_text()
-    )
-    assert commands
+    readme = (ROOT / "README.md").read_text()
+    block = readme[readme.index("<!-- ci: demo -->") :].split("```")[1]
+    trainings = re.findall(r"python train\.py ([^&]*) &&", block)
+    (inference,) = re.findall(r"python infer\.py (.*)", block)
+    assert len(trainings) == 2
     monkeypatch.chdir(tmp_path)
     device = ["--device", DEVICE.type]
     short = ["data.train.train=40", "data.train.size=64", "train.epochs=2"] if ON_CPU else []
     for part in ("test", "test_labels") if ON_CPU else ():
         short += [f"data.{part}.train=40", f"data.{part}.test=8", f"data.{part}.size=64"]
     short += ["data.train.test=8"] if ON_CPU else ["train.epochs=2"]
-    train.main(
-        [*commands[1].split(), *device, *(w for setting in short for w in ("--set", setting))]
-    )
-    infer.main([*commands[2].split(), *device])
-    (run,) = Path("runs").iterdir()
+    settings = [word for setting in short for word in ("--set", setting)]
+    for training in trainings:
+        train.main([*training.split(), *device, *settings])
+    infer.main([*inference.split(), *device])
+    (run,) = Path("runs").glob("demo_soup-*")
     rows = json.loads((run / "infer" / "scores.json").read_text())
     assert 0 < rows[-1]["test"]["miou"] <= 1
 
