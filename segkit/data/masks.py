@@ -40,6 +40,8 @@ class MaskSource:
         palette: Color of each class, for masks that are colored.
         image_suffix: End of image names before the file's suffix, which masks do not have.
         mask_suffix: End of mask names before the file's suffix, which images do not have.
+        image_prefix: Beginning of the names of image files, which masks do not have.
+        mask_prefix: Beginning of the names of mask files, which images do not have.
         image_suffixes: Suffixes of image files; default: those that Pillow decodes.
         range: Samples that become 0 and 255, for images of more than 8 bits; ``"measured"``: the
             least and the largest of each image; default: 0 and 65535.
@@ -68,6 +70,8 @@ class MaskSource:
         palette: tuple[Color, ...] | None = None,
         image_suffix: str = "",
         mask_suffix: str = "",
+        image_prefix: str = "",
+        mask_prefix: str = "",
         image_suffixes: tuple[str, ...] | None = None,
         range: SampleRange | None = None,
         channels: int = 3,
@@ -78,22 +82,23 @@ class MaskSource:
         self._masks = None if masks is None else Path(masks)
         self.labelled = masks is not None
         self.channels, self._range = channels, range
-        self._image_suffix, self._mask_suffix = image_suffix, mask_suffix
+        self._image_affixes = pairing.Affixes(image_prefix, image_suffix)
+        self._mask_affixes = pairing.Affixes(mask_prefix, mask_suffix)
         self._legend = read_legend(classes, values, palette, ignore_index)
         self.classes, self.origin = self._legend.classes, f"masks in {masks}" if masks else images
         for folder in (self._images, self._masks):
             if folder is not None and not folder.is_dir():
                 raise DataError(f"{folder} is not a folder; expected the folder of images or masks")
         faults: list[Fault] = []
-        names, others = pairing.search(self._images, image_suffixes, image_suffix)
+        names, others = pairing.search(self._images, image_suffixes, self._image_affixes)
         together = self._masks is not None and self._masks.samefile(self._images)
-        if together and mask_suffix:
-            names = [name for name in names if not pairing.stem(name).endswith(mask_suffix)]
-            others = [name for name in others if not pairing.stem(name).endswith(mask_suffix)]
+        if together and any(self._mask_affixes):
+            names = [name for name in names if not self._mask_affixes.fit(name)]
+            others = [name for name in others if not self._mask_affixes.fit(name)]
         self.notes = (pairing.left_out(others, images),) if others and not together else ()
         unused = self._find_masks(names, together)
         if split is not None:
-            names, unused = _choose(names, split, image_suffix, faults), []
+            names, unused = _choose(names, split, self._image_affixes, faults), []
         self.names = tuple(self._valid(names, unused if names else [], others, faults))
         wanted = f" ({', '.join(image_suffixes)})" if image_suffixes else ""
         kept, self.faults = usable(
@@ -144,7 +149,7 @@ class MaskSource:
         return inside(self._masks, self._mask_names[self._key(self.names[i])])
 
     def _key(self, name: str) -> str:
-        return pairing.key(name, self._image_suffix)
+        return self._image_affixes.key(name)
 
     def _find_masks(self, images: list[str], together: bool) -> list[str]:
         """Set the masks by the keys of their images; return those without an image.
@@ -154,10 +159,10 @@ class MaskSource:
         self._mask_names: dict[str, str] = {}
         if self._masks is None:
             return []
-        files, _ = pairing.search(self._masks, pairing.MASK_SUFFIXES, self._mask_suffix)
+        files, _ = pairing.search(self._masks, pairing.MASK_SUFFIXES, self._mask_affixes)
         files = sorted({*files}.difference(images)) if together else files
         keys = map(self._key, images)
-        self._mask_names, unused = pairing.pair(keys, files, self._mask_suffix)
+        self._mask_names, unused = pairing.pair(keys, files, self._mask_affixes)
         return [] if together else unused
 
     def _valid(
@@ -193,7 +198,7 @@ class MaskSource:
                     if self._masks.samefile(self._images):
                         advice = "set image_suffixes or mask_suffix to tell images and masks apart"
                     raise DataError(
-                        f"{self._masks / key}{self._mask_suffix}.png does not exist; "
+                        f"{self._masks / self._mask_affixes.around(key)}.png does not exist; "
                         f"{suggestions.near(name)}{advice}"
                     )
             except DataError as error:
@@ -203,7 +208,7 @@ class MaskSource:
         unread = {self._key(name): name for name in others}
         for mask in unused:
             if suggestions is None or mask not in suggestions.named:
-                other = unread.get(pairing.key(mask, self._mask_suffix))
+                other = unread.get(self._mask_affixes.key(mask))
                 hint = (
                     f"; {other} is there, but is not read: save it as JPEG or PNG" if other else ""
                 )
@@ -211,11 +216,13 @@ class MaskSource:
                 faults.append(Fault(f"{sentence}; add the image, or remove the mask", file=mask))
 
 
-def _choose(names: Iterable[str], split: str, image_suffix: str, faults: list[Fault]) -> list[str]:
+def _choose(
+    names: Iterable[str], split: str, affixes: pairing.Affixes, faults: list[Fault]
+) -> list[str]:
     """Return the images listed in a split file, in its order."""
     known: dict[str, str] = {}
     for name in names:
-        known.setdefault(pairing.key(name, image_suffix), name)
+        known.setdefault(affixes.key(name), name)
         known.setdefault(pairing.stem(name), name)
         known[name] = name
     chosen: dict[str, None] = {}

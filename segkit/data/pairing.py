@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from segkit.core.errors import DataError
 from segkit.data.images import SUFFIXES
@@ -17,21 +18,76 @@ MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jpg", ".jpe
 _END = re.compile(r"[_\-. ]*[A-Za-z].*")
 """End of a name that tells images and masks apart: it does not begin with a number."""
 
+_LABEL = r"(?:ground[_\-. ]?truth|mask|label|gt|seg|annot|target)"
+_BEGINNING = re.compile(rf"({_LABEL}[a-z]*[_\-. ]*)(.+)", re.IGNORECASE)
+_ENDING = re.compile(rf"(.+?)([_\-. ]*{_LABEL}\w*)", re.IGNORECASE)
+"""Names of masks that begin or end with a word which tells them from images, and the rest."""
+
+
+class Affixes(NamedTuple):
+    """Beginning and end of the names of images, or of masks, without the files' suffixes.
+
+    Between them is what an image and its mask have in common.
+    """
+
+    prefix: str = ""
+    suffix: str = ""
+
+    def fit(self, name: str) -> bool:
+        """Return True if the file of a relative path is named so."""
+        file = PurePosixPath(name).stem
+        return file.startswith(self.prefix) and file.endswith(self.suffix)
+
+    def key(self, name: str) -> str:
+        """Return a relative path without the file's suffix and the affixes."""
+        parent, slash, file = stem(name).rpartition("/")
+        return parent + slash + file.removeprefix(self.prefix).removesuffix(self.suffix)
+
+    def around(self, key: str) -> str:
+        """Return the relative path, without the file's suffix, of which this is the key."""
+        parent, slash, file = key.rpartition("/")
+        return f"{parent}{slash}{self.prefix}{file}{self.suffix}"
+
+
+NO_AFFIXES = Affixes()
+Rule = tuple[Affixes, Affixes]
+"""The affixes of images and those of their masks."""
+
+
+def rules(mask: str, images: Iterable[str]) -> Iterator[Rule]:
+    """Yield the affixes by which a mask may be that of one of the images; names without suffixes.
+
+    The mask's name begins with the image's; or it has a word such as "mask" at its beginning or
+    end, where the image has letters or nothing.
+    """
+    beginning, ending = _BEGINNING.fullmatch(mask), _ENDING.fullmatch(mask)
+    for image in images:
+        if mask.startswith(image):
+            yield Affixes(), Affixes(suffix=mask[len(image) :])
+        elif beginning and image.endswith(beginning[2]):
+            prefix = image.removesuffix(beginning[2])
+            if not any(map(str.isdigit, prefix)):
+                yield Affixes(prefix), Affixes(beginning[1])
+        elif ending and image.startswith(ending[1]):
+            end = image.removeprefix(ending[1])
+            if _END.fullmatch(end):
+                yield Affixes(suffix=end), Affixes(suffix=ending[2])
+
 
 def search(
-    folder: Path, suffixes: Sequence[str] | None = None, ending: str = ""
+    folder: Path, suffixes: Sequence[str] | None = None, affixes: Affixes = NO_AFFIXES
 ) -> tuple[list[str], list[str]]:
     """Return the images below a folder, and the other files, as sorted relative paths.
 
     Paths have forward slashes. Hidden files, such as those that macOS and Windows add to folders,
-    are in neither list. Names end with ``ending`` and one of ``suffixes``, in any letter case;
+    are in neither list. Names have ``affixes`` and one of ``suffixes``, in any letter case;
     default: those that Pillow decodes.
     """
     wanted = tuple(suffix.lower() for suffix in suffixes or SUFFIXES)
     images: list[str] = []
     others: list[str] = []
     for name in _files(folder):
-        is_image = name.lower().endswith(wanted) and stem(name).endswith(ending)
+        is_image = name.lower().endswith(wanted) and affixes.fit(name)
         (images if is_image else others).append(name)
     return sorted(images), sorted(others)
 
@@ -67,25 +123,20 @@ def stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def key(name: str, ending: str) -> str:
-    """Return a relative path without its suffix and an ending before it."""
-    return stem(name).removesuffix(ending)
-
-
 def pair(
-    keys: Iterable[str], masks: Sequence[str], ending: str
+    keys: Iterable[str], masks: Sequence[str], affixes: Affixes
 ) -> tuple[dict[str, str], list[str]]:
     """Return the mask of each image, and the masks without one.
 
     Args:
-        keys: Keys of the images, see :func:`key`. A mask with the same key in the same letter case
-            comes first.
+        keys: Keys of the images, see :class:`Affixes`. A mask with the same key in the same letter
+            case comes first.
         masks: Paths of the masks. Of several of an image, the first of MASK_SUFFIXES is used.
-        ending: End of mask names before the suffix.
+        affixes: Those of the masks.
     """
     order = {suffix: number for number, suffix in enumerate(MASK_SUFFIXES)}
     ranked = sorted(masks, key=lambda name: -order[PurePosixPath(name).suffix.lower()])
-    exact = {key(name, ending): name for name in ranked}
+    exact = {affixes.key(name): name for name in ranked}
     folded = {at.casefold(): name for at, name in exact.items()}
     images = [*keys]
     pairs = {at: exact.get(at) or folded.get(at.casefold()) for at in images}
@@ -108,14 +159,26 @@ class Suggestions:
     def __init__(self, folder: Path) -> None:
         names, _ = search(folder, MASK_SUFFIXES)
         self._stems = sorted((stem(name), name) for name in names)
+        self._names = dict(self._stems)
+        self._beginnings = {
+            match[1] for name in names if (match := _BEGINNING.match(PurePosixPath(name).stem))
+        }
         self.named: set[str] = set()
 
     def near(self, image: str) -> str:
         """Return a clause that names the mask of an image by another rule, or nothing.
 
-        It is the mask whose name begins as the image's does, apart from ends such as "_mask".
+        It is the mask whose name ends as the image's does, apart from a beginning such as "mask_",
+        or begins as it does, apart from ends such as "_mask".
         """
         wanted = stem(image)
+        letters = re.match(r"[A-Za-z]*[_\-. ]*", PurePosixPath(wanted).name)
+        for prefix in ("", letters[0] if letters else ""):
+            core = Affixes(prefix).key(image)
+            for beginning in sorted(self._beginnings):
+                name = self._names.get(Affixes(beginning).around(core))
+                if name is not None:
+                    return self._clause(name, image_prefix=prefix, mask_prefix=beginning)
         at = bisect.bisect(self._stems, (wanted, ""))
         for mask, name in self._stems[max(0, at - 2) : at + 3]:
             pairs = zip(mask, wanted, strict=False)
@@ -124,11 +187,10 @@ class Suggestions:
                 common -= 1
             ends = wanted[common:], mask[common:]
             if common and any(ends) and all(not end or _END.fullmatch(end) for end in ends):
-                self.named.add(name)
-                words = " and ".join(
-                    f'{key} to "{end}"'
-                    for key, end in zip(("image_suffix", "mask_suffix"), ends, strict=True)
-                    if end
-                )
-                return f"{name} is there: if that is the mask, set {words}; else "
+                return self._clause(name, image_suffix=ends[0], mask_suffix=ends[1])
         return ""
+
+    def _clause(self, mask: str, **settings: str) -> str:
+        self.named.add(mask)
+        words = " and ".join(f'{key} to "{value}"' for key, value in settings.items() if value)
+        return f"{mask} is there: if that is the mask, set {words}; else "

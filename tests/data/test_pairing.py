@@ -44,6 +44,8 @@ def opened(folder: Path, **arguments: Any) -> MaskSource:
             "ulm/ulm_000_gtFine_labelIds.png",
             {"image_suffix": "_leftImg8bit", "mask_suffix": "_gtFine_labelIds"},
         ),
+        ("img_7.jpg", "mask_7.png", {"image_prefix": "img_", "mask_prefix": "mask_"}),
+        ("x/7.jpg", "x/gt_7_color.png", {"mask_prefix": "gt_", "mask_suffix": "_color"}),
         ("50%_a b.jpg", "50%_a b.png", {}),
         ("%s {0}.jpg", "%s {0}.png", {}),
         ("münchen.jpg", "münchen.png", {}),
@@ -77,6 +79,12 @@ def test_the_exact_name_comes_before_another_letter_case(tmp_path: Path) -> None
             "ulm_0_gtFine_color.png",
             'image_suffix to "_leftImg8bit" and mask_suffix to "_gtFine_color"',
         ),
+        ("7.jpg", "mask_7.png", 'mask_7.png is there: .* set mask_prefix to "mask_"; else add'),
+        (
+            "day/img_7.jpg",
+            "day/GroundTruth7.png",
+            'image_prefix to "img_" and mask_prefix to "GroundTruth"',
+        ),
         ("a1.jpg", "a2.png", r"a1\.png does not exist; add the mask of 'a1\.jpg'"),
     ],
 )
@@ -109,6 +117,17 @@ def test_masks_beside_their_images(tmp_path: Path) -> None:
     assert [int(source.mask(i)[0, 0]) for i in range(2)] == [1, 1]
     with pytest.raises(DataError, match=r'a_mask\.png is there: .* set mask_suffix to "_mask"'):
         MaskSource(images=folder, masks=folder, classes=CLASSES)
+
+
+def test_masks_with_a_prefix_beside_their_images(tmp_path: Path) -> None:
+    write(tmp_path / "all", "img_1.jpg", "img_2.png")
+    write(tmp_path / "all", "mask_1.png", "mask_2.png", value=1)
+    folder = str(tmp_path / "all")
+    source = MaskSource(
+        images=folder, masks=folder, classes=CLASSES, image_prefix="img_", mask_prefix="mask_"
+    )
+    assert source.names == ("img_1.jpg", "img_2.png")
+    assert [int(source.mask(i)[0, 0]) for i in range(2)] == [1, 1]
 
 
 def test_masks_of_the_same_names_beside_their_images(tmp_path: Path) -> None:

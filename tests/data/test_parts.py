@@ -122,6 +122,40 @@ def test_folders_of_masks(tmp_path: Path, images: str, labels: str, ending: str)
     assert mask_folders.recognize(tmp_path, "val") is None
 
 
+@pytest.mark.parametrize(
+    ("image", "mask", "settings"),
+    [
+        ("img_{}", "mask_{}", {"image_prefix": "img_", "mask_prefix": "mask_"}),
+        ("{}", "GT-{}", {"mask_prefix": "GT-"}),
+        ("{}_rgb", "{}_label", {"image_suffix": "_rgb", "mask_suffix": "_label"}),
+        ("IMG_2026{}", "IMG_2026{}_segmentation", {"mask_suffix": "_segmentation"}),
+    ],
+)
+@pytest.mark.parametrize("labels", ["images", "masks"])
+def test_names_with_beginnings_and_ends(
+    tmp_path: Path, image: str, mask: str, settings: dict[str, str], labels: str
+) -> None:
+    """In two folders, and in one."""
+    numbers = ("1", "2", "11", "12")
+    photographs(tmp_path / "images", *map(image.format, numbers))
+    masks(tmp_path / labels, *map(mask.format, numbers))
+    spec = mask_folders.recognize(tmp_path, "train")
+    assert spec is not None
+    assert {k: v for k, v in spec.items() if k.endswith(("prefix", "suffix"))} == settings
+    source = MaskSource(**spec)
+    assert [Path(name).stem for name in source.names] == sorted(map(image.format, numbers))
+    assert source.faults == ()
+
+
+def test_a_test_part_does_not_take_the_masks_of_the_training(tmp_path: Path) -> None:
+    photographs(tmp_path / "images/train", "train_1", "train_2")
+    photographs(tmp_path / "images/test", "test_1", "test_2")
+    masks(tmp_path / "masks", "train_1", "train_2")
+    spec = mask_folders.recognize(tmp_path, "test")
+    assert spec is not None
+    assert "masks" not in spec
+
+
 def test_parts_of_masks_and_a_test_part_without_labels(tmp_path: Path) -> None:
     for part in ("train", "val"):
         photographs(tmp_path / "images" / part, "1", "2")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from segkit.data.images import SUFFIXES
 from segkit.data.legend import Color, distinct
+from segkit.data.pairing import NO_AFFIXES, Rule, rules
 from segkit.data.parts import part_of
 
 CLASS_FILES = (
@@ -31,12 +32,20 @@ MAX_MASKS = 1000
 
 
 class MaskFolders(NamedTuple):
-    """A folder of images, the folder of their masks, and the end of the masks' names."""
+    """A folder of images, the folder of their masks, and the affixes of their names."""
 
     images: Path
     masks: Path
-    ending: str
+    affixes: Rule
     matches: int
+
+    def settings(self) -> dict[str, str]:
+        """Return the arguments of the mask source that name the affixes."""
+        affixes = zip(("image", "mask"), self.affixes, strict=True)
+        values = {
+            f"{what}_{key}": value for what, x in affixes for key, value in x._asdict().items()
+        }
+        return {key: value for key, value in values.items() if value}
 
 
 def recognize(folder: Path, part: str) -> dict[str, Any] | None:
@@ -45,22 +54,22 @@ def recognize(folder: Path, part: str) -> dict[str, Any] | None:
     Folders belong together if most images have a mask of the same name, perhaps with an ending such
     as ``_mask``. Values of masks are read to find classes and ignored values.
     """
-    folders = _folders(folder)
-    pairs = _pairs(folders)
+    files = _folders(folder)
+    pairs = _pairs(files)
     train = _of_part(folder, pairs, "train")
     pair = train if part == "train" else _of_part(folder, pairs, part)
     if train is None:
         return None
     classes = _classes(folder, train)
     if pair is not None:
-        ending = {"mask_suffix": pair.ending} if pair.ending else {}
-        return {"images": str(pair.images), "masks": str(pair.masks), **ending, **classes}
+        folders = {"images": str(pair.images), "masks": str(pair.masks)}
+        return {**folders, **pair.settings(), **classes}
     if part != "test":
         return None
     used = {path for pair in pairs for path in (pair.images, pair.masks)}
-    unlabelled = [path for path in folders if path not in used]
+    unlabelled = [path for path in files if path not in used]
     tests = [path for path in unlabelled if part_of(path.relative_to(folder).as_posix()) == part]
-    if not tests or _are_masks(tests[0], tuple(folders[tests[0]][:3])):
+    if not tests or _are_masks(tests[0], tuple(files[tests[0]][:3])):
         return None
     return {"images": str(tests[0]), "classes": classes["classes"]}
 
@@ -118,7 +127,7 @@ def _pairs(folders: dict[Path, list[str]]) -> list[MaskFolders]:
     pairs = []
     for path, names in folders.items():  # photographs and their masks in one folder
         pair = _pair(path, path, stems)
-        ended = [name for name in names if Path(name).stem.endswith(pair.ending)]
+        ended = [name for name in names if pair.affixes[1].fit(name)]
         if 3 * pair.matches > len(names) and _are_masks(path, tuple(ended[:3])):
             pairs.append(pair)
     for path in masks:
@@ -130,21 +139,22 @@ def _pairs(folders: dict[Path, list[str]]) -> list[MaskFolders]:
 
 
 def _pair(images: Path, masks: Path, stems: dict[Path, set[str]]) -> MaskFolders:
-    """Return a pair with the ending of masks that the most images have a mask with."""
-    endings = Counter(
-        mask.removeprefix(image)
-        for mask in sorted(stems[masks])[:20]
-        for image in stems[images]
-        if mask.startswith(image)
-    )
+    """Return a pair with the affixes by which the most images have a mask."""
+    some = sorted(stems[masks])[:20]
+    candidates = Counter(rule for mask in some for rule in rules(mask, stems[images]))
     if images == masks:
-        del endings[""]  # an image is not its own mask
+        del candidates[NO_AFFIXES, NO_AFFIXES]  # an image is not its own mask
     counts = {
-        ending: sum(f"{image}{ending}" in stems[masks] for image in stems[images])
-        for ending, _ in endings.most_common(4)
+        (of_images, of_masks): sum(
+            of_masks.around(of_images.key(image)) in stems[masks]
+            for image in stems[images]
+            if of_images.fit(image)
+        )
+        for (of_images, of_masks), _ in candidates.most_common(4)
     }
-    ending = max(sorted(counts, key=len), key=lambda x: counts[x], default="")
-    return MaskFolders(images, masks, ending, counts.get(ending, 0))
+    shortest = sorted(counts, key=lambda rule: sum(map(len, rule[0] + rule[1])))
+    rule = max(shortest, key=lambda x: counts[x], default=(NO_AFFIXES, NO_AFFIXES))
+    return MaskFolders(images, masks, rule, counts.get(rule, 0))
 
 
 def _shared(first: Path, second: Path) -> int:
@@ -163,10 +173,9 @@ def _of_part(folder: Path, pairs: Sequence[MaskFolders], part: str) -> MaskFolde
     roots = {_roots(pair) for pair in chosen}
     if len(roots) == 1:
         images, masks = roots.pop()
-        if {pair.ending for pair in chosen} == {chosen[0].ending} and images != masks:
-            return MaskFolders(
-                images, masks, chosen[0].ending, sum(pair.matches for pair in chosen)
-            )
+        if {pair.affixes for pair in chosen} == {chosen[0].affixes} and images != masks:
+            matches = sum(pair.matches for pair in chosen)
+            return MaskFolders(images, masks, chosen[0].affixes, matches)
     return max(chosen, key=lambda pair: pair.matches)
 
 
@@ -239,7 +248,7 @@ def named_by_color(colors: Sequence[Color]) -> dict[str, Any]:
 def _contents(pair: MaskFolders) -> tuple[list[int], list[Color]]:
     """Return the values and the colors of a pair's masks, or of a thousand of them."""
     names = ((path, name) for path, names in _folders(pair.masks).items() for name in names)
-    paths = [path / name for path, name in names if Path(name).stem.endswith(pair.ending)]
+    paths = [path / name for path, name in names if pair.affixes[1].fit(name)]
     values: set[int] = set()
     colors: set[Color] = set()
     for path in paths[:: max(1, len(paths) // MAX_MASKS)]:
