@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
     if cfg.data.teacher is not None:
         teacher_checkpoints(cfg.data.teacher)
     backend.set_deterministic(cfg.train.deterministic)
+    backend.keep_freed_memory()
     lost = console.end_without_peer
     with distributed.session(args.device, cfg.train.timeout, on_lost=lost) as device:
         say = console.printer(quiet=args.quiet, verbose=args.verbose)

