@@ -6,10 +6,9 @@
 A step is forward, cross-entropy at the image's size, backward and AdamW, on two images. Both sides
 are the same network (``tests/test_parity.py`` compares outputs) with the same auxiliary heads, loss
 and precision; ours is ``segkit.train_step`` in channels_last, as ``train.py`` runs it, theirs is
-what their users write. The process keeps freed memory, as ``train.py`` does, for both sides.
-GFLOP/s are the multiply-adds of the peer's convolutions and matrix products (backward: twice those
-of forward), two FLOP each, in a side's time, and the machine's rate for large matrix products of
-that precision. In places ours computes fewer.
+what their users write. GFLOP/s are the multiply-adds of the peer's convolutions and matrix products
+(backward: twice those of forward), two FLOP each, in a side's time, and the machine's rate for
+large matrix products of that precision. In places ours computes fewer.
 
 ``--memory`` measures the peak of two steps in a new process, with weights, gradients and the
 optimizer's moments. ``--versus keeping`` compares our step that recomputes activations with one
@@ -41,7 +40,6 @@ from benchmarks import (
     take_turns,
     version_of,
 )
-from segkit.core.backend import keep_freed_memory
 from segkit.core.config import Component
 from segkit.models.segmenter import build_model
 from segkit.training.losses import build_loss
@@ -293,7 +291,6 @@ def figures(
 ) -> Iterator[Figure]:
     """Yield each model against the library it is compared with."""
     torch.set_num_threads(threads)
-    keep_freed_memory()
     rate = matmul_rate(amp or torch.float32, device)
     for name in names:
         case = CASES[name]
