@@ -93,8 +93,8 @@ class MaskSource:
         names, others = pairing.search(self._images, image_suffixes, self._image_affixes)
         together = self._masks is not None and self._masks.samefile(self._images)
         if together and any(self._mask_affixes):
-            names = [name for name in names if not self._mask_affixes.fit(name)]
-            others = [name for name in others if not self._mask_affixes.fit(name)]
+            names = [name for name in names if not self._mask_affixes.fit(pairing.stem(name))]
+            others = [name for name in others if not self._mask_affixes.fit(pairing.stem(name))]
         self.notes = (pairing.left_out(others, images),) if others and not together else ()
         unused = self._find_masks(names, together)
         if split is not None:
@@ -149,7 +149,7 @@ class MaskSource:
         return inside(self._masks, self._mask_names[self._key(self.names[i])])
 
     def _key(self, name: str) -> str:
-        return self._image_affixes.key(name)
+        return self._image_affixes.key(pairing.stem(name))
 
     def _find_masks(self, images: list[str], together: bool) -> list[str]:
         """Set the masks by the keys of their images; return those without an image.
@@ -208,7 +208,7 @@ class MaskSource:
         unread = {self._key(name): name for name in others}
         for mask in unused:
             if suggestions is None or mask not in suggestions.named:
-                other = unread.get(self._mask_affixes.key(mask))
+                other = unread.get(self._mask_affixes.key(pairing.stem(mask)))
                 hint = (
                     f"; {other} is there, but is not read: save it as JPEG or PNG" if other else ""
                 )
@@ -222,7 +222,7 @@ def _choose(
     """Return the images listed in a split file, in its order."""
     known: dict[str, str] = {}
     for name in names:
-        known.setdefault(affixes.key(name), name)
+        known.setdefault(affixes.key(pairing.stem(name)), name)
         known.setdefault(pairing.stem(name), name)
         known[name] = name
     chosen: dict[str, None] = {}

@@ -25,26 +25,27 @@ _ENDING = re.compile(rf"(.+?)([_\-. ]*{_LABEL}\w*)", re.IGNORECASE)
 
 
 class Affixes(NamedTuple):
-    """Beginning and end of the names of images, or of masks, without the files' suffixes.
+    """Beginning and end of the names of images, or of masks.
 
-    Between them is what an image and its mask have in common.
+    Between them is what an image and its mask have in common. All paths are relative, and without
+    the files' suffixes: see :func:`stem`.
     """
 
     prefix: str = ""
     suffix: str = ""
 
-    def fit(self, name: str) -> bool:
-        """Return True if the file of a relative path is named so."""
-        file = PurePosixPath(name).stem
+    def fit(self, path: str) -> bool:
+        """Return True if the file of a path is named so."""
+        file = path.rpartition("/")[2]
         return file.startswith(self.prefix) and file.endswith(self.suffix)
 
-    def key(self, name: str) -> str:
-        """Return a relative path without the file's suffix and the affixes."""
-        parent, slash, file = stem(name).rpartition("/")
+    def key(self, path: str) -> str:
+        """Return a path without the affixes."""
+        parent, slash, file = path.rpartition("/")
         return parent + slash + file.removeprefix(self.prefix).removesuffix(self.suffix)
 
     def around(self, key: str) -> str:
-        """Return the relative path, without the file's suffix, of which this is the key."""
+        """Return the path of which this is the key."""
         parent, slash, file = key.rpartition("/")
         return f"{parent}{slash}{self.prefix}{file}{self.suffix}"
 
@@ -87,7 +88,7 @@ def search(
     images: list[str] = []
     others: list[str] = []
     for name in _files(folder):
-        is_image = name.lower().endswith(wanted) and affixes.fit(name)
+        is_image = name.lower().endswith(wanted) and affixes.fit(stem(name))
         (images if is_image else others).append(name)
     return sorted(images), sorted(others)
 
@@ -136,7 +137,7 @@ def pair(
     """
     order = {suffix: number for number, suffix in enumerate(MASK_SUFFIXES)}
     ranked = sorted(masks, key=lambda name: -order[PurePosixPath(name).suffix.lower()])
-    exact = {affixes.key(name): name for name in ranked}
+    exact = {affixes.key(stem(name)): name for name in ranked}
     folded = {at.casefold(): name for at, name in exact.items()}
     images = [*keys]
     pairs = {at: exact.get(at) or folded.get(at.casefold()) for at in images}
@@ -161,7 +162,7 @@ class Suggestions:
         self._stems = sorted((stem(name), name) for name in names)
         self._names = dict(self._stems)
         self._beginnings = {
-            match[1] for name in names if (match := _BEGINNING.match(PurePosixPath(name).stem))
+            match[1] for name in names if (match := _BEGINNING.fullmatch(PurePosixPath(name).stem))
         }
         self.named: set[str] = set()
 
@@ -174,7 +175,7 @@ class Suggestions:
         wanted = stem(image)
         letters = re.match(r"[A-Za-z]*[_\-. ]*", PurePosixPath(wanted).name)
         for prefix in ("", letters[0] if letters else ""):
-            core = Affixes(prefix).key(image)
+            core = Affixes(prefix).key(wanted)
             for beginning in sorted(self._beginnings):
                 name = self._names.get(Affixes(beginning).around(core))
                 if name is not None:

@@ -129,6 +129,7 @@ def test_folders_of_masks(tmp_path: Path, images: str, labels: str, ending: str)
         ("{}", "GT-{}", {"mask_prefix": "GT-"}),
         ("{}_rgb", "{}_label", {"image_suffix": "_rgb", "mask_suffix": "_label"}),
         ("IMG_2026{}", "IMG_2026{}_segmentation", {"mask_suffix": "_segmentation"}),
+        ("v1.{}", "v1.{}.mask", {"mask_suffix": ".mask"}),
     ],
 )
 @pytest.mark.parametrize("labels", ["images", "masks"])
@@ -145,6 +146,14 @@ def test_names_with_beginnings_and_ends(
     source = MaskSource(**spec)
     assert [Path(name).stem for name in source.names] == sorted(map(image.format, numbers))
     assert source.faults == ()
+
+
+def test_names_with_dots(tmp_path: Path) -> None:
+    photographs(tmp_path / "images", "2026.11.28 at 1.5", "2026.11.28 at 2.5")
+    masks(tmp_path / "masks", "2026.11.28 at 1.5", "2026.11.28 at 2.5")
+    spec = mask_folders.recognize(tmp_path, "train")
+    assert spec is not None
+    assert len(MaskSource(**spec)) == 2
 
 
 def test_a_test_part_does_not_take_the_masks_of_the_training(tmp_path: Path) -> None:

@@ -41,11 +41,14 @@ class MaskFolders(NamedTuple):
 
     def settings(self) -> dict[str, str]:
         """Return the arguments of the mask source that name the affixes."""
-        affixes = zip(("image", "mask"), self.affixes, strict=True)
-        values = {
-            f"{what}_{key}": value for what, x in affixes for key, value in x._asdict().items()
+        of_images, of_masks = self.affixes
+        settings = {
+            "image_prefix": of_images.prefix,
+            "image_suffix": of_images.suffix,
+            "mask_prefix": of_masks.prefix,
+            "mask_suffix": of_masks.suffix,
         }
-        return {key: value for key, value in values.items() if value}
+        return {key: value for key, value in settings.items() if value}
 
 
 def recognize(folder: Path, part: str) -> dict[str, Any] | None:
@@ -54,22 +57,22 @@ def recognize(folder: Path, part: str) -> dict[str, Any] | None:
     Folders belong together if most images have a mask of the same name, perhaps with an ending such
     as ``_mask``. Values of masks are read to find classes and ignored values.
     """
-    files = _folders(folder)
-    pairs = _pairs(files)
+    folders = _folders(folder)
+    pairs = _pairs(folders)
     train = _of_part(folder, pairs, "train")
     pair = train if part == "train" else _of_part(folder, pairs, part)
     if train is None:
         return None
     classes = _classes(folder, train)
     if pair is not None:
-        folders = {"images": str(pair.images), "masks": str(pair.masks)}
-        return {**folders, **pair.settings(), **classes}
+        paths = {"images": str(pair.images), "masks": str(pair.masks)}
+        return {**paths, **pair.settings(), **classes}
     if part != "test":
         return None
     used = {path for pair in pairs for path in (pair.images, pair.masks)}
-    unlabelled = [path for path in files if path not in used]
+    unlabelled = [path for path in folders if path not in used]
     tests = [path for path in unlabelled if part_of(path.relative_to(folder).as_posix()) == part]
-    if not tests or _are_masks(tests[0], tuple(files[tests[0]][:3])):
+    if not tests or _are_masks(tests[0], tuple(folders[tests[0]][:3])):
         return None
     return {"images": str(tests[0]), "classes": classes["classes"]}
 
@@ -127,7 +130,7 @@ def _pairs(folders: dict[Path, list[str]]) -> list[MaskFolders]:
     pairs = []
     for path, names in folders.items():  # photographs and their masks in one folder
         pair = _pair(path, path, stems)
-        ended = [name for name in names if pair.affixes[1].fit(name)]
+        ended = [name for name in names if pair.affixes[1].fit(Path(name).stem)]
         if 3 * pair.matches > len(names) and _are_masks(path, tuple(ended[:3])):
             pairs.append(pair)
     for path in masks:
@@ -248,7 +251,7 @@ def named_by_color(colors: Sequence[Color]) -> dict[str, Any]:
 def _contents(pair: MaskFolders) -> tuple[list[int], list[Color]]:
     """Return the values and the colors of a pair's masks, or of a thousand of them."""
     names = ((path, name) for path, names in _folders(pair.masks).items() for name in names)
-    paths = [path / name for path, name in names if pair.affixes[1].fit(name)]
+    paths = [path / name for path, name in names if pair.affixes[1].fit(Path(name).stem)]
     values: set[int] = set()
     colors: set[Color] = set()
     for path in paths[:: max(1, len(paths) // MAX_MASKS)]:
