@@ -58,9 +58,10 @@ def figures(
 ) -> Iterator[Figure]:
     """Yield each model's step."""
     for name in names:
-        sides = {keep: Side(keep, threads, name, size, amp is not None) for keep in (True, False)}
-        turns = {("keeping" if keep else "returning"): side.step for keep, side in sides.items()}
-        seconds = alternate(turns, rounds=rounds, warm_up=2)
+        settings = threads, name, size, amp is not None
+        sides = {"keeping": Side(True, *settings), "returning": Side(False, *settings)}
+        steps = {keeps: side.step for keeps, side in sides.items()}
+        seconds = alternate(steps, rounds=rounds, warm_up=2)
         ratio, low, high = ratio_of(seconds["returning"], seconds["keeping"])
         peaks = [side.end() for side in sides.values()]
         about = f"{name}, {size}, {'bf16' if amp else 'fp32'}"

@@ -17,6 +17,7 @@ import pytest
 import torch
 from pyramids import PYRAMID_DECODERS
 from ranks import run_ranks
+from test_readme import DEMO
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -265,8 +266,7 @@ def test_the_models_device_renders_what_the_cpu_renders() -> None:
 
 
 def test_the_two_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text()
-    block = readme[readme.index("<!-- ci: demo -->") :].split("```")[1]
+    (block,) = DEMO.findall((ROOT / "README.md").read_text())
     trainings = re.findall(r"python train\.py ([^&]*) &&", block)
     (inference,) = re.findall(r"python infer\.py (.*)", block)
     assert len(trainings) == 2

@@ -31,9 +31,10 @@ def keep_freed_memory() -> None:
     most (``python -m benchmarks.allocator``).
     """
     set_by_user = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not set_by_user and hasattr(libc, "gnu_get_libc_version"):
-        assert libc is not None
+    if set_by_user or sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_TRIM_THRESHOLD, 1 << 30)
         libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
 

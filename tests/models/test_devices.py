@@ -57,13 +57,12 @@ def on_fake_cuda(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(("backbone", "decoder"), MODELS)
 def test_models_mix_no_devices(backbone: Any, decoder: Any) -> None:
-    model = build_model(backbone, decoder, num_classes=CLASSES)
     for training in (False, True):
+        model = build_model(backbone, decoder, num_classes=CLASSES)
         model.train(training)  # before: a decoder may read its buffers then
         with FakeTensorMode(), torch.set_grad_enabled(training):
             outputs = on_fake_cuda(model)(torch.randn(2, 3, 97, 65, device="cuda"))
             assert {x.device.type for x in outputs.values()} == {"cuda"}
-        model = build_model(backbone, decoder, num_classes=CLASSES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,7 +1,6 @@
 """Depth of a backbone's parameters, for layer-wise learning rates and frozen stages."""
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -63,10 +62,11 @@ def depths(backbone: nn.Module) -> tuple[dict[str, int], int]:
     number is that of the layers.
     """
     names = layers(backbone)
+    numbers = {name: depth for depth, layer in enumerate(names) for name in layer}
     known = {}
     for parameter, _ in backbone.named_parameters():
-        numbers = (number for number, layer in enumerate(names) if _is_in(parameter, layer))
-        known[parameter] = next(numbers, len(names))
+        inside = (numbers[name] for name in _with_parents(parameter) if name in numbers)
+        known[parameter] = next(inside, len(names))
     return known, len(names)
 
 
@@ -79,13 +79,15 @@ def first_stages(backbone: nn.Module, number: int) -> list[str]:
     known = stages(backbone)
     if number > len(known):
         raise ConfigError(f"expected at most {len(known)}, the backbone's stages, got {number}")
-    names = list(itertools.chain(*known[:number]))
-    return [name for name, _ in backbone.named_parameters() if _is_in(name, names)]
+    names = set(itertools.chain(*known[:number]))
+    parameters = (name for name, _ in backbone.named_parameters())
+    return [name for name in parameters if not names.isdisjoint(_with_parents(name))]
 
 
-def _is_in(parameter: str, names: Sequence[str]) -> bool:
-    """Return True if a parameter, or a module around it, has one of these names."""
-    return f"{parameter}.".startswith(tuple(f"{name}." for name in names))
+def _with_parents(name: str) -> list[str]:
+    """Return a name and those of the modules around it, from the inside out."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
 def _is_blocks(part: nn.Module) -> bool:
