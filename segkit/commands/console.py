@@ -56,6 +56,7 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
     except KeyboardInterrupt:
         end("interrupted", 130)
     except Exception as error:
+        _ignore_ends_of_workers()
         sentence = explain(error)
         if sentence is None or "--debug" in arguments:
             traceback.print_exc()
@@ -73,8 +74,7 @@ def end(sentence: str, code: int) -> NoReturn:
     waits for other ranks. Any of these can block forever.
     """
     try:
-        with suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        _ignore_ends_of_workers()
         workers = multiprocessing.active_children()
         for worker in workers:
             worker.kill()  # data-loader workers ignore SIGTERM
@@ -93,6 +93,12 @@ def end(sentence: str, code: int) -> NoReturn:
             print(f"{clear}{prefix}{sentence}", file=sys.stderr, flush=True)
     finally:
         os._exit(code)
+
+
+def _ignore_ends_of_workers() -> None:
+    """Turn off torch's handler, which raises an error when a worker was killed."""
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def end_without_peer() -> NoReturn:

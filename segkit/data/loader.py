@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -473,13 +474,25 @@ def _start(loader: DataLoader) -> Iterator[Any]:
 
 
 def _valid(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield batches; raise a DataError that is returned in place of a batch."""
-    for batch in batches:
-        if isinstance(batch, DataError):
-            # A new exception: raising one that a local variable refers to creates a reference
-            # cycle, which would keep the loaders of all enclosing frames, and their workers, alive.
-            raise DataError(*batch.args)
-        yield batch
+    """Yield batches; raise a DataError that is returned in place of a batch.
+
+    A worker's end is always torch's RuntimeError: the connection to it may notice before torch.
+    """
+    try:
+        for batch in batches:
+            if isinstance(batch, DataError):
+                # A new exception: raising one that a local variable refers to creates a reference
+                # cycle, which would keep the loaders of all enclosing frames, and their workers,
+                # alive.
+                raise DataError(*batch.args)
+            yield batch
+    except (EOFError, ConnectionError):
+        workers = {worker.sentinel: worker.pid for worker in getattr(batches, "_workers", ())}
+        ended = connection.wait(list(workers), timeout=1)
+        if not ended:
+            raise
+        pids = ", ".join(str(workers[sentinel]) for sentinel in ended)
+        raise RuntimeError(f"DataLoader worker (pid(s) {pids}) exited unexpectedly") from None
 
 
 def _prefetch(

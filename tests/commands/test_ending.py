@@ -365,3 +365,31 @@ def test_a_training_leaves_signals_as_they_were() -> None:
     with console.Stop() as stop:
         assert signal.getsignal(signal.SIGTERM) == stop._receive
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+BUG_WHILE_A_WORKER_ENDS = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+from segkit.commands import console
+
+class Bug(Exception):
+    def __str__(self):  # read while the error is reported
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return "planted"
+
+def report(*_):  # as torch's handler
+    raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+def main(_):
+    signal.signal(signal.SIGCHLD, report)
+    raise Bug
+
+console.run(main)
+"""
+
+
+def test_a_worker_that_ends_during_the_report_of_an_error_changes_nothing() -> None:
+    command = [sys.executable, "-c", BUG_WHILE_A_WORKER_ENDS, str(HERE.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    last = done.stderr.strip().splitlines()[-1]
+    assert (done.returncode, last) == (1, "this is a bug, of segkit or of a package: Bug: planted")

@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from ranks import run_ranks
 from torch import Tensor
 
 from segkit.augment import Pipeline
-from segkit.core.errors import ConfigError, DataError
+from segkit.core.errors import ConfigError, DataError, explain
+from segkit.data import loader
 from segkit.data.cache import CachedSource
 from segkit.data.loader import EvalBatches, TrainImages, TrainOrder, train_batches
 from segkit.data.source import Fault
@@ -278,3 +280,37 @@ def test_equal_repeats_are_each_image_once() -> None:
     order = TrainOrder(range(6), epochs=3, batch_size=6, accumulate=1, seed=1, repeats=(1.0,) * 6)
     for step in range(3):
         assert sorted(order.batch(step)) == [(step, index) for index in range(6)]
+
+
+class CutOff:
+    """A loader whose connection to a worker ends before torch reports the worker's end."""
+
+    num_workers = 0
+    error: Exception
+    _workers: tuple[Any, ...] = ()
+
+    def __init__(self, *_: Any, **options: Any) -> None:
+        pass
+
+    def __iter__(self) -> "CutOff":
+        return self
+
+    def __next__(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset")])
+def test_a_connection_that_ends_with_its_worker_is_a_killed_worker(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    worker = multiprocessing.get_context("fork").Process(target=os._exit, args=(1,))
+    worker.start()
+    worker.join()
+    monkeypatch.setattr(loader, "DataLoader", CutOff)
+    monkeypatch.setattr(CutOff, "error", error, raising=False)
+    with pytest.raises(type(error)):  # no worker ended: a bug
+        list(EvalBatches(Noise(), [0], labels=False))
+    monkeypatch.setattr(CutOff, "_workers", (worker,))
+    with pytest.raises(RuntimeError, match=rf"DataLoader worker \(pid\(s\) {worker.pid}\)") as info:
+        list(EvalBatches(Noise(), [0], labels=False))
+    assert "lower data.workers" in (explain(info.value) or "")
