@@ -11,9 +11,6 @@ from segkit.core.errors import ConfigError
 from segkit.models.backbones.depth import stages
 from segkit.models.segmenter import Segmenter
 
-NOT_UPDATED = "cpb_mlp"
-"""Part of the name of linear layers that are left out: Swin V2's network of position biases."""
-
 
 class LowRank(nn.Module):
     """The product of two small matrices, which is 0 at first: ``scale * up @ down``.
@@ -56,7 +53,8 @@ def add_lora(model: Segmenter, *, rank: int, alpha: float | None = None, seed: i
     layers = [
         module
         for name, module in model.backbone.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad and NOT_UPDATED not in name
+        if isinstance(module, nn.Linear) and module.weight.requires_grad
+        if "cpb_mlp" not in name  # Swin V2's network of position biases
     ]
     if not layers:
         raise ConfigError(

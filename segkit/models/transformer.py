@@ -1,8 +1,4 @@
-"""Blocks of plain Vision Transformers, and rotary positions.
-
-Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929; as DINOv2 and DINOv3 have it (Oquab et
-al. 2023, https://arxiv.org/abs/2304.07193; Simeoni et al. 2025, https://arxiv.org/abs/2508.10104).
-"""
+"""Blocks of Vision Transformers (see ``segkit/models/backbones/vit.py``), and rotary positions."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,44 +19,58 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and an MLP, each normalized before, scaled after, and added to its input.
+    """Attention and an MLP, each normalized before, scaled after, and added to its input.
 
-    The MLP has ``4 * width`` hidden channels, or is a SwiGLU if ``gated``.
+    ``layer_scale`` is the initial factor, ``None`` for no scaling. Further arguments of forward
+    are those of the attention.
 
-    Shape:
-        x: (B, tokens, width) -> (B, tokens, width)
-        mask: (B, 1, tokens, tokens), True where a token may attend
+    Shape, as of its parts:
+        x: (..., width) -> (..., width)
     """
 
     def __init__(
         self,
         width: int,
-        heads: int,
+        attention: nn.Module,
+        mlp: nn.Module,
         *,
-        gated: bool = False,
+        layer_scale: float | None = 1.0,
         drop_path: float = 0.0,
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = SelfAttention(width, heads)
-        self.ls1 = LayerScale(width)
+        self.attn = attention
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = SwiGLU(width, 4 * width) if gated else MLP(width, 4 * width)
-        self.ls2 = LayerScale(width)
+        self.mlp = mlp
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.drop_path = StochasticDepth(drop_path, "row")
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotary, mask)))
+    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), *arguments)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
+def vit_block(
+    width: int, heads: int, *, gated: bool = False, drop_path: float, eps: float
+) -> TransformerBlock:
+    """Return a block of a plain Vision Transformer; its MLP is a SwiGLU if ``gated``."""
+    mlp = SwiGLU(width, 4 * width) if gated else MLP(width, 4 * width)
+    return TransformerBlock(width, SelfAttention(width, heads), mlp, drop_path=drop_path, eps=eps)
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; rotary positions apply to the last tokens, the patches."""
+    """Multi-head self-attention; rotary positions apply to the last tokens, the patches.
+
+    Shape:
+        x: (B, tokens, width) -> (B, tokens, width)
+        mask: (B, 1, tokens, tokens), True where a token may attend, or added to the logits
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -68,7 +78,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if rotary is not None:
@@ -80,9 +90,9 @@ class SelfAttention(nn.Module):
 class LayerScale(nn.Module):
     """A learned factor per channel (Touvron et al. 2021, https://arxiv.org/abs/2103.17239)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, value: float) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
+        self.gamma = nn.Parameter(torch.full((width,), value))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
@@ -101,10 +111,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """An MLP whose hidden channels are multiplied by a gate, the SiLU of others.
-
-    Shazeer 2020, https://arxiv.org/abs/2002.05202
-    """
+    """An MLP with a gate, the SiLU of other channels (Shazeer, https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -116,6 +123,20 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None
+) -> Tensor:
+    """Return multi-head attention of projected tokens, (B, N, width) to (B, M, width)."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def pixel_centers(height: int, width: int, like: Tensor) -> Tensor:
+    """Return the row and the column of each pixel's center, from 0 to 1: (height * width, 2)."""
+    sides = ((torch.arange(side, device=like.device) + 0.5) / side for side in (height, width))
+    return torch.stack(torch.meshgrid(*sides, indexing="ij"), 2).flatten(0, 1)
+
+
 def whole_patches(image: Tensor, patch: int) -> tuple[Tensor, int, int]:
     """Return an image resized to the next whole patches, and its rows and columns of patches."""
     rows, columns = ((side + patch - 1) // patch for side in image.shape[-2:])
@@ -125,9 +146,9 @@ def whole_patches(image: Tensor, patch: int) -> tuple[Tensor, int, int]:
 def run_blocks(
     blocks: Iterable[nn.Module], x: Tensor, *arguments: Any, outputs: Sequence[int], recompute: bool
 ) -> Iterator[Tensor]:
-    """Run blocks one after the other, and yield the results of some of them.
+    """Run blocks one after the other, and yield the results of those numbered in ``outputs``.
 
-    ``outputs`` are numbers from 1; ``arguments`` are further arguments of every block.
+    The first is 1; ``arguments`` are further arguments of every block.
     """
     for number, block in enumerate(blocks, 1):
         step = partial(checkpoint, block, use_reentrant=False) if recompute else block
@@ -146,6 +167,23 @@ def block_stages(ends: Sequence[int], first: Sequence[str]) -> list[list[str]]:
     return [[*first, *first_blocks], *others]
 
 
+def sine_positions(x: Tensor) -> Tensor:
+    """Return sines and cosines of the pixels' rows and columns, (h * w, C), for (B, C, h, w).
+
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; of images: Carion et al. 2020 (DETR),
+    https://arxiv.org/abs/2005.12872
+    """
+    _, channels, height, width = x.shape
+    rate = 10000 ** (torch.arange(channels // 4, device=x.device) * (4 / channels))
+    rows, columns = (
+        2 * math.pi * (torch.arange(1, side + 1, device=x.device) / side)[:, None] / rate
+        for side in (height, width)
+    )
+    rows, columns = (torch.stack([y.sin(), y.cos()], 2).flatten(1) for y in (rows, columns))
+    grid = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
+    return torch.cat(grid, 2).flatten(0, 1)
+
+
 def rotary_positions(height: int, width: int, head: int, like: Tensor) -> Rotary:
     """Return the rotary positions of DINOv3 for a grid of patches, in float32.
 
@@ -154,11 +192,8 @@ def rotary_positions(height: int, width: int, head: int, like: Tensor) -> Rotary
     head, a multiple of 4.
     """
     periods = 100.0 ** (torch.arange(head // 4, device=like.device) / (head // 4))
-    centers = (
-        2 * (torch.arange(side, device=like.device) + 0.5) / side - 1 for side in (height, width)
-    )
-    grid = torch.stack(torch.meshgrid(*centers, indexing="ij"), 2).flatten(0, 1)
-    angles = (2 * math.pi * grid[:, :, None] / periods).flatten(1).repeat(1, 2)
+    centers = 2 * pixel_centers(height, width, like) - 1
+    angles = (2 * math.pi * centers[:, :, None] / periods).flatten(1).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 

@@ -65,9 +65,8 @@ class MaskClassification(nn.Module):
         factors = {"mask_factor": mask_factor, "dice_factor": dice_factor}
         check_bounds(0, float("inf"), class_factor=class_factor, **factors)
         self.points, self.oversampling, self.importance = points, oversampling, importance
-        self.class_factor = class_factor
+        self.class_factor, self.no_object = class_factor, no_object
         self.mask_factor, self.dice_factor = mask_factor, dice_factor
-        self.no_object = no_object
 
     def forward(
         self, outputs: Mapping[str, Tensor], target: Tensor, totals: StepTotals | None = None
@@ -78,22 +77,20 @@ class MaskClassification(nn.Module):
             present = _present(target, classes.shape[3] - 1)
             matches = self._match(classes, masks, target, present)
             named = self._class_losses(classes, matches, present)
-            scored = torch.stack(
-                [self._mask_losses(x, target, *m) for x, m in zip(masks, matches, strict=True)]
-            )
-            counts = self._counts(
-                present if totals is None else totals.count[:, : present.shape[1]] > 0,
-                queries=classes.shape[2],
-                parts=1 if totals is None else totals.micro_batches,
-            )
+            layers = zip(masks, matches, strict=True)
+            scored = torch.stack([self._mask_losses(x, target, *match) for x, match in layers])
+            counts = self._counts(present, totals, queries=classes.shape[2])
             sums = torch.stack([named, scored.sum(), *counts.to(named)])
             named, scored, queries, segments = sum_over_ranks(sums) if self.training else sums
             # Both counts are 0 if no image has a valid pixel; then the losses are 0 too.
             classified = self.class_factor * named / (queries + (queries == 0))
             return classified + scored / (segments + (segments == 0))
 
-    def _counts(self, present: Tensor, *, queries: int, parts: int) -> Tensor:
+    def _counts(self, present: Tensor, totals: StepTotals | None, *, queries: int) -> Tensor:
         """Return the sum of the queries' coefficients, and the matched segments, per part."""
+        parts = 1 if totals is None else totals.micro_batches
+        if totals is not None:
+            present = totals.count[:, : present.shape[1]] > 0
         segments = present.sum(1).clamp_max(queries)
         known = queries * present.any(1)
         counts = torch.stack([segments + self.no_object * (known - segments), 1.0 * segments])
@@ -101,41 +98,33 @@ class MaskClassification(nn.Module):
 
     @torch.no_grad()
     def _match(self, classes: Tensor, masks: Tensor, target: Tensor, present: Tensor) -> Tensor:
-        """Assign queries to segments in each layer.
-
-        Returns:
-            (layers, 3, segments): image, query and class of each match.
-        """
-        segments = [row.nonzero()[0] for row in present.cpu().numpy()]  # waits for a GPU
-        most = max(map(len, segments))
-        padded = [np.pad(labels, (0, most - len(labels))) for labels in segments]
-        labels = torch.from_numpy(np.stack(padded)).to(target.device)
+        """Return the matches in each layer, (layers, 3, matches): image, query and class."""
         points = torch.rand(len(target), self.points, 2, device=target.device)
         truth = _labels_at(target, points, torch.arange(len(target), device=target.device))
         layers = zip(classes, masks, strict=True)
-        costs = torch.stack([self._costs(c, m, points, truth, labels) for c, m in layers])
+        costs = torch.stack([self._costs(c, m, points, truth) for c, m in layers])
         costs = costs.nan_to_num(1e9, 1e9, -1e9).clamp(-1e9, 1e9)  # a diverged query comes last
+        segments = [row.nonzero()[0] for row in present.cpu().numpy()]  # waits for a GPU
         matches = []
         for layer in costs.mT.cpu().numpy():
             parts = []
             for image, named in enumerate(segments):
-                rows, queries = assign(layer[image, : len(named)])
+                rows, queries = assign(layer[image, named])
                 parts.append(np.stack([np.full_like(queries, image), queries, named[rows]]))
             matches.append(np.concatenate(parts, axis=1))
         return torch.from_numpy(np.stack(matches)).to(target.device)
 
-    def _costs(
-        self, classes: Tensor, masks: Tensor, points: Tensor, truth: Tensor, labels: Tensor
-    ) -> Tensor:
-        """Return the costs of a layer: (B, queries, classes in the image that has the most)."""
+    def _costs(self, classes: Tensor, masks: Tensor, points: Tensor, truth: Tensor) -> Tensor:
+        """Return the costs of a layer, (B, queries, classes)."""
         x = sample_points(masks.to(classes.dtype), points)
-        inside = (truth[:, :, None] == labels[:, None]).to(x)  # (B, points, classes)
+        probability = classes.softmax(2)[..., :-1]
+        labels = torch.arange(probability.shape[2], device=x.device)
+        inside = (truth[:, :, None] == labels).to(x)  # (B, points, classes)
         valid = (truth != IGNORE)[:, None].to(x)
         p = x.sigmoid() * valid
         entropy = (F.softplus(x) * valid).sum(2, keepdim=True) - x @ inside
         union = p.sum(2, keepdim=True) + inside.sum(1, keepdim=True)
         dice = 1 - (2 * p @ inside + 1) / (union + 1)
-        probability = classes.softmax(2).gather(2, labels[:, None].expand(-1, x.shape[1], -1))
         mask = entropy / valid.sum(2, keepdim=True).clamp_min(1)
         return self.mask_factor * mask + self.dice_factor * dice - self.class_factor * probability
 

@@ -22,7 +22,7 @@ from torchvision.ops import SqueezeExcitation
 
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
-from segkit.models.backbones.beit import BEiT, RelativePositionBias, relative_offsets
+from segkit.models.backbones.beit import BEiT, RelativeAttention, relative_offsets
 from segkit.models.backbones.convnextv2 import GlobalResponseNorm, ResponseNormBlock
 from segkit.models.backbones.hrnet import Exchange, HRNet
 from segkit.models.backbones.mit import MiT, ReducedAttention
@@ -477,9 +477,9 @@ def test_mit_drops_paths_more_and_more() -> None:
 
 def test_a_relative_position_bias_by_hand() -> None:
     """A 2 x 2 grid has 3 x 3 offsets, by rows from (-1, -1); then the pairs of the class token."""
-    bias = RelativePositionBias(2, 1)
+    attention = RelativeAttention(4, 1, 2)
     with torch.no_grad():
-        bias.relative_position_bias_table.copy_(torch.arange(12.0)[:, None])
+        attention.relative_position_bias_table.copy_(torch.arange(12.0)[:, None])
     expected = [
         [11, 9, 9, 9, 9],
         [10, 4, 3, 1, 0],
@@ -488,18 +488,18 @@ def test_a_relative_position_bias_by_hand() -> None:
         [10, 8, 7, 5, 4],
     ]
     offsets = relative_offsets(2, 2, torch.zeros(()))
-    assert bias(offsets, 2, 2).tolist() == [[expected]]
+    assert attention.bias(offsets, 2, 2).tolist() == [[expected]]
 
 
 def test_relative_position_biases_of_another_grid_are_resized() -> None:
     """A window of 2 on a grid of 1 x 3: of 3 x 3 biases the middle row, resized to 5."""
-    bias = RelativePositionBias(2, 1)
+    attention = RelativeAttention(4, 1, 2)
     with torch.no_grad():
-        bias.relative_position_bias_table[3:6, 0] = torch.tensor([0.0, 1.0, 5.0])
+        attention.relative_position_bias_table[3:6, 0] = torch.tensor([0.0, 1.0, 5.0])
     resized = F.interpolate(torch.tensor([[[0.0, 1.0, 5.0]]]), 5, mode="linear")[0, 0]
     offsets = relative_offsets(1, 3, torch.zeros(()))
     expected = torch.stack([resized[2 + at - torch.arange(3)] for at in range(3)])
-    torch.testing.assert_close(bias(offsets, 1, 3)[0, 0, 1:, 1:], expected)
+    torch.testing.assert_close(attention.bias(offsets, 1, 3)[0, 0, 1:, 1:], expected)
 
 
 @pytest.mark.parametrize("size", [(65, 97), (16, 16)])

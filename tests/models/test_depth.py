@@ -96,7 +96,7 @@ def test_the_rate_falls_by_the_decay_from_each_layer_to_the_one_before() -> None
 
 VIT = {"patch_embed.proj.bias": 5, "cls_token": 5, "pos_embed": 5, "blocks.0.attn.qkv.weight": 4}
 VIT |= {"blocks.3.ls2.gamma": 1, "norm.weight": 1, "neck.levels.1.weight": 0}
-BEIT = {"cls_token": 13, "blocks.0.position_bias.relative_position_bias_table": 12}
+BEIT = {"cls_token": 13, "blocks.0.attn.relative_position_bias_table": 12}
 BEIT |= {"blocks.11.mlp.fc2.bias": 1, "neck.levels.0.1.weight": 0}
 MIT = {
     "levels.0.embed.weight": 9,

@@ -93,7 +93,7 @@ def test_beit_gives_the_same_logits_on_any_grid(tmp_path: Path) -> None:
     torch.manual_seed(0)
     beit = BEiT(width=8, depth=12, heads=2, window=3)
     for block in beit.blocks:
-        nn.init.normal_(block.position_bias.relative_position_bias_table)
+        nn.init.normal_(block.attn.relative_position_bias_table)
     shape = {"channels": beit.channels, "strides": beit.strides, "num_classes": 3}
     check(Segmenter(beit, DECODERS["pspnet"](**shape, width=8)), tmp_path / "model.pt2")
 

@@ -33,7 +33,7 @@ from segkit.models.backbones.swin import Swin
 from segkit.models.backbones.torchvision import convnext, deep_stem, half_resnet18, resnet
 from segkit.models.decoders import DECODERS
 from segkit.models.pretrained import Report, load_file
-from segkit.models.pretrained.beit import resize_table, spline_matrix
+from segkit.models.pretrained.beit import resize_table
 from segkit.models.pretrained.loading import windows
 from segkit.models.pretrained.mit import PROJECTS as MIT
 from segkit.models.pretrained.names import first_project
@@ -615,15 +615,6 @@ def test_shapes_that_cannot_be(project: str, change: State, sentence: str) -> No
 # ---- BEiT
 
 
-def test_a_spline_through_five_values_by_mathematics() -> None:
-    """It is exact for cubic polynomials, wherever the values are."""
-    at = torch.tensor([-4.0, -1.0, 0.0, 1.0, 4.0], dtype=torch.float64)
-    where = torch.arange(-5, 6, dtype=torch.float64)
-    matrix = spline_matrix(at, where)
-    for power in range(4):
-        torch.testing.assert_close(matrix @ at**power, where**power)
-
-
 def test_beits_position_biases_keep_near_and_far_offsets() -> None:
     """Offsets of -1, 0, 1 and the class token stay; the farthest are the new grid's farthest."""
     table = torch.randn(9**2 + 3, 2, generator=torch.Generator().manual_seed(0))
@@ -644,7 +635,6 @@ def test_beits_window_may_differ_and_is_named() -> None:
         if name.endswith("bias_table"):
             nn.init.normal_(value)
     names = (
-        (r"\.position_bias\.", ".attn."),
         (r"\.ls([12])\.gamma", r".gamma_\1"),
         (r"attn\.qkv\.bias", "attn.q_bias"),
     )
@@ -660,7 +650,7 @@ def test_beits_window_may_differ_and_is_named() -> None:
     assert report.notes == ("position biases resized from window 3 to 5",)
     assert all(name.startswith("backbone.neck.") for name in report.initialized)
     ours = other.backbone.state_dict()
-    table = "blocks.7.position_bias.relative_position_bias_table"
+    table = "blocks.7.attn.relative_position_bias_table"
     assert torch.equal(ours[table], resize_table(source.state_dict()[table], 84))
     assert torch.equal(ours["blocks.3.attn.proj.weight"], state["blocks.3.attn.proj.weight"])
     del state["blocks.11.gamma_2"]

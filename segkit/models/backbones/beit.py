@@ -11,10 +11,17 @@ from torch.nn import functional as F
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.models.backbones.inputs import set_in_channels
-from segkit.models.backbones.neck import PyramidNeck
 from segkit.models.backbones.stages import refuse_dilation
+from segkit.models.backbones.vit import PyramidNeck
 from segkit.models.layers import BatchNorm2d
-from segkit.models.transformer import TransformerBlock, block_stages, run_blocks, whole_patches
+from segkit.models.transformer import (
+    MLP,
+    SelfAttention,
+    TransformerBlock,
+    block_stages,
+    run_blocks,
+    whole_patches,
+)
 
 PATCH = 16
 
@@ -65,13 +72,13 @@ class BEiT(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, PATCH, stride=PATCH)))
         set_in_channels(self.patch_embed, in_channels)
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
-        self.blocks = nn.ModuleList(
-            RelativeBlock(width, heads, window, scale, drop_path * i / (depth - 1))
-            for i in range(depth)
-        )
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            parts = width, RelativeAttention(width, heads, window), MLP(width, 4 * width)
+            rate = drop_path * i / (depth - 1)
+            self.blocks.append(TransformerBlock(*parts, layer_scale=scale, drop_path=rate))
         self.neck = PyramidNeck(width, BatchNorm2d)
-        self.strides = self.neck.strides
-        self.channels = (width,) * 4
+        self.strides, self.channels = self.neck.strides, (width,) * 4
         self.outputs = [depth * twelfths // 12 for twelfths in (4, 6, 8, 12)]
         self.output_modules = [f"neck.levels.{i}" for i in range(4)]
         self.stages = block_stages(self.outputs, ["patch_embed.proj", "cls_token"])
@@ -81,48 +88,33 @@ class BEiT(nn.Module):
         image, rows, columns = whole_patches(image, PATCH)
         x = self.patch_embed(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
-        offsets = relative_offsets(rows, columns, x)
-        results = run_blocks(
-            self.blocks, x, offsets, rows, columns,
-            outputs=self.outputs, recompute=self.checkpointing and self.training,
-        )  # fmt: skip
+        places = relative_offsets(rows, columns, x), rows, columns
+        recompute = self.checkpointing and self.training
+        results = run_blocks(self.blocks, x, *places, outputs=self.outputs, recompute=recompute)
         maps = [x[:, 1:].mT.unflatten(2, (rows, columns)) for x in results]
         return self.neck(maps, height, width)
 
 
-class RelativeBlock(TransformerBlock):
-    """A block of a Vision Transformer whose attention has a relative position bias.
+class RelativeAttention(SelfAttention):
+    """Self-attention with a bias per offset of two patches, and for pairs with the class token.
 
     Shape:
         x: (B, 1 + rows * columns, width) -> the same; the first token is the class token
         offsets: (rows * columns, rows * columns), of :func:`relative_offsets`
     """
 
-    def __init__(self, width: int, heads: int, window: int, scale: float, drop_path: float) -> None:
-        super().__init__(width, heads, drop_path=drop_path)
-        self.position_bias = RelativePositionBias(window, heads)
-        for layer_scale in (self.ls1, self.ls2):
-            nn.init.constant_(layer_scale.gamma, scale)
-
-    def forward(self, x: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:  # type: ignore[override]
-        return super().forward(x, None, self.position_bias(offsets, rows, columns).to(x.dtype))
-
-
-class RelativePositionBias(nn.Module):
-    """A bias of attention for each offset between two patches, and for pairs with the class token.
-
-    Shape:
-        result: (1, heads, 1 + rows * columns, 1 + rows * columns), of queries and keys
-    """
-
-    def __init__(self, window: int, heads: int) -> None:
-        super().__init__()
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__(width, heads)
         self.window = window
         # The last three are of the class token to patches, of patches to it, and to itself.
         entries = (2 * window - 1) ** 2 + 3
         self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, heads))
 
-    def forward(self, offsets: Tensor, rows: int, columns: int) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:  # type: ignore[override]
+        return super().forward(x, None, self.bias(offsets, rows, columns).to(x.dtype))
+
+    def bias(self, offsets: Tensor, rows: int, columns: int) -> Tensor:
+        """Return the bias of queries and keys, (1, heads, tokens, tokens)."""
         table = self.relative_position_bias_table.T
         grid = table[:, :-3]
         if is_exporting() or (rows, columns) != (self.window, self.window):
@@ -138,11 +130,7 @@ class RelativePositionBias(nn.Module):
 
 
 def relative_offsets(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Return the index of the offset of each pair of patches among all offsets, by rows.
-
-    Shape:
-        result: (rows * columns, rows * columns), below (2 rows - 1) * (2 columns - 1)
-    """
+    """Return the index of each pair of patches' offset among (2 rows - 1) * (2 columns - 1)."""
     row = torch.arange(rows, device=like.device).repeat_interleave(columns)
     column = torch.arange(columns, device=like.device).repeat(rows)
     down, across = row[:, None] - row + rows - 1, column[:, None] - column + columns - 1

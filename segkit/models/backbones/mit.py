@@ -7,14 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.stages import refuse_dilation, run
 from segkit.models.kernels.depthwise import DepthwiseConv2d
-from segkit.models.transformer import MLP
+from segkit.models.transformer import MLP, TransformerBlock, attend
 
 HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)
 
@@ -27,8 +26,7 @@ class MiT(nn.Module):
     Args:
         widths: Channels of each stage.
         depths: Blocks of each stage.
-        drop_path: Probability of stochastic depth of the last block; it grows linearly from 0 at
-            the first block.
+        drop_path: Probability of stochastic depth of the last block; it grows linearly from 0.
         checkpointing: Do not store activations inside blocks; recompute them in backward.
         in_channels: Channels of the image.
 
@@ -59,9 +57,8 @@ class MiT(nn.Module):
             self.levels.append(MixStage(inputs, width, number, drop_paths))
         self.apply(_initialize)
         set_in_channels(self.levels, in_channels)
-        self.in_channels = in_channels
         self.channels = tuple(widths)
-        self.checkpointing = checkpointing
+        self.checkpointing, self.in_channels = checkpointing, in_channels
         parts = ("embed", "embed_norm", "blocks", "norm")
         self.stages = tuple(tuple(f"levels.{i}.{part}" for part in parts) for i in range(4))
 
@@ -85,8 +82,11 @@ class MixStage(nn.Module):
         patch, stride = (3, 2) if number else (7, 4)
         self.embed = nn.Conv2d(inputs, width, patch, stride=stride, padding=patch // 2)
         self.embed_norm = nn.LayerNorm(width)
-        shape = width, HEADS[number], REDUCTIONS[number]
-        self.blocks = nn.Sequential(*(MixBlock(*shape, drop_path) for drop_path in drop_paths))
+        self.blocks = nn.Sequential()
+        for drop_path in drop_paths:
+            attention = ReducedAttention(width, HEADS[number], REDUCTIONS[number])
+            parts = width, attention, MixFFN(width, 4 * width)
+            self.blocks.append(TransformerBlock(*parts, layer_scale=None, drop_path=drop_path))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
@@ -95,31 +95,14 @@ class MixStage(nn.Module):
         return self.norm(x).permute(0, 3, 1, 2)
 
 
-class MixBlock(nn.Module):
-    """Attention and Mix-FFN, each with a LayerNorm before it and a residual connection.
-
-    Shape, as of its parts:
-        x: (B, h, w, width) -> (B, h, w, width)
-    """
-
-    def __init__(self, width: int, heads: int, reduction: int, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = ReducedAttention(width, heads, reduction)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MixFFN(width, 4 * width)
-        self.drop_path = StochasticDepth(drop_path, "row")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
 class ReducedAttention(nn.Module):
     """Self-attention in which keys and values come from a map reduced by a strided convolution.
 
     Section 3.1 of the paper. As in the authors' code, rows and columns beyond a multiple of
     ``reduction`` are in no key. A map smaller than one multiple is padded with zeros.
+
+    Shape, as of the MLP:
+        x: (B, h, w, width) -> (B, h, w, width)
     """
 
     def __init__(self, width: int, heads: int, reduction: int) -> None:
@@ -140,11 +123,9 @@ class ReducedAttention(nn.Module):
                 below, right = (max(0, self.reduction - side) for side in x.shape[1:3])
                 whole = F.pad(whole, (0, right, 0, below))
             reduced = self.reduce_norm(self.reduce(whole).permute(0, 2, 3, 1))
-        query = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        both = self.kv(reduced).flatten(1, 2).unflatten(2, (2, self.heads, -1))
-        key, value = both.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
+        key, value = self.kv(reduced).flatten(1, 2).chunk(2, 2)
+        attended = attend(self.q(x).flatten(1, 2), key, value, self.heads)
+        return self.proj(attended.unflatten(1, x.shape[1:3]))
 
 
 class MixFFN(MLP):
@@ -160,16 +141,12 @@ class MixFFN(MLP):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Initialize a layer as the authors do."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
+    """Initialize a convolution as the authors do."""
+    if isinstance(module, nn.Conv2d):
         fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
         nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-    else:
-        return
-    assert module.bias is not None
-    nn.init.zeros_(module.bias)
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
 
 
 _NARROW, _WIDE = (32, 64, 160, 256), (64, 128, 320, 512)

@@ -1,25 +1,26 @@
 """Plain Vision Transformers, as DINOv2 and DINOv3 pretrain them."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.convnext import LayerNorm2d
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
 from segkit.core.errors import ConfigError
 from segkit.models.backbones.inputs import set_in_channels
-from segkit.models.backbones.neck import PyramidNeck
 from segkit.models.backbones.stages import refuse_dilation
+from segkit.models.layers import resize
 from segkit.models.transformer import (
-    TransformerBlock,
     block_stages,
     rotary_positions,
     run_blocks,
+    vit_block,
     whole_patches,
 )
 
@@ -96,12 +97,13 @@ class ViT(nn.Module):
         self.cls_token = _tokens(1, width)
         self.register_tokens = _tokens(registers, width) if registers else None
         self.pos_embed = _tokens(positions**2 + 1, width) if positions else None
-        block = partial(TransformerBlock, width, heads, gated=gated, eps=eps)
+        block = partial(vit_block, width, heads, gated=gated, eps=eps)
         steepness = drop_path / max(1, depth - 1)
         depth -= omitted_blocks
         self.blocks = nn.ModuleList(block(drop_path=steepness * i) for i in range(depth))
         self.norm = nn.LayerNorm(width, eps=eps) if output != "tokens" else None
-        self.neck = PyramidNeck(width) if output == "pyramid" else None
+        norm = partial(LayerNorm2d, eps=1e-6)
+        self.neck = PyramidNeck(width, norm) if output == "pyramid" else None
         ends = [depth * quarter // 4 for quarter in (1, 2, 3, 4)]
         self.outputs = ends if self.neck else [depth]
         self.strides = {"map": (patch,), "tokens": (patch, patch)}.get(output, PyramidNeck.strides)
@@ -147,14 +149,12 @@ def resized(positions: Tensor, rows: int, columns: int) -> Tensor:
     if (rows, columns) == (side, side) and not is_exporting():
         return positions
     grid = positions.mT.unflatten(2, (side, side)).float()
-    grid = cubic_weights(rows, side, grid) @ grid @ cubic_weights(columns, side, grid).mT
-    return grid.to(positions.dtype).flatten(2).mT
-
-
-def cubic_weights(outputs: int, inputs: int, like: Tensor) -> Tensor:
-    """Return the coefficients of bicubic resizing of one axis, (outputs, inputs)."""
-    identity = torch.eye(inputs, device=like.device)[None, None]
-    return F.interpolate(identity, (outputs, inputs), mode="bicubic")[0, 0]
+    identity = torch.eye(side, device=grid.device)[None, None]
+    # The coefficients of each axis, (rows, side) and (columns, side).
+    down, across = (
+        F.interpolate(identity, (n, side), mode="bicubic")[0, 0] for n in (rows, columns)
+    )
+    return (down @ grid @ across.mT).to(positions.dtype).flatten(2).mT
 
 
 def _tokens(number: int, width: int) -> nn.Parameter:
@@ -162,25 +162,54 @@ def _tokens(number: int, width: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, number, width), std=0.02))
 
 
-def dinov2(width: int, depth: int, heads: int, registers: int = 0) -> Callable[..., ViT]:
-    """Return the builder of a ViT of DINOv2."""
-    return partial(ViT, width, depth, heads, registers, 1e-6, False, patch=14, positions=37)
+class PyramidNeck(nn.Module):
+    """Maps of strides 4, 8, 16 and 32 from four maps of stride 16, or nearly.
+
+    As BEiT (Bao et al. 2022, https://arxiv.org/abs/2106.08254) and ViTDet (Li et al. 2022,
+    https://arxiv.org/abs/2203.16527): transposed convolutions for the finer maps, pooling for the
+    coarsest.
+
+    Args:
+        width: Channels of the maps.
+        norm: Makes the norm between the transposed convolutions of the finest map: LayerNorm in
+            ViTDet, BatchNorm in BEiT.
+
+    Shape:
+        maps[i]: (B, width, h, w)
+        pyramid[i]: (B, width, H / (4, 8, 16, 32)[i], W / (4, 8, 16, 32)[i]), rounded up
+
+    Departs from the papers: a map of another size, as from patches of 14 pixels, is resized.
+    """
+
+    strides = (4, 8, 16, 32)
+
+    def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        double = partial(nn.ConvTranspose2d, width, width, 2, stride=2)
+        finest = nn.Sequential(double(), norm(width), nn.GELU(), double())
+        coarser = double(), nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)
+        self.levels = nn.ModuleList([finest, *coarser])
+
+    def forward(self, maps: Sequence[Tensor], height: int, width: int) -> list[Tensor]:
+        pyramid = []
+        for level, x, stride in zip(self.levels, maps, self.strides, strict=True):
+            size = (height + stride - 1) // stride, (width + stride - 1) // stride
+            pyramid.append(resize(level(x), size))
+        return pyramid
 
 
-def dinov3(width: int, depth: int, heads: int, *, gated: bool = False) -> Callable[..., ViT]:
-    """Return the builder of a ViT of DINOv3."""
-    return partial(ViT, width, depth, heads, 4, 1e-5, gated, patch=16, positions=0)
-
+_dinov2 = partial(ViT, patch=14, positions=37)
+_dinov3 = partial(ViT, patch=16, positions=0)
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "vit_s_dinov2": dinov2(384, 12, 6),
-    "vit_b_dinov2": dinov2(768, 12, 12),
-    "vit_l_dinov2": dinov2(1024, 24, 16),
-    "vit_s_dinov2_reg": dinov2(384, 12, 6, 4),
-    "vit_b_dinov2_reg": dinov2(768, 12, 12, 4),
-    "vit_l_dinov2_reg": dinov2(1024, 24, 16, 4),
-    "vit_s_dinov3": dinov3(384, 12, 6),
-    "vit_s_plus_dinov3": dinov3(384, 12, 6, gated=True),
-    "vit_b_dinov3": dinov3(768, 12, 12),
-    "vit_l_dinov3": dinov3(1024, 24, 16),
+    "vit_s_dinov2": partial(_dinov2, 384, 12, 6, 0, 1e-6, False),
+    "vit_b_dinov2": partial(_dinov2, 768, 12, 12, 0, 1e-6, False),
+    "vit_l_dinov2": partial(_dinov2, 1024, 24, 16, 0, 1e-6, False),
+    "vit_s_dinov2_reg": partial(_dinov2, 384, 12, 6, 4, 1e-6, False),
+    "vit_b_dinov2_reg": partial(_dinov2, 768, 12, 12, 4, 1e-6, False),
+    "vit_l_dinov2_reg": partial(_dinov2, 1024, 24, 16, 4, 1e-6, False),
+    "vit_s_dinov3": partial(_dinov3, 384, 12, 6, 4, 1e-5, False),
+    "vit_s_plus_dinov3": partial(_dinov3, 384, 12, 6, 4, 1e-5, True),
+    "vit_b_dinov3": partial(_dinov3, 768, 12, 12, 4, 1e-5, False),
+    "vit_l_dinov3": partial(_dinov3, 1024, 24, 16, 4, 1e-5, False),
 }

@@ -10,7 +10,7 @@ from segkit.core.config import check_bounds
 from segkit.core.errors import ConfigError
 from segkit.models.layers import resize
 from segkit.models.queries import QueryClassifier, mlp, semantic_logits
-from segkit.models.transformer import TransformerBlock, rotary_positions
+from segkit.models.transformer import rotary_positions, vit_block
 
 
 class EoMT(nn.Module):
@@ -80,7 +80,7 @@ class EoMT(nn.Module):
         eps = 1e-5 if rotary else 1e-6
         self.query = nn.Embedding(queries, width)
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, self.heads, eps=eps, drop_path=drop_path) for _ in range(blocks)
+            vit_block(width, self.heads, drop_path=drop_path, eps=eps) for _ in range(blocks)
         )
         self.norm = nn.LayerNorm(width, eps=eps)
         self.class_head = QueryClassifier(width, num_classes)

@@ -4,19 +4,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segkit.core.config import check_bounds
 from segkit.core.errors import ConfigError
-from segkit.models.decoders.pixel_decoders import (
-    LEVELS,
-    DeformablePixelDecoder,
-    FeaturePyramid,
-    sine_positions,
-)
+from segkit.models.decoders.pixel_decoders import LEVELS, DeformablePixelDecoder, FeaturePyramid
 from segkit.models.layers import resize
 from segkit.models.queries import QueryClassifier, mlp, semantic_logits
+from segkit.models.transformer import attend, sine_positions
 
 
 class Mask2Former(nn.Module):
@@ -69,8 +64,7 @@ class Mask2Former(nn.Module):
         check_bounds(1, 100, layers=layers, pixel_layers=pixel_layers)
         if width % 4 or width % heads:
             raise ConfigError(f"width: expected a multiple of 4 and of heads={heads}, got {width}")
-        self.num_classes = num_classes
-        self.heads = heads
+        self.num_classes, self.heads = num_classes, heads
         self.used_levels = (-4, -3, -2, -1)
         sizes = {"heads": heads, "layers": pixel_layers, "feedforward": pixel_feedforward}
         self.pixel_decoder = (
@@ -90,9 +84,8 @@ class Mask2Former(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         maps, embeddings = self.pixel_decoder(features[-4:])
-        values = [
-            x.flatten(2).mT + level for x, level in zip(maps, self.level_embed.weight, strict=True)
-        ]
+        levels = self.level_embed.weight
+        values = [x.flatten(2).mT + level for x, level in zip(maps, levels, strict=True)]
         keys = [x + sine_positions(y).to(x.dtype) for x, y in zip(values, maps, strict=True)]
         queries = self.query_features.weight.expand(embeddings.shape[0], -1, -1)
         outputs = [self.norm(queries)]
@@ -159,9 +152,7 @@ class Attention(nn.Module):
         self, queries: Tensor, keys: Tensor, values: Tensor, attended: Tensor | None = None
     ) -> Tensor:
         projected = self.query(queries), self.key(keys), self.value(values)
-        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in projected)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
-        return self.project(x.transpose(1, 2).flatten(2))
+        return self.project(attend(*projected, self.heads, attended))
 
 
 def _attended(masks: Tensor, size: Sequence[int]) -> Tensor:

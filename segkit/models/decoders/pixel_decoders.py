@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from segkit.models.layers import resize, sample_points
 from segkit.models.queries import mlp
+from segkit.models.transformer import pixel_centers, sine_positions
 
 LEVELS = 3
 """Maps that the queries attend to; the fourth, of the least stride, is for masks only."""
@@ -60,9 +61,7 @@ class DeformablePixelDecoder(nn.Module):
         self, channels: Sequence[int], *, width: int, heads: int, layers: int, feedforward: int
     ) -> None:
         super().__init__()
-        self.projections = nn.ModuleList(
-            conv_norm(inputs, width, bias=True) for inputs in channels[:0:-1]
-        )
+        self.projections = nn.ModuleList(conv_norm(c, width, bias=True) for c in channels[:0:-1])
         self.level_embed = nn.Parameter(torch.empty(LEVELS, width))
         nn.init.normal_(self.level_embed)
         self.layers = nn.ModuleList(
@@ -76,11 +75,9 @@ class DeformablePixelDecoder(nn.Module):
         shallow, *deeper = features
         maps = [project(x) for project, x in zip(self.projections, deeper[::-1], strict=True)]
         x = torch.cat([y.flatten(2).mT for y in maps], 1)
-        positions = [
-            sine_positions(y) + level for y, level in zip(maps, self.level_embed, strict=True)
-        ]
-        places, centers = torch.cat(positions), torch.cat([_centers(y) for y in maps])
+        positions = [sine_positions(y) + e for y, e in zip(maps, self.level_embed, strict=True)]
         sizes = [(y.shape[2], y.shape[3]) for y in maps]
+        places, centers = torch.cat(positions), torch.cat([pixel_centers(*s, x) for s in sizes])
         for layer in self.layers:
             x = layer(x, places.to(x.dtype), centers, sizes)
         parts = x.split([height * width for height, width in sizes], 1)
@@ -111,12 +108,10 @@ class DeformableAttention(nn.Module):
 
     Zhu et al. 2021 (Deformable DETR), https://arxiv.org/abs/2010.04159
 
-    Each head has ``points`` on each map.
-
     Shape:
         x: (B, N, width), the pixels of all maps; the output is the same
         queries: (B, N, width), the same with positions
-        centers: (N, 2), columns and rows from 0 to 1
+        centers: (N, 2), rows and columns from 0 to 1
     """
 
     def __init__(self, width: int, *, heads: int, points: int = 4) -> None:
@@ -126,12 +121,11 @@ class DeformableAttention(nn.Module):
         self.shares = nn.Linear(width, math.prod(self.shape))
         self.value = nn.Linear(width, width)
         self.project = nn.Linear(width, width)
-        for linear in (self.offsets, self.shares, self.value, self.project):
-            nn.init.zeros_(linear.bias)
-            if linear in (self.offsets, self.shares):
-                nn.init.zeros_(linear.weight)
-            else:
-                nn.init.xavier_uniform_(linear.weight)
+        nn.init.xavier_uniform_(self.value.weight)
+        nn.init.xavier_uniform_(self.project.weight)
+        biases = [linear.bias for linear in (self.offsets, self.shares, self.value, self.project)]
+        for parameter in (self.offsets.weight, self.shares.weight, *biases):
+            nn.init.zeros_(parameter)
         # Each head begins with points at distances 1, 2, ... in a direction of its own.
         angle = torch.arange(heads) * (2 * math.pi / heads)
         direction = torch.stack([angle.cos(), angle.sin()], 1)
@@ -152,36 +146,9 @@ class DeformableAttention(nn.Module):
         result = torch.zeros_like(values)
         for level, (part, (height, width)) in enumerate(zip(parts, sizes, strict=True)):
             column, row = (offsets[..., level, :, i].flatten(0, 1) for i in (0, 1))
-            at = torch.stack(
-                [centers[:, :1] + column / width, centers[:, 1:] + row / height], 3
-            )  # (B * heads, N, points, 2)
+            places = centers[:, 1:] + column / width, centers[:, :1] + row / height
+            at = torch.stack(places, 3)  # (B * heads, N, points, 2)
             sampled = sample_points(part.unflatten(2, (height, width)), at.flatten(1, 2))
             share = shares[..., level * points : (level + 1) * points].flatten(0, 1)
             result = result + (sampled.unflatten(2, (-1, points)) * share[:, None]).sum(3)
         return self.project(result.unflatten(0, (-1, heads)).flatten(1, 2).mT)
-
-
-def sine_positions(x: Tensor) -> Tensor:
-    """Return sines and cosines of the pixels' rows and columns, (h * w, C), for (B, C, h, w).
-
-    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; of images: Carion et al. 2020 (DETR),
-    https://arxiv.org/abs/2005.12872
-    """
-    _, channels, height, width = x.shape
-    rate = 10000 ** (torch.arange(channels // 4, device=x.device) * (4 / channels))
-    rows, columns = (
-        2 * math.pi * (torch.arange(1, side + 1, device=x.device) / side)[:, None] / rate
-        for side in (height, width)
-    )
-    rows, columns = (torch.stack([y.sin(), y.cos()], 2).flatten(1) for y in (rows, columns))
-    grid = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
-    return torch.cat(grid, 2).flatten(0, 1)
-
-
-def _centers(x: Tensor) -> Tensor:
-    """Return the centers of the pixels of a map, (h * w, 2): column and row, from 0 to 1."""
-    rows, columns = (
-        (torch.arange(side, device=x.device) + 0.5) / side for side in (x.shape[2], x.shape[3])
-    )
-    grid = columns.expand(x.shape[2], -1), rows[:, None].expand(-1, x.shape[3])
-    return torch.stack(grid, 2).flatten(0, 1)

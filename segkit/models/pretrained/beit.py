@@ -1,9 +1,11 @@
 """BEiT by the names of Microsoft, timm and transformers, and its position biases."""
 
+import math
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from segkit.models.pretrained.names import Project, Substitutions
 from segkit.models.pretrained.swin import side
@@ -11,8 +13,7 @@ from segkit.models.pretrained.vit import NAMES, key_without_bias
 
 _NAMES: Substitutions = (
     *NAMES,
-    (r"\.(?:attention\.attention\.)?relative_position_bias\.", ".position_bias."),
-    (r"\.attn\.relative_position_", ".position_bias.relative_position_"),
+    (r"\.(?:attention\.attention\.)?relative_position_bias\.", ".attn."),
     (r"^fpn\.fpn1\.conv_transpose([12])\.", lambda m: f"fpn1.{'03'[int(m[1]) - 1]}."),
     (r"^fpn\.fpn1\.normalization\.", "fpn1.1."),
     (r"^fpn1\.", "neck.levels.0."),
@@ -39,11 +40,11 @@ PROJECTS = (
 
 
 def resize_table(table: Tensor, entries: int) -> Tensor:
-    """Return position biases for another window, as the authors do: by a spline, denser near 0.
+    """Return position biases for another window, denser near 0, as the authors do.
 
     The old offsets are put at growing distances, a geometric series, so that those of neighbors
-    keep their meaning; cubic splines through them give the biases at the new offsets. The last
-    three entries, of the class token, are unchanged.
+    keep their meaning; between them the interpolation is bicubic, where the authors have splines
+    (1 % apart for smooth biases). The last three entries, of the class token, are unchanged.
 
     Shape:
         table: ((2 window - 1) ** 2 + 3, heads) -> (entries, heads)
@@ -52,33 +53,11 @@ def resize_table(table: Tensor, entries: int) -> Tensor:
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
-        if (1 - ratio ** (old // 2)) / (1 - ratio) > new // 2:
-            high = ratio
-        else:
-            low = ratio
-    steps = torch.logspace(0, old // 2 - 1, old // 2, base=ratio, dtype=torch.float64).cumsum(0)
-    at = torch.cat([-steps.flip(0), steps.new_zeros(1), steps])
-    spline = spline_matrix(at, torch.arange(-(new // 2), new // 2 + 1, dtype=torch.float64))
-    image = table[:-3].T.unflatten(1, (old, old)).double()
-    resized = (spline @ image @ spline.T).flatten(1).T.to(table.dtype)
-    return torch.cat([resized, table[-3:]])
-
-
-def spline_matrix(at: Tensor, where: Tensor) -> Tensor:
-    """Return the matrix from values at ``at`` to those of their cubic spline at ``where``.
-
-    The spline has no knots at the second and the last but one value ("not a knot").
-
-    Shape:
-        at: (N,), ascending, N > 3
-        where: (M,)
-        result: (M, N)
-    """
-    scale = at[-1]
-
-    def basis(x: Tensor) -> Tensor:
-        x = x[:, None] / scale
-        powers = x ** torch.arange(4)
-        return torch.cat([powers, (x - at[2:-2] / scale).clamp(min=0) ** 3], 1)
-
-    return torch.linalg.solve(basis(at).T, basis(where).T).T
+        shorter = (1 - ratio ** (old // 2)) / (1 - ratio) <= new // 2
+        low, high = (ratio, high) if shorter else (low, ratio)
+    offsets = torch.arange(-(new // 2), new // 2 + 1).double()
+    at = offsets.sign() * (offsets.abs() * (ratio - 1)).log1p() / math.log(ratio) / (old // 2)
+    points = torch.stack(torch.meshgrid(at, at, indexing="xy"), 2)[None]
+    image = table[:-3].T.unflatten(1, (old, old))[None].double()
+    resized = F.grid_sample(image, points, "bicubic", "border", align_corners=True)
+    return torch.cat([resized[0].flatten(1).T.to(table.dtype), table[-3:]])

@@ -59,19 +59,10 @@ _mask2former = partial(
     ),
 )
 PROJECTS = (
-    _mask2former(
-        "Mask2Former of Meta",
-        marks=(
-            r"sem_seg_head\.pixel_decoder\.mask_features\.",
-            r"sem_seg_head\.predictor\.transformer_cross_att",
-        ),
-    ),
+    _mask2former("Mask2Former of Meta", marks=(r"sem_seg_head\.predictor\.transformer_cross_att",)),
     _mask2former(
         "Mask2Former of Hugging Face",
-        marks=(
-            r"pixel_level_module\.decoder\.mask_projection\.",
-            r"transformer_module\.decoder\.layers\.0\.cross_attn\.",
-        ),
+        marks=(r"transformer_module\.decoder\.layers\.0\.cross_attn\.",),
         prefix="pixel_level_module.encoder.",
     ),
 )

@@ -81,10 +81,7 @@ PROJECTS = (
             "this model's, as NVIDIA's, of 1e-5",
         ),
     ),
-    _mit(
-        "MiT by NVIDIA's names",
-        marks=(r"patch_embed1\.proj\.", r"block1\.0\.attn\.q\.", r"block1\.0\.mlp\.dwconv"),
-    ),
+    _mit("MiT by NVIDIA's names", marks=(r"block1\.0\.attn\.q\.", r"block1\.0\.mlp\.dwconv")),
     _mit(
         "MiT by Hugging Face's names",
         marks=(r"(segformer\.)?(encoder\.block\.0\.0|stages\.0\.blocks\.0)\.attention\.",),

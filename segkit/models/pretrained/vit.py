@@ -5,13 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from segkit.models.pretrained.names import (
-    HUGGING_FACE_BLOCK,
-    Project,
-    State,
-    Substitutions,
-    has,
-)
+from segkit.models.pretrained.names import HUGGING_FACE_BLOCK, Project, State, Substitutions, has
 
 # Names of all projects for ViT and BEiT, which no two use differently.
 NAMES: Substitutions = (
@@ -95,12 +89,11 @@ _IN_META = r"blocks\.0\.ls1\.gamma", r"cls_token"
 _IN_HUGGING_FACE = r"(\w+\.)?(encoder\.|model\.)?layers?\.0\.layer_scale1\.lambda1"
 _POSITIONS = r"(\w+\.)?embeddings\.position_embeddings"
 _ROTARY = r"rope_embed\.|storage_tokens"
-_QKV = r".*\.attn\.qkv\.weight"
 _masked_key = partial(key_without_bias, parts=3)
 
 PROJECTS = (
     _dinov3("DINOv3 by timm's names", marks=(*_IN_TIMM, r".*\.q_bias")),
-    _dinov3("DINOv3 by timm's names", marks=_IN_TIMM, unbiased=_QKV),
+    _dinov3("DINOv3 by timm's names", marks=_IN_TIMM, unbiased=r".*\.attn\.qkv\.weight"),
     _dinov3("DINOv3 by Meta's names", marks=(*_IN_META, _ROTARY), convert=_masked_key),
     _dinov2("DINOv2 by Meta's or timm's names", marks=_IN_META),
     _dinov2("DINOv2 by Hugging Face's names", marks=(_IN_HUGGING_FACE, _POSITIONS)),
