@@ -1,7 +1,9 @@
 """Training steps in a process that keeps freed memory, against one that returns it (glibc).
 
     python -m benchmarks.allocator [--json] [--rounds 7] [--threads 2] [--case NAME ...]
-        [--size 256] [--amp]
+        [--size 256] [--amp] [--inference]
+
+``--inference``: forward passes of ``benchmarks.inference`` in place of steps.
 
 The setting is one of the whole process, so each side is a process of its own; they alternate. See
 ``segkit.core.backend.keep_freed_memory``. The last two figures are the peaks of both in MiB.
@@ -9,23 +11,32 @@ The setting is one of the whole process, so each side is a process of its own; t
 
 import multiprocessing
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
 import torch
 
 import segkit
 from benchmarks import Figure, alternate, ratio_of, show
+from benchmarks.inference import our_pass
 from benchmarks.step import CASES, chosen, model_arguments, our_step
 from segkit.core.backend import keep_freed_memory
 
 
-def serve(pipe: Connection, keep: bool, threads: int, name: str, size: int, amp: bool) -> None:
+def serve(
+    pipe: Connection,
+    keep: bool,
+    build: Callable[..., Callable[[], object]],
+    threads: int,
+    name: str,
+    size: int,
+    amp: bool,
+) -> None:
     """Run a step whenever the other end asks for one; at the end, send the peak in MiB."""
     if keep:
         keep_freed_memory()
     torch.set_num_threads(threads)
-    step = our_step(CASES[name], size, torch.bfloat16 if amp else None, "cpu")
+    step = build(CASES[name], size, torch.bfloat16 if amp else None, "cpu")
     while pipe.recv():
         step()
         pipe.send(True)
@@ -54,11 +65,17 @@ class Side:
 
 
 def figures(
-    rounds: int, threads: int, *, names: list[str], size: int, amp: torch.dtype | None
+    rounds: int,
+    threads: int,
+    *,
+    names: list[str],
+    size: int,
+    amp: torch.dtype | None,
+    inference: bool,
 ) -> Iterator[Figure]:
-    """Yield each model's step."""
+    """Yield each model's step or pass."""
     for name in names:
-        settings = threads, name, size, amp is not None
+        settings = our_pass if inference else our_step, threads, name, size, amp is not None
         sides = {"keeping": Side(True, *settings), "returning": Side(False, *settings)}
         steps = {keeps: side.step for keeps, side in sides.items()}
         seconds = alternate(steps, rounds=rounds, warm_up=2)
@@ -73,5 +90,7 @@ def figures(
 if __name__ == "__main__":
     parser = model_arguments(__doc__)
     parser.set_defaults(rounds=7)
+    parser.add_argument("--inference", action="store_true", help="forward passes, not steps")
     options = parser.parse_args()
-    show(figures(options.rounds, options.threads, **chosen(options)), as_json=options.json)
+    settings = {**chosen(options), "inference": options.inference}
+    show(figures(options.rounds, options.threads, **settings), as_json=options.json)

@@ -1,5 +1,6 @@
 """Backbones: torchvision's numbers and names, any size, dilation, checkpointing."""
 
+import math
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -363,6 +364,18 @@ def test_attention_is_the_same_by_pytorchs_fused_form(monkeypatch: pytest.Monkey
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_attention_between_regions_has_no_subnormal_numbers() -> None:
+    """exp(-100) is one; Intel's processors need a hundred times as long for products of it."""
+    swin, seen = small_swin(drop_path=0.0), []
+    for module in swin.modules():
+        if isinstance(module, WindowAttention):
+            module.proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    swin(image(65, 65))
+    smallest = torch.finfo(torch.float32).tiny
+    assert seen
+    assert not any(((x != 0) & (x.abs() < smallest)).any() for x in seen)
+
+
 def test_a_shift_mask_is_made_once_for_a_stage_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
@@ -386,7 +399,7 @@ def test_a_shift_mask_made_during_the_capture_of_a_cuda_graph_is_not_kept(
 ) -> None:
     """Its memory belongs to the graph, and a later graph may use it for other tensors."""
     like: Any = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32)
-    mask = ShiftMask()
+    mask = ShiftMask(-math.inf)
     arguments = 2, 2, 4, (2, 2), like
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     captured = mask(*arguments)

@@ -82,9 +82,8 @@ class Swin(nn.Module):
         self.channels = tuple(width * 2**stage for stage in range(4))
         self.checkpointing = checkpointing
         for stage in self.features[1::2]:
-            mask = ShiftMask()
             for swin_block in stage:
-                swin_block.attn.shift_mask = mask
+                swin_block.attn.shift_mask = stage[0].attn.shift_mask
         for name, channels in zip(self.output_modules, self.channels, strict=True):
             self.add_module(name, nn.LayerNorm(channels))
 
@@ -108,13 +107,19 @@ class WindowAttention(reference.ShiftedWindowAttention):
 
     Shape:
         x: (B, h, w, C) -> (B, h, w, C); padded internally to whole windows
+
+    Departs from the authors' code: attention between patches that are in one window only by the
+    shift is exactly 0. There -100 is added to its logits, so that it is a subnormal number, with
+    which Intel's processors are slow: a pass of UPerNet on Swin-B, not trained, took 2.4 times the
+    time (``python -m benchmarks.inference``).
     """
 
     qkv: nn.Linear
+    between_regions = -math.inf
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.shift_mask = ShiftMask()
+        self.shift_mask = ShiftMask(self.between_regions)
 
     def forward(self, x: Tensor) -> Tensor:
         if is_exporting():
@@ -183,6 +188,8 @@ class WindowAttentionV2(WindowAttention, reference.ShiftedWindowAttentionV2):
     Liu et al. 2022, https://arxiv.org/abs/2111.09883, section 3.3
     """
 
+    between_regions = -100.0  # as published: similarities are multiplied by up to 100
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.qkv.__class__ = KeysWithoutBias
@@ -228,7 +235,8 @@ class ShiftMask:
     All blocks of a stage share it, so the mask is made once per stage and size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, between: float) -> None:
+        self._between = between
         self._key: tuple[Any, ...] | None = None
         self._mask: Tensor | None = None
 
@@ -239,20 +247,22 @@ class ShiftMask:
         # A tensor that a CUDA graph's capture made may be overwritten by later graphs.
         capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
         if torch.compiler.is_compiling() or capturing:
-            return shift_mask(down, across, window, shift, like)
+            return shift_mask(down, across, window, shift, self._between, like)
         key = down, across, window, shift, like.device, like.dtype
         if self._mask is None or self._key != key:
             with torch.inference_mode(False):  # else training could not use the cached tensor
-                self._mask = shift_mask(down, across, window, shift, like)
+                self._mask = shift_mask(down, across, window, shift, self._between, like)
             self._key = key
         return self._mask
 
 
-def shift_mask(down: int, across: int, window: int, shift: tuple[int, int], like: Tensor) -> Tensor:
+def shift_mask(
+    down: int, across: int, window: int, shift: tuple[int, int], between: float, like: Tensor
+) -> Tensor:
     """Return a mask of attention between patches that are in one window only by the shift.
 
     Shape:
-        result: (windows, 1, N, N), -100 between such patches, else 0
+        result: (windows, 1, N, N), ``between`` for such patches, else 0
     """
     rows, columns = (
         _regions(torch.arange(windows * window, device=like.device), windows, window, by)
@@ -261,7 +271,7 @@ def shift_mask(down: int, across: int, window: int, shift: tuple[int, int], like
     regions = window_partition((3 * rows[:, None] + columns)[None, :, :, None], window)
     regions = regions.squeeze(-1).squeeze(0)  # (windows, N)
     differ = regions[:, None, :, None] != regions[:, None, None, :]
-    return -100.0 * differ.to(like.dtype)
+    return torch.where(differ, between, 0.0).to(like.dtype)
 
 
 def attention_of_any_size(attention: WindowAttention, x: Tensor) -> Tensor:
@@ -298,7 +308,7 @@ def attention_of_any_size(attention: WindowAttention, x: Tensor) -> Tensor:
         region = 3 * _regions(row, down, window, up) + _regions(column, across, window, left)
         region = region.reshape(-1, 1, window**2)
         differ = region[..., None] != region[..., None, :]
-        scores = scores - 100.0 * differ.to(scores.dtype)
+        scores = scores + torch.where(differ, attention.between_regions, 0.0).to(scores.dtype)
     windows = attention.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
     # The inverse: index in the windows of each patch of the map.
     image, place = _divide(torch.arange(batch * height * width, device=x.device), height * width)
