@@ -1,4 +1,4 @@
-"""Blocks of Vision Transformers (see ``segkit/models/backbones/vit.py``), and rotary positions."""
+"""Blocks, attention and positions of transformers; see ``segkit/models/backbones/vit.py``."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from segkit.core.config import check_bounds
 from segkit.core.distributed import sum_over_ranks
@@ -88,9 +89,9 @@ class MaskClassification(nn.Module):
 
     def _counts(self, present: Tensor, totals: StepTotals | None, *, queries: int) -> Tensor:
         """Return the sum of the queries' coefficients, and the matched segments, per part."""
-        parts = 1 if totals is None else totals.micro_batches
+        parts = 1
         if totals is not None:
-            present = totals.count[:, : present.shape[1]] > 0
+            present, parts = totals.count[:, : present.shape[1]] > 0, totals.micro_batches
         segments = present.sum(1).clamp_max(queries)
         known = queries * present.any(1)
         counts = torch.stack([segments + self.no_object * (known - segments), 1.0 * segments])
@@ -99,32 +100,32 @@ class MaskClassification(nn.Module):
     @torch.no_grad()
     def _match(self, classes: Tensor, masks: Tensor, target: Tensor, present: Tensor) -> Tensor:
         """Return the matches in each layer, (layers, 3, matches): image, query and class."""
+        segments = [row.nonzero()[0] for row in present.cpu().numpy()]  # waits for a GPU
+        labels = pad_sequence([*map(torch.as_tensor, segments)], batch_first=True).to(target.device)
         points = torch.rand(len(target), self.points, 2, device=target.device)
         truth = _labels_at(target, points, torch.arange(len(target), device=target.device))
-        layers = zip(classes, masks, strict=True)
-        costs = torch.stack([self._costs(c, m, points, truth) for c, m in layers])
+        sampled = (sample_points(x.to(classes.dtype), points) for x in masks)
+        layers = zip(classes, sampled, strict=True)
+        costs = torch.stack([self._costs(*layer, truth, labels) for layer in layers])
         costs = costs.nan_to_num(1e9, 1e9, -1e9).clamp(-1e9, 1e9)  # a diverged query comes last
-        segments = [row.nonzero()[0] for row in present.cpu().numpy()]  # waits for a GPU
         matches = []
         for layer in costs.mT.cpu().numpy():
             parts = []
             for image, named in enumerate(segments):
-                rows, queries = assign(layer[image, named])
+                rows, queries = assign(layer[image, : len(named)])
                 parts.append(np.stack([np.full_like(queries, image), queries, named[rows]]))
             matches.append(np.concatenate(parts, axis=1))
         return torch.from_numpy(np.stack(matches)).to(target.device)
 
-    def _costs(self, classes: Tensor, masks: Tensor, points: Tensor, truth: Tensor) -> Tensor:
-        """Return the costs of a layer, (B, queries, classes)."""
-        x = sample_points(masks.to(classes.dtype), points)
-        probability = classes.softmax(2)[..., :-1]
-        labels = torch.arange(probability.shape[2], device=x.device)
-        inside = (truth[:, :, None] == labels).to(x)  # (B, points, classes)
+    def _costs(self, classes: Tensor, x: Tensor, truth: Tensor, labels: Tensor) -> Tensor:
+        """Return a layer's costs, (B, queries, labels), of its masks ``x`` at the points."""
+        inside = (truth[:, :, None] == labels[:, None]).to(x)  # (B, points, classes)
         valid = (truth != IGNORE)[:, None].to(x)
         p = x.sigmoid() * valid
         entropy = (F.softplus(x) * valid).sum(2, keepdim=True) - x @ inside
         union = p.sum(2, keepdim=True) + inside.sum(1, keepdim=True)
         dice = 1 - (2 * p @ inside + 1) / (union + 1)
+        probability = classes.softmax(2).gather(2, labels[:, None].expand(-1, x.shape[1], -1))
         mask = entropy / valid.sum(2, keepdim=True).clamp_min(1)
         return self.mask_factor * mask + self.dice_factor * dice - self.class_factor * probability
 

@@ -365,7 +365,7 @@ def test_attention_is_the_same_by_pytorchs_fused_form(monkeypatch: pytest.Monkey
 
 
 def test_attention_between_regions_has_no_subnormal_numbers() -> None:
-    """exp(-100) is one; Intel's processors need a hundred times as long for products of it."""
+    """exp(-100) is one, and products of such numbers are slow on Intel's processors."""
     swin, seen = small_swin(drop_path=0.0), []
     for module in swin.modules():
         if isinstance(module, WindowAttention):

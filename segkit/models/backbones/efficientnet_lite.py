@@ -38,7 +38,9 @@ def lite(width: float, depth: float) -> Builder:
             MBConvConfig(*stage, width_mult=width, depth_mult=1.0 if stage[-1] == 1 else depth)
             for stage in STAGES
         ]
-        network = models.EfficientNet(settings, 0.2, stochastic_depth_prob, last_channel=1280)
+        network = models.EfficientNet(
+            settings, dropout=0.2, stochastic_depth_prob=stochastic_depth_prob, last_channel=1280
+        )
         for name, module in list(network.named_modules()):
             if isinstance(module, SqueezeExcitation):
                 network.set_submodule(name, nn.Identity())

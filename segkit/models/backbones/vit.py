@@ -201,7 +201,7 @@ class PyramidNeck(nn.Module):
 _dinov2 = partial(ViT, patch=14, positions=37)
 _dinov3 = partial(ViT, patch=16, positions=0)
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
+BACKBONES: dict[str, Callable[..., nn.Module]] = {  # width, depth, heads, registers, eps, gated
     "vit_s_dinov2": partial(_dinov2, 384, 12, 6, 0, 1e-6, False),
     "vit_b_dinov2": partial(_dinov2, 768, 12, 12, 0, 1e-6, False),
     "vit_l_dinov2": partial(_dinov2, 1024, 24, 16, 0, 1e-6, False),

@@ -104,7 +104,7 @@ class DeformableLayer(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention: a pixel reads each map at a few predicted points.
+    """Multi-scale deformable attention: a head reads each map at ``points`` predicted points.
 
     Zhu et al. 2021 (Deformable DETR), https://arxiv.org/abs/2010.04159
 

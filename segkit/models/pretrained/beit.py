@@ -43,8 +43,8 @@ def resize_table(table: Tensor, entries: int) -> Tensor:
     """Return position biases for another window, denser near 0, as the authors do.
 
     The old offsets are put at growing distances, a geometric series, so that those of neighbors
-    keep their meaning; between them the interpolation is bicubic, where the authors have splines
-    (1 % apart for smooth biases). The last three entries, of the class token, are unchanged.
+    keep their meaning; between them the interpolation is bicubic, where the authors have splines.
+    The last three entries, of the class token, are unchanged.
 
     Shape:
         table: ((2 window - 1) ** 2 + 3, heads) -> (entries, heads)
