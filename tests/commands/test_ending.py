@@ -177,7 +177,7 @@ def test_a_second_signal_ends_a_training_at_once(folder: Path, number: int) -> N
     assert started.process.pid is not None
     for _ in range(2):
         os.killpg(started.process.pid, number)
-        time.sleep(0.5)
+        time.sleep(1)
     assert started.end() == (130, ["interrupted"])
 
 
