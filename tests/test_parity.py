@@ -20,7 +20,8 @@ from torchvision import models
 
 from segkit.core.errors import CheckpointError
 from segkit.models.backbones import BACKBONES
-from segkit.models.backbones.beit import BEiT, relative_offsets
+from segkit.models.backbones.beit import beit, relative_offsets
+from segkit.models.backbones.vit import PlainTransformer
 from segkit.models.decoders import DECODERS
 from segkit.models.pretrained import Report, load_file
 from segkit.models.pretrained.reading import read_file
@@ -401,8 +402,8 @@ def beit_config(**options: Any) -> Any:
     )
 
 
-def small_beit(window: int = 4) -> BEiT:
-    return BEiT(width=32, depth=12, heads=2, window=window)
+def small_beit(window: int = 4) -> PlainTransformer:
+    return beit(width=32, depth=12, heads=2, window=window)
 
 
 def fill_scales(model: nn.Module) -> nn.Module:
@@ -447,9 +448,9 @@ def test_timms_beit() -> None:
     assert all(name.startswith("backbone.neck.") for name in report.initialized)
     x = ours.backbone.patch_embed(image(64, 64)).flatten(2).transpose(1, 2)
     x = torch.cat([ours.backbone.cls_token, x], 1)
-    offsets = relative_offsets(4, 4, x)
+    grid = relative_offsets(4, 4, x)
     for block in ours.backbone.blocks:
-        x = block(x, offsets, 4, 4)
+        x = block(x, grid)
     theirs.norm = nn.Identity()
     equal(x, theirs.forward_features(image(64, 64)))
 

@@ -1,18 +1,12 @@
 """Blocks, attention and positions of transformers; see ``segkit/models/backbones/vit.py``."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
-
-from segkit.models.layers import resize
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of the angles of rotary positions, each (patches, width of a head)."""
@@ -137,36 +131,6 @@ def pixel_centers(height: int, width: int, like: Tensor) -> Tensor:
     return torch.stack(torch.meshgrid(*sides, indexing="ij"), 2).flatten(0, 1)
 
 
-def whole_patches(image: Tensor, patch: int) -> tuple[Tensor, int, int]:
-    """Return an image resized to the next whole patches, and its rows and columns of patches."""
-    rows, columns = ((side + patch - 1) // patch for side in image.shape[-2:])
-    return resize(image, (rows * patch, columns * patch)), rows, columns
-
-
-def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, *arguments: Any, outputs: Sequence[int], recompute: bool
-) -> Iterator[Tensor]:
-    """Run blocks one after the other, and yield the results of those numbered in ``outputs``.
-
-    The first is 1; ``arguments`` are further arguments of every block.
-    """
-    for number, block in enumerate(blocks, 1):
-        step = partial(checkpoint, block, use_reentrant=False) if recompute else block
-        x = step(x, *arguments)
-        if number in outputs:
-            yield x
-
-
-def block_stages(ends: Sequence[int], first: Sequence[str]) -> list[list[str]]:
-    """Return a backbone's ``stages``: the names before the first block, and of blocks up to ends.
-
-    See :func:`segkit.models.backbones.depth.layers`.
-    """
-    bounds = pairwise((0, *ends))
-    first_blocks, *others = ([f"blocks.{i}" for i in range(*bound)] for bound in bounds)
-    return [[*first, *first_blocks], *others]
-
-
 def sine_positions(x: Tensor) -> Tensor:
     """Return sines and cosines of the pixels' rows and columns, (h * w, C), for (B, C, h, w).
 
@@ -184,7 +148,7 @@ def sine_positions(x: Tensor) -> Tensor:
     return torch.cat(grid, 2).flatten(0, 1)
 
 
-def rotary_positions(height: int, width: int, head: int, like: Tensor) -> Rotary:
+def rotary_positions(head: int, height: int, width: int, like: Tensor) -> Rotary:
     """Return the rotary positions of DINOv3 for a grid of patches, in float32.
 
     The centers of the patches have coordinates of -1 to 1 on each axis. Half of the angles are of

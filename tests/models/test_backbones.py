@@ -23,7 +23,7 @@ from torchvision.ops import SqueezeExcitation
 
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
-from segkit.models.backbones.beit import BEiT, RelativeAttention, relative_offsets
+from segkit.models.backbones.beit import RelativeAttention, beit, relative_offsets
 from segkit.models.backbones.convnextv2 import GlobalResponseNorm, ResponseNormBlock
 from segkit.models.backbones.hrnet import Exchange, HRNet
 from segkit.models.backbones.mit import MiT, ReducedAttention
@@ -38,7 +38,7 @@ from segkit.models.backbones.swin import (
     shift_mask,
 )
 from segkit.models.backbones.torchvision import SameConv2d, convnext
-from segkit.models.backbones.vit import ViT, resized
+from segkit.models.backbones.vit import PlainTransformer, resized, vit
 from segkit.models.segmenter import build_model
 from segkit.models.transformer import rotary_positions, rotate
 
@@ -84,8 +84,8 @@ def small_mit(**options: object) -> MiT:
     return MiT(widths=(8, 16, 20, 32), depths=(2, 2, 2, 2), **options)  # type: ignore[arg-type]
 
 
-def small_beit(**options: Any) -> BEiT:
-    return BEiT(**{"width": 16, "depth": 12, "heads": 2, "window": 3} | options)
+def small_beit(**options: Any) -> PlainTransformer:
+    return beit(**{"width": 16, "depth": 12, "heads": 2, "window": 3} | options)
 
 
 def small_convnext(**options: object) -> nn.Module:
@@ -94,8 +94,8 @@ def small_convnext(**options: object) -> nn.Module:
     return convnext(partial(ConvNeXt, stages), **({"drop_path": 0.1} | options))
 
 
-def small_vit(**options: Any) -> ViT:
-    return ViT(**{"width": 16, "depth": 4, "heads": 2, "patch": 14, "positions": 5} | options)
+def small_vit(**options: Any) -> PlainTransformer:
+    return vit(**{"width": 16, "depth": 4, "heads": 2, "patch": 14, "positions": 5} | options)
 
 
 # ---- the contract
@@ -500,8 +500,8 @@ def test_a_relative_position_bias_by_hand() -> None:
         [10, 7, 6, 4, 3],
         [10, 8, 7, 5, 4],
     ]
-    offsets = relative_offsets(2, 2, torch.zeros(()))
-    assert attention.bias(offsets, 2, 2).tolist() == [[expected]]
+    grid = relative_offsets(2, 2, torch.zeros(()))
+    assert attention.bias(*grid).tolist() == [[expected]]
 
 
 def test_relative_position_biases_of_another_grid_are_resized() -> None:
@@ -510,9 +510,9 @@ def test_relative_position_biases_of_another_grid_are_resized() -> None:
     with torch.no_grad():
         attention.relative_position_bias_table[3:6, 0] = torch.tensor([0.0, 1.0, 5.0])
     resized = F.interpolate(torch.tensor([[[0.0, 1.0, 5.0]]]), 5, mode="linear")[0, 0]
-    offsets = relative_offsets(1, 3, torch.zeros(()))
+    grid = relative_offsets(1, 3, torch.zeros(()))
     expected = torch.stack([resized[2 + at - torch.arange(3)] for at in range(3)])
-    torch.testing.assert_close(attention.bias(offsets, 1, 3)[0, 0, 1:, 1:], expected)
+    torch.testing.assert_close(attention.bias(*grid)[0, 0, 1:, 1:], expected)
 
 
 @pytest.mark.parametrize("size", [(65, 97), (16, 16)])
@@ -889,7 +889,7 @@ def test_efficientnets_epsilon_is_timms_where_asked() -> None:
 
 
 def test_rotary_positions_by_hand() -> None:
-    cosine, sine = rotary_positions(2, 1, 8, torch.zeros(1))
+    cosine, sine = rotary_positions(8, 2, 1, torch.zeros(1))
     # rows at -1/2 and 1/2, the column at 0; periods 1 and 10; angles of the row, then the column
     angles = torch.tensor([torch.pi * sign / period for sign in (-1, 1) for period in (1, 10)])
     expected = torch.cat([angles.view(2, 2), torch.zeros(2, 2)], 1).repeat(1, 2)
@@ -906,7 +906,7 @@ def test_rotary_attention_depends_on_distances_alone() -> None:
         rotated = [rotate(x, (cosine.double(), sine.double())) for x in tokens]
         return (rotated[0] @ rotated[1].transpose(2, 3))[0, 0]
 
-    by_pair = scores(*rotary_positions(4, 1, 8, torch.zeros(1)))
+    by_pair = scores(*rotary_positions(8, 4, 1, torch.zeros(1)))
     for apart in (1, 2):
         first = by_pair.diagonal(apart)
         torch.testing.assert_close(first, first[:1].expand_as(first), rtol=1e-5, atol=1e-5)

@@ -9,10 +9,10 @@ from torch import nn
 
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
-from segkit.models.backbones.beit import BEiT
+from segkit.models.backbones.beit import beit
 from segkit.models.backbones.depth import depths, first_stages, layers
 from segkit.models.backbones.mit import MiT
-from segkit.models.backbones.vit import ViT
+from segkit.models.backbones.vit import vit
 from segkit.models.segmenter import Segmenter, build_model
 from segkit.training.optim import build_optimizer
 
@@ -111,8 +111,8 @@ MIT |= {"levels.3.norm.bias": 1}
 @pytest.mark.parametrize(
     ("backbone", "exponents"),
     [
-        (partial(ViT, 16, 4, 2, patch=8, positions=4), VIT),
-        (partial(BEiT, 16, 12, 2, 0.1), BEIT),
+        (partial(vit, 16, 4, 2, patch=8, positions=4), VIT),
+        (partial(beit, 16, 12, 2, 0.1), BEIT),
         (partial(MiT, (8, 16, 40, 64), (1, 1, 2, 1)), MIT),
     ],
     ids=["vit", "beit", "mit"],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.core.errors import ConfigError
-from segkit.models.backbones.vit import ViT
+from segkit.models.backbones.vit import vit
 from segkit.models.decoders.eomt import EoMT
 from segkit.models.segmenter import Segmenter, build_model, create_model
 from segkit.training.losses import build_loss
@@ -18,7 +18,7 @@ CLASSES, QUERIES, BLOCKS = 3, 6, 2
 
 def small(*, rotary: bool = False, num_classes: int = CLASSES, **options: Any) -> Segmenter:
     torch.manual_seed(0)
-    backbone = ViT(
+    backbone = vit(
         width=16, depth=6, heads=2, patch=8, positions=0 if rotary else 3, registers=2,
         output="tokens", omitted_blocks=BLOCKS,
     )  # fmt: skip

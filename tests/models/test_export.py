@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkit.core.errors import SegkitError
-from segkit.models.backbones.beit import BEiT
+from segkit.models.backbones.beit import beit
 from segkit.models.backbones.swin import Swin
 from segkit.models.decoders import DECODERS
 from segkit.models.export import export
@@ -91,11 +91,11 @@ def test_swin_gives_the_same_logits_with_one_window_or_more(version: Any, tmp_pa
 @pytest.mark.slow
 def test_beit_gives_the_same_logits_on_any_grid(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    beit = BEiT(width=8, depth=12, heads=2, window=3)
-    for block in beit.blocks:
+    backbone = beit(width=8, depth=12, heads=2, window=3)
+    for block in backbone.blocks:
         nn.init.normal_(block.attn.relative_position_bias_table)
-    shape = {"channels": beit.channels, "strides": beit.strides, "num_classes": 3}
-    check(Segmenter(beit, DECODERS["pspnet"](**shape, width=8)), tmp_path / "model.pt2")
+    shape = {"channels": backbone.channels, "strides": backbone.strides, "num_classes": 3}
+    check(Segmenter(backbone, DECODERS["pspnet"](**shape, width=8)), tmp_path / "model.pt2")
 
 
 FAMILIES = (

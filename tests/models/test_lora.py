@@ -20,10 +20,10 @@ from segkit.core import checkpoint
 from segkit.core.errors import ConfigError
 from segkit.inference.model_file import load, save
 from segkit.models.backbones import BACKBONES
-from segkit.models.backbones.beit import BEiT
+from segkit.models.backbones.beit import beit
 from segkit.models.backbones.mit import MiT
 from segkit.models.backbones.swin import Swin
-from segkit.models.backbones.vit import ViT
+from segkit.models.backbones.vit import vit
 from segkit.models.lora import LowRank, add_lora
 from segkit.models.segmenter import Segmenter, build_model, load_model
 from segkit.training.optim import EMA, build_optimizer
@@ -35,8 +35,8 @@ DECODER = {"name": "upernet", "width": 8, "aux_width": None}
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register small transformers."""
     monkeypatch.setitem(BACKBONES, "swin_tiny", partial(Swin, 8, (2, 2, 1, 1), (1, 1, 2, 2), 1))
-    monkeypatch.setitem(BACKBONES, "vit_tiny", partial(ViT, 16, 4, 2, patch=8, positions=4))
-    monkeypatch.setitem(BACKBONES, "beit_tiny", partial(BEiT, 16, 12, 2, 0.1))
+    monkeypatch.setitem(BACKBONES, "vit_tiny", partial(vit, 16, 4, 2, patch=8, positions=4))
+    monkeypatch.setitem(BACKBONES, "beit_tiny", partial(beit, 16, 12, 2, 0.1))
     monkeypatch.setitem(BACKBONES, "mit_tiny", partial(MiT, (8, 16, 40, 64), (1, 1, 1, 1)))
 
 

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from benchmarks.overfit import GOAL, crops, fit
 from segkit.models.backbones import BACKBONES
-from segkit.models.backbones.beit import BEiT
+from segkit.models.backbones.beit import beit
 from segkit.models.backbones.convnextv2 import ResponseNormBlock
 from segkit.models.backbones.efficientnet_lite import TAPS, lite
 from segkit.models.backbones.mit import MiT
 from segkit.models.backbones.torchvision import convnext, convnext_of, efficientnet
-from segkit.models.backbones.vit import ViT
+from segkit.models.backbones.vit import vit
 from segkit.models.segmenter import build_model
 from segkit.training.losses import build_loss
 
 TINY = {
-    "vit": partial(ViT, 48, 4, 3, patch=8, positions=8),
-    "vit_rotary": partial(ViT, 48, 6, 3, 2, gated=True, patch=8, positions=0),
-    "beit": partial(BEiT, 48, 12, 3, 0.1),
+    "vit": partial(vit, 48, 4, 3, patch=8, positions=8),
+    "vit_rotary": partial(vit, 48, 6, 3, 2, gated=True, patch=8, positions=0),
+    "beit": partial(beit, 48, 12, 3, 0.1),
     "convnext_v2": partial(
         convnext, convnext_of(16, 1, 1, 2, 1, block=ResponseNormBlock), drop_path=0.0
     ),

@@ -27,7 +27,7 @@ from segkit.commands.weights import main
 from segkit.core import checkpoint
 from segkit.core.errors import CheckpointError
 from segkit.models.backbones import BACKBONES
-from segkit.models.backbones.beit import BEiT
+from segkit.models.backbones.beit import beit
 from segkit.models.backbones.hrnet import HRNet
 from segkit.models.backbones.swin import Swin
 from segkit.models.backbones.torchvision import convnext, deep_stem, half_resnet18, resnet
@@ -627,8 +627,8 @@ def test_beits_position_biases_keep_near_and_far_offsets() -> None:
 
 def test_beits_window_may_differ_and_is_named() -> None:
     def model(window: int) -> Segmenter:
-        beit = BEiT(width=8, depth=12, heads=2, window=window)
-        return Segmenter(beit, nn.Identity())
+        backbone = beit(width=8, depth=12, heads=2, window=window)
+        return Segmenter(backbone, nn.Identity())
 
     source, other = model(3).backbone, model(5)
     for name, value in source.named_parameters():

@@ -18,14 +18,14 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from segkit.core import config, distributed
 from segkit.core.errors import ConfigError
 from segkit.models.backbones import BACKBONES
-from segkit.models.backbones.beit import BEiT
+from segkit.models.backbones.beit import beit
 from segkit.models.backbones.convnextv2 import ResponseNormBlock
 from segkit.models.backbones.hrnet import HRNet
 from segkit.models.backbones.mit import MiT
 from segkit.models.backbones.seresnet import seresnet
 from segkit.models.backbones.swin import Swin
 from segkit.models.backbones.torchvision import convnext, convnext_of
-from segkit.models.backbones.vit import ViT
+from segkit.models.backbones.vit import vit
 from segkit.models.decoders import DECODERS
 from segkit.models.queries import QUERY_OUTPUTS
 from segkit.models.segmenter import ON_ONE_MAP, Segmenter, build_model
@@ -261,11 +261,11 @@ TINY: dict[str, Callable[[], nn.Module]] = {
     "Swin": partial(Swin, width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2)),
     "Swin V2": partial(Swin, width=8, depths=(1, 1, 1, 2), heads=(1, 1, 2, 2), version=2),
     "MiT": partial(MiT, widths=(8, 16, 20, 32), depths=(1, 1, 1, 1)),
-    "ViT": partial(ViT, width=8, depth=4, heads=1, patch=14, positions=3),
+    "ViT": partial(vit, width=8, depth=4, heads=1, patch=14, positions=3),
     "ViT with rotary positions": partial(
-        ViT, width=8, depth=4, heads=1, patch=16, positions=0, registers=2, gated=True
+        vit, width=8, depth=4, heads=1, patch=16, positions=0, registers=2, gated=True
     ),
-    "BEiT": partial(BEiT, width=8, depth=12, heads=2, window=2),
+    "BEiT": partial(beit, width=8, depth=12, heads=2, window=2),
     "HRNet": partial(HRNet, width=4),
     "SE-ResNet": partial(seresnet, 1, 1, 1, 1),
     "UNet": partial(BACKBONES["unet"], width=4),

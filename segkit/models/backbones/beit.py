@@ -1,6 +1,5 @@
 """BEiT: a Vision Transformer whose blocks have relative position biases."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
@@ -10,26 +9,34 @@ from torch.nn import functional as F
 
 from segkit.core.backend import is_exporting
 from segkit.core.config import check_bounds
-from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.stages import refuse_dilation
-from segkit.models.backbones.vit import PyramidNeck
+from segkit.models.backbones.vit import PlainTransformer, PyramidNeck
 from segkit.models.layers import BatchNorm2d
-from segkit.models.transformer import (
-    MLP,
-    SelfAttention,
-    TransformerBlock,
-    block_stages,
-    run_blocks,
-    whole_patches,
-)
+from segkit.models.transformer import MLP, SelfAttention, TransformerBlock
 
-PATCH = 16
+Grid = tuple[Tensor, int, int]
+"""Indices of the offsets of patches, and the rows and columns of patches."""
 
 
-class BEiT(nn.Module):
-    """BEiT with the pyramid of transposed convolutions of its authors' segmentation models.
+def beit(
+    width: int,
+    depth: int,
+    heads: int,
+    scale: float = 0.1,
+    *,
+    window: int = 14,
+    drop_path: float = 0.1,
+    checkpointing: bool = False,
+    in_channels: int = 3,
+    output_stride: int = 32,
+) -> PlainTransformer:
+    """Build BEiT with the pyramid of transposed convolutions of its authors' segmentation models.
 
     Bao et al. 2022, https://arxiv.org/abs/2106.08254
+
+    Departs from the authors: an image whose sides are not multiples of 16 is resized to the next
+    ones, and an odd row or column of patches is pooled too; position biases are resized bilinearly
+    if the image has another grid than the window's; keys have a bias, which changes no output.
 
     Args:
         width: Channels of the tokens.
@@ -41,58 +48,26 @@ class BEiT(nn.Module):
         drop_path: Probability of stochastic depth of the last block; it grows linearly from 0.
         checkpointing: Do not store activations inside blocks; recompute them in backward.
         in_channels: Channels of the image.
-
-    Shape:
-        image: (B, in_channels, H, W)
-        features[i]: (B, width, H / strides[i], W / strides[i]), rounded up
-
-    Departs from the authors: an image whose sides are not multiples of 16 is resized to the next
-    ones, and an odd row or column of patches is pooled too; position biases are resized bilinearly
-    if the image has another grid than the window's; keys have a bias, which changes no output.
     """
+    refuse_dilation("BEiT", output_stride)
+    check_bounds(2, 1024, window=window)
+    check_bounds(0, 1, drop_path=drop_path)
 
-    def __init__(
-        self,
-        width: int,
-        depth: int,
-        heads: int,
-        scale: float = 0.1,
-        *,
-        window: int = 14,
-        drop_path: float = 0.1,
-        checkpointing: bool = False,
-        in_channels: int = 3,
-        output_stride: int = 32,
-    ) -> None:
-        super().__init__()
-        refuse_dilation("BEiT", output_stride)
-        check_bounds(2, 1024, window=window)
-        check_bounds(0, 1, drop_path=drop_path)
-        self.checkpointing, self.in_channels = checkpointing, in_channels
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, PATCH, stride=PATCH)))
-        set_in_channels(self.patch_embed, in_channels)
-        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
-        self.blocks = nn.ModuleList()
-        for i in range(depth):
-            parts = width, RelativeAttention(width, heads, window), MLP(width, 4 * width)
-            rate = drop_path * i / (depth - 1)
-            self.blocks.append(TransformerBlock(*parts, layer_scale=scale, drop_path=rate))
-        self.neck = PyramidNeck(width, BatchNorm2d)
-        self.strides, self.channels = self.neck.strides, (width,) * 4
-        self.outputs = [depth * twelfths // 12 for twelfths in (4, 6, 8, 12)]
-        self.output_modules = [f"neck.levels.{i}" for i in range(4)]
-        self.stages = block_stages(self.outputs, ["patch_embed.proj", "cls_token"])
+    def block(number: int) -> TransformerBlock:
+        parts = width, RelativeAttention(width, heads, window), MLP(width, 4 * width)
+        rate = drop_path * number / (depth - 1)
+        return TransformerBlock(*parts, layer_scale=scale, drop_path=rate)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        height, width = image.shape[-2:]
-        image, rows, columns = whole_patches(image, PATCH)
-        x = self.patch_embed(image).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
-        places = relative_offsets(rows, columns, x), rows, columns
-        recompute = self.checkpointing and self.training
-        results = run_blocks(self.blocks, x, *places, outputs=self.outputs, recompute=recompute)
-        maps = [x[:, 1:].mT.unflatten(2, (rows, columns)) for x in results]
-        return self.neck(maps, height, width)
+    return PlainTransformer(
+        width,
+        map(block, range(depth)),
+        context=relative_offsets,
+        ends=[depth * twelfths // 12 for twelfths in (4, 6, 8, 12)],
+        neck=PyramidNeck(width, BatchNorm2d),
+        patch=16,
+        checkpointing=checkpointing,
+        in_channels=in_channels,
+    )
 
 
 class RelativeAttention(SelfAttention):
@@ -100,7 +75,7 @@ class RelativeAttention(SelfAttention):
 
     Shape:
         x: (B, 1 + rows * columns, width) -> the same; the first token is the class token
-        offsets: (rows * columns, rows * columns), of :func:`relative_offsets`
+        grid: what :func:`relative_offsets` returns
     """
 
     def __init__(self, width: int, heads: int, window: int) -> None:
@@ -110,8 +85,8 @@ class RelativeAttention(SelfAttention):
         entries = (2 * window - 1) ** 2 + 3
         self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, heads))
 
-    def forward(self, x: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:  # type: ignore[override]
-        return super().forward(x, None, self.bias(offsets, rows, columns).to(x.dtype))
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
+        return super().forward(x, None, self.bias(*grid).to(x.dtype))
 
     def bias(self, offsets: Tensor, rows: int, columns: int) -> Tensor:
         """Return the bias of queries and keys, (1, heads, tokens, tokens)."""
@@ -129,15 +104,18 @@ class RelativeAttention(SelfAttention):
         return torch.cat([first[:, None], bias], 1)[None]
 
 
-def relative_offsets(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Return the index of each pair of patches' offset among (2 rows - 1) * (2 columns - 1)."""
+def relative_offsets(rows: int, columns: int, like: Tensor) -> Grid:
+    """Return the index of each pair of patches' offset, and the rows and columns of patches.
+
+    The indices, (patches, patches), are among those of (2 rows - 1) * (2 columns - 1) offsets.
+    """
     row = torch.arange(rows, device=like.device).repeat_interleave(columns)
     column = torch.arange(columns, device=like.device).repeat(rows)
     down, across = row[:, None] - row + rows - 1, column[:, None] - column + columns - 1
-    return down * (2 * columns - 1) + across
+    return down * (2 * columns - 1) + across, rows, columns
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "beit_b": partial(BEiT, 768, 12, 12, 0.1),
-    "beit_l": partial(BEiT, 1024, 24, 16, 1e-5),
+    "beit_b": partial(beit, 768, 12, 12, 0.1),
+    "beit_l": partial(beit, 1024, 24, 16, 1e-5),
 }

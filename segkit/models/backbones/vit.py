@@ -1,13 +1,15 @@
 """Plain Vision Transformers, as DINOv2 and DINOv3 pretrain them."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import LayerNorm2d
 
 from segkit.core.backend import is_exporting
@@ -16,25 +18,33 @@ from segkit.core.errors import ConfigError
 from segkit.models.backbones.inputs import set_in_channels
 from segkit.models.backbones.stages import refuse_dilation
 from segkit.models.layers import resize
-from segkit.models.transformer import (
-    block_stages,
-    rotary_positions,
-    run_blocks,
-    vit_block,
-    whole_patches,
-)
-
-Output = Literal["pyramid", "map", "tokens"]
-"""``pyramid``: strides 4 to 32, by a neck; ``map``: the patches of the last block alone;
-``tokens``: the patches and the other tokens before the last norm, for the decoder ``eomt``."""
+from segkit.models.transformer import rotary_positions, vit_block
 
 
-class ViT(nn.Module):
-    """A Vision Transformer whose tokens are a class token, registers and the image's patches.
+def vit(
+    width: int,
+    depth: int,
+    heads: int,
+    registers: int = 0,
+    eps: float = 1e-6,
+    gated: bool = False,
+    *,
+    patch: int,
+    positions: int,
+    output: Literal["pyramid", "map", "tokens"] = "pyramid",
+    omitted_blocks: int = 0,
+    drop_path: float = 0.0,
+    checkpointing: bool = False,
+    in_channels: int = 3,
+    output_stride: int = 32,
+) -> "PlainTransformer":
+    """Build a Vision Transformer of DINOv2 or DINOv3.
 
-    Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929; DINOv2: Oquab et al. 2023,
-    https://arxiv.org/abs/2304.07193; registers: Darcet et al. 2024,
-    https://arxiv.org/abs/2309.16588; DINOv3: Simeoni et al. 2025, https://arxiv.org/abs/2508.10104
+    Oquab et al. 2023, https://arxiv.org/abs/2304.07193; Simeoni et al. 2025,
+    https://arxiv.org/abs/2508.10104
+
+    Departs from DINOv2: an image whose sides are not multiples of the patch is resized to the next
+    ones, and learned positions are resized without the offset of 0.1 and without antialiasing.
 
     Args:
         width: Channels of the tokens.
@@ -46,88 +56,113 @@ class ViT(nn.Module):
         patch: Side of a patch in pixels.
         positions: Side of the grid of learned positions, resized bicubically to the image's grid;
             0 for rotary positions.
-        output: A pyramid from the blocks at a quarter, half, three quarters and the end, or the
-            last map alone, each normalized by the last norm; or the last tokens.
+        output: ``pyramid``: maps of the blocks at a quarter, half, three quarters and the end, with
+            strides 4 to 32 by a neck; ``map``: the patches of the last block alone; each normalized
+            by the last norm. ``tokens``: those of the last block without the norm, for ``eomt``.
         omitted_blocks: Number of last blocks that this network does not have, for ``eomt``.
         drop_path: Probability of stochastic depth of the last block; it grows linearly from 0.
         checkpointing: Do not store activations inside blocks; recompute them in backward.
         in_channels: Channels of the image.
+    """
+    refuse_dilation("ViT", output_stride)
+    check_bounds(0, 1, drop_path=drop_path)
+    check_bounds(1, 1024, patch=patch)
+    check_bounds(0, 1024, positions=positions)
+    if omitted_blocks:
+        check_bounds(0, depth - 4, omitted_blocks=omitted_blocks)
+        if output != "tokens":
+            raise ConfigError(f'omitted_blocks: needs output "tokens", got "{output}"')
+    block = partial(vit_block, width, heads, gated=gated, eps=eps)
+    steepness = drop_path / max(1, depth - 1)
+    depth -= omitted_blocks
+    return PlainTransformer(
+        width,
+        (block(drop_path=steepness * i) for i in range(depth)),
+        context=None if positions else partial(rotary_positions, width // heads),
+        ends=[depth * quarter // 4 for quarter in (1, 2, 3, 4)],
+        norm=nn.LayerNorm(width, eps=eps) if output != "tokens" else None,
+        neck=PyramidNeck(width, partial(LayerNorm2d, eps=1e-6)) if output == "pyramid" else None,
+        patch=patch,
+        registers=registers,
+        positions=positions,
+        checkpointing=checkpointing,
+        in_channels=in_channels,
+    )
+
+
+class PlainTransformer(nn.Module):
+    """Tokens of one width, a class token, registers and the image's patches, through blocks.
+
+    Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929; registers: Darcet et al. 2024,
+    https://arxiv.org/abs/2309.16588
+
+    Args:
+        blocks: Called with the tokens, (B, N, width), and with what ``context`` returns.
+        context: Called with the rows and columns of patches, and with the tokens.
+        ends: Number of the last block of each stage, from 1. The outputs of these blocks make the
+            pyramid, that of the last one a single map.
+        norm: Normalizes these outputs.
+        neck: Makes the pyramid. Without a neck and a norm, the other tokens are a second map.
+
+    Further arguments are those of :func:`vit`.
 
     Shape:
         image: (B, in_channels, H, W)
-        features[i]: (B, width, H / strides[i], W / strides[i]), rounded up; of ``tokens`` the
-            second is (B, width, 1 + registers, 1)
-
-    Departs from DINOv2: an image whose sides are not multiples of the patch is resized to the next
-    ones, and learned positions are resized without the offset of 0.1 and without antialiasing.
+        features[i]: (B, width, H / strides[i], W / strides[i]), rounded up; the other tokens:
+            (B, width, 1 + registers, 1)
     """
 
     def __init__(
         self,
         width: int,
-        depth: int,
-        heads: int,
-        registers: int = 0,
-        eps: float = 1e-6,
-        gated: bool = False,
+        blocks: Iterable[nn.Module],
         *,
+        context: Callable[[int, int, Tensor], Any] | None,
+        ends: Sequence[int],
+        norm: nn.Module | None = None,
+        neck: "PyramidNeck | None",
         patch: int,
-        positions: int,
-        output: Output = "pyramid",
-        omitted_blocks: int = 0,
-        drop_path: float = 0.0,
-        checkpointing: bool = False,
-        in_channels: int = 3,
-        output_stride: int = 32,
+        registers: int = 0,
+        positions: int = 0,
+        checkpointing: bool,
+        in_channels: int,
     ) -> None:
         super().__init__()
-        refuse_dilation("ViT", output_stride)
-        check_bounds(0, 1, drop_path=drop_path)
-        check_bounds(1, 1024, patch=patch)
-        check_bounds(0, 1024, positions=positions)
-        if omitted_blocks:
-            check_bounds(0, depth - 4, omitted_blocks=omitted_blocks)
-            if output != "tokens":
-                raise ConfigError(f'omitted_blocks: needs output "tokens", got "{output}"')
-        self.patch, self.heads, self.checkpointing = patch, heads, checkpointing
-        self.in_channels = in_channels
         project = nn.Conv2d(3, width, patch, stride=patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=project))
         set_in_channels(self.patch_embed, in_channels)
         self.cls_token = _tokens(1, width)
         self.register_tokens = _tokens(registers, width) if registers else None
         self.pos_embed = _tokens(positions**2 + 1, width) if positions else None
-        block = partial(vit_block, width, heads, gated=gated, eps=eps)
-        steepness = drop_path / max(1, depth - 1)
-        depth -= omitted_blocks
-        self.blocks = nn.ModuleList(block(drop_path=steepness * i) for i in range(depth))
-        self.norm = nn.LayerNorm(width, eps=eps) if output != "tokens" else None
-        norm = partial(LayerNorm2d, eps=1e-6)
-        self.neck = PyramidNeck(width, norm) if output == "pyramid" else None
-        ends = [depth * quarter // 4 for quarter in (1, 2, 3, 4)]
-        self.outputs = ends if self.neck else [depth]
-        self.strides = {"map": (patch,), "tokens": (patch, patch)}.get(output, PyramidNeck.strides)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm, self.neck, self.context = norm, neck, context
+        self.patch, self.checkpointing, self.in_channels = patch, checkpointing, in_channels
+        self.outputs = ends if neck else ends[-1:]
+        self.strides = neck.strides if neck else (patch,) if norm else (patch, patch)
         self.channels = (width,) * len(self.strides)
-        if self.neck:
+        if neck:
             self.output_modules = [f"neck.levels.{i}" for i in range(4)]
+        self.stages = [[f"blocks.{i}" for i in range(*bounds)] for bounds in pairwise((0, *ends))]
         first = ["patch_embed.proj", "cls_token", "register_tokens", "pos_embed"]
-        self.stages = block_stages(ends, first)
-        if self.norm:
-            self.stages[-1].append("norm")
+        self.stages[0] = first + self.stages[0]
+        self.stages[-1].append("norm")
 
     def forward(self, image: Tensor) -> list[Tensor]:
         height, width = image.shape[-2:]
-        x, rows, columns = whole_patches(image, self.patch)
-        x = self.embed(x, rows, columns)
-        head = x.shape[2] // self.heads
-        rotary = None if self.pos_embed is not None else rotary_positions(rows, columns, head, x)
-        recompute = self.checkpointing and self.training
-        chosen = run_blocks(self.blocks, x, rotary, outputs=self.outputs, recompute=recompute)
-        results = [self.norm(x) if self.norm else x for x in chosen]
+        rows, columns = ((side + self.patch - 1) // self.patch for side in (height, width))
+        x = self.embed(resize(image, (rows * self.patch, columns * self.patch)), rows, columns)
+        context = self.context(rows, columns, x) if self.context else None
+        results = []
+        for number, block in enumerate(self.blocks, 1):
+            recompute = self.checkpointing and self.training
+            step = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x = step(x, context)
+            if number in self.outputs:
+                results.append(self.norm(x) if self.norm else x)
         maps = [x[:, -rows * columns :].mT.unflatten(2, (rows, columns)) for x in results]
-        if self.norm is None:
-            return [*maps, results[-1][:, : -rows * columns].mT[..., None]]
-        return self.neck(maps, height, width) if self.neck else maps
+        if self.neck:
+            return self.neck(maps, height, width)
+        return maps if self.norm else [*maps, x[:, : -rows * columns].mT[..., None]]
 
     def embed(self, image: Tensor, rows: int, columns: int) -> Tensor:
         """Return the tokens, with learned positions if there are any: class, registers, patches."""
@@ -198,8 +233,8 @@ class PyramidNeck(nn.Module):
         return pyramid
 
 
-_dinov2 = partial(ViT, patch=14, positions=37)
-_dinov3 = partial(ViT, patch=16, positions=0)
+_dinov2 = partial(vit, patch=14, positions=37)
+_dinov3 = partial(vit, patch=16, positions=0)
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {  # width, depth, heads, registers, eps, gated
     "vit_s_dinov2": partial(_dinov2, 384, 12, 6, 0, 1e-6, False),

@@ -96,7 +96,7 @@ class EoMT(nn.Module):
         queries = self.query.weight.expand(batch, -1, -1)
         x = torch.cat([queries, others.flatten(2).mT, patches.flatten(2).mT], 1)
         head = x.shape[2] // self.heads
-        positions = rotary_positions(grid[0], grid[1], head, x) if self.rotary else None
+        positions = rotary_positions(head, grid[0], grid[1], x) if self.rotary else None
         predictions = []
         for number, block in enumerate(self.blocks):
             masked = self.annealing > 0 if self.training else self._masked[number]
