@@ -1408,12 +1408,12 @@ def test_attention_of_mmsegmentations_segformer_is_pytorchs() -> None:
 
 def meta_mask2former(state: State) -> State:
     """A Mask2Former by Meta's names, on a ResNet by detectron2's."""
-    parts = ("query", "key", "value")
+    parts = ("q_proj", "k_proj", "v_proj")
     pixels, predictor = "sem_seg_head.pixel_decoder", "sem_seg_head.predictor"
-    kinds = {"cross": "cross_attention", "itself": "self_attention", "mlp": "ffn"}
+    kinds = {"cross_attn": "cross_attention", "self_attn": "self_attention", "mlp": "ffn"}
+    norms = ("cross_attn_layer_norm", "self_attn_layer_norm", "final_layer_norm")
     layer = lambda kind, rest: f"{predictor}.transformer_{kind}_layers.{rest}."  # noqa: E731
     mask_head = lambda m: f"{predictor}.mask_embed.layers.{int(m[1]) // 2}."  # noqa: E731
-    attention = {"cross": "multihead_attn", "itself": "self_attn"}
     linear = lambda m: f"{m[1]}.linear{int(m[2]) // 2 + 1}."  # noqa: E731
     rules: list = [
         (r"^decoder\.pixel_decoder\.projections", f"{pixels}.input_proj"),
@@ -1424,24 +1424,14 @@ def meta_mask2former(state: State) -> State:
             for ours, theirs in (("lateral", "adapter_1"), ("smooth", "layer_1"))
             for i in (0, 1)
         ),
-        *(
-            (
-                rf"^decoder\.pixel_decoder\.layers\.(\d)\.attention\.{ours}",
-                rf"{pixels}.transformer.encoder.layers.\1.self_attn.{theirs}",
-            )
-            for ours, theirs in (
-                ("offsets", "sampling_offsets"), ("shares", "attention_weights"),
-                ("value", "value_proj"), ("project", "output_proj"),
-            )
-        ),
         (r"^decoder\.pixel_decoder\.layers", f"{pixels}.transformer.encoder.layers"),
         *(
             (rf"^decoder\.layers\.(\d)\.{ours}\.", layer(kind, rf"\1.{ours}"))
             for ours, kind in kinds.items()
         ),
         *(
-            (rf"^decoder\.layers\.(\d)\.norm{n}\.", layer(kind, r"\1.norm"))
-            for n, kind in enumerate(kinds.values(), 1)
+            (rf"^decoder\.layers\.(\d)\.{norm}\.", layer(kind, r"\1.norm"))
+            for norm, kind in zip(norms, kinds.values(), strict=True)
         ),
         (r"^decoder\.mask_head\.(\d)\.", mask_head),
         (r"^decoder\.norm\.", f"{predictor}.decoder_norm."),
@@ -1453,11 +1443,13 @@ def meta_mask2former(state: State) -> State:
         (r"^backbone\.(bn1)", r"backbone.stem.conv1.norm"),
         (r"^backbone\.layer(\d)", lambda m: f"backbone.res{int(m[1]) + 1}"),
     ]  # fmt: skip
-    named = renamed(in_proj(in_proj(state, r"\.cross", parts), r"\.itself", parts), *rules)
+    named = in_proj(in_proj(state, r"\.cross_attn", parts), r"layers\.\d\.self_attn", parts)
+    named = renamed(named, *rules)
     named = renamed(
         named,
-        (r"\.(cross|itself)\.project\.", lambda m: f".{attention[m[1]]}.out_proj."),
-        (r"\.(cross|itself)\.in", lambda m: f".{attention[m[1]]}.in"),
+        (r"\.cross_attn\.", ".multihead_attn."),
+        (r"\.self_attn_layer_norm\.", ".norm1."),
+        (r"\.final_layer_norm\.", ".norm2."),
         (r"^(sem.*ffn_layers\.\d)\.mlp\.(\d)\.", linear),
         (r"^(sem.*layers\.\d)\.mlp\.(\d)\.", linear),
         (r"\.bn(\d)\.", r".conv\1.norm."),

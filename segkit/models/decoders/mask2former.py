@@ -119,12 +119,12 @@ class MaskedAttentionLayer(nn.Module):
 
     def __init__(self, width: int, *, heads: int, feedforward: int) -> None:
         super().__init__()
-        self.cross = Attention(width, heads=heads)
-        self.norm1 = nn.LayerNorm(width)
-        self.itself = Attention(width, heads=heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.cross_attn = Attention(width, heads=heads)
+        self.cross_attn_layer_norm = nn.LayerNorm(width)
+        self.self_attn = Attention(width, heads=heads)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
         self.mlp = mlp(width, feedforward, width)
-        self.norm3 = nn.LayerNorm(width)
+        self.final_layer_norm = nn.LayerNorm(width)
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -132,9 +132,10 @@ class MaskedAttentionLayer(nn.Module):
     def forward(
         self, queries: Tensor, positions: Tensor, keys: Tensor, values: Tensor, attended: Tensor
     ) -> Tensor:
-        x = self.norm1(queries + self.cross(queries + positions, keys, values, attended))
-        x = self.norm2(x + self.itself(x + positions, x + positions, x))
-        return self.norm3(x + self.mlp(x))
+        crossed = self.cross_attn(queries + positions, keys, values, attended)
+        x = self.cross_attn_layer_norm(queries + crossed)
+        x = self.self_attn_layer_norm(x + self.self_attn(x + positions, x + positions, x))
+        return self.final_layer_norm(x + self.mlp(x))
 
 
 class Attention(nn.Module):
@@ -143,16 +144,16 @@ class Attention(nn.Module):
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.project = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(
         self, queries: Tensor, keys: Tensor, values: Tensor, attended: Tensor | None = None
     ) -> Tensor:
-        projected = self.query(queries), self.key(keys), self.value(values)
-        return self.project(attend(*projected, self.heads, attended))
+        projected = self.q_proj(queries), self.k_proj(keys), self.v_proj(values)
+        return self.out_proj(attend(*projected, self.heads, attended))
 
 
 def _attended(masks: Tensor, size: Sequence[int]) -> Tensor:

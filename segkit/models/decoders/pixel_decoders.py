@@ -91,16 +91,16 @@ class DeformableLayer(nn.Module):
 
     def __init__(self, width: int, *, heads: int, feedforward: int) -> None:
         super().__init__()
-        self.attention = DeformableAttention(width, heads=heads)
-        self.norm1 = nn.LayerNorm(width)
+        self.self_attn = DeformableAttention(width, heads=heads)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
         self.mlp = mlp(width, feedforward, width)
-        self.norm2 = nn.LayerNorm(width)
+        self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(
         self, x: Tensor, places: Tensor, centers: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        x = self.norm1(x + self.attention(x, x + places, centers, sizes))
-        return self.norm2(x + self.mlp(x))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, x + places, centers, sizes))
+        return self.final_layer_norm(x + self.mlp(x))
 
 
 class DeformableAttention(nn.Module):
@@ -117,31 +117,32 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, *, heads: int, points: int = 4) -> None:
         super().__init__()
         self.shape = heads, LEVELS, points
-        self.offsets = nn.Linear(width, 2 * math.prod(self.shape))
-        self.shares = nn.Linear(width, math.prod(self.shape))
-        self.value = nn.Linear(width, width)
-        self.project = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.value.weight)
-        nn.init.xavier_uniform_(self.project.weight)
-        biases = [linear.bias for linear in (self.offsets, self.shares, self.value, self.project)]
-        for parameter in (self.offsets.weight, self.shares.weight, *biases):
-            nn.init.zeros_(parameter)
+        self.sampling_offsets = nn.Linear(width, 2 * math.prod(self.shape))
+        self.attention_weights = nn.Linear(width, math.prod(self.shape))
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
+        for name, parameter in self.named_parameters():
+            if name in ("value_proj.weight", "output_proj.weight"):
+                nn.init.xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)
         # Each head begins with points at distances 1, 2, ... in a direction of its own.
         angle = torch.arange(heads) * (2 * math.pi / heads)
         direction = torch.stack([angle.cos(), angle.sin()], 1)
         direction = direction / direction.abs().amax(1, keepdim=True)
         steps = torch.arange(1.0, points + 1)[:, None] * direction[:, None, None]
         with torch.no_grad():
-            self.offsets.bias.copy_(steps.expand(*self.shape, 2).flatten())
+            self.sampling_offsets.bias.copy_(steps.expand(*self.shape, 2).flatten())
 
     def forward(
         self, x: Tensor, queries: Tensor, centers: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> Tensor:
         heads, _, points = self.shape
         # (B, heads, N, ...) in all of the following
-        offsets = self.offsets(queries).unflatten(2, (*self.shape, 2)).transpose(1, 2)
-        shares = self.shares(queries).unflatten(2, (heads, -1)).softmax(3).transpose(1, 2)
-        values = self.value(x).unflatten(2, (heads, -1)).permute(0, 2, 3, 1).flatten(0, 1)
+        offsets = self.sampling_offsets(queries).unflatten(2, (*self.shape, 2)).transpose(1, 2)
+        shares = self.attention_weights(queries).unflatten(2, (heads, -1))
+        shares = shares.softmax(3).transpose(1, 2)
+        values = self.value_proj(x).unflatten(2, (heads, -1)).permute(0, 2, 3, 1).flatten(0, 1)
         parts = values.split([height * width for height, width in sizes], 2)
         result = torch.zeros_like(values)
         for level, (part, (height, width)) in enumerate(zip(parts, sizes, strict=True)):
@@ -151,4 +152,4 @@ class DeformableAttention(nn.Module):
             sampled = sample_points(part.unflatten(2, (height, width)), at.flatten(1, 2))
             share = shares[..., level * points : (level + 1) * points].flatten(0, 1)
             result = result + (sampled.unflatten(2, (-1, points)) * share[:, None]).sum(3)
-        return self.project(result.unflatten(0, (-1, heads)).flatten(1, 2).mT)
+        return self.output_proj(result.unflatten(0, (-1, heads)).flatten(1, 2).mT)
