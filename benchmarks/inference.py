@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import Figure, clock_for, matmul_rate, show, take_turns, version_of
+from benchmarks.peers import logits_of
 from benchmarks.step import (
     BATCH,
     CASES,
@@ -73,7 +74,8 @@ def _pass(
     @torch.inference_mode()
     def run() -> object:
         with torch.autocast(pixels.device.type, dtype=amp, enabled=amp is not None):
-            return model(pixels.contiguous(memory_format=layout))
+            outputs = model(pixels.contiguous(memory_format=layout))
+            return logits_of(outputs, pixels.shape[-2:])
 
     return run
 

@@ -16,16 +16,14 @@ that keeps them, ``--versus eager`` a compiled step (``train.compile``) with one
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import segmentation
 
 import segkit
 from benchmarks import (
@@ -40,14 +38,25 @@ from benchmarks import (
     take_turns,
     version_of,
 )
+from benchmarks.peers import (
+    CLASSES,
+    SMP,
+    beit_l,
+    eomt_l,
+    loss_of,
+    mask2former,
+    segformer_b5,
+    smp,
+    torchvision,
+    upernet,
+)
 from segkit.core.config import Component
 from segkit.models.segmenter import build_model
 from segkit.training.losses import build_loss
 from segkit.training.optim import build_optimizer
 from segkit.training.step import should_recompute, train_step
 
-BATCH, CLASSES = 2, 11
-SMP = "segmentation-models-pytorch"
+BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Case:
         package: The peer.
         theirs: Builds the peer's model.
         aux_weight: Coefficient of both sides' auxiliary heads.
+        loss: Our loss; that of the peer is the same.
     """
 
     backbone: Component | str
@@ -67,39 +77,10 @@ class Case:
     package: str
     theirs: Callable[[], nn.Module]
     aux_weight: float = 0.4
+    loss: str = "cross_entropy"
 
 
-def smp(architecture: str, encoder: str) -> nn.Module:
-    """Return a model of segmentation_models.pytorch."""
-    import segmentation_models_pytorch as peer
-
-    return getattr(peer, architecture)(encoder, encoder_weights=None, classes=CLASSES)
-
-
-def transformers(
-    width: int, depths: Sequence[int], heads: Sequence[int], window: int = 7
-) -> nn.Module:
-    """Return UPerNet on a Swin of transformers."""
-    import transformers as peer
-
-    swin = peer.SwinConfig(
-        embed_dim=width,
-        depths=list(depths),
-        num_heads=list(heads),
-        window_size=window,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    about = peer.UperNetConfig(
-        backbone_config=swin, auxiliary_in_channels=4 * width, num_labels=CLASSES
-    )
-    return peer.UperNetForSemanticSegmentation(about)
-
-
-def torchvision(name: str) -> nn.Module:
-    """Return a model of torchvision, with its auxiliary head."""
-    build = getattr(segmentation, name)
-    return build(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
-
+SWIN_L = 192, (2, 2, 18, 2), (6, 12, 24, 48), 12
 
 CASES = {
     "UNet++ EfficientNet-B0": Case(
@@ -127,19 +108,19 @@ CASES = {
         "swin_t",
         "upernet",
         "transformers",
-        partial(transformers, 96, (2, 2, 6, 2), (3, 6, 12, 24)),
+        partial(upernet, 96, (2, 2, 6, 2), (3, 6, 12, 24)),
     ),
     "UPerNet Swin-B": Case(
         "swin_b",
         "upernet",
         "transformers",
-        partial(transformers, 128, (2, 2, 18, 2), (4, 8, 16, 32)),
+        partial(upernet, 128, (2, 2, 18, 2), (4, 8, 16, 32)),
     ),
     "UPerNet Swin-L window 12": Case(
         {"name": "swin_l", "window": 12},
         "upernet",
         "transformers",
-        partial(transformers, 192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
+        partial(upernet, *SWIN_L),
     ),
     "FCN ResNet-50": Case(
         {"name": "resnet50", "output_stride": 8},
@@ -147,10 +128,45 @@ CASES = {
         "torchvision",
         partial(torchvision, "fcn_resnet50"),
     ),
+    "SegFormer MiT-B5": Case(
+        "mit_b5", {"name": "segformer", "width": 768}, "transformers", segformer_b5
+    ),
+    "UPerNet BEiT-L": Case(
+        {"name": "beit_l", "window": 32}, {"name": "upernet", "width": 1024}, "transformers", beit_l
+    ),
+    "Mask2Former Swin-L window 12": Case(
+        {"name": "swin_l", "window": 12},
+        "mask2former",
+        "transformers",
+        partial(mask2former, *SWIN_L),
+        loss="mask_classification",
+    ),
+    "EoMT DINOv3 ViT-L": Case(
+        {"name": "vit_l_dinov3", "output": "tokens", "omitted_blocks": 4},
+        {"name": "eomt", "rotary": True},
+        "transformers",
+        partial(eomt_l, masked=False),
+        loss="mask_classification",
+    ),
+    "EoMT DINOv3 ViT-L, masked": Case(
+        {"name": "vit_l_dinov3", "output": "tokens", "omitted_blocks": 4},
+        {"name": "eomt", "rotary": True, "annealing": 10**9},
+        "transformers",
+        partial(eomt_l, masked=True),
+        loss="mask_classification",
+    ),
 }
 
 
-ON_CPU = tuple(name for name in CASES if name != "UPerNet Swin-L window 12")
+LARGE = (
+    "UPerNet Swin-L window 12",
+    "SegFormer MiT-B5",
+    "UPerNet BEiT-L",
+    "Mask2Former Swin-L window 12",
+    "EoMT DINOv3 ViT-L",
+    "EoMT DINOv3 ViT-L, masked",
+)
+ON_CPU = tuple(name for name in CASES if name not in LARGE)
 """Cases that are measured on a CPU by default."""
 
 
@@ -187,7 +203,7 @@ def our_step(
     model = ours(case, device).train()
     if compiled:
         model.compile()
-    criterion = build_loss(["cross_entropy"], num_classes=CLASSES, aux_weight=case.aux_weight)
+    criterion = build_loss([case.loss], num_classes=CLASSES, aux_weight=case.aux_weight)
     criterion.to(device)
     optimizer = build_optimizer(model, "adamw", lr=1e-4)
     scaler = torch.amp.GradScaler(device, enabled=False)
@@ -226,22 +242,12 @@ def their_step(
     def step(pixels: Tensor = given[0], masks: Tensor = given[1]) -> None:
         optimizer.zero_grad()
         with torch.autocast(device, dtype=amp, enabled=amp is not None):
-            loss = their_loss(case, model, pixels.contiguous(memory_format=layout), masks)
+            pixels = pixels.contiguous(memory_format=layout)
+            loss = loss_of(model, pixels, masks, aux_weight=case.aux_weight)
         loss.backward()
         optimizer.step()
 
     return step
-
-
-def their_loss(case: Case, model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
-    """Return the cross-entropy as each library's users compute it."""
-    if case.package == "transformers":  # it computes the loss, auxiliary head included
-        return model(images, labels=masks).loss
-    outputs = model(images)
-    if isinstance(outputs, Mapping):
-        main, aux = (F.cross_entropy(outputs[name], masks) for name in ("out", "aux"))
-        return main + case.aux_weight * aux
-    return F.cross_entropy(outputs, masks)
 
 
 SIDES = {
@@ -262,8 +268,9 @@ def memory(side: Callable[..., Callable[[], object]], threads: int, *rest: Any) 
 
 def flops(case: Case, size: int, *, training: bool, images: int = BATCH) -> float:
     """Return the GFLOP of a forward pass of the peer's model."""
-    with torch.device("meta"):
-        model, pixels = case.theirs().train(training), torch.empty(images, 3, size, size)
+    device = "meta" if case.loss == "cross_entropy" else "cpu"  # models of queries read values
+    with torch.device(device):
+        model, pixels = case.theirs().train(training), torch.zeros(images, 3, size, size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(pixels)
     return counter.get_total_flops() / 1e9

@@ -347,8 +347,25 @@ def test_attention_is_torchvisions(version: int, shift: int, size: tuple[int, in
     torch.testing.assert_close(attention(x), theirs(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@torch.no_grad()
+def test_attention_in_large_windows_is_torchvisions(version: int) -> None:
+    """Without gradients it is PyTorch's fused attention on the CPU, too."""
+    own, reference = {
+        1: (WindowAttention, ShiftedWindowAttention),
+        2: (WindowAttentionV2, ShiftedWindowAttentionV2),
+    }[version]
+    torch.manual_seed(0)
+    attention, theirs = own(8, [12, 12], [6, 6], 2), reference(8, [12, 12], [6, 6], 2)
+    if version == 1:
+        nn.init.normal_(attention.relative_position_bias_table)
+    theirs.load_state_dict(attention.state_dict())
+    x = torch.randn(2, 20, 30, 8)
+    torch.testing.assert_close(attention(x), theirs(x), rtol=0, atol=1e-6)
+
+
 def test_attention_is_the_same_by_pytorchs_fused_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices other than the CPU use it."""
+    """Devices other than the CPU use it in training, too."""
 
     def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
