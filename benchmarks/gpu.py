@@ -58,6 +58,11 @@ BATCHES = {
     "DeepLabV3+ SE-ResNet-152": 16,
     "FCN ResNet-50": 16,
     "UPerNet Swin-T": 16,
+    "SegFormer MiT-B5": 16,
+    "UPerNet BEiT-L": 8,
+    "Mask2Former Swin-L window 12": 8,
+    "EoMT DINOv3 ViT-L": 8,
+    "EoMT DINOv3 ViT-L, masked": 8,
 }
 """Images of a training step."""
 
@@ -250,12 +255,12 @@ def rows_of(part: str, setup: Setup, names: list[str] | None) -> Rows:
     if part in ("step", "compiled"):
         measure = {"step": step, "compiled": compiled}[part]
         for name in names or (COMPILED if part == "compiled" else BATCHES):
-            if version_of(CASES[name].package):
+            if CASES[name].version():
                 yield name, partial(measure, setup, name)
     elif part == "inference":
         for name in names or BATCHES:
             for images in (1, setup.batch or 16):
-                if version_of(CASES[name].package):
+                if CASES[name].version():
                     yield f"{name}, batch {images}", partial(inference, setup, name, images)
     else:
         common = 3 * setup.rounds, torch.get_num_threads(), setup.device, setup.size

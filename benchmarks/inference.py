@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks import Figure, clock_for, matmul_rate, show, take_turns, version_of
+from benchmarks import Figure, clock_for, matmul_rate, show, take_turns
 from benchmarks.peers import logits_of
 from benchmarks.step import (
     BATCH,
@@ -94,7 +94,7 @@ def figures(
     rate = matmul_rate(amp or torch.float32, device)
     for name in names:
         case = CASES[name]
-        if not (version := version_of(case.package)):
+        if not (version := case.version()):
             continue
         turns = take_turns(
             our_pass(case, size, amp, device),

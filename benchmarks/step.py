@@ -70,6 +70,7 @@ class Case:
         theirs: Builds the peer's model.
         aux_weight: Coefficient of both sides' auxiliary heads.
         loss: Our loss; that of the peer is the same.
+        needs: Other packages that the peer's model needs.
     """
 
     backbone: Component | str
@@ -78,6 +79,12 @@ class Case:
     theirs: Callable[[], nn.Module]
     aux_weight: float = 0.4
     loss: str = "cross_entropy"
+    needs: tuple[str, ...] = ()
+
+    def version(self) -> str | None:
+        """Return the peer's version; ``None``, and a line on stderr, if a package is missing."""
+        versions = [version_of(package) for package in (self.package, *self.needs)]
+        return versions[0] if all(versions) else None
 
 
 SWIN_L = 192, (2, 2, 18, 2), (6, 12, 24, 48), 12
@@ -140,6 +147,7 @@ CASES = {
         "transformers",
         partial(mask2former, *SWIN_L),
         loss="mask_classification",
+        needs=("scipy",),
     ),
     "EoMT DINOv3 ViT-L": Case(
         {"name": "vit_l_dinov3", "output": "tokens", "omitted_blocks": 4},
@@ -147,6 +155,7 @@ CASES = {
         "transformers",
         partial(eomt_l, masked=False),
         loss="mask_classification",
+        needs=("scipy",),
     ),
     "EoMT DINOv3 ViT-L, masked": Case(
         {"name": "vit_l_dinov3", "output": "tokens", "omitted_blocks": 4},
@@ -154,6 +163,7 @@ CASES = {
         "transformers",
         partial(eomt_l, masked=True),
         loss="mask_classification",
+        needs=("scipy",),
     ),
 }
 
@@ -302,7 +312,7 @@ def figures(
     for name in names:
         case = CASES[name]
         package = case.package
-        if not (version := version_of(package)):
+        if not (version := case.version()):
             continue
         if versus != "peer":
             package, version = "segkit", segkit.__version__
