@@ -35,7 +35,7 @@ from segkit.data.bands import find_reading
 from segkit.data.doubts import counted, describe, label_doubts
 from segkit.data.fingerprint import Fingerprint, join
 from segkit.data.folds import class_pixels
-from segkit.data.formats import FORMATS, coco_files, recognize
+from segkit.data.formats import FORMATS, coco_files, mask_folders, recognize
 from segkit.data.loader import TrainImages
 from segkit.data.memo import MEMO, on_threads
 from segkit.data.source import Source
@@ -185,8 +185,9 @@ def find_parts(folder: Path) -> dict[str, dict[str, Any]]:
     specs = {part: recognize(folder, part) for part in ("train", "val", "test")}  # type: ignore[arg-type]
     parts = {part: spec for part, spec in specs.items() if spec is not None}
     if "train" not in parts:
-        if refused := next(coco_files.refusals(folder), None):
-            raise DataError(refused)
+        for refusals in (coco_files.refusals, mask_folders.refusals):
+            if refused := next(refusals(folder), None):
+                raise DataError(refused)
         kinds = sorted({path.suffix.lower() or "no suffix" for path in folder.rglob("*.*")})
         raise DataError(
             f"{folder}: has no labels that segkit recognizes "

@@ -191,6 +191,18 @@ def test_a_batch_that_the_device_cannot_hold_is_divided(monkeypatch: pytest.Monk
     assert "ran out of memory" in parts.reason
 
 
+def test_masks_of_small_values_in_jpeg_are_named() -> None:
+    """JPEG makes 0 or 2 of a 1, so no value is sure; the reason is said instead of a guess."""
+    root = Path("photos")
+    for i, mask in enumerate(photographs(root / "images", 0, 4)):
+        (root / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(root / f"masks/photo {i}.jpg")
+    with pytest.raises(
+        DataError, match=r"masks: its JPEG files look like .* expected masks in PNG"
+    ):
+        segkit.plan("photos")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -4,7 +4,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +107,28 @@ def _black_and_white(paths: Iterable[Path]) -> bool:
             return False
         bright = bright or bool(gray.max() >= 223)
     return bright
+
+
+def refusals(folder: Path) -> Iterator[str]:
+    """Yield a sentence for each folder of masks whose small values JPEG has changed."""
+    folders = _folders(folder)
+    stems = {path: {Path(name).stem for name in names} for path, names in folders.items()}
+    for path, names in folders.items():
+        others = (images for images in folders if images != path)
+        named = any(2 * _pair(images, path, stems).matches > len(names) for images in others)
+        if named and all(_dark_jpeg(path / name) for name in names[:3]):
+            yield (
+                f"{path}: its JPEG files look like masks of small values, which JPEG changes; "
+                "expected masks in PNG: write them again as PNG, from where they come from"
+            )
+
+
+def _dark_jpeg(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.format == "JPEG" and np.asarray(image).max() < COLORS
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def _few_colors(path: Path) -> bool:
