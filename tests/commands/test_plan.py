@@ -18,6 +18,7 @@ from segkit.core import config
 from segkit.core.errors import CheckpointError, ConfigError, DataError, SegkitError
 from segkit.core.machine import Machine
 from segkit.core.run import Run
+from segkit.data.formats import coco_files
 from segkit.models.pretrained import published
 from segkit.models.segmenter import build_model
 from segkit.training.rules import Choice
@@ -189,6 +190,19 @@ def test_a_batch_that_the_device_cannot_hold_is_divided(monkeypatch: pytest.Monk
     (parts,) = (choice for choice in made.choices if choice.key == "train.accumulate")
     assert made.config["train"]["accumulate"] == parts.value == 2
     assert "ran out of memory" in parts.reason
+
+
+def test_a_coco_file_is_read_once_to_find_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of hundreds of megabytes takes many seconds."""
+    as_coco(Path("photos"))
+    read = []
+    original = coco_files.read_json
+    monkeypatch.setattr(coco_files, "read_json", lambda path: read.append(path) or original(path))
+    assert {*plan.find_parts(Path("photos"))} == {"train", "test"}
+    assert len(read) == len({*read}) == 2
+    path = Path("photos/annotations/instances_test.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "images": []}))
+    assert {*plan.find_parts(Path("photos"))} == {"train"}
 
 
 def test_masks_of_small_values_in_jpeg_are_named() -> None:

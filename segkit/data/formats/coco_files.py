@@ -1,9 +1,10 @@
 """Recognition of COCO files in a folder, and of the folder of their images."""
 
+import functools
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from segkit.core.errors import DataError, quoted
 from segkit.core.files import matches_schema
@@ -22,11 +23,14 @@ def recognize(folder: Path, part: str) -> dict[str, Any] | None:
     """
     files: dict[str, list[tuple[int, Path, Path]]] = {}
     for path in _json_files(folder):
-        content = _coco(path)
-        root = None if content is None else _image_folder(folder, path, content["images"])
+        try:
+            content = _read(path)
+        except (OSError, DataError):
+            continue  # the file may belong to another program; see refusals
+        root = None if content is None else _image_folder(folder, path, content.names)
         if content is not None and root is not None:
             said = part_of(path.relative_to(folder).as_posix()) or "train"
-            files.setdefault(said, []).append((-len(content.get("annotations", [])), path, root))
+            files.setdefault(said, []).append((-content.annotations, path, root))
     if part not in files:
         return None
     count, path, root = min(files[part])
@@ -46,23 +50,31 @@ def _json_files(folder: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _coco(path: Path) -> dict[str, Any] | None:
-    """Return the content of a COCO file; ``None`` for another file."""
-    try:
-        return _read(path)
-    except (OSError, DataError):
-        return None  # the file may belong to another program; see refusals
+class Content(NamedTuple):
+    """What is needed of a COCO file: its number of annotations, and its first images' names."""
+
+    annotations: int
+    names: list[Any]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Content | None:
+    """Return the content of a COCO file, read once for all parts; ``None`` for another file."""
+    about = path.stat()
+    return _content(path, about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=MAX_FILES)
+def _content(path: Path, modified: int, size: int) -> Content | None:
     with path.open("rb") as file:
         head = file.read(HEAD).replace(b"\0", b"")  # also of two bytes per character
     if not any(word in head for word in (b'"images"', b'"annotations"', b'"categories"')):
         return None
     content = read_json(path)
     schema = {"images": [dict], "annotations": list}
-    is_coco = matches_schema({"annotations": [], **content}, schema) and content["images"]
-    return content if is_coco else None
+    if not matches_schema({"annotations": [], **content}, schema) or not content["images"]:
+        return None
+    names = [image.get("file_name") for image in content["images"][:20]]
+    return Content(len(content.get("annotations", [])), names)
 
 
 def refusals(folder: Path, used: Collection[str] = ()) -> Iterator[str]:
@@ -77,22 +89,18 @@ def refusals(folder: Path, used: Collection[str] = ()) -> Iterator[str]:
             continue
         if content is None:
             continue
-        if _image_folder(folder, path, content["images"]) is None:
-            name = quoted(content["images"][0].get("file_name"))
+        if _image_folder(folder, path, content.names) is None:
+            name = quoted(content.names[0])
             yield (
                 f"{path}: its image {name} is not in {folder}; put the images there, or correct "
                 "the file names"
             )
-        elif (
-            not content.get("annotations")
-            and part_of(path.relative_to(folder).as_posix()) != "test"
-        ):
+        elif not content.annotations and part_of(path.relative_to(folder).as_posix()) != "test":
             yield f"{path} has no annotations; label its images"
 
 
-def _image_folder(folder: Path, path: Path, images: list[dict[str, Any]]) -> Path | None:
+def _image_folder(folder: Path, path: Path, listed: list[Any]) -> Path | None:
     """Return the folder that has most of the first images of a COCO file, or ``None``."""
-    listed = [image.get("file_name") for image in images[:20]]
     names = [name for name in listed if isinstance(name, str)]
     part = part_of(path.relative_to(folder).as_posix())
     below = ["", "images", "img", "data", *(WORDS[part] if part else ()), path.stem.split("_")[-1]]
