@@ -85,7 +85,6 @@ def main(argv: Sequence[str]) -> None:
         say = console.printer(quiet=args.quiet, verbose=args.verbose)
         cfg, run, resume = open_run(args, cfg)
         cfg, data, folds, teacher = prepare(args, cfg, run, device, say)
-        before = run.read_or_default("summary.json", {})
         summary = {}
         with (
             run.recording(),
@@ -93,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
             console.Stop() as stop,
             Background() as background,
         ):
+            before = run.read_or_default("summary.json", {})
             saver = Saver(background, cfg.train.keep)
             job = Job(cfg, run, data, teacher, device, resume, stop, say, trackers, saver)
             preparation.report_data(data, run, say)
@@ -154,7 +154,6 @@ def prepare(
             preparation.check_memory(cfg, labelled, training, device, teacher=teacher)
     if distributed.is_main():
         run.begin(config.to_dict(cfg), files)
-    distributed.barrier()
     return cfg, data, folds, teacher
 
 

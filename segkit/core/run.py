@@ -30,6 +30,7 @@ from segkit.core.errors import (
     summary,
 )
 from segkit.core.files import (
+    atomic_write,
     is_locked,
     lock,
     matches_schema,
@@ -229,9 +230,13 @@ class Run:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Write to ``status.json`` that the run is in progress, and how it ends; on all ranks."""
+        """Write to ``status.json`` that the run is in progress, and how it ends; on all ranks.
+
+        All ranks wait for the first record, so that it does not replace that of a rank that failed.
+        """
         if distributed.is_main():
             self._record("running")
+        distributed.barrier()
         try:
             yield
         except (SystemExit, KeyboardInterrupt):
@@ -250,7 +255,9 @@ class Run:
     def _record(self, state: str, sentence: str = "") -> None:
         known = self.read_or_default("status.json", {}) if state == "failed" else {}
         if known.get("state") != "failed":  # the first rank that failed knows the cause
-            self.write("status.json", {"state": state, "sentence": sentence})
+            content = {"state": state, "sentence": sentence}
+            with atomic_write(self.folder / "status.json", durable=True, shared=True) as draft:
+                draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def state(self) -> tuple[str, str]:
         """Return the state of the run and, if it failed, the error.

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 
 import pytest
 from made_run import begin_run, made_run
+from ranks import run_ranks
 
 from segkit.commands.report import main as report
-from segkit.core import files
+from segkit.core import distributed, files
 from segkit.core.config import Config, override, to_dict
 from segkit.core.errors import ArgumentError, SegkitError
 from segkit.core.run import Run, find_run, runs
@@ -260,6 +262,35 @@ def test_the_status_has_the_cause_though_another_rank_notices_it_first(tmp_path:
     fail(SegkitError("a.jpg is damaged"))
     lost.join()
     assert run.read("status.json") == {"state": "failed", "sentence": "a.jpg is damaged"}
+
+
+def test_ranks_that_end_together_record_it_together(tmp_path: Path) -> None:
+    """Each writes a draft of its own: with one name, the first to end renames that of another."""
+    run = begin_run(tmp_path / "run", {})
+
+    def end(_: int) -> None:
+        with pytest.raises(SystemExit), run.recording():
+            raise SystemExit(0)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(end, range(80)))
+    assert run.read("status.json") == {"state": "stopped", "sentence": ""}
+    assert not list(run.folder.glob(".*writing"))
+
+
+def _status_on_entry(folder: Path) -> str:
+    run = Run(folder)
+    if distributed.is_main():
+        record = run._record
+        run._record = lambda *what: (time.sleep(1), record(*what))  # type: ignore[method-assign]
+    with run.recording():
+        return run.read("status.json")["state"]
+
+
+def test_no_rank_goes_on_before_the_run_is_recorded(tmp_path: Path) -> None:
+    run = begin_run(tmp_path / "run", {})
+    run.write("status.json", {"state": "stopped", "sentence": ""})
+    assert run_ranks(_status_on_entry, 2, run.folder) == ["running"] * 2
 
 
 def test_a_run_keeps_how_it_ended(tmp_path: Path) -> None:
