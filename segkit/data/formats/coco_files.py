@@ -51,7 +51,7 @@ def _json_files(folder: Path) -> Iterator[Path]:
 
 
 class Content(NamedTuple):
-    """What is needed of a COCO file: its number of annotations, and its first images' names."""
+    """The number of annotations of a COCO file, and the names of its first images."""
 
     annotations: int
     names: list[Any]
