@@ -87,7 +87,10 @@ class Case:
         return versions[0] if all(versions) else None
 
 
+of_queries = partial(Case, package="transformers", loss="mask_classification", needs=("scipy",))
+
 SWIN_L = 192, (2, 2, 18, 2), (6, 12, 24, 48), 12
+VIT_L = {"name": "vit_l_dinov3", "output": "tokens", "omitted_blocks": 4}
 
 CASES = {
     "UNet++ EfficientNet-B0": Case(
@@ -141,29 +144,16 @@ CASES = {
     "UPerNet BEiT-L": Case(
         {"name": "beit_l", "window": 32}, {"name": "upernet", "width": 1024}, "transformers", beit_l
     ),
-    "Mask2Former Swin-L window 12": Case(
-        {"name": "swin_l", "window": 12},
-        "mask2former",
-        "transformers",
-        partial(mask2former, *SWIN_L),
-        loss="mask_classification",
-        needs=("scipy",),
+    "Mask2Former Swin-L window 12": of_queries(
+        {"name": "swin_l", "window": 12}, "mask2former", theirs=partial(mask2former, *SWIN_L)
     ),
-    "EoMT DINOv3 ViT-L": Case(
-        {"name": "vit_l_dinov3", "output": "tokens", "omitted_blocks": 4},
-        {"name": "eomt", "rotary": True},
-        "transformers",
-        partial(eomt_l, masked=False),
-        loss="mask_classification",
-        needs=("scipy",),
+    "EoMT DINOv3 ViT-L": of_queries(
+        VIT_L, {"name": "eomt", "rotary": True}, theirs=partial(eomt_l, masked=False)
     ),
-    "EoMT DINOv3 ViT-L, masked": Case(
-        {"name": "vit_l_dinov3", "output": "tokens", "omitted_blocks": 4},
+    "EoMT DINOv3 ViT-L, masked": of_queries(
+        VIT_L,
         {"name": "eomt", "rotary": True, "annealing": 10**9},
-        "transformers",
-        partial(eomt_l, masked=True),
-        loss="mask_classification",
-        needs=("scipy",),
+        theirs=partial(eomt_l, masked=True),
     ),
 }
 

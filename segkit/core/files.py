@@ -78,15 +78,15 @@ def set_error_filename(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a UTF-8 file atomically; ``durable`` as in :func:`atomic_write`."""
-    with atomic_write(path, durable=durable) as draft:
+def write_text(path: Path, text: str, **options: bool) -> None:
+    """Write a UTF-8 file atomically; ``options`` are those of :func:`atomic_write`."""
+    with atomic_write(path, **options) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Write a JSON file atomically; ``durable`` as in :func:`atomic_write`."""
-    write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)
+def write_json(path: Path, value: Any, **options: bool) -> None:
+    """Write a JSON file atomically; ``options`` are those of :func:`atomic_write`."""
+    write_text(path, json.dumps(value, indent=1) + "\n", **options)
 
 
 def flush(path: Path) -> None:

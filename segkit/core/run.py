@@ -30,7 +30,6 @@ from segkit.core.errors import (
     summary,
 )
 from segkit.core.files import (
-    atomic_write,
     is_locked,
     lock,
     matches_schema,
@@ -256,8 +255,7 @@ class Run:
         known = self.read_or_default("status.json", {}) if state == "failed" else {}
         if known.get("state") != "failed":  # the first rank that failed knows the cause
             content = {"state": state, "sentence": sentence}
-            with atomic_write(self.folder / "status.json", durable=True, shared=True) as draft:
-                draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_json(self.folder / "status.json", content, durable=True, shared=True)
 
     def state(self) -> tuple[str, str]:
         """Return the state of the run and, if it failed, the error.

@@ -328,21 +328,27 @@ def test_swin_looks_up_the_bias_of_a_distance(window: int) -> None:
     assert torch.equal(attention.relative_position_index, expected.flatten())
 
 
-# one window, several, whole ones, a single row of them; padded at the right, below, and both
-@pytest.mark.parametrize("size", [(3, 5), (7, 7), (14, 21), (7, 20), (15, 14), (13, 29)])
-@pytest.mark.parametrize("shift", [0, 3])
-@pytest.mark.parametrize("version", [1, 2])
-def test_attention_is_torchvisions(version: int, shift: int, size: tuple[int, int]) -> None:
+def attention_and_torchvisions(version: int, window: int, shift: int) -> tuple[Any, nn.Module]:
+    """Window attention with the same random weights here and in torchvision."""
     own, reference = {
         1: (WindowAttention, ShiftedWindowAttention),
         2: (WindowAttentionV2, ShiftedWindowAttentionV2),
     }[version]
     torch.manual_seed(0)
-    attention = own(8, [7, 7], [shift, shift], 2)
+    attention = own(8, [window, window], [shift, shift], 2)
     if version == 1:
         nn.init.normal_(attention.relative_position_bias_table)
-    theirs = reference(8, [7, 7], [shift, shift], 2)
+    theirs = reference(8, [window, window], [shift, shift], 2)
     theirs.load_state_dict(attention.state_dict())
+    return attention, theirs
+
+
+# one window, several, whole ones, a single row of them; padded at the right, below, and both
+@pytest.mark.parametrize("size", [(3, 5), (7, 7), (14, 21), (7, 20), (15, 14), (13, 29)])
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("version", [1, 2])
+def test_attention_is_torchvisions(version: int, shift: int, size: tuple[int, int]) -> None:
+    attention, theirs = attention_and_torchvisions(version, 7, shift)
     x = torch.randn(2, *size, 8)
     torch.testing.assert_close(attention(x), theirs(x), rtol=0, atol=1e-6)
 
@@ -351,15 +357,7 @@ def test_attention_is_torchvisions(version: int, shift: int, size: tuple[int, in
 @torch.no_grad()
 def test_attention_in_large_windows_is_torchvisions(version: int) -> None:
     """Without gradients it is PyTorch's fused attention on the CPU, too."""
-    own, reference = {
-        1: (WindowAttention, ShiftedWindowAttention),
-        2: (WindowAttentionV2, ShiftedWindowAttentionV2),
-    }[version]
-    torch.manual_seed(0)
-    attention, theirs = own(8, [12, 12], [6, 6], 2), reference(8, [12, 12], [6, 6], 2)
-    if version == 1:
-        nn.init.normal_(attention.relative_position_bias_table)
-    theirs.load_state_dict(attention.state_dict())
+    attention, theirs = attention_and_torchvisions(version, 12, 6)
     x = torch.randn(2, 20, 30, 8)
     torch.testing.assert_close(attention(x), theirs(x), rtol=0, atol=1e-6)
 

@@ -98,12 +98,11 @@ def _black_and_white(paths: Iterable[Path]) -> bool:
     """Return True for JPEG files with black and white pixels, and few others, at edges."""
     bright = False
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                gray = np.asarray(image.convert("L")) if image.format == "JPEG" else None
-        except (OSError, ValueError, Image.DecompressionBombError):
+        image = _jpeg(path)
+        if image is None:
             return False
-        if gray is None or ((gray > 32) & (gray < 223)).mean() > 0.02:
+        gray = np.asarray(image.convert("L"))
+        if ((gray > 32) & (gray < 223)).mean() > 0.02:
             return False
         bright = bright or bool(gray.max() >= 223)
     return bright
@@ -112,23 +111,25 @@ def _black_and_white(paths: Iterable[Path]) -> bool:
 def refusals(folder: Path) -> Iterator[str]:
     """Yield a sentence for each folder of masks whose small values JPEG has changed."""
     folders = _folders(folder)
-    stems = {path: {Path(name).stem for name in names} for path, names in folders.items()}
+    stems = _stems(folders)
     for path, names in folders.items():
-        others = (images for images in folders if images != path)
-        named = any(2 * _pair(images, path, stems).matches > len(names) for images in others)
-        if named and all(_dark_jpeg(path / name) for name in names[:3]):
+        others = (other for other in folders if other != path)
+        named = any(2 * _pair(other, path, stems).matches > len(names) for other in others)
+        images = (_jpeg(path / name) for name in names[:3])
+        if named and all(x is not None and np.asarray(x).max() < COLORS for x in images):
             yield (
                 f"{path}: its JPEG files look like masks of small values, which JPEG changes; "
                 "expected masks in PNG: write them again as PNG, from where they come from"
             )
 
 
-def _dark_jpeg(path: Path) -> bool:
+def _jpeg(path: Path) -> Image.Image | None:
+    """Return a JPEG image; ``None`` for another file, or a damaged one."""
     try:
         with Image.open(path) as image:
-            return image.format == "JPEG" and np.asarray(image).max() < COLORS
+            return image.copy() if image.format == "JPEG" else None
     except (OSError, ValueError, Image.DecompressionBombError):
-        return False
+        return None
 
 
 def _few_colors(path: Path) -> bool:
@@ -141,8 +142,13 @@ def _few_colors(path: Path) -> bool:
         return False
 
 
+def _stems(folders: dict[Path, list[str]]) -> dict[Path, set[str]]:
+    """Return the names of each folder's files without their suffixes."""
+    return {path: {Path(name).stem for name in names} for path, names in folders.items()}
+
+
 def _pairs(folders: dict[Path, list[str]]) -> list[MaskFolders]:
-    stems = {path: {Path(name).stem for name in names} for path, names in folders.items()}
+    stems = _stems(folders)
     masks = [path for path, names in folders.items() if _are_masks(path, tuple(names[:3]))]
     masks = masks or [
         path

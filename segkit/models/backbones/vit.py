@@ -145,7 +145,8 @@ class PlainTransformer(nn.Module):
         self.stages = [[f"blocks.{i}" for i in range(*bounds)] for bounds in pairwise((0, *ends))]
         first = ["patch_embed.proj", "cls_token", "register_tokens", "pos_embed"]
         self.stages[0] = first + self.stages[0]
-        self.stages[-1].append("norm")
+        if norm:
+            self.stages[-1].append("norm")
 
     def forward(self, image: Tensor) -> list[Tensor]:
         height, width = image.shape[-2:]
